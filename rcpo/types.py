@@ -1,0 +1,120 @@
+"""Records that travel between the modules.
+
+Axes: B pairs, S sequences, N response tokens, R rows, L row length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of B pairs, each of shape (B,), in nats.
+
+    `chosen` and `rejected` are z_w and z_l: the objective's reduction (sum, mean or importance) of the
+    response tokens' log-probs under the policy; `ref_*` the same under the reference (r_w, r_l). `rejected` is
+    None for supervised objectives, the references for those that need none. `*_lengths` count response tokens.
+    `chosen_means` is the chosen responses' mean log-prob a token, needed by `nll_coef` on summed log-probs.
+    `kl_chosen` and `ref_kl_chosen` score chosen responses under prompts of other pairs (kto's K).
+    """
+
+    chosen: Tensor
+    rejected: Tensor | None = None
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    chosen_means: Tensor | None = None
+    kl_chosen: Tensor | None = None
+    ref_kl_chosen: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.chosen.shape:
+                raise ValueError(
+                    f"PairLogps.{field.name} has shape {tuple(value.shape)}; "
+                    f"chosen has {tuple(self.chosen.shape)}: one value a pair is expected"
+                )
+        if self.chosen.dim() != 1:
+            raise ValueError(f"PairLogps.chosen has shape {tuple(self.chosen.shape)}; (B,) is expected")
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """u_w = z_w − r_w, shape (B,)."""
+        return self.chosen - _require(self.ref_chosen, "ref_chosen")
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """u_l = z_l − r_l, shape (B,)."""
+        return self.losers - _require(self.ref_rejected, "ref_rejected")
+
+    @property
+    def losers(self) -> Tensor:
+        """z_l, shape (B,); an error where the objective was given no rejected side."""
+        return _require(self.rejected, "rejected")
+
+    def replace(self, **changes: Any) -> PairLogps:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def select(self, keep: Tensor) -> PairLogps:
+        """The pairs where `keep` (B,) is true."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PairLogps(**{name: None if value is None else value[keep] for name, value in values.items()})
+
+
+def _require(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"the objective needs PairLogps.{name}, which is None")
+    return value
+
+
+@dataclass
+class TokenBatch:
+    """A micro-batch of B pairs, independent of how the rows are laid out.
+
+    `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body.
+    `predictors` (N,) are flat indices into R·L of the positions whose hidden states predict the N response
+    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are 0..B−1,
+    the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,) counts response
+    tokens, `weights` (B,) is 1 for a pair and 0 for a filler that evens out the ranks' last batch.
+    `ref_logps` (N,) are the reference's log-probs of the same tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    labels: Tensor
+    sequences: Tensor
+    lengths: Tensor
+    weights: Tensor
+    indices: Tensor
+    example_ids: list[str]
+    sides: int = 2
+    ref_logps: Tensor | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """B, fillers included."""
+        return len(self.weights)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens that the model's body computes, padding excluded."""
+        return int(self.attention_mask.sum())
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on another device; copies do not block where the memory is pinned."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
