@@ -1,0 +1,47 @@
+"""Configuration: Hydra composes it, dataclasses hold it, validation happens once, at the edge.
+
+Nothing here imports torch; Hydra is imported when something is composed.
+"""
+
+from rcpo.config.parsing import load_run_config, parse, save_run_config, to_container
+from rcpo.config.schema import (
+    CalibrationConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    DynamicsConfig,
+    EngineConfig,
+    EvalConfig,
+    LaunchConfig,
+    LogConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ReferenceConfig,
+    RunConfig,
+    TrainConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "CalibrationConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DynamicsConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "LaunchConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "load_run_config",
+    "parse",
+    "save_run_config",
+    "to_container",
+]

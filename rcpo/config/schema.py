@@ -1,0 +1,202 @@
+"""The configuration as dataclasses: one attribute for each key that a user may set.
+
+The defaults repeat those of `conf/` (a test holds the two together), so a `RunConfig()` made in Python is the run
+that `rcpo train` starts. Where they come from is said beside them in `conf/`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A command line, configuration or input the user has to change; the CLI prints it alone and exits with 2."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, how many pairs at a time, in which precision."""
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int = 16
+    dtype: str = "fp32"
+    gradient_checkpointing: bool = False
+    max_grad_norm: float | None = 1.0
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` ranks adds up in an optimizer step.
+
+        Raises ConfigError where the global batch does not divide.
+        """
+        unit = self.micro_batch_size * world_size
+        if self.batch_size % unit:
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.micro_batch_size} times {world_size} process(es); change one of the three, "
+                f"for example train.batch_size={(self.batch_size // unit + 1) * unit}"
+            )
+        return self.batch_size // unit
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule; `betas` and `eps` are adamw's, `momentum` is sgd's."""
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    momentum: float = 0.0
+    schedule: str = "linear"
+    warmup_ratio: float = 0.1
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """The objective by name; `module` is imported before the look-up (a user's own package).
+
+    `reduction` None is the objective's own. `hyperparameters` are the keys of its YAML beside the other four.
+    """
+
+    name: str = "dpo"
+    module: str | None = None
+    reduction: str | None = "sum"
+    nll_coef: float = 0.0
+    hyperparameters: dict[str, Any] = field(default_factory=lambda: {"beta": 0.1, "epsilon": 0.0})
+
+
+@dataclass(kw_only=True)
+class CalibrationConfig:
+    """Reward calibration and the geometry it and the logged dynamics rest on (`rc.*`)."""
+
+    enabled: bool = False
+    update: str = "step"
+    ema: float | None = None
+    alpha_max: float | None = 10.0
+    geometry: str = "head"
+    sketch: int | None = 2048
+    sketch_seed: int = 0
+
+    @property
+    def decay(self) -> float:
+        """The moving averages' decay: `ema`, or 0.9 per optimizer step and the published 0.98 per micro-batch."""
+        if self.ema is not None:
+            return self.ema
+        return 0.9 if self.update == "step" else 0.98
+
+
+@dataclass(kw_only=True)
+class DynamicsConfig:
+    """`every` N steps the dynamics are measured with `rc=off`; with `rc=on` they always are."""
+
+    every: int = 1
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Every how many optimizer steps a row is written."""
+
+    every: int = 1
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy: the packaged `tiny`, or `local`, a folder in the hub's format at `path`."""
+
+    name: str = "tiny"
+    path: str | None = None
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """The reference policy: `path` None is the starting policy.
+
+    `track` logs log-ratios for objectives that need no reference; None means: only for the embedded data.
+    """
+
+    path: str | None = None
+    mode: str = "model"
+    track: bool | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Preference pairs. Lengths are in tokens, None is no limit; `eval_path` takes precedence over the fraction."""
+
+    name: str = "sums"
+    path: str | None = None
+    eval_path: str | None = None
+    eval_fraction: float = 0.1
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    on_bad: str = "refuse"
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """DeepSpeed: ZeRO stage and what it keeps in the host's memory."""
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """`processes` started on this machine; an external launcher's count takes precedence."""
+
+    processes: int = 1
+    deterministic: bool = False
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Held-out evaluation: `every` N steps (0: only at the end), None examples: all of them."""
+
+    every: int = 0
+    batch_size: int = 64
+    max_examples: int | None = None
+    generate_examples: int | None = 256
+    max_new_tokens: int = 32
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """`every` N steps (0: only when a signal stops the run); the last `keep` stay on disk."""
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases: online, offline (a folder that `wandb sync` accepts) or disabled."""
+
+    mode: str = "offline"
+    project: str = "rcpo"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    seed: int = 1
+    resume: str | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rc: CalibrationConfig = field(default_factory=CalibrationConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,192 @@
+"""Ranges, enumerations and files: what types alone do not say about a `RunConfig`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rcpo.config.schema import ConfigError, RunConfig
+
+CHOICES = {
+    "train.dtype": ("fp32", "bf16", "fp16"),
+    "optim.name": ("adamw", "sgd"),
+    "optim.schedule": ("linear", "cosine", "constant"),
+    "objective.reduction": ("sum", "mean", "importance"),
+    "rc.update": ("step", "microbatch"),
+    "rc.geometry": ("head", "parameters"),
+    "model.name": ("tiny", "local"),
+    "reference.mode": ("model", "precompute"),
+    "data.name": ("sums", "pairs"),
+    "data.on_bad": ("refuse", "drop"),
+    "wandb.mode": ("online", "offline", "disabled"),
+}
+
+# key: (smallest, largest, are these two themselves allowed); None values pass, their type says whether they may
+RANGES = {
+    "seed": (0, 2**32 - 1, True, True),
+    "train.epochs": (1, math.inf, True, False),
+    "train.max_steps": (1, math.inf, True, False),
+    "train.batch_size": (1, math.inf, True, False),
+    "train.micro_batch_size": (1, math.inf, True, False),
+    "train.max_grad_norm": (0, math.inf, False, False),
+    "optim.lr": (0, math.inf, False, False),
+    "optim.weight_decay": (0, math.inf, True, False),
+    "optim.eps": (0, math.inf, False, False),
+    "optim.momentum": (0, 1, True, False),
+    "optim.warmup_ratio": (0, 1, True, True),
+    "objective.nll_coef": (0, math.inf, True, False),
+    "rc.ema": (0, 1, True, False),
+    "rc.alpha_max": (1, math.inf, True, False),
+    "rc.sketch": (1, math.inf, True, False),
+    "rc.sketch_seed": (0, 2**32 - 1, True, True),
+    "dynamics.every": (1, math.inf, True, False),
+    "log.every": (1, math.inf, True, False),
+    "data.eval_fraction": (0, 1, True, False),
+    "data.max_length": (1, math.inf, True, False),
+    "data.max_prompt_length": (1, math.inf, True, False),
+    "engine.stage": (0, 3, True, True),
+    "launch.processes": (1, math.inf, True, False),
+    "eval.every": (0, math.inf, True, False),
+    "eval.batch_size": (1, math.inf, True, False),
+    "eval.max_examples": (1, math.inf, True, False),
+    "eval.generate_examples": (0, math.inf, True, False),
+    "eval.max_new_tokens": (1, math.inf, True, False),
+    "checkpoint.every": (0, math.inf, True, False),
+    "checkpoint.keep": (1, math.inf, True, False),
+}
+
+# the hyper-parameters that DESIGN gives a meaning of its own; a user's objective may have others, unchecked
+HYPERPARAMETER_RANGES = {
+    "beta": (0, math.inf, False, False),
+    "tau": (0, math.inf, False, False),
+    "gamma": (0, math.inf, True, False),
+    "epsilon": (0, 0.5, True, False),
+    "alpha": (0, math.inf, False, False),
+    "lambda_nll": (0, math.inf, True, False),
+    "lambda_penalty": (0, math.inf, True, False),
+    "lambda_chosen": (0, math.inf, False, False),
+    "lambda_rejected": (0, math.inf, False, False),
+}
+
+# the same in the order smallest, largest, smallest allowed, largest allowed
+Range = tuple[float, float, bool, bool]
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 12) -> str:
+    """A hint that ends an error message: the name probably meant, or the first `limit` that exist."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    if not names:
+        return "there are none"
+    return f"there are: {', '.join(names[:limit])}{', …' if len(names) > limit else ''}"
+
+
+def validate(config: RunConfig) -> None:
+    """Raises ConfigError for the first value that no run could use; checks files, imports no torch."""
+    for key, known in CHOICES.items():
+        _check_choice(key, _value(config, key), known)
+    for key, bounds in RANGES.items():
+        _check_range(key, _value(config, key), bounds)
+    for name, value in config.objective.hyperparameters.items():
+        if name in HYPERPARAMETER_RANGES:
+            _check_range(f"objective.{name}", _number(f"objective.{name}", value), HYPERPARAMETER_RANGES[name])
+    for index, beta in enumerate(config.optim.betas):
+        _check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
+    if len(config.optim.betas) != 2:
+        raise ConfigError(f"optim.betas={config.optim.betas} has {len(config.optim.betas)} values; AdamW takes two")
+    config.train.accumulation(world_size=1)
+    _check_combinations(config)
+    _check_files(config)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key}={value!r} is not a number")
+    return value
+
+
+def _check_choice(key: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{key}={value} is not one of {', '.join(known)}{hint}")
+
+
+def _check_range(key: str, value: float | None, bounds: Range) -> None:
+    if value is None:
+        return
+    low, high, low_allowed, high_allowed = bounds
+    above = value >= low if low_allowed else value > low
+    below = value <= high if high_allowed else value < high
+    if above and below:
+        return
+    wanted = f"{'at least' if low_allowed else 'greater than'} {low:g}"
+    if math.isfinite(high):
+        wanted += f" and {'at most' if high_allowed else 'less than'} {high:g}"
+    elif not math.isfinite(value):
+        wanted += " and finite"
+    raise ConfigError(f"{key}={value:g} is out of range: it has to be {wanted}")
+
+
+def _check_combinations(config: RunConfig) -> None:
+    engine, objective = config.engine, config.objective
+    if config.rc.geometry == "parameters" and engine.stage != 0:
+        raise ConfigError(
+            f"rc.geometry=parameters needs whole gradients, which engine.stage={engine.stage} does not keep; "
+            "choose engine=zero0 or rc.geometry=head"
+        )
+    if engine.offload_optimizer and engine.stage == 0:
+        raise ConfigError("engine.offload_optimizer=true needs a ZeRO stage of 1 to 3; choose engine=zero2_offload")
+    if engine.offload_parameters and engine.stage != 3:
+        raise ConfigError(
+            f"engine.offload_parameters=true needs engine.stage=3 (it is {engine.stage}); choose engine=zero3_offload"
+        )
+    if objective.reduction == "importance" and objective.nll_coef:
+        raise ConfigError(
+            f"objective.nll_coef={objective.nll_coef:g} is not defined for objective.reduction=importance; "
+            "set it to 0 or choose another reduction"
+        )
+    limits = config.data.max_prompt_length, config.data.max_length
+    if limits[0] is not None and limits[1] is not None and limits[0] >= limits[1]:
+        raise ConfigError(
+            f"data.max_prompt_length={limits[0]} leaves no token for a response within data.max_length={limits[1]}"
+        )
+
+
+def _check_files(config: RunConfig) -> None:
+    if config.model.name == "local" and config.model.path is None:
+        raise ConfigError("model=local needs a folder in the hub's format: model.path=DIR")
+    if config.data.name == "pairs" and config.data.path is None:
+        raise ConfigError("data=pairs needs a file of preference pairs: data.path=FILE.jsonl[.gz]")
+    for key in ("model.path", "reference.path"):
+        folder = _value(config, key)
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            what = "holds no config.json" if Path(folder).is_dir() else "is not a folder"
+            raise ConfigError(f"{key}={folder} {what}; give a model folder as save_pretrained writes it")
+    for key in ("data.path", "data.eval_path"):
+        file = _value(config, key)
+        if file is not None and not Path(file).is_file():
+            raise ConfigError(f"{key}={file} does not exist or is not a file{_neighbour(Path(file))}")
+    if config.resume not in (None, "auto") and not Path(config.resume).is_dir():
+        raise ConfigError(f"resume={config.resume} is not a folder; give null, auto or a run's folder")
+
+
+def _neighbour(path: Path) -> str:
+    """A hint with the file of the same folder whose name is most alike."""
+    if not path.parent.is_dir():
+        return f"; nor does its folder {path.parent}"
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
