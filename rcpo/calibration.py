@@ -1,0 +1,237 @@
+"""Disentanglement band and reward calibration (arXiv 2604.18239, §1 of the README's mathematics).
+
+Under gradient flow the winner does not fall and the loser does not rise exactly when the incentive ratio
+r = d_w/d_l lies in the band ρ r* ≤ r ≤ r*/ρ, r* = ‖s_l‖/‖s_w‖, ρ = cos(s_w, s_l). Reward calibration moves r to the
+band's centre r* by α = sqrt(r*/r): d_w → α d_w, d_l → d_l/α.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcpo.geometry import ScoreGeometry
+from rcpo.types import PairLogps
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks."""
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class DisentanglementBand:
+    """The incentive ratios that lower the loser without lowering the winner."""
+
+    center: float
+    cosine: float
+
+    @property
+    def lower(self) -> float:
+        """ρ r*: below it the winner falls."""
+        return self.cosine * self.center
+
+    @property
+    def upper(self) -> float | None:
+        """r*/ρ: above it the loser rises; None (no bound) for ρ ≤ 0."""
+        return self.center / self.cosine if self.cosine > 0 else None
+
+    def __contains__(self, ratio: float) -> bool:
+        return self.lower <= ratio and (self.upper is None or ratio <= self.upper)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Incentives and score geometry of one batch: batch means over all ranks and micro-batches."""
+
+    incentive_chosen: float
+    incentive_rejected: float
+    scores: ScoreGeometry
+
+    @property
+    def incentive_ratio(self) -> float | None:
+        """r = d_w/d_l; None where a side has no positive incentive, so that r says nothing."""
+        if self.incentive_chosen <= 0 or self.incentive_rejected <= 0:
+            return None
+        return self.incentive_chosen / self.incentive_rejected
+
+    @property
+    def band(self) -> DisentanglementBand | None:
+        """The band; None where r is None or a score vanishes."""
+        if self.incentive_ratio is None or self.scores.norm_chosen <= 0 or self.scores.norm_rejected <= 0:
+            return None
+        return DisentanglementBand(self.scores.norm_rejected / self.scores.norm_chosen, self.scores.cosine)
+
+    def metrics(self) -> dict[str, Any]:
+        """The `dynamics/*` entries of a metrics row; None where a value is not defined."""
+        band, ratio = self.band, self.incentive_ratio
+        return {
+            "dynamics/incentive_chosen": self.incentive_chosen,
+            "dynamics/incentive_rejected": self.incentive_rejected,
+            "dynamics/score_norm_chosen": self.scores.norm_chosen,
+            "dynamics/score_norm_rejected": self.scores.norm_rejected,
+            "dynamics/score_cosine": self.scores.cosine,
+            "dynamics/incentive_ratio": ratio,
+            "dynamics/band_center": band.center if band else None,
+            "dynamics/band_lower": band.lower if band else None,
+            "dynamics/band_upper": band.upper if band else None,
+            "dynamics/in_band": ratio in band if band and ratio is not None else None,
+        }
+
+
+class DynamicsMeter:
+    """Accumulates incentives and scores over micro-batches; one reduction over ranks gives the batch's.
+
+    `observe` takes per-pair incentives (B,) and the pairs' summed scores (2, …) (chosen, rejected).
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._scores: Tensor | None = None
+
+    def observe(self, incentives: tuple[Tensor, Tensor], scores: Tensor) -> None:
+        d_w, d_l = incentives
+        sums = torch.stack([d_w.double().sum(), d_l.double().sum(), d_w.new_tensor(len(d_w)).double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._scores = scores.detach() if self._scores is None else self._scores.add_(scores.detach())
+
+    @property
+    def empty(self) -> bool:
+        return self._sums is None
+
+    def collect(self, reduce: Reduce = _alone) -> Dynamics:
+        """The dynamics of everything observed since the last call, over all ranks; then starts anew."""
+        assert self._sums is not None and self._scores is not None, "nothing was observed"
+        d_w, d_l, count = reduce(self._sums).tolist()
+        scores = reduce(self._scores)
+        self._sums = self._scores = None
+        count = max(count, 1.0)
+        geometry = ScoreGeometry.of(scores)
+        mean = ScoreGeometry(geometry.norm_chosen / count, geometry.norm_rejected / count, geometry.cosine)
+        return Dynamics(d_w / count, d_l / count, mean)
+
+
+class RewardCalibrator:
+    """Reward calibration: the smoothed weight α and the stop-gradient that applies it.
+
+    Exponential moving averages, in the log domain, of the batch means d_w, d_l, ‖s_w‖, ‖s_l‖; the first value
+    starts each average. `update(dynamics)` moves them, `calibrate(logps)` uses α. A batch whose mean incentive
+    (or score) is not positive on some side says nothing about r (or r*): those averages and α stay as they are
+    and `skipped` counts it. α is clamped to [1/alpha_max, alpha_max] (None: not), counted in `clamped`.
+    """
+
+    def __init__(self, *, ema: float = 0.9, alpha_max: float | None = 10.0) -> None:
+        if not 0 <= ema < 1:
+            raise ValueError(f"rc.ema={ema}: a decay in [0, 1) is expected")
+        if alpha_max is not None and alpha_max < 1:
+            raise ValueError(f"rc.alpha_max={alpha_max}: at least 1 is expected, or null for no clamp")
+        self.ema = ema
+        self.alpha_max = alpha_max
+        self.alpha = 1.0
+        self.skipped = 0
+        self.clamped = 0
+        self._log_incentives: list[float] | None = None
+        self._log_norms: list[float] | None = None
+
+    def calibrate(self, logps: PairLogps) -> PairLogps:
+        """The same values, with gradients scaled by α on the chosen and 1/α on the rejected side."""
+        if logps.rejected is None:
+            raise ValueError("rc=on needs a rejected side; this objective has none: use rc=off")
+        means = logps.chosen_means
+        return logps.replace(
+            chosen=_scale_gradient(logps.chosen, self.alpha),
+            rejected=_scale_gradient(logps.rejected, 1 / self.alpha),
+            chosen_means=None if means is None else _scale_gradient(means, self.alpha),
+        )
+
+    def update(self, dynamics: Dynamics) -> None:
+        """Moves the averages by one batch and sets α for what comes next."""
+        incentives = [dynamics.incentive_chosen, dynamics.incentive_rejected]
+        norms = [dynamics.scores.norm_chosen, dynamics.scores.norm_rejected]
+        usable = [min(pair) > 0 and all(map(math.isfinite, pair)) for pair in (incentives, norms)]
+        if usable[0]:
+            self._log_incentives = self._average(self._log_incentives, incentives)
+        if usable[1]:
+            self._log_norms = self._average(self._log_norms, norms)
+        if not all(usable) or self._log_incentives is None or self._log_norms is None:
+            self.skipped += 1
+            return
+        self._set_alpha(self._log_incentives, self._log_norms)
+
+    def _average(self, old: list[float] | None, values: list[float]) -> list[float]:
+        logs = [math.log(value) for value in values]
+        if old is None:
+            return logs
+        return [self.ema * a + (1 - self.ema) * b for a, b in zip(old, logs, strict=True)]
+
+    def _set_alpha(self, incentives: list[float], norms: list[float]) -> None:
+        log_alpha = 0.5 * ((norms[1] - norms[0]) - (incentives[0] - incentives[1]))
+        limit = math.inf if self.alpha_max is None else math.log(self.alpha_max)
+        if abs(log_alpha) > limit:
+            self.clamped += 1
+            log_alpha = math.copysign(limit, log_alpha)
+        self.alpha = math.exp(log_alpha)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "alpha": self.alpha,
+            "skipped": self.skipped,
+            "clamped": self.clamped,
+            "log_incentives": self._log_incentives,
+            "log_norms": self._log_norms,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.alpha, self.skipped, self.clamped = state["alpha"], state["skipped"], state["clamped"]
+        self._log_incentives, self._log_norms = state["log_incentives"], state["log_norms"]
+
+
+def average_logs(dynamics: Dynamics | None, reduce: Reduce) -> Dynamics | None:
+    """One rank's dynamics → the geometric mean over the ranks that have any, so that all ranks agree.
+
+    For updates every micro-batch. A rank without pairs gives None; a non-positive statistic on any rank makes
+    it 0 for all, which the calibrator skips. The cosine is the plain mean.
+    """
+    values = [0.0] * 4 if dynamics is None else _four(dynamics)
+    logs = [math.log(value) if value > 0 else 0.0 for value in values]
+    bad = [0.0 if dynamics is None or value > 0 else 1.0 for value in values]
+    present = 0.0 if dynamics is None else 1.0
+    cosine = 0.0 if dynamics is None else dynamics.scores.cosine
+    total = reduce(torch.tensor([*logs, *bad, cosine, present], dtype=torch.float64)).tolist()
+    if not total[9]:
+        return None
+    means = [0.0 if total[4 + i] else math.exp(total[i] / total[9]) for i in range(4)]
+    return Dynamics(means[0], means[1], ScoreGeometry(means[2], means[3], total[8] / total[9]))
+
+
+def _four(dynamics: Dynamics) -> list[float]:
+    scores = dynamics.scores
+    return [
+        dynamics.incentive_chosen,
+        dynamics.incentive_rejected,
+        scores.norm_chosen,
+        scores.norm_rejected,
+    ]
+
+
+def _scale_gradient(z: Tensor, scale: float) -> Tensor:
+    """z in the forward pass, exactly; its gradient times `scale` (stop-gradient form of α z + (1−α) sg(z))."""
+    return _ScaledGradient.apply(z, scale)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None

@@ -1,0 +1,145 @@
+"""Score geometry: ‖s_w‖, ‖s_l‖ and cos(s_w, s_l), s = ∇_θ z, of the mean over a batch of pairs.
+
+`head`: θ is the output head, in closed form from what the forward pass already has. With final hidden states
+h_t, probabilities p_t and the weights c_t of the token log-probs in z, G = Σ_t c_t ((e_{y_t} − p_t) ⊙ f′) h_tᵀ and
+‖s‖ = ‖G‖_F. With tied embeddings it is the head's use of the matrix alone. `parameters`: θ is everything that is
+trained, by autograd; exact, for small models.
+
+Both are linear in the pairs, so sums over micro-batches and ranks are the scores of the global batch.
+
+Axes: N tokens, D hidden, V vocabulary, k sketch (k = V where it is exact), P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**25
+"""Logits alive at once (128 MiB in fp32): large enough for efficient products at any vocabulary."""
+
+
+class Sketch:
+    """CountSketch S (k, V) of the vocabulary axis, one signed 1 a column: token v goes to bucket v mod k.
+
+    E‖S G‖² = ‖G‖², inner products are unbiased, and S is linear, so sketches add up over micro-batches and
+    ranks (Charikar, Chen & Farach-Colton 2002). With `size` None or ≥ V it is the identity.
+    """
+
+    def __init__(self, vocabulary: int, size: int | None, seed: int = 0) -> None:
+        self.vocabulary = vocabulary
+        self.exact = size is None or size >= vocabulary
+        self.size = vocabulary if size is None or size >= vocabulary else size
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (vocabulary,), generator=generator).float() * 2 - 1
+        self._signs = torch.ones(vocabulary) if self.exact else signs
+
+    def signs(self, like: Tensor) -> Tensor:
+        """The signs (V,) on the device and in the dtype of `like`."""
+        if self._signs.device != like.device or self._signs.dtype != like.dtype:
+            self._signs = self._signs.to(like)
+        return self._signs
+
+    def scores(self, probabilities: Tensor, labels: Tensor, slope: Tensor | None) -> Tensor:
+        """S ((e_y − p) ⊙ slope) for each token: (N, V), (N,) → (N, k). Reads the softmax once."""
+        signs = self.signs(probabilities)
+        weighted = probabilities if slope is None else probabilities * slope
+        rows = torch.arange(len(labels), device=labels.device)
+        hit = signs[labels] if slope is None else signs[labels] * slope[rows, labels]
+        if self.exact:
+            scores = -weighted
+        else:
+            scores = probabilities.new_zeros(len(labels), self.size)
+            for start in range(0, self.vocabulary, self.size):
+                block = weighted[:, start : start + self.size]
+                scores[:, : block.shape[1]].addcmul_(block, signs[start : start + self.size], value=-1)
+        scores[rows, labels % self.size] += hit
+        return scores
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What a model does to W h beyond the product: logits = cap · tanh(scale · (W h + b) / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits (N, V) in fp32 or better and, with a cap, their derivative by the uncapped ones / scale."""
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is None:
+            return logits, None
+        squashed = torch.tanh(logits / self.softcap)
+        return squashed * self.softcap, 1 - squashed.square()
+
+
+@dataclass(frozen=True)
+class ScoreGeometry:
+    """Norms of the winner's and loser's scores and the cosine between them."""
+
+    norm_chosen: float
+    norm_rejected: float
+    cosine: float
+
+    @staticmethod
+    def of(scores: Tensor) -> ScoreGeometry:
+        """From stacked scores (2, …): chosen, rejected. The cosine of a zero score is 0."""
+        assert scores.shape[0] == 2, scores.shape
+        chosen, rejected = scores[0].reshape(-1, scores.shape[-1]), scores[1].reshape(-1, scores.shape[-1])
+        norms = [float(_inner(side, side)) ** 0.5 for side in (chosen, rejected)]
+        product = norms[0] * norms[1]
+        return ScoreGeometry(*norms, cosine=float(_inner(chosen, rejected)) / product if product else 0.0)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b).double().sum()
+
+
+def outer_scores(hidden: Tensor, scores: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ_t c_t q_t h_tᵀ: hidden (N, D), token scores q (N, k), c (N,) → (k, D)."""
+    weighted = hidden.detach().to(scores.dtype) * coefficients.to(scores.dtype)[:, None]
+    return scores.T @ weighted
+
+
+def head_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    sketch: Sketch | None = None,
+) -> Tensor:
+    """G = Σ_t c_t ((e_y − p) ⊙ f′) hᵀ of one side: the gradient of Σ_t c_t log p(y_t) by the head's weight.
+
+    hidden (N, D), weight (V, D), labels (N,), coefficients (N,) → (V, D), or the sketch S G (k, D).
+    """
+    head, sketch = shape or HeadShape(), sketch or Sketch(len(weight), None)
+    chunk = max(1, CHUNK_ELEMENTS // len(weight))
+    total = weight.new_zeros(
+        sketch.size, hidden.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
+    with torch.no_grad():
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            logits, slope = head.logits(hidden[part], weight, bias)
+            scores = sketch.scores(torch.softmax(logits, dim=-1), labels[part], slope) * head.scale
+            total += outer_scores(hidden[part], scores, coefficients[part])
+    return total
+
+
+def parameter_scores(chosen: Tensor, rejected: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """∇_θ of two scalars (sums of z over the pairs) over all parameters: (2, P). Keeps the graph."""
+    rows = []
+    for total in (chosen, rejected):
+        gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+        rows.append(torch.cat([gradient.reshape(-1) for gradient in filled]))
+    return torch.stack(rows)

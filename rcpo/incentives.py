@@ -1,0 +1,30 @@
+"""Incentives d_w = −∂L/∂z_w and d_l = +∂L/∂z_l (arXiv 2604.18239), by autodiff of the objective itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rcpo.objectives import Objective
+from rcpo.types import PairLogps
+
+
+def incentives(objective: Objective, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """(d_w, d_l), each (B,), of the sum of the losses; detached, whatever graph `logps` carries.
+
+    The chosen mean log-prob of `nll_coef` is a multiple of z_w and counts into d_w. d_l is 0 for an
+    objective without a rejected side.
+    """
+    with torch.enable_grad():
+        chosen = logps.chosen.detach().requires_grad_()
+        rejected = None if logps.rejected is None else logps.rejected.detach().requires_grad_()
+        leaves = logps.replace(chosen=chosen, rejected=rejected)
+        if objective.nll_coef:
+            slope = objective.mean_slope(logps)
+            offset = objective.chosen_means(logps).detach() - chosen.detach() * slope
+            leaves = leaves.replace(chosen_means=chosen * slope + offset)
+        inputs = [chosen] if rejected is None else [chosen, rejected]
+        gradients = torch.autograd.grad(objective(leaves).sum(), inputs, allow_unused=True)
+    d_w = torch.zeros_like(chosen) if gradients[0] is None else -gradients[0]
+    d_l = torch.zeros_like(chosen) if len(gradients) == 1 or gradients[1] is None else gradients[1]
+    return d_w.detach(), d_l.detach()

@@ -1,0 +1,162 @@
+"""Token log-probs straight from hidden states, a chunk of logits at a time, and their reductions to z.
+
+Only response positions reach the head, so N is the number of response tokens. The log-softmax runs in fp32 (in
+fp64 for fp64 inputs). Where all logits fit into one chunk their softmax is kept for the backward pass; else each
+chunk is computed again there, so never more than a chunk of logits is alive. The head geometry's sketch
+(`rcpo.geometry`) is read off the same softmax.
+
+Axes: N response tokens, S sequences, D hidden, V vocabulary, k sketch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcpo.geometry import CHUNK_ELEMENTS, HeadShape, Sketch
+from rcpo.types import PairLogps, TokenBatch
+
+
+class _FusedLogps(torch.autograd.Function):
+    """(N, D) hidden, (V, D) weight → (N,) log-probs and, given a sketch, (N, k) scores (no gradient)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        shape: HeadShape,
+        chunk: int,
+        sketch: Sketch | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        wants_gradient = any(ctx.needs_input_grad[:3])
+        keep = wants_gradient and len(labels) <= chunk
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        logps = torch.empty(len(labels), dtype=precision, device=hidden.device)
+        scores = None if sketch is None else logps.new_empty(len(labels), sketch.size)
+        kept: tuple[Tensor | None, Tensor | None] = (None, None)
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            logits, slope = shape.logits(hidden[part], weight, bias)
+            log_softmax = torch.log_softmax(logits, dim=-1)
+            del logits
+            logps[part] = log_softmax.gather(1, labels[part, None]).squeeze(1)
+            if keep or scores is not None:
+                probabilities = log_softmax.exp_()
+                if scores is not None and sketch is not None:
+                    scores[part] = sketch.scores(probabilities, labels[part], slope)
+                kept = (probabilities, slope) if keep else kept
+        if scores is not None:
+            if shape.scale != 1.0:
+                scores *= shape.scale
+            ctx.mark_non_differentiable(scores)
+        ctx.save_for_backward(hidden, weight, bias, labels, *kept)
+        ctx.shape, ctx.chunk = shape, chunk
+        return logps, scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, probabilities, slope = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        shape: HeadShape = ctx.shape
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias else None
+        for start in range(0, len(labels), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            softmax = probabilities
+            if softmax is None:
+                logits, slope = shape.logits(hidden[part], weight, bias)
+                softmax = torch.softmax(logits, dim=-1)
+                del logits
+            scaled = grad_logps[part, None] * shape.scale
+            grad_logits = softmax * -scaled
+            grad_logits.scatter_add_(1, labels[part, None], scaled)
+            if slope is not None:
+                grad_logits *= slope
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), hidden[part].to(grad_weight.dtype))
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    sketch: Sketch | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(label) of each token, (N,), and its sketched score S((e_y − p) ⊙ f′), (N, k), if asked for.
+
+    `hidden` (N, D) are the final hidden states that predict `labels` (N,) through the head `weight` (V, D).
+    Gradients flow to hidden, weight and bias; the scores carry none. `chunk` is in tokens.
+    """
+    assert hidden.shape == (len(labels), weight.shape[1]), (hidden.shape, labels.shape, weight.shape)
+    tokens = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    logps, scores = _FusedLogps.apply(hidden, weight, bias, labels, shape or HeadShape(), tokens, sketch)
+    return logps, scores
+
+
+def token_weights(logps: Tensor, sequences: Tensor, lengths: Tensor, reduction: str) -> Tensor:
+    """Weight of each token's log-prob in its sequence's z: (N,), (N,), (S,) → (N,) in fp64, no gradient.
+
+    sum: 1; mean: 1/length; importance: (1 − p) ÷ its sum over the sequence.
+    """
+    if reduction == "sum":
+        return torch.ones_like(logps, dtype=torch.float64)
+    if reduction == "mean":
+        return 1.0 / lengths.double()[sequences]
+    raw = -torch.expm1(logps.detach().double())
+    totals = raw.new_zeros(len(lengths)).index_add(0, sequences, raw)
+    return raw / totals.clamp(min=torch.finfo(torch.float64).tiny)[sequences]
+
+
+def sequence_logps(logps: Tensor, weights: Tensor, sequences: Tensor, count: int) -> Tensor:
+    """z of each sequence, the weighted sum of its token log-probs: (N,) → (S,) in fp64."""
+    return logps.new_zeros(count, dtype=torch.float64).index_add(0, sequences, logps.double() * weights)
+
+
+def pair_logps(batch: TokenBatch, logps: Tensor, weights: Tensor, ref_logps: Tensor | None) -> PairLogps:
+    """The B pairs of a batch from the log-probs of its response tokens, in the reduction of `weights`.
+
+    `ref_logps` (N,), the reference's log-probs of the same tokens, is reduced with the same weights.
+    """
+    sides = batch.sides
+    count = sides * batch.num_pairs
+    z = sequence_logps(logps, weights, batch.sequences, count).view(sides, -1)
+    lengths = batch.lengths.view(sides, -1)
+    means = sequence_logps(logps, 1.0 / batch.lengths.double()[batch.sequences], batch.sequences, count)
+    ref = (
+        None
+        if ref_logps is None
+        else sequence_logps(ref_logps, weights, batch.sequences, count).view(sides, -1)
+    )
+    return PairLogps(
+        chosen=z[0],
+        rejected=z[1] if sides > 1 else None,
+        ref_chosen=None if ref is None else ref[0],
+        ref_rejected=ref[1] if ref is not None and sides > 1 else None,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1] if sides > 1 else None,
+        chosen_means=means.view(sides, -1)[0],
+        kl_chosen=z[2] if sides > 2 else None,
+        ref_kl_chosen=ref[2] if ref is not None and sides > 2 else None,
+    )
