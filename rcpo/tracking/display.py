@@ -1,0 +1,150 @@
+"""The terminal view of a run: a live bar on a terminal, thinned plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rcpo.tracking.jsonl import Scalar
+
+PLAIN_LINES = 20  # a whole run fits on one screen of a log file
+PLAIN_SECONDS = 60.0  # but a slow run still shows that it is alive
+WINNER_KEYS = ("logratios/chosen", "logps/chosen")
+LOSER_KEYS = ("logratios/rejected", "logps/rejected")
+
+
+class Display(Protocol):
+    """Where a run speaks to the person who started it."""
+
+    def row(self, step: int, row: Mapping[str, Scalar]) -> None:
+        """Show a logged step."""
+
+    def message(self, text: str) -> None:
+        """Show a line of text, whatever the progress."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+
+
+def open_display(console: Console, total_steps: int, first_step: int) -> Display:
+    """The live view on a terminal that can redraw, plain lines elsewhere; `first_step` steps are done."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveDisplay(console, total_steps, first_step)
+    return PlainDisplay(console, total_steps, first_step)
+
+
+class LiveDisplay:
+    """A bar that redraws itself: step, loss, margin, α, tokens a second, time left."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, figures="")
+        self._progress.start()
+
+    def row(self, step: int, row: Mapping[str, Scalar]) -> None:
+        alpha = "alpha" if self._console.options.ascii_only else "α"
+        self._progress.update(self._task, completed=step, figures="  ".join(_figures(row, alpha, width=0)))
+
+    def message(self, text: str) -> None:
+        _print(self._progress.console, text)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class PlainDisplay:
+    """About `PLAIN_LINES` aligned lines a run, and one a minute where steps are slow."""
+
+    def __init__(
+        self, console: Console, total_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console
+        self._total = total_steps
+        self._stride = nice_stride(total_steps, PLAIN_LINES)
+        self._clock = clock
+        self._first_step, self._started = first_step, clock()
+        self._last_step, self._last_time = None, clock()  # type: int | None, float
+
+    def row(self, step: int, row: Mapping[str, Scalar]) -> None:
+        if not self._is_due(step):
+            return
+        self._last_step, self._last_time = step, self._clock()
+        width = len(str(self._total))
+        figures = "  ".join(_figures(row, "alpha", width=9))
+        _print(self._console, f"step {step:>{width}}/{self._total}  {figures}  {self._time_left(step)}")
+
+    def _is_due(self, step: int) -> bool:
+        if self._last_step is None or step >= self._total:
+            return True
+        crossed = step // self._stride > self._last_step // self._stride
+        return crossed or self._clock() - self._last_time >= PLAIN_SECONDS
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        if done <= 0:
+            return ""
+        seconds = round((self._clock() - self._started) / done * (self._total - step))
+        hours, rest = divmod(seconds, 3600)
+        clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+        return f"{clock:>7} left"
+
+    def message(self, text: str) -> None:
+        _print(self._console, text)
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+
+def nice_stride(total: int, lines: int) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, … that cuts `total` steps into at most `lines` parts."""
+    stride, factors = 1, (2, 5, 10)
+    while True:
+        for step in (stride, *(stride * factor for factor in factors[:2])):
+            if step * lines >= total:
+                return step
+        stride *= factors[2]
+
+
+def _figures(row: Mapping[str, Scalar], alpha: str, width: int) -> list[str]:
+    """`name value` for the figures that the row has; values are right-aligned to `width`."""
+    shown = [
+        ("loss", _first(row, "loss"), "{:.4f}"),
+        ("margin", _first(row, "rewards/margins"), "{:+.4f}"),
+        ("winner", _first(row, *WINNER_KEYS), "{:+.3f}"),
+        ("loser", _first(row, *LOSER_KEYS), "{:+.3f}"),
+        (alpha, _first(row, "rc/alpha"), "{:.3f}"),
+    ]
+    figures = [f"{name} {form.format(value):>{width}}" for name, value, form in shown if value is not None]
+    speed = _first(row, "tokens_per_second")
+    return figures if speed is None else [*figures, f"{_compact(speed):>{min(width, 6)}} tok/s"]
+
+
+def _first(row: Mapping[str, Scalar], *keys: str) -> Scalar:
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _compact(value: float) -> str:
+    """A number in four characters or so: 853, 12.4k, 1.3M."""
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def _print(console: Console, text: str) -> None:
+    """Print text as it is: no markup, no colours, no wrapping, and `?` for what the console cannot encode."""
+    safe = text.encode(console.encoding, "replace").decode(console.encoding)
+    console.print(safe, markup=False, highlight=False, emoji=False, soft_wrap=True)

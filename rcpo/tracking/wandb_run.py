@@ -1,0 +1,68 @@
+"""The one importer of wandb: a run whose id lives in the run folder and so survives resume and requeue."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, cast
+
+from rcpo.config import ConfigError, RunConfig, to_container
+from rcpo.tracking.jsonl import Scalar
+
+ID_FILE = "wandb_id.txt"
+
+
+def stored_id(run_dir: Path) -> str:
+    """The run's wandb id, made at the first call and read back at every later one."""
+    path = run_dir / ID_FILE
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    identity = secrets.token_hex(4)
+    path.write_text(identity + "\n", encoding="utf-8")
+    return identity
+
+
+class WandbRun:
+    """A wandb run, online or offline, with its files under the run folder.
+
+    Rows carry their own `step`, declared as the x axis of every metric: wandb's internal counter only ever
+    grows and would drop the steps that a resumed run takes again. Raises ConfigError where wandb cannot
+    start.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        import wandb  # half a second, and a service process: only where the user wants it
+
+        settings = wandb.Settings(console="off", silent=True)  # the terminal belongs to the display
+        try:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                mode=cast(Literal["online", "offline"], config.wandb.mode),
+                id=stored_id(run_dir),
+                resume="allow",
+                dir=run_dir,
+                config=to_container(config),
+                settings=settings,
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb.mode={config.wandb.mode}: wandb could not start: {error}. "
+                "Run `wandb login`, or use wandb.mode=offline or wandb.mode=disabled"
+            ) from error
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, row: Mapping[str, Scalar]) -> None:
+        """Send a row; a null is left out, a bool becomes 0 or 1 so that wandb can draw it."""
+        self._run.log(
+            {
+                key: int(value) if isinstance(value, bool) else value
+                for key, value in row.items()
+                if value is not None
+            }
+        )
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run; wandb shows it as failed for a code other than 0."""
+        self._run.finish(exit_code=exit_code)
