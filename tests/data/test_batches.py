@@ -1,0 +1,63 @@
+"""Global batches and their split over ranks."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcpo.data.batches import FILLER, GlobalBatches, split
+
+
+def test_the_last_batch_of_an_epoch_is_short() -> None:
+    batches = GlobalBatches(10, 4, seed=3)
+    assert batches.steps_per_epoch == 3
+    assert [len(batches.indices(step)) for step in range(6)] == [4, 4, 2, 4, 4, 2]
+    assert [batches.epoch(step) for step in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert [batches.examples_seen(steps) for steps in range(5)] == [0, 4, 8, 10, 14]
+
+
+@given(n=st.integers(1, 60), size=st.integers(1, 70), seed=st.integers(0, 2**31), epoch=st.integers(0, 4))
+def test_every_epoch_is_a_permutation(n: int, size: int, seed: int, epoch: int) -> None:
+    batches = GlobalBatches(n, size, seed)
+    first = epoch * batches.steps_per_epoch
+    seen = [index for step in range(first, first + batches.steps_per_epoch) for index in batches.indices(step)]
+    assert sorted(seen) == list(range(n))
+
+
+@given(steps=st.lists(st.integers(0, 40), min_size=1, max_size=10))
+def test_a_step_is_the_same_in_any_order_of_asking(steps: list[int]) -> None:
+    straight = [GlobalBatches(23, 5, 7).indices(step) for step in steps]
+    wandering = GlobalBatches(23, 5, 7)
+    assert [wandering.indices(step) for step in steps] == straight
+
+
+def test_epochs_and_seeds_differ() -> None:
+    batches = GlobalBatches(100, 100, seed=1)
+    assert batches.indices(0) != batches.indices(1)
+    assert batches.indices(0) != GlobalBatches(100, 100, seed=2).indices(0)
+
+
+@pytest.mark.parametrize("arguments", [(0, 4, 1), (4, 0, 1), (4, 4, -1)])
+def test_impossible_sizes_are_refused(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        GlobalBatches(*arguments)
+
+
+def test_split_by_hand() -> None:
+    batch = [5, 9, 2, 7, 1]
+    assert split(batch, 0, 1, 2) == [[5, 9], [2, 7], [1, FILLER]]
+    assert [split(batch, rank, 2, 2) for rank in range(2)] == [[[5, 9], [2, 7]], [[1, -1], [-1, -1]]]
+    assert [split(batch, rank, 3, 2) for rank in range(3)] == [[[5, 9]], [[2, 7]], [[1, -1]]]
+    assert batch == [5, 9, 2, 7, 1]
+
+
+@given(
+    batch=st.lists(st.integers(0, 1000), min_size=1, max_size=40), world=st.integers(1, 6), micro=st.integers(1, 9)
+)
+def test_every_split_gives_the_same_batch_in_the_same_order(batch: list[int], world: int, micro: int) -> None:
+    ranks = [split(batch, rank, world, micro) for rank in range(world)]
+    assert len({len(pieces) for pieces in ranks}) == 1
+    assert all(len(piece) == micro for pieces in ranks for piece in pieces)
+    joined = [index for pieces in ranks for piece in pieces for index in piece]
+    assert joined[: len(batch)] == batch
+    assert set(joined[len(batch) :]) <= {FILLER}
+    assert len(joined) - len(batch) < world * micro

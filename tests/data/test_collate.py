@@ -1,0 +1,95 @@
+"""Rows, masks and flat indices of a batch."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcpo.data.collate import collate, collate_indices
+from rcpo.data.records import Example
+from rcpo.data.store import PairDataset
+
+A = Example("a", [1, 2, 3], [10, 11], [20])
+B = Example("b", [4], [12], [21, 22, 23, 24])
+PAD = 0
+
+
+def test_two_pairs_by_hand() -> None:
+    batch = collate([A, B], PAD, indices=[7, 3])
+    assert batch.input_ids.tolist() == [  # chosen of a and b, then rejected of a and b; L = 5
+        [1, 2, 3, 10, 11],
+        [4, 12, 0, 0, 0],
+        [1, 2, 3, 20, 0],
+        [4, 21, 22, 23, 24],
+    ]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
+    # r * L + position - 1: row 0 predicts its tokens at 3 and 4 from 2 and 3; row 1 its token at 1 from 0; …
+    assert batch.predictors.tolist() == [2, 3, 5, 12, 15, 16, 17, 18]
+    assert batch.labels.tolist() == [10, 11, 12, 20, 21, 22, 23, 24]
+    assert batch.sequences.tolist() == [0, 0, 1, 2, 3, 3, 3, 3]
+    assert batch.lengths.tolist() == [2, 1, 1, 4]
+    assert batch.weights.tolist() == [1.0, 1.0]
+    assert batch.indices.tolist() == [7, 3]
+    assert batch.example_ids == ["a", "b"]
+    assert (batch.sides, batch.num_pairs, batch.num_tokens) == (2, 2, 16)
+    integers = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.predictors, batch.labels)
+    assert {tensor.dtype for tensor in (*integers, batch.sequences, batch.lengths)} == {torch.long}
+
+
+def test_one_side_leaves_the_rejected_out() -> None:
+    batch = collate([A, Example("c", [5], [6], [])], PAD, sides=1)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11], [5, 6, 0, 0, 0]]
+    assert batch.lengths.tolist() == [2, 1]
+    assert batch.sides == 1
+
+
+def test_mismatched_completions_follow_the_prompt_of_their_pair() -> None:
+    batch = collate_indices(PairDataset([A, B]), [0, 1], PAD, sides=3)
+    assert batch.input_ids[4:].tolist() == [[1, 2, 3, 12, 0], [4, 10, 11, 0, 0]]
+    assert batch.sequences.tolist()[-3:] == [4, 5, 5]
+    assert batch.lengths.tolist() == [2, 1, 1, 4, 1, 2]
+
+
+def test_a_mismatched_completion_is_cut_to_the_limit() -> None:
+    dataset = PairDataset([A, B, Example("c", [1, 1, 1, 1], [7], [8])], max_length=5)
+    assert dataset.mismatched(1) == [7]  # 1 + 1 tokens
+    assert dataset.mismatched(2) == [10]  # 4 tokens of prompt leave one of the two
+
+
+def test_a_filler_carries_example_0_with_weight_0() -> None:
+    batch = collate_indices(PairDataset([A, B]), [1, -1], PAD)
+    assert batch.weights.tolist() == [1.0, 0.0]
+    assert batch.indices.tolist() == [1, -1]
+    assert batch.input_ids[1].tolist() == [1, 2, 3, 10, 11]
+
+
+def test_empty_parts_are_refused() -> None:
+    for example in (Example("x", [], [1], [2]), Example("x", [1], [], [2]), Example("x", [1], [2], [])):
+        with pytest.raises(ValueError, match="empty prompt or response"):
+            collate([example], PAD)
+
+
+@pytest.mark.parametrize(("sides", "mismatched"), [(0, None), (3, None), (2, [[1], [2]]), (4, None)])
+def test_sides_that_make_no_sense_are_refused(sides: int, mismatched: list[list[int]] | None) -> None:
+    with pytest.raises(ValueError, match="sides="):
+        collate([A, B], PAD, sides=sides, mismatched=mismatched)
+
+
+tokens = st.lists(st.integers(0, 99), min_size=1, max_size=9)
+examples = st.lists(st.builds(Example, st.just("x"), tokens, tokens, tokens), min_size=1, max_size=6)
+
+
+@given(pairs=examples)
+def test_masks_cover_exactly_the_responses(pairs: list[Example]) -> None:
+    batch = collate(pairs, PAD)
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    flat = batch.input_ids.flatten()
+    for number, response in enumerate(responses):
+        own = batch.sequences == number
+        assert batch.labels[own].tolist() == response
+        assert flat[batch.predictors[own] + 1].tolist() == response
+        assert set((batch.predictors[own] // batch.input_ids.shape[1]).tolist()) == {number}
+        prompt = pairs[number % len(pairs)].prompt
+        assert int(batch.predictors[own][0]) % batch.input_ids.shape[1] == len(prompt) - 1
+        assert int(batch.attention_mask[number].sum()) == len(prompt) + len(response)
