@@ -28,13 +28,15 @@ def collate(
     weights: Sequence[float] | None = None,
     mismatched: Sequence[list[int]] | None = None,
 ) -> TokenBatch:
-    """B examples as rows: all chosen, then (`sides` ≥ 2) all rejected, then (`sides` = 3) all mismatched ones.
+    """B examples as rows: all chosen, with `sides` ≥ 2 then all rejected, with 3 then all mismatched ones.
 
-    `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers and
-    1 for the others. `mismatched` are B completions, scored after these examples' prompts.
+    `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers
+    and 1 for the others. `mismatched` are B completions, scored after these examples' prompts.
     """
     if sides not in (1, 2, 3) or (sides == 3) != (mismatched is not None):
-        raise ValueError(f"sides={sides}: 1 (chosen), 2 (and rejected) or 3 (and mismatched, which must be given)")
+        raise ValueError(
+            f"sides={sides}: 1 (chosen), 2 (and rejected) or 3 (and mismatched, which must be given)"
+        )
     positions = list(range(len(examples))) if indices is None else list(indices)
     if weights is None:
         weights = [float(position != FILLER) for position in positions]
@@ -54,7 +56,9 @@ def collate(
     )
 
 
-def collate_indices(dataset: PairDataset, indices: Sequence[int], pad_id: int, *, sides: int = 2) -> TokenBatch:
+def collate_indices(
+    dataset: PairDataset, indices: Sequence[int], pad_id: int, *, sides: int = 2
+) -> TokenBatch:
     """The examples at these positions as a batch; a filler (−1) carries example 0's tokens with weight 0."""
     positions = [max(index, 0) for index in indices]
     mismatched = [dataset.mismatched(position) for position in positions] if sides == 3 else None
@@ -67,7 +71,9 @@ def _pad(rows: list[Row], pad_id: int) -> dict[str, torch.Tensor]:
     prompts = np.array([len(prompt) for prompt, _ in rows])
     lengths = np.array([len(response) for _, response in rows])
     if prompts.min() < 1 or lengths.min() < 1:
-        raise ValueError("a row has an empty prompt or response: nothing would predict it, or nothing is learned")
+        raise ValueError(
+            "a row has an empty prompt or response: nothing would predict it, or nothing is learned"
+        )
     totals = prompts + lengths
     columns = np.arange(totals.max())  # (L,)
     real = columns < totals[:, None]  # (R, L)

@@ -17,7 +17,7 @@ class TextPair:
 
 @dataclass(frozen=True)
 class Example:
-    """One preference pair as token ids; `rejected` is empty where the data has one response a prompt (sft)."""
+    """One preference pair as token ids; `rejected` is empty where a prompt has one response (sft)."""
 
     id: str
     prompt: list[int]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 class DataReport:
     """Counts of one `load_datasets`.
 
-    `dropped` and `examples` map a reason to how many pairs it cost and to one place (`file:line`) where it happened.
+    `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
     """
 
     source: str
@@ -43,7 +43,9 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The counts as sentences for a person."""
-        told = [f"{self.source}: {self.read} pairs read, {self.train} to train on, {self.evaluation} held out"]
+        told = [
+            f"{self.source}: {self.read} pairs read, {self.train} to train on, {self.evaluation} held out"
+        ]
         total = sum(self.dropped.values())
         if total:
             told.append(f"{total} pairs dropped:")
@@ -55,5 +57,7 @@ class DataReport:
                 f"{self.truncated_responses} responses at their end (data.max_length)"
             )
         if self.shared_prompts:
-            told.append(f"warning: {self.shared_prompts} held-out pairs have a prompt that is also trained on")
+            told.append(
+                f"warning: {self.shared_prompts} held-out pairs have a prompt that is also trained on"
+            )
         return told

@@ -16,8 +16,8 @@ from rcpo.data.records import Example
 class PairDataset(Sequence[Example]):
     """n tokenised pairs: `tokens` (T,) int32 and `offsets` (3n + 1,) int64, parts prompt, chosen, rejected.
 
-    `max_length` bounds the tokens of prompt and completion, for the mismatched completions that are put together
-    here; None is no bound.
+    `max_length` bounds the tokens of prompt and completion, for the mismatched completions that are put
+    together here; None is no bound.
     """
 
     def __init__(self, examples: Iterable[Example], max_length: int | None = None) -> None:
@@ -53,10 +53,10 @@ class PairDataset(Sequence[Example]):
         return (self[index] for index in range(len(self)))
 
     def mismatched(self, index: int) -> list[int]:
-        """The completion that is scored after example `index`'s prompt for kto: the next example's chosen one.
+        """What kto scores after example `index`'s prompt: the next example's chosen response.
 
-        The partner is fixed, so that its reference log-probs can be cached and one pair a micro-batch suffices.
-        It is cut to what `max_length` leaves after the prompt.
+        The partner is fixed, so that its reference log-probs can be cached and one pair a micro-batch is
+        enough. It is cut to what `max_length` leaves after the prompt.
         """
         completion = self._part(3 * ((index + 1) % len(self)) + 1)
         if self.max_length is None:

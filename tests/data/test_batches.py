@@ -19,7 +19,9 @@ def test_the_last_batch_of_an_epoch_is_short() -> None:
 def test_every_epoch_is_a_permutation(n: int, size: int, seed: int, epoch: int) -> None:
     batches = GlobalBatches(n, size, seed)
     first = epoch * batches.steps_per_epoch
-    seen = [index for step in range(first, first + batches.steps_per_epoch) for index in batches.indices(step)]
+    seen = [
+        index for step in range(first, first + batches.steps_per_epoch) for index in batches.indices(step)
+    ]
     assert sorted(seen) == list(range(n))
 
 
@@ -51,7 +53,9 @@ def test_split_by_hand() -> None:
 
 
 @given(
-    batch=st.lists(st.integers(0, 1000), min_size=1, max_size=40), world=st.integers(1, 6), micro=st.integers(1, 9)
+    batch=st.lists(st.integers(0, 1000), min_size=1, max_size=40),
+    world=st.integers(1, 6),
+    micro=st.integers(1, 9),
 )
 def test_every_split_gives_the_same_batch_in_the_same_order(batch: list[int], world: int, micro: int) -> None:
     ranks = [split(batch, rank, world, micro) for rank in range(world)]

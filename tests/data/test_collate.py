@@ -22,7 +22,12 @@ def test_two_pairs_by_hand() -> None:
         [1, 2, 3, 20, 0],
         [4, 21, 22, 23, 24],
     ]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert batch.attention_mask.tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
     # r * L + position - 1: row 0 predicts its tokens at 3 and 4 from 2 and 3; row 1 its token at 1 from 0; …
     assert batch.predictors.tolist() == [2, 3, 5, 12, 15, 16, 17, 18]

@@ -1,0 +1,86 @@
+"""The embedded task: two-digit sums, "12+34=", answered in one of six phrasings, chosen right and rejected wrong.
+
+Right and wrong differ in the number alone, which is why a policy's accuracy shows whether the winner survived.
+A prompt is held out by a hash of its two numbers and nothing else, so a model trained on this task's training
+prompts has never seen a held-out one, whatever seeds and sizes it was trained with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+
+from rcpo.data.records import TextPair
+
+PHRASINGS = ("{}", "= {}", "it is {}", "that is {}", "the sum is {}", "the answer is {}")
+SMALLEST, LARGEST = 10, 99
+_HELD_OUT_SHARE = 8  # one prompt in eight
+_PROMPT = re.compile(r"([1-9][0-9])\+([1-9][0-9])=")
+_ANSWERS = re.compile(
+    "|".join(re.escape(phrasing).replace(r"\{\}", "([1-9][0-9]*)") for phrasing in PHRASINGS)
+)
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether a + b (and so b + a) belongs to the held-out split."""
+    digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
+
+
+def prompts(held_out: bool) -> list[tuple[int, int]]:
+    """All operands of one split, in ascending order."""
+    numbers = range(SMALLEST, LARGEST + 1)
+    return [(a, b) for a in numbers for b in numbers if is_held_out(a, b) == held_out]
+
+
+def make_pairs(count: int, seed: int, *, held_out: bool) -> list[TextPair]:
+    """`count` pairs of one split, the same for the same seed.
+
+    Prompts come in a random order without repetition until all of the split have been used, then again with
+    other phrasings and errors.
+    """
+    split = "heldout" if held_out else "train"
+    generator = random.Random(f"rcpo sums {split} {seed}")
+    operands = _endless(prompts(held_out), generator)
+    return [
+        _make_pair(f"sums-{split}-{seed}-{number}", *next(operands), generator) for number in range(count)
+    ]
+
+
+def answer_is_correct(prompt: str, text: str) -> bool:
+    """Whether `text` is one of the phrasings with exactly the sum that `prompt` asks for.
+
+    White space around the answer does not matter; anything else that is not one of the phrasings is wrong.
+    Raises ValueError for a prompt that is not one of this task's.
+    """
+    question = _PROMPT.fullmatch(prompt)
+    if question is None:
+        raise ValueError(f"{prompt!r} is not a two-digit sum such as '12+34='")
+    answer = _ANSWERS.fullmatch(text.strip())
+    if answer is None:
+        return False
+    number = next(group for group in answer.groups() if group is not None)
+    return number == str(int(question[1]) + int(question[2]))
+
+
+def wrong_sums(a: int, b: int) -> list[int]:
+    """Plausible wrong results: off by one or ten, neighbouring digits swapped, the carry forgotten."""
+    right = a + b
+    digits = str(right)
+    swapped = [int(digits[:i] + digits[i + 1] + digits[i] + digits[i + 2 :]) for i in range(len(digits) - 1)]
+    without_carry = 10 * (a // 10 + b // 10) + (a + b) % 10
+    candidates = {right - 1, right + 1, right - 10, right + 10, without_carry, *swapped}
+    return sorted(number for number in candidates - {right} if number >= SMALLEST)
+
+
+def _make_pair(name: str, a: int, b: int, generator: random.Random) -> TextPair:
+    chosen = generator.choice(PHRASINGS).format(a + b)
+    rejected = generator.choice(PHRASINGS).format(generator.choice(wrong_sums(a, b)))
+    return TextPair(name, f"{a}+{b}=", chosen, rejected)
+
+
+def _endless(operands: list[tuple[int, int]], generator: random.Random) -> Iterator[tuple[int, int]]:
+    while True:
+        yield from generator.sample(operands, len(operands))
