@@ -11,9 +11,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from rcpo.config.schema import ConfigError, ObjectiveConfig, RunConfig
-from rcpo.config.validation import nearest, validate
+from rcpo.config.validation import unknown_key, validate
 
 _OBJECTIVE_KEYS = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"hyperparameters"}
+# merged into, so it must not bring the default objective's hyper-parameters along
+_EMPTY = RunConfig(objective=ObjectiveConfig(hyperparameters={}))
 
 
 def parse(cfg: DictConfig) -> RunConfig:
@@ -22,6 +24,13 @@ def parse(cfg: DictConfig) -> RunConfig:
     Raises ConfigError with the key, the value and a remedy for unknown keys, missing or unresolvable values,
     wrong types, values out of range and files that do not exist.
     """
+    config = structure(cfg)
+    validate(config)
+    return config
+
+
+def structure(cfg: DictConfig) -> RunConfig:
+    """The dataclasses of a composed configuration with its keys and types checked, ranges and files not."""
     try:
         tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -29,12 +38,11 @@ def parse(cfg: DictConfig) -> RunConfig:
     assert isinstance(tree, dict)
     _refuse_unknown(tree)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), _fold_hyperparameters(tree))
+        merged = OmegaConf.merge(OmegaConf.structured(_EMPTY), _fold_hyperparameters(tree))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error)) from error
     assert isinstance(config, RunConfig)
-    validate(config)
     return config
 
 
@@ -76,7 +84,7 @@ def describe(error: OmegaConfBaseException) -> str:
         key = key.replace("hyperparameters.", "", 1)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value; give one: {key}=VALUE"
-    return f"{key}: {reason}" if key and not reason.startswith(key) else reason
+    return f"{key}: {reason}" if key else reason
 
 
 def known_keys() -> list[str]:
@@ -95,14 +103,14 @@ def _refuse_unknown(tree: dict[Any, Any]) -> None:
     nodes = {key.split(".")[0] for key in known if "." in key}
     for name, value in tree.items():
         if name not in known:
-            raise ConfigError(f"unknown key {name}; {nearest(str(name), known)}")
+            raise ConfigError(unknown_key(str(name), known))
         if name in nodes and not isinstance(value, dict):
-            raise ConfigError(f"{name}={value} is not a mapping; set one of its keys, {name}.KEY=VALUE")
+            raise ConfigError(f"{name}={value}: {name} holds keys, not a value; set them one by one, {name}.KEY=VALUE")
         if name not in nodes or name == "objective":
             continue
         for leaf in value:
             if f"{name}.{leaf}" not in known:
-                raise ConfigError(f"unknown key {name}.{leaf}; {nearest(f'{name}.{leaf}', known)}")
+                raise ConfigError(unknown_key(f"{name}.{leaf}", known))
 
 
 def _fold_hyperparameters(tree: dict[Any, Any]) -> dict[Any, Any]:

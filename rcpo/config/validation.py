@@ -78,12 +78,28 @@ Range = tuple[float, float, bool, bool]
 def nearest(name: str, known: Iterable[str], limit: int = 12) -> str:
     """A hint that ends an error message: the name probably meant, or the first `limit` that exist."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
     if not names:
         return "there are none"
     return f"there are: {', '.join(names[:limit])}{', …' if len(names) > limit else ''}"
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The message for a key that does not exist: the same leaf elsewhere, else the nearest of its siblings."""
+    names = sorted(known)
+    parent, _, leaf = key.rpartition(".")
+    elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"unknown key {key}; did you mean {' or '.join(elsewhere[:3])}?"
+    prefix = f"{parent}." if parent else ""
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
+    if siblings:
+        near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"{parent or 'there'} has: {', '.join(siblings)}"
+        return f"unknown key {key}; {hint if parent or near else nearest(key, siblings, limit=40)}"
+    return f"unknown key {key}; {nearest(key, (name for name in names if '.' not in name), limit=40)}"
 
 
 def validate(config: RunConfig) -> None:
