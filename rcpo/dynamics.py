@@ -1,0 +1,88 @@
+"""What a step measures of its own dynamics, and the calibration that follows from it.
+
+One code path for both update modes. `step`: the statistics of the global batch are reduced once per optimizer
+step and set α for the next. `microbatch` (the published way): each micro-batch's statistics, averaged over the
+ranks, set the α that the same micro-batch uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rcpo import distributed
+from rcpo.calibration import Dynamics, DynamicsMeter, RewardCalibrator, average_logs
+from rcpo.config import RunConfig
+from rcpo.engine import Engine
+from rcpo.geometry import Sketch
+from rcpo.incentives import incentives
+from rcpo.objectives import Objective
+from rcpo.scoring import Scored
+from rcpo.types import PairLogps
+
+
+class StepDynamics:
+    """Measures each step's dynamics and, with `rc=on`, calibrates its log-probs."""
+
+    def __init__(self, config: RunConfig, objective: Objective, engine: Engine) -> None:
+        rc = config.rc
+        self.objective = objective
+        self.engine = engine
+        self.enabled = objective.needs_rejected
+        self.every = 1 if rc.enabled else config.dynamics.every
+        self.by_microbatch = rc.enabled and rc.update == "microbatch"
+        self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max) if rc.enabled else None
+        head = rc.geometry == "head"
+        self._sketch = Sketch(engine.policy.vocabulary, rc.sketch, rc.sketch_seed) if head else None
+        self._meter = DynamicsMeter()
+        self._measuring = False
+
+    def begin(self, step: int) -> None:
+        """Starts a step, counted from 1."""
+        self._measuring = self.enabled and (step - 1) % self.every == 0
+
+    @property
+    def sketch(self) -> Sketch | None:
+        """What the forward pass has to sketch in this step."""
+        return self._sketch if self._measuring else None
+
+    def __call__(self, scored: Scored) -> PairLogps:
+        """Observes a micro-batch; returns the log-probs that the loss is to use."""
+        if self._measuring:
+            self._observe(scored)
+        return scored.pairs if self.calibrator is None else self.calibrator.calibrate(scored.pairs)
+
+    def _observe(self, scored: Scored) -> None:
+        local: Dynamics | None = None
+        if scored.count:
+            by_head = self._sketch is not None
+            scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
+            d = incentives(self.objective, scored.pairs)
+            self._meter.observe(d, scores)
+            if self.by_microbatch:
+                alone = DynamicsMeter()
+                alone.observe(d, scores.clone())
+                local = alone.collect()
+        if self.by_microbatch and self.calibrator is not None:
+            common = average_logs(local, distributed.reduce_sum)
+            if common is not None:
+                self.calibrator.update(common)
+
+    def end(self) -> dict[str, Any]:
+        """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
+        if not self._measuring:
+            return {}
+        dynamics = self._meter.collect(distributed.reduce_sum)
+        metrics = dynamics.metrics()
+        if self.calibrator is None:
+            return metrics
+        alpha, ratio, band = self.calibrator.alpha, dynamics.incentive_ratio, dynamics.band
+        if not self.by_microbatch:
+            self.calibrator.update(dynamics)
+        calibrated = None if ratio is None else alpha**2 * ratio
+        return metrics | {
+            "rc/alpha": alpha,
+            "rc/calibrated_ratio": calibrated,
+            "rc/in_band": calibrated in band if band is not None and calibrated is not None else None,
+            "rc/skipped": self.calibrator.skipped,
+            "rc/clamped": self.calibrator.clamped,
+        }

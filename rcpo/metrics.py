@@ -1,0 +1,73 @@
+"""Sums and counts of an optimizer step, over micro-batches and ranks; every logged mean is their quotient."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rcpo.objectives import Objective
+from rcpo.types import PairLogps
+
+NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+
+
+def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
+    """The per-pair values (B,) behind the logged means; only those that the objective and reference define."""
+    with torch.no_grad():
+        chosen, rejected = objective.rewards(pairs)
+        values = {"rewards/chosen": chosen, "logps/chosen": pairs.chosen}
+        if rejected is not None:
+            values |= {"rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+            values["rewards/accuracies"] = (chosen > rejected).double()
+            values["logps/rejected"] = pairs.losers
+        if pairs.ref_chosen is not None:
+            values["logratios/chosen"] = pairs.chosen_logratios
+        if pairs.ref_rejected is not None:
+            values["logratios/rejected"] = pairs.rejected_logratios
+    return values
+
+
+class StepSums:
+    """Adds up a rank's micro-batches; `means` reduces once over all ranks."""
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(("loss", "real_tokens", "slots", "pairs", *NAMES), 0.0)
+        self._present: set[str] = set()
+
+    def add(self, losses: Tensor, values: dict[str, Tensor], tokens: int, slots: int) -> None:
+        """`losses` (B,) already weighted and normalised by the global batch; `slots` counts padding too."""
+        self._sums["loss"] += float(losses.detach().double().sum())
+        self._sums["real_tokens"] += tokens
+        self._sums["slots"] += slots
+        self._sums["pairs"] += len(losses)
+        for name, value in values.items():
+            self._present.add(name)
+            self._sums[name] += float(value.double().sum())
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The loss, the mean of each name that the objective defines, `pairs` and `real_tokens` in total."""
+        total = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
+        sums = dict(zip(self._sums, total.tolist(), strict=True))
+        means = {name: sums[name] / sums["pairs"] for name in NAMES if name in self._present}
+        return {"loss": sums["loss"], "pairs": sums["pairs"], "real_tokens": sums["real_tokens"], **means}
+
+
+def peak_memory() -> int:
+    """Bytes at this process's peak: of the accelerator where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

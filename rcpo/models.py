@@ -1,0 +1,136 @@
+"""The policy: a causal language model of transformers, its tokenizer, and the fused way to its log-probs.
+
+Axes: R rows, L row length, N response tokens, D hidden, V vocabulary, k sketch.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rcpo.config import ConfigError, ModelConfig
+from rcpo.geometry import HeadShape, Sketch
+from rcpo.logps import token_logps
+from rcpo.types import TokenBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def model_path(config: ModelConfig) -> str:
+    """The folder of a model in the hub's format: the packaged one, or the user's."""
+    if config.name == "tiny":
+        return str(resources.files("rcpo") / "assets" / "tiny")
+    if config.path is None:
+        raise ConfigError(f"model={config.name} needs model.path: a folder in the hub's format")
+    return config.path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder; padding falls back to its end-of-sequence token."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer in {path} has no end-of-sequence token; set eos_token in it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model from a folder, with every dropout off, so that a policy equals itself."""
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path={path} holds no config.json; give a folder in the hub's format")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for key, value in model.config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(model.config, key, 0.0)
+    return model
+
+
+def head_shape(model: PreTrainedModel) -> HeadShape:
+    """What the model does to W h, from the names that transformers' configurations use.
+
+    Gemma 2 and 3: final_logit_softcapping; Cohere: logit_scale; Granite: logits_scaling (a divisor).
+    """
+    settings = model.config.get_text_config().to_dict()
+    scale = float(settings.get("logit_scale") or 1.0) / float(settings.get("logits_scaling") or 1.0)
+    return HeadShape(scale=scale, softcap=settings.get("final_logit_softcapping"))
+
+
+class Policy(nn.Module):
+    """A language model that scores response tokens without making all logits.
+
+    `forward` returns log-probs (N,), the hidden states that gave them (N, D), detached, and their sketched
+    scores (N, k) if a sketch is given (an empty tensor otherwise).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.shape = head_shape(model)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the head's rows."""
+        return int(self.model.get_output_embeddings().out_features)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        predictors: Tensor,
+        labels: Tensor,
+        sketch: Sketch | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        body = self.model.base_model
+        output = body(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
+        head = self.model.get_output_embeddings()
+        logps, scores = token_logps(
+            hidden, head.weight, labels, bias=head.bias, shape=self.shape, sketch=sketch
+        )
+        return logps, hidden.detach(), logps.new_empty(0) if scores is None else scores
+
+
+def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
+    """The arguments of `Policy.forward` from a batch."""
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "predictors": batch.predictors,
+        "labels": batch.labels,
+    }
+
+
+def check_head(policy: Policy, device: torch.device) -> None:
+    """Raises ConfigError where the fused log-probs are not those of the model's own logits."""
+    length = 8
+    ids = torch.arange(1, length + 1, device=device)[None] % policy.vocabulary
+    places = torch.arange(length - 1, device=device)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(length, device=device)[None],
+    }
+    with torch.no_grad():
+        fused = policy(**inputs, predictors=places, labels=ids[0, 1:])[0]
+        logits = policy.model(**inputs, use_cache=False).logits[0, :-1].to(fused.dtype)
+    own = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    worst = float((fused - own).abs().max())
+    half = next(policy.parameters()).dtype in (torch.bfloat16, torch.float16)
+    if worst > (5e-2 if half else 1e-4):
+        raise ConfigError(
+            f"model {type(policy.model).__name__}: its output head is not W h + b with a known scale or cap "
+            f"(log-probs differ by {worst:.2g} nats); this architecture is not supported"
+        )

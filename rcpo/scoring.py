@@ -1,0 +1,74 @@
+"""From a batch of tokens to a batch of pairs: what training, evaluation and the reference pass share.
+
+Axes: B pairs of a micro-batch, N response tokens, k sketch, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rcpo.engine import Engine
+from rcpo.geometry import Sketch, outer_scores, parameter_scores
+from rcpo.logps import pair_logps, token_weights
+from rcpo.objectives import Objective
+from rcpo.reference import Reference
+from rcpo.types import PairLogps, TokenBatch
+
+
+@dataclass
+class Scored:
+    """A micro-batch's real pairs, and what the head geometry needs of its tokens.
+
+    `pairs` has the fillers left out; `logps` (N,), `weights` (N,), `hidden` (N, D) and `scores` (N, k) have not.
+    """
+
+    batch: TokenBatch
+    pairs: PairLogps
+    logps: Tensor
+    weights: Tensor
+    hidden: Tensor
+    scores: Tensor
+
+    @property
+    def count(self) -> int:
+        """Real pairs."""
+        return len(self.pairs.chosen)
+
+    def head_scores(self) -> Tensor:
+        """Σ over the real pairs of ∇z by the head's weight: (2, k, D), chosen and rejected."""
+        pairs = self.batch.num_pairs
+        coefficients = self.weights * self.batch.weights.double()[self.batch.sequences % pairs]
+        sides = []
+        for side in range(2):
+            # tokens are ordered by sequence, so each side is one run of them
+            first, last = torch.searchsorted(
+                self.batch.sequences, torch.tensor([side * pairs, (side + 1) * pairs], device=self.logps.device)
+            ).tolist()
+            part = slice(first, last)
+            sides.append(outer_scores(self.hidden[part], self.scores[part], coefficients[part]))
+        return torch.stack(sides)
+
+    def parameter_scores(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Σ over the real pairs of ∇z by all trainable parameters: (2, P)."""
+        return parameter_scores(self.pairs.chosen.sum(), self.pairs.losers.sum(), parameters)
+
+
+class Scorer:
+    """Scores batches for one objective, with the reference's log-probs where there is one."""
+
+    def __init__(self, engine: Engine, objective: Objective, reference: Reference | None) -> None:
+        self.engine = engine
+        self.objective = objective
+        self.reference = reference
+
+    def __call__(self, batch: TokenBatch, sketch: Sketch | None = None) -> Scored:
+        """`batch` is on the engine's device."""
+        ref_logps = None if self.reference is None else self.reference(batch)
+        logps, hidden, scores = self.engine.score(batch, sketch)
+        weights = token_weights(logps, batch.sequences, batch.lengths, self.objective.reduction)
+        pairs = pair_logps(batch, logps, weights, ref_logps).select(batch.weights > 0)
+        return Scored(batch, pairs, logps, weights, hidden, scores)
