@@ -47,8 +47,8 @@ class WandbRun:
             )
         except wandb.errors.Error as error:
             raise ConfigError(
-                f"wandb.mode={config.wandb.mode}: wandb could not start: {error}. "
-                "Run `wandb login`, or use wandb.mode=offline or wandb.mode=disabled"
+                f"wandb.mode={config.wandb.mode}: wandb could not start ({error}): "
+                "run `wandb login`, or use wandb.mode=offline or wandb.mode=disabled"
             ) from error
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rcpo.config import RunConfig, WandbConfig
+from rcpo.config import ConfigError, RunConfig, WandbConfig
 from rcpo.tracking import Tracker
 from rcpo.tracking.display import LiveDisplay, PlainDisplay, nice_stride, open_display
 from rcpo.tracking.tracker import exit_code_of
@@ -167,6 +167,14 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
     assert settings["seed"] == 7 and settings["train"]["batch_size"] == 32
     exits = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
     assert exits == [0, 75]
+
+
+def test_wandb_online_without_a_key_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login file there
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # and nobody to ask
+    with pytest.raises(ConfigError, match=r"wandb\.mode=online.*wandb login.*wandb\.mode=offline"):
+        Tracker(tmp_path, config("online"), 3, True, console=plain())
 
 
 def test_exit_codes() -> None:

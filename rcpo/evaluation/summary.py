@@ -1,0 +1,137 @@
+"""What happened to winner and loser on held-out pairs, in one plain sentence and one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import Enum
+
+from rich.table import Table
+
+NOTICEABLE = 0.1  # nats: e^0.1 is 10 % more probability, in the unit of the objective's reduction
+
+ROWS = (
+    ("preference accuracy (rewards)", "rewards/accuracies", "percent"),
+    ("preference accuracy (log-probs)", "logps/accuracies", "percent"),
+    ("exact match", "exact_match", "percent"),
+    ("winner's mean log-ratio", "logratios/chosen", "nats"),
+    ("loser's mean log-ratio", "logratios/rejected", "nats"),
+    ("pairs whose winner fell", "winner_fell", "percent"),
+    ("winner's mean log-prob", "logps/chosen", "nats"),
+    ("loser's mean log-prob", "logps/rejected", "nats"),
+    ("reward margin", "rewards/margins", "nats"),
+    ("loss", "loss", "nats"),
+)
+
+
+class Move(Enum):
+    """Where a side's mean log-ratio went, as far as its interval tells."""
+
+    FELL = "fell"
+    KEPT = "kept its probability"
+    ROSE = "rose"
+    OPEN = "moved too little, or too unevenly, to call"
+
+
+def move(low: float, high: float) -> Move:
+    """What an interval of the mean log-ratio, in nats, says about a side.
+
+    The rule: within ±`NOTICEABLE` = 0.1 nats (a probability changed by less than 10 %) counts as kept. The
+    whole interval has to be below, inside or above that zone; one that lies across an edge leaves it open.
+    """
+    if high < -NOTICEABLE:
+        return Move.FELL
+    if low > NOTICEABLE:
+        return Move.ROSE
+    if low >= -NOTICEABLE and high <= NOTICEABLE:
+        return Move.KEPT
+    return Move.OPEN
+
+
+def describe(values: Mapping[str, float | None]) -> str:
+    """The sentence for a record of evaluation.json (`eval/NAME`, `…/low`, `…/high`).
+
+    Without log-ratios (no reference to compare with) it says so and gives the log-probs instead.
+    """
+    return _what_moved(values) + _how_good(values) + "."
+
+
+def _what_moved(values: Mapping[str, float | None]) -> str:
+    winner, loser = _move_of(values, "logratios/chosen"), _move_of(values, "logratios/rejected")
+    if winner is None:
+        shown = " and ".join(
+            f"{side} {interval(values, f'logps/{key}')}"
+            for side, key in (("winner", "chosen"), ("loser", "rejected"))
+            if _value(values, f"logps/{key}") is not None
+        )
+        return f"There is no reference to compare with (mean log-probs: {shown or 'unknown'})"
+    won = f"mean log-ratio {interval(values, 'logratios/chosen')}"
+    if loser is None:
+        return f"The winner {winner.value} ({won})"
+    lost = interval(values, "logratios/rejected")
+    if winner is Move.FELL and loser is Move.FELL:
+        return f"The winner fell with the loser: likelihood displacement ({won}; the loser's {lost})"
+    if winner is Move.FELL:
+        return f"The winner fell ({won}) although the loser {_did(loser)} ({lost})"
+    joint = "while" if loser in (Move.FELL, Move.OPEN) else "and"
+    return f"The winner {winner.value} ({won}) {joint} the loser {loser.value} ({lost})"
+
+
+def _did(loser: Move) -> str:
+    return {Move.KEPT: "did not", Move.ROSE: "rose"}.get(loser, loser.value)
+
+
+def _how_good(values: Mapping[str, float | None]) -> str:
+    figures = [
+        f"{name} {_percent(value)}"
+        for name, key in (("held-out accuracy", "rewards/accuracies"), ("exact match", "exact_match"))
+        if (value := _value(values, key)) is not None
+    ]
+    return f"; {', '.join(figures)}" if figures else ""
+
+
+def _move_of(values: Mapping[str, float | None], name: str) -> Move | None:
+    low, high = _value(values, f"{name}/low"), _value(values, f"{name}/high")
+    return None if low is None or high is None else move(low, high)
+
+
+def _value(values: Mapping[str, float | None], name: str) -> float | None:
+    value = values.get(f"eval/{name}")
+    return None if value is None or math.isnan(value) else value
+
+
+def interval(values: Mapping[str, float | None], name: str, unit: str = "nats") -> str:
+    """`mean [low, high]` of a metric, in percent or with two decimals; a dash where it is missing."""
+    form = _percent if unit == "percent" else _nats
+    mean, low, high = (_value(values, f"{name}{end}") for end in ("", "/low", "/high"))
+    if mean is None:
+        return "–"
+    return form(mean) if low is None or high is None else f"{form(mean)} [{form(low)}, {form(high)}]"
+
+
+def _percent(share: float) -> str:
+    """A share as a whole percentage, with one decimal where rounding would claim 0 or 100."""
+    percentage = 100 * share
+    rounded = round(percentage)
+    return f"{percentage:.1f} %" if rounded in (0, 100) and percentage != rounded else f"{rounded} %"
+
+
+def _nats(value: float) -> str:
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−")
+
+
+def summary_table(values: Mapping[str, float | None]) -> Table:
+    """The main held-out numbers that the record has, with their 95 % intervals."""
+    table = Table(title=_title(values), title_justify="left")
+    table.add_column("held-out")
+    table.add_column("mean [95 % interval]", justify="right")
+    for label, name, unit in ROWS:
+        if _value(values, name) is not None:
+            table.add_row(label, interval(values, name, unit))
+    return table
+
+
+def _title(values: Mapping[str, float | None]) -> str:
+    count = _value(values, "examples")
+    return "Held-out evaluation" if count is None else f"Held-out evaluation on {int(count):,} pairs"

@@ -1,0 +1,183 @@
+"""Preference metrics against numbers worked out by hand, and the bootstrap against closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rcpo.evaluation.preference import (
+    PreferenceScores,
+    bootstrap_interval,
+    means_with_intervals,
+    preference_metrics,
+    write_examples,
+)
+
+
+def three() -> PreferenceScores:
+    """Three pairs with β = 2: rewards are twice the log-ratios."""
+    return PreferenceScores(
+        example_ids=["a", "b", "c"],
+        indices=np.array([0, 1, 2]),
+        chosen_logps=np.array([-1.0, -2.0, -3.0]),
+        rejected_logps=np.array([-2.0, -1.0, -5.0]),
+        chosen_logratios=np.array([-0.5, 0.25, -0.25]),
+        rejected_logratios=np.array([-1.0, 0.5, -0.75]),
+        chosen_rewards=np.array([-1.0, 0.5, -0.5]),
+        rejected_rewards=np.array([-2.0, 1.0, -1.5]),
+        losses=np.array([0.25, 0.5, 0.75]),
+        chosen_lengths=np.array([3, 4, 5]),
+        rejected_lengths=np.array([3, 2, 9]),
+    )
+
+
+def test_three_pairs_by_hand() -> None:
+    found = preference_metrics(three(), seed=1)
+    means = {name: value for name, value in found.items() if not name.endswith(("/low", "/high"))}
+    assert means == pytest.approx(
+        {
+            "eval/examples": 3,
+            "eval/loss": 0.5,  # (0.25 + 0.5 + 0.75) / 3
+            "eval/rewards/chosen": -1 / 3,  # (−1 + 0.5 − 0.5) / 3
+            "eval/rewards/rejected": -2.5 / 3,  # (−2 + 1 − 1.5) / 3
+            "eval/rewards/margins": 0.5,  # 1, −0.5, 1
+            "eval/rewards/accuracies": 2 / 3,  # all but b
+            "eval/logps/chosen": -2.0,
+            "eval/logps/rejected": -8 / 3,
+            "eval/logps/accuracies": 2 / 3,  # −1 > −2, −2 < −1, −3 > −5
+            "eval/logratios/chosen": -0.5 / 3,  # (−0.5 + 0.25 − 0.25) / 3
+            "eval/logratios/rejected": -1.25 / 3,  # (−1 + 0.5 − 0.75) / 3
+            "eval/winner_fell": 2 / 3,  # a and c
+        },
+        rel=1e-15,
+    )
+    # Of the 27 equally likely resamples one (3.7 % > 2.5 %) holds the smallest value thrice, one the largest.
+    assert (found["eval/loss/low"], found["eval/loss/high"]) == (0.25, 0.75)
+    # All misses (b thrice) has 1/27; all hits (a or c, thrice) has 8/27.
+    assert (found["eval/rewards/accuracies/low"], found["eval/rewards/accuracies/high"]) == (0.0, 1.0)
+
+
+def test_a_tie_is_a_miss() -> None:
+    scores = replace(three(), rejected_rewards=three().chosen_rewards)
+    assert preference_metrics(scores, seed=1)["eval/rewards/accuracies"] == 0.0
+
+
+def test_without_reference_or_rejected_side_the_names_are_left_out() -> None:
+    alone = replace(
+        three(),
+        rejected_logps=None,
+        rejected_rewards=None,
+        rejected_lengths=None,
+        chosen_logratios=None,
+        rejected_logratios=None,
+        losses=None,
+    )
+    names = {name for name in preference_metrics(alone, seed=1) if not name.endswith(("/low", "/high"))}
+    assert names == {"eval/examples", "eval/rewards/chosen", "eval/logps/chosen"}
+
+
+def test_a_nan_is_neither_hidden_nor_counted_as_a_miss() -> None:
+    found = preference_metrics(replace(three(), rejected_rewards=np.array([-2.0, math.nan, -1.5])), seed=1)
+    assert math.isnan(found["eval/rewards/accuracies"]) and math.isnan(found["eval/rewards/margins/low"])
+    assert found["eval/rewards/chosen"] == pytest.approx(-1 / 3)
+
+
+def test_interval_of_a_mean_is_the_normal_one() -> None:
+    generator = np.random.default_rng(5)
+    values = generator.normal(3.0, 2.0, (4000, 1))
+    error = values.std() / math.sqrt(4000)  # the standard error of a bootstrap mean, by definition
+    low, high = bootstrap_interval(values, seed=11)
+    # 2,000 resamples know a 2.5 % quantile to sqrt(0.025 · 0.975 / 2000) / φ(1.96) = 0.06 standard errors.
+    assert low[0] == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
+    assert high[0] == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+
+
+def test_interval_of_a_share_is_the_binomial_one() -> None:
+    """The number of hits in a resample of 100 with 30 hits is binomial(100, 0.3)."""
+    values = np.array([1.0] * 30 + [0.0] * 70)[:, None]
+    mass = np.array([math.comb(100, hits) * 0.3**hits * 0.7 ** (100 - hits) for hits in range(101)])
+    exact = [float(np.searchsorted(np.cumsum(mass), tail)) / 100 for tail in (0.025, 0.975)]
+    low, high = bootstrap_interval(values, seed=3)
+    assert [low[0], high[0]] == pytest.approx(exact, abs=0.011)  # one hit
+
+
+def test_intervals_are_seeded_shared_and_independent_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=50)
+    found = means_with_intervals({"x": first, "shifted": first + 7}, seed=4)
+    assert found == means_with_intervals({"x": first, "shifted": first + 7}, seed=4)
+    assert found["eval/shifted/low"] - found["eval/x/low"] == pytest.approx(
+        7, abs=1e-12
+    )  # the same resamples
+    assert found["eval/x/low"] != means_with_intervals({"x": first}, seed=5)["eval/x/low"]
+    monkeypatch.setattr("rcpo.evaluation.preference._DRAWS_AT_ONCE", 50 * 64)
+    assert means_with_intervals({"x": first}, seed=4)["eval/x/low"] == pytest.approx(found["eval/x/low"])
+
+
+def test_no_example_is_an_error_that_names_the_keys() -> None:
+    with pytest.raises(ValueError, match=r"data\.eval_fraction"):
+        means_with_intervals({"x": np.zeros(0)}, seed=1)
+
+
+def part(scores: PreferenceScores, rows: list[int], filler: int = 0) -> PreferenceScores:
+    """Some rows of the scores, as a rank has them, and fillers."""
+    kept = rows + [0] * filler
+    columns = {name: np.asarray(value)[kept] for name, value in vars(scores).items()}
+    columns["indices"][len(rows) :] = -1
+    return PreferenceScores(**{**columns, "example_ids": list(columns["example_ids"])})
+
+
+def test_gathering_gives_one_record_for_any_split_over_ranks() -> None:
+    whole = three()
+    splits = [
+        [part(whole, [0, 1, 2])],
+        [part(whole, [2, 0]), part(whole, [1], filler=1)],
+        [part(whole, [1]), part(whole, [0]), part(whole, [2], filler=2), part(whole, [], filler=1)],
+        [part(whole, [0, 1]), part(whole, [1, 2])],
+    ]
+    for parts in splits:
+        gathered = PreferenceScores.gather(parts)
+        assert gathered.example_ids == ["a", "b", "c"]
+        for name, value in vars(whole).items():
+            np.testing.assert_array_equal(getattr(gathered, name), value)
+
+
+def test_gathering_and_building_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="losses"):
+        PreferenceScores.gather([part(three(), [0]), replace(part(three(), [1]), losses=None)])
+    with pytest.raises(ValueError, match=r"losses has shape \(2,\)"):
+        replace(three(), losses=np.zeros(2))
+
+
+def test_examples_file_is_keyed_by_id(tmp_path: Path) -> None:
+    scores = replace(three(), losses=np.array([0.25, math.nan, 0.75]))
+    write_examples(tmp_path / "examples.jsonl", scores, {"b": {"answer": "17 – süß", "correct": True}})
+    lines = [
+        json.loads(line) for line in (tmp_path / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [line["id"] for line in lines] == ["a", "b", "c"]
+    assert lines[1] == {
+        "id": "b",
+        "index": 1,
+        "loss": None,
+        "nonfinite": 1,
+        "rewards/chosen": 0.5,
+        "rewards/rejected": 1.0,
+        "rewards/margins": -0.5,
+        "rewards/accuracies": 0.0,
+        "logps/chosen": -2.0,
+        "logps/rejected": -1.0,
+        "logps/accuracies": 0.0,
+        "logratios/chosen": 0.25,
+        "logratios/rejected": 0.5,
+        "winner_fell": 0.0,
+        "lengths/chosen": 4,
+        "lengths/rejected": 2,
+        "answer": "17 – süß",
+        "correct": True,
+    }

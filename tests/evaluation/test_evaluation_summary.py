@@ -1,0 +1,108 @@
+"""The sentence and the table about what happened to winner and loser."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from rcpo.evaluation.summary import Move, describe, interval, move, summary_table
+
+Values = dict[str, float | None]
+
+
+def values(winner: tuple[float, float, float] | None, loser: tuple[float, float, float] | None) -> Values:
+    record: Values = {"eval/examples": 1280, "eval/rewards/accuracies": 0.95, "eval/exact_match": 0.976}
+    for name, triple in (("chosen", winner), ("rejected", loser)):
+        if triple is not None:
+            for end, value in zip(("", "/low", "/high"), triple, strict=True):
+                record[f"eval/logratios/{name}{end}"] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-0.5, -0.11, Move.FELL),
+        (-0.1, 0.1, Move.KEPT),
+        (0.11, 0.5, Move.ROSE),
+        (-0.2, -0.05, Move.OPEN),
+        (0.05, 0.3, Move.OPEN),
+        (-3.0, 3.0, Move.OPEN),
+    ],
+)
+def test_a_side_moved_when_its_whole_interval_did(low: float, high: float, expected: Move) -> None:
+    assert move(low, high) is expected
+
+
+KEPT, FELL, ROSE, OPEN = (-0.03, -0.05, -0.01), (-1.2, -1.3, -1.1), (0.5, 0.4, 0.6), (0.0, -0.4, 0.4)
+GOOD = "; held-out accuracy 95 %, exact match 98 %."
+
+
+@pytest.mark.parametrize(
+    ("winner", "loser", "sentence"),
+    [
+        (
+            KEPT,
+            FELL,
+            "The winner kept its probability (mean log-ratio −0.03 [−0.05, −0.01]) while the loser fell "
+            "(−1.20 [−1.30, −1.10])",
+        ),
+        (
+            FELL,
+            FELL,
+            "The winner fell with the loser: likelihood displacement (mean log-ratio −1.20 [−1.30, −1.10]; "
+            "the loser's −1.20 [−1.30, −1.10])",
+        ),
+        (
+            FELL,
+            KEPT,
+            "The winner fell (mean log-ratio −1.20 [−1.30, −1.10]) although the loser did not "
+            "(−0.03 [−0.05, −0.01])",
+        ),
+        (
+            ROSE,
+            ROSE,
+            "The winner rose (mean log-ratio 0.50 [0.40, 0.60]) and the loser rose (0.50 [0.40, 0.60])",
+        ),
+        (
+            OPEN,
+            FELL,
+            "The winner moved too little, or too unevenly, to call (mean log-ratio 0.00 [−0.40, 0.40]) "
+            "while the loser fell (−1.20 [−1.30, −1.10])",
+        ),
+        (ROSE, None, "The winner rose (mean log-ratio 0.50 [0.40, 0.60])"),
+    ],
+)
+def test_the_sentence(
+    winner: tuple[float, float, float], loser: tuple[float, float, float] | None, sentence: str
+) -> None:
+    assert describe(values(winner, loser)) == sentence + GOOD
+
+
+def test_without_a_reference_it_says_so() -> None:
+    record: Values = {"eval/logps/chosen": -0.5, "eval/logps/rejected": -2.0, "eval/rewards/accuracies": 1.0}
+    assert describe(record) == (
+        "There is no reference to compare with (mean log-probs: winner −0.50 and loser −2.00); "
+        "held-out accuracy 100 %."
+    )
+
+
+def test_missing_and_nan_figures_are_not_invented() -> None:
+    assert describe({"eval/logratios/chosen": None, "eval/exact_match": float("nan")}) == (
+        "There is no reference to compare with (mean log-probs: unknown)."
+    )
+    assert interval({}, "loss") == "–"
+    assert interval({"eval/exact_match": 0.996}, "exact_match", "percent") == "99.6 %"
+    assert interval({"eval/exact_match": 1.0}, "exact_match", "percent") == "100 %"
+
+
+def test_the_table_has_the_rows_that_are_known() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(values(KEPT, FELL)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "Held-out evaluation on 1,280 pairs" in text
+    assert "−0.03 [−0.05, −0.01]" in text and "98 %" in text
+    assert "reward margin" not in text
