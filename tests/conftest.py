@@ -1,0 +1,25 @@
+"""What every test runs under: one thread a process, no network, no tracking service, one profile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import settings
+
+# Set before torch or transformers are imported, and inherited by the processes that tests start.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "WANDB_SILENT": "true",
+}
+if not Path("/dev/nvidiactl").exists():
+    ENVIRONMENT["DS_ACCELERATOR"] = "cpu"
+for key, value in ENVIRONMENT.items():
+    os.environ.setdefault(key, value)
+
+# A loaded machine is no failure, and the same commit gives the same examples: so no deadline, no randomness.
+settings.register_profile("rcpo", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("rcpo")
