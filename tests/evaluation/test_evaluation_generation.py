@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rcpo.evaluation.generation import exact_match, generate_greedy, left_pad, until_stop
 
-PAD, LENGTH = 0, 8
+PAD, LENGTH = 3, 8  # the padding token occurs in prompts too
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 2, 6, 11, 13], [12, 3], [1, 2, 3, 4], [9], [10, 2, 10, 2]]
 
 
@@ -117,7 +117,7 @@ def test_an_empty_prompt_is_refused_and_none_is_no_work(model: Any) -> None:
 
 def test_padding_is_on_the_left() -> None:
     ids, mask = left_pad([[5, 6, 7], [8]], PAD, torch.device("cpu"))
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert ids.tolist() == [[5, 6, 7], [3, 3, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
