@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from rcpo.config import ConfigError
+
 
 @dataclass
 class DataReport:
     """Counts of one `load_datasets`.
 
+    `drop` is `data.on_bad=drop`: unusable pairs are counted and left out, otherwise the first is an error.
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
     """
 
     source: str
+    drop: bool = False
     read: int = 0
     train: int = 0
     evaluation: int = 0
@@ -23,8 +27,10 @@ class DataReport:
     truncated_responses: int = 0
     shared_prompts: int = 0
 
-    def drop(self, reason: str, place: str) -> None:
-        """Counts a pair that is left out; keeps the first place of each reason."""
+    def bad(self, reason: str, place: str) -> None:
+        """Counts a pair that is left out and keeps the first place of each reason, or raises ConfigError."""
+        if not self.drop:
+            raise ConfigError(f"{place}: {reason}; mend it, or leave such pairs out: data.on_bad=drop")
         self.dropped[reason] += 1
         self.examples.setdefault(reason, place)
 

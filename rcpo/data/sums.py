@@ -1,8 +1,9 @@
-"""The embedded task: two-digit sums, "12+34=", answered in one of six phrasings, chosen right and rejected wrong.
+"""The embedded task: two-digit sums, "12+34=", answered in one of six phrasings.
 
-Right and wrong differ in the number alone, which is why a policy's accuracy shows whether the winner survived.
-A prompt is held out by a hash of its two numbers and nothing else, so a model trained on this task's training
-prompts has never seen a held-out one, whatever seeds and sizes it was trained with.
+The chosen answer has the right sum, the rejected one a plausible wrong one. Their phrasings are drawn
+independently, so only the number tells the two apart. A prompt is held out by a hash of its two numbers and
+nothing else, so a model trained on this task's training prompts has never seen a held-out one, whatever the
+seed and the size it was trained with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from rcpo.data.records import TextPair
 
 PHRASINGS = ("{}", "= {}", "it is {}", "that is {}", "the sum is {}", "the answer is {}")
 SMALLEST, LARGEST = 10, 99
+TRAIN_EXAMPLES = 6400  # 200 steps of 32, as in the first experiment
+EVAL_EXAMPLES = 256
+TASK_SEED = 0
 _HELD_OUT_SHARE = 8  # one prompt in eight
 _PROMPT = re.compile(r"([1-9][0-9])\+([1-9][0-9])=")
 _ANSWERS = re.compile(

@@ -39,6 +39,6 @@ def test_the_model_fits_the_tokenizer() -> None:
     config = AutoConfig.from_pretrained(TINY)
     assert config.vocab_size == len(TOKENIZER) == len(CHARACTERS) + len(SPECIAL_TOKENS)
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
-    # embeddings and head 2·100·128; a layer: attention 4·128², mlp 3·128·352, two norms 2·128; a last norm 128
+    # embeddings and head 2·100·128; a layer: attention 4·128², mlp 3·128·352, norms 2·128; a last norm 128
     layer = 4 * 128**2 + 3 * 128 * 352 + 2 * 128
     assert AutoModelForCausalLM.from_config(config).num_parameters() == 2 * 100 * 128 + 3 * layer + 128
