@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,7 @@ class Clone:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
@@ -199,12 +201,14 @@ def test_changed_pins_renew_in_place(clone: Clone) -> None:
 
 
 def test_killed_set_up_is_made_anew(clone: Clone) -> None:
-    clone.run()
-    (clone.venv / ".rcpo-unfinished").touch()
-    (clone.venv / ".rcpo-ready").unlink()
+    process = clone.start(PIP_SECONDS="30")
+    while "pip pip" not in clone.calls:
+        time.sleep(0.02)
     (clone.venv / "half-written").touch()
-    assert clone.run()[0] == 0
-    assert clone.calls == [*clone.full, *clone.full]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert clone.run("x")[:2] == (0, "ran x\n")
+    assert clone.calls == [*clone.full[:2], *clone.full]
     assert not (clone.venv / "half-written").exists()
 
 
@@ -223,6 +227,9 @@ def test_failed_renewal_keeps_the_environment(clone: Clone) -> None:
     assert clone.run(PIP_FAILS="yes")[0] == 1
     pins_file.write_text(before)
     assert clone.run("x") == (0, "ran x\n", "")
+    pins_file.write_text(before + "another==1\n")
+    assert clone.run("x")[:2] == (0, "ran x\n")
+    assert clone.calls.count("venv") == 1
 
 
 def test_own_constraints_are_remembered(clone: Clone, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rcpo"
 ROWS: list[list[str]] = [
     ["types", "objectives", "incentives", "geometry", "logps", "calibration"],
     ["config", "distributed", "data", "models", "tracking", "metrics", "reference"],
-    ["engine", "scoring", "dynamics", "checkpoint", "trainer"],
+    ["engine", "scoring", "dynamics", "session", "checkpoint", "trainer"],
     ["evaluation", "report", "launch", "planner", "integrations", "doctor"],
     ["cli", "__main__"],
 ]
