@@ -55,7 +55,7 @@ class StepSums:
         self._sums["pairs"] += len(losses)
         for name, value in values.items():
             self._present.add(name)
-            self._sums[name] += float(value.double().sum())
+            self._sums[name] += float(value.detach().double().sum())
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The loss, the mean of each name that the objective defines, `pairs` and `real_tokens` in total."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rcpo.config import ConfigError, ModelConfig
 from rcpo.geometry import HeadShape, Sketch
@@ -40,11 +40,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model from a folder, with every dropout off, so that a policy equals itself."""
+def load_model(path: str, dtype: torch.dtype, init: str = "pretrained") -> PreTrainedModel:
+    """A causal language model from a folder, with every dropout off, so that a policy equals itself.
+
+    `init` is `pretrained`, or `random` for fresh weights from torch's seed in the folder's architecture.
+    """
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path={path} holds no config.json; give a folder in the hub's format")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    if init == "random":
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -113,9 +119,9 @@ def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def check_head(policy: Policy, device: torch.device) -> None:
+def check_head(policy: Policy) -> None:
     """Raises ConfigError where the fused log-probs are not those of the model's own logits."""
-    length = 8
+    length, device = 8, next(policy.parameters()).device
     ids = torch.arange(1, length + 1, device=device)[None] % policy.vocabulary
     places = torch.arange(length - 1, device=device)
     inputs = {

@@ -1,0 +1,156 @@
+"""Everything a run works with: data, objective, policy, reference; what training and evaluation share."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rcpo import distributed
+from rcpo.config import ConfigError, RunConfig
+from rcpo.data.batches import GlobalBatches, split
+from rcpo.data.collate import collate_indices
+from rcpo.data.dataset import Datasets, load_datasets
+from rcpo.data.store import PairDataset
+from rcpo.engine import Engine
+from rcpo.models import DTYPES, Policy, check_head, load_model, load_tokenizer, model_path
+from rcpo.objectives import Objective, get_objective
+from rcpo.reference import Reference, StoredReference
+from rcpo.scoring import Scorer
+from rcpo.types import TokenBatch
+
+
+class Session:
+    """A configuration, loaded. With `training` False there is no optimizer and nothing can be learned."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, training: bool) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.objective = build_objective(config)
+        distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
+        path = model_path(config.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
+        self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
+        self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
+        self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
+        config.train.accumulation(distributed.world_size())
+        policy = Policy(load_model(path, DTYPES[config.train.dtype], config.model.init))
+        check_head(policy)
+        if config.train.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._frozen = self._frozen_model(policy)
+        self.engine = Engine(policy, config, self.total_steps if training else None)
+        self.scorer = Scorer(self.engine, self.objective, None)
+        self.heldout = Scorer(self.engine, self.objective, None)
+
+    # --- the reference ---------------------------------------------------------------------------------------
+
+    @property
+    def tracks_reference(self) -> bool:
+        """Whether log-ratios are wanted where the objective itself needs no reference."""
+        track = self.config.reference.track
+        return self.config.data.name == "sums" if track is None else track
+
+    def _frozen_model(self, policy: Policy) -> Policy | None:
+        """A reference policy of its own, where one is held or read from another folder; else None."""
+        reference = self.config.reference
+        if not (self.objective.needs_reference or self.tracks_reference):
+            return None
+        if reference.path is None and reference.mode == "precompute":
+            return None
+        if reference.path is None:
+            return Policy(copy.deepcopy(policy.model).requires_grad_(False))
+        return Policy(load_model(reference.path, DTYPES[self.config.train.dtype]).requires_grad_(False))
+
+    def prepare_reference(self) -> None:
+        """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero."""
+        if not (self.objective.needs_reference or self.tracks_reference):
+            return
+        engine = self.engine if self._frozen is None else Engine(self._frozen, self.config)
+        engine.eval()
+
+        def score(batch: TokenBatch) -> torch.Tensor:
+            with torch.no_grad():
+                return engine.score(batch)[0].detach()
+
+        if self.config.reference.mode == "precompute":
+            self.scorer.reference = self._precompute(self.datasets.train, score)
+            if self.datasets.evaluation is not None:
+                self.heldout.reference = self._precompute(self.datasets.evaluation, score)
+            self._frozen = None
+        else:
+            self.scorer.reference = self.heldout.reference = score
+        if self.config.reference.path is None:
+            self._check_start()
+
+    def _precompute(self, dataset: PairDataset, score: Reference) -> Reference:
+        """A dataset's log-probs, each rank its share, then shared."""
+        store = StoredReference()
+        for batch in self.eval_batches(dataset):
+            store.add(batch, score(batch))
+        store.merge(distributed.gather_objects(store))
+        return store
+
+    def _check_start(self) -> None:
+        """|u| a token < 1e-5 in fp32 where the reference is the starting policy: else nothing is comparable."""
+        if self.config.train.dtype != "fp32":
+            return
+        with torch.no_grad():
+            batch = self.collate(self.datasets.train, self.rank_microbatches(0)[0])
+            assert self.scorer.reference is not None
+            difference = (self.engine.score(batch)[0] - self.scorer.reference(batch)).abs()
+        real = batch.weights.bool()[batch.sequences % batch.num_pairs]
+        worst = float(distributed.reduce_max((difference * real).max()))
+        if not worst < 1e-5:
+            raise RuntimeError(
+                f"policy and reference are the same weights, yet a token's log-probs differ by {worst:.2g} "
+                "(< 1e-5 expected): dropout, masks or dtype differ between the two"
+            )
+
+    # --- batches ---------------------------------------------------------------------------------------------
+
+    def collate(self, dataset: PairDataset, indices: list[int]) -> TokenBatch:
+        """A batch on the engine's device, with the sequences that the objective needs."""
+        return self._collate(dataset, indices, self.objective.sides)
+
+    def _collate(self, dataset: PairDataset, indices: list[int], sides: int) -> TokenBatch:
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return collate_indices(dataset, indices, pad, sides=sides).to(self.engine.device)
+
+    def rank_microbatches(self, step: int) -> list[list[int]]:
+        """This rank's dataset positions of a step counted from 0, −1 for fillers."""
+        size = self.config.train.micro_batch_size
+        return split(self.batches.indices(step), distributed.rank(), distributed.world_size(), size)
+
+    def eval_batches(self, dataset: PairDataset, limit: int | None = None) -> Iterator[TokenBatch]:
+        """This rank's share of a dataset in order, both sides of each pair; as many batches on every rank."""
+        sides = max(self.objective.sides, 2 if (dataset.lengths[:, 2] > 0).all() else 1)
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        ranks, size = distributed.world_size(), self.config.eval.batch_size
+        for start in range(0, count, ranks * size):
+            part = list(range(start, min(start + ranks * size, count)))
+            for indices in split(part, distributed.rank(), ranks, min(size, math.ceil(len(part) / ranks))):
+                yield self._collate(dataset, indices, sides)
+
+
+def build_objective(config: RunConfig) -> Objective:
+    """The objective of a configuration; refuses calibration where it has no rejected side."""
+    settings = config.objective
+    try:
+        objective = get_objective(
+            settings.name,
+            reduction=settings.reduction,
+            nll_coef=settings.nll_coef,
+            module=settings.module,
+            **settings.hyperparameters,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"objective={settings.name}: {error}") from error
+    if config.rc.enabled and not objective.needs_rejected:
+        raise ConfigError(f"rc=on needs a rejected side; objective={settings.name} has none: use rc=off")
+    return objective
