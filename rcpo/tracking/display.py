@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from rcpo.tracking.jsonl import Scalar
 
@@ -37,32 +38,36 @@ def open_display(console: Console, total_steps: int, first_step: int) -> Display
     return PlainDisplay(console, total_steps, first_step)
 
 
+class _Bar(Progress):
+    """The bar, and under it a line of its own for the figures: both fit a terminal of 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+
+
 class LiveDisplay:
-    """A bar that redraws itself: step, loss, margin, α, tokens a second, time left."""
+    """A view that redraws itself: step, bar, time left; loss, margin, winner, loser, α, tokens a second."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
-        )
-        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, figures="")
-        self._progress.start()
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeRemainingColumn())
+        self._bar = _Bar(*columns, console=console, expand=True)
+        self._task = self._bar.add_task("train", total=total_steps, completed=first_step)
+        self._bar.start()
 
     def row(self, step: int, row: Mapping[str, Scalar]) -> None:
         alpha = "alpha" if self._console.options.ascii_only else "α"
-        self._progress.update(self._task, completed=step, figures="  ".join(_figures(row, alpha, width=0)))
+        self._bar.figures = "  ".join(_figures(row, alpha, width=0))
+        self._bar.update(self._task, completed=step)
 
     def message(self, text: str) -> None:
-        _print(self._progress.console, text)
+        _print(self._console, text)
 
     def close(self) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
 
 class PlainDisplay:

@@ -15,6 +15,15 @@ from rcpo.tracking.jsonl import JsonLines, Scalar, clean_row, truncate_after
 from rcpo.tracking.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_LINE = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logratios/chosen",
+    "logratios/rejected",
+    "winner_fell",
+    "exact_match",
+)
 
 
 class Tracker:
@@ -157,10 +166,8 @@ def _merge(first: Mapping[str, Scalar], second: Mapping[str, Scalar]) -> dict[st
 
 
 def evaluation_line(step: int, values: Mapping[str, Scalar]) -> str:
-    """The held-out means as one line; intervals (`…/low`, `…/high`) are left to evaluation.json."""
+    """The main held-out means as one line; the rest is in the row, intervals and all."""
     shown = [
-        f"{key.removeprefix('eval/')} {value:.4g}"
-        for key, value in values.items()
-        if value is not None and not key.endswith(("/low", "/high"))
+        f"{name} {value:.4g}" for name in EVALUATION_LINE if (value := values.get(f"eval/{name}")) is not None
     ]
     return f"evaluation at step {step}: " + "  ".join(shown)

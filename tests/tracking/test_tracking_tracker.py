@@ -19,7 +19,7 @@ from rich.console import Console
 from rcpo.config import ConfigError, RunConfig, WandbConfig
 from rcpo.tracking import Tracker
 from rcpo.tracking.display import LiveDisplay, PlainDisplay, nice_stride, open_display
-from rcpo.tracking.tracker import exit_code_of
+from rcpo.tracking.tracker import evaluation_line, exit_code_of
 
 
 def config(mode: str = "disabled") -> RunConfig:
@@ -205,7 +205,7 @@ def test_plain_lines_are_aligned_and_thinned(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_live_display_shows_the_figures_and_leaves_messages(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=140, _environ={"TERM": "xterm"})
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
     with Tracker(tmp_path, config(), 40, True, resume_step=10, console=console) as tracker:
         tracker.log(row(20))
         tracker.message("Saved step 20")
@@ -221,6 +221,11 @@ def test_the_live_display_shows_the_figures_and_leaves_messages(tmp_path: Path) 
     ):
         assert expected in text
     assert text_of(console).rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_an_evaluation_line_leaves_intervals_to_the_row() -> None:
+    values = {"eval/loss": 0.75, "eval/loss/low": 0.5, "eval/logps/chosen": -3.0, "eval/exact_match": None}
+    assert evaluation_line(4, values) == "evaluation at step 4: loss 0.75"
 
 
 def test_slow_steps_are_shown_once_a_minute() -> None:
