@@ -1,6 +1,6 @@
-"""Hydra, driven from here: where `conf/` lies, how a command line is cut up, what a refusal means to the user.
+"""Hydra, driven from here: where `conf/` lies, how a command line is cut up, what a refusal means.
 
-Hydra's own entry point is not used, because it exits with 1 and its parser refuses overrides that follow a flag.
+Hydra's own entry point is not used: it exits with 1, and its parser refuses overrides that follow a flag.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def conf_dir() -> Path:
-    """The packaged configuration: beside the package's modules when installed, beside the package in a checkout."""
+    """The shipped configuration: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -50,11 +50,12 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]
     # --info takes an optional value: without one it would swallow the override that follows
+    followers = [*arguments[1:], ""]
     safe = [
-        f"{word}=all" if word in ("--info", "-i") and (list(arguments[i + 1 : i + 2]) or [""])[0] not in _INFO else word
-        for i, word in enumerate(arguments)
+        "--info=all" if word in ("--info", "-i") and follower not in _INFO else word
+        for word, follower in zip(arguments, followers, strict=False)
     ]
-    flags = parser.parse_intermixed_args([word.replace("-i=", "--info=", 1) for word in safe])
+    flags = parser.parse_intermixed_args(safe)
     flags.overrides = [_plain_switch(override) for override in flags.overrides]
     _refuse_repeats(flags.overrides)
     flags.parser = parser
@@ -71,7 +72,7 @@ def _plain_switch(override: str) -> str:
 
 
 def _refuse_repeats(overrides: Sequence[str]) -> None:
-    """Hydra silently takes the last of two values for a key; a forgotten one is more likely than an intended one."""
+    """Hydra silently takes the last of two values; the other is more likely forgotten than meant."""
     first: dict[str, str] = {}
     for override in overrides:
         key, sign, _ = override.partition("=")
@@ -95,7 +96,7 @@ def hydra_session(config_dir: str | None = None, config_path: str | None = None)
     for flag, given in (("--config-dir", config_dir), ("--config-path", config_path)):
         if given is not None and not Path(given).is_dir():
             raise ConfigError(f"{flag} {given} is not a folder")
-    search_path = create_config_search_path(str(conf_dir() if config_path is None else Path(config_path).resolve()))
+    search_path = create_config_search_path(str(Path(config_path).resolve() if config_path else conf_dir()))
     if config_dir is not None:
         folder = Path(config_dir).resolve()
         # after conf/, as Hydra has it: it adds options and cannot take the primary configuration's place
@@ -107,13 +108,17 @@ def hydra_session(config_dir: str | None = None, config_path: str | None = None)
         GlobalHydra.instance().clear()
 
 
-def compose(overrides: Sequence[str], config_dir: str | None = None, config_name: str = PRIMARY) -> DictConfig:
+def compose(
+    overrides: Sequence[str], config_dir: str | None = None, config_name: str = PRIMARY
+) -> DictConfig:
     """The composed configuration without its `hydra` node; raises ConfigError for what Hydra refuses."""
     with hydra_session(config_dir) as hydra:
         return user_part(compose_with(hydra, config_name, overrides))
 
 
-def compose_with(hydra: Hydra, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> DictConfig:
+def compose_with(
+    hydra: Hydra, config_name: str, overrides: Sequence[str], *, multirun: bool = False
+) -> DictConfig:
     """The composed configuration with its `hydra` node; raises ConfigError for what Hydra refuses."""
     from hydra.types import RunMode
 
@@ -174,7 +179,7 @@ def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequen
     if lines[0].startswith("Ambiguous value for argument"):
         override = lines[0].split("'", 1)[1].rsplit("'", 1)[0]
         key, _, value = override.partition("=")
-        return f"{override} holds several values: add -m for one run each, or write {key}=[{value}] for a list"
+        return f"{override} holds several values: add -m for a run each, or write {key}=[{value}] for a list"
     unknown = re.search(r"Could not (?:override|delete|append)[^']*'([^']+)'", lines[0])
     if unknown:
         return _explain_unknown(unknown[1].split("@")[0], hydra, config_name, overrides, error, lines[0])
@@ -197,7 +202,8 @@ def _explain_unknown(
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and "not in struct" not in str(cause):
         return describe(cause)
-    known = sorted(set(_composed_keys(hydra, config_name, overrides)) | {k for k in known_keys() if "." not in k})
+    roots = {root for root in known_keys() if "." not in root}
+    known = roots.union(_composed_keys(hydra, config_name, overrides))
     if key in known and "." not in key:
         return f"{key}: {line}"
     return unknown_key(key, known)
@@ -214,7 +220,9 @@ def _composed_keys(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> 
     except HydraException:  # the choice itself is what Hydra refuses
         return known_keys()
     nodes = {str(key): node for key, node in cfg.items_ex(resolve=False)}
-    leaves = [f"{key}.{leaf}" for key, node in nodes.items() if isinstance(node, DictConfig) for leaf in node]
+    leaves = [
+        f"{key}.{leaf!s}" for key, node in nodes.items() if isinstance(node, DictConfig) for leaf in node
+    ]
     return [*nodes, *leaves]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rcpo.config.schema import ConfigError, ObjectiveConfig, RunConfig
 from rcpo.config.validation import unknown_key, validate
@@ -94,7 +94,7 @@ def known_keys() -> list[str]:
         keys.append(field.name)
         if field.default_factory is not dataclasses.MISSING:
             node = field.default_factory()
-            keys += [f"{field.name}.{leaf.name}" for leaf in dataclasses.fields(node)]  # type: ignore[arg-type]
+            keys += [f"{field.name}.{leaf.name}" for leaf in dataclasses.fields(node)]
     return [key for key in keys if key != "objective.hyperparameters"]
 
 
@@ -105,7 +105,7 @@ def _refuse_unknown(tree: dict[Any, Any]) -> None:
         if name not in known:
             raise ConfigError(unknown_key(str(name), known))
         if name in nodes and not isinstance(value, dict):
-            raise ConfigError(f"{name}={value}: {name} holds keys, not a value; set them one by one, {name}.KEY=VALUE")
+            raise ConfigError(f"{name}={value}: {name} holds keys, not a value; set them as {name}.KEY=VALUE")
         if name not in nodes or name == "objective":
             continue
         for leaf in value:
@@ -114,10 +114,10 @@ def _refuse_unknown(tree: dict[Any, Any]) -> None:
 
 
 def _fold_hyperparameters(tree: dict[Any, Any]) -> dict[Any, Any]:
-    """The same tree with an objective's own keys gathered under `hyperparameters`, replacing the default's."""
+    """The same tree with the objective's own keys gathered under `hyperparameters`."""
     objective = tree.get("objective", {})
     if "hyperparameters" in objective:
-        raise ConfigError("objective.hyperparameters is not a key; write each one directly, objective.beta=0.1")
+        raise ConfigError("objective.hyperparameters is not a key; write them directly: objective.beta=0.1")
     own = {key: value for key, value in objective.items() if key not in _OBJECTIVE_KEYS}
     shared = {key: value for key, value in objective.items() if key in _OBJECTIVE_KEYS}
     return {**tree, "objective": {**shared, "hyperparameters": own}}

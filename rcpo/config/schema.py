@@ -1,7 +1,7 @@
 """The configuration as dataclasses: one attribute for each key that a user may set.
 
-The defaults repeat those of `conf/` (a test holds the two together), so a `RunConfig()` made in Python is the run
-that `rcpo train` starts. Where they come from is said beside them in `conf/`. Nothing here imports torch.
+The defaults repeat those of `conf/` (a test holds the two together), so a `RunConfig()` made in Python is the
+run that `rcpo train` starts. Where they come from is said beside them in `conf/`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A command line, configuration or input the user has to change; the CLI prints it alone and exits with 2."""
+    """A command line, configuration or input that the user has to change; the CLI exits with 2."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +83,7 @@ class CalibrationConfig:
 
     @property
     def decay(self) -> float:
-        """The moving averages' decay: `ema`, or 0.9 per optimizer step and the published 0.98 per micro-batch."""
+        """The averages' decay: `ema`, or 0.9 per optimizer step and the published 0.98 per micro-batch."""
         if self.ema is not None:
             return self.ema
         return 0.9 if self.update == "step" else 0.98
@@ -109,6 +109,7 @@ class ModelConfig:
 
     name: str = "tiny"
     path: str | None = None
+    init: str = "pretrained"
 
 
 @dataclass(kw_only=True)
@@ -125,7 +126,7 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Preference pairs. Lengths are in tokens, None is no limit; `eval_path` takes precedence over the fraction."""
+    """Preference pairs; lengths in tokens, None is no limit; `eval_path` goes before the fraction."""
 
     name: str = "sums"
     path: str | None = None

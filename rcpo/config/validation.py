@@ -18,13 +18,14 @@ CHOICES = {
     "rc.update": ("step", "microbatch"),
     "rc.geometry": ("head", "parameters"),
     "model.name": ("tiny", "local"),
+    "model.init": ("pretrained", "random"),
     "reference.mode": ("model", "precompute"),
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
     "wandb.mode": ("online", "offline", "disabled"),
 }
 
-# key: (smallest, largest, are these two themselves allowed); None values pass, their type says whether they may
+# key: (smallest, largest, whether each of the two is itself allowed); None passes, types say where it may be
 RANGES = {
     "seed": (0, 2**32 - 1, True, True),
     "train.epochs": (1, math.inf, True, False),
@@ -87,7 +88,7 @@ def nearest(name: str, known: Iterable[str], limit: int = 12) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for a key that does not exist: the same leaf elsewhere, else the nearest of its siblings."""
+    """The message for a key that does not exist: the same leaf elsewhere, else its nearest sibling."""
     names = sorted(known)
     parent, _, leaf = key.rpartition(".")
     elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
@@ -97,8 +98,10 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
     if siblings:
         near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
-        hint = f"did you mean {prefix}{near[0]}?" if near else f"{parent or 'there'} has: {', '.join(siblings)}"
-        return f"unknown key {key}; {hint if parent or near else nearest(key, siblings, limit=40)}"
+        if near:
+            return f"unknown key {key}; did you mean {prefix}{near[0]}?"
+        if parent:
+            return f"unknown key {key}; {parent} has: {', '.join(siblings)}"
     return f"unknown key {key}; {nearest(key, (name for name in names if '.' not in name), limit=40)}"
 
 
@@ -110,11 +113,12 @@ def validate(config: RunConfig) -> None:
         _check_range(key, _value(config, key), bounds)
     for name, value in config.objective.hyperparameters.items():
         if name in HYPERPARAMETER_RANGES:
-            _check_range(f"objective.{name}", _number(f"objective.{name}", value), HYPERPARAMETER_RANGES[name])
+            key = f"objective.{name}"
+            _check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
     for index, beta in enumerate(config.optim.betas):
         _check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
     if len(config.optim.betas) != 2:
-        raise ConfigError(f"optim.betas={config.optim.betas} has {len(config.optim.betas)} values; AdamW takes two")
+        raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
     config.train.accumulation(world_size=1)
     _check_combinations(config)
     _check_files(config)
@@ -164,10 +168,13 @@ def _check_combinations(config: RunConfig) -> None:
             "choose engine=zero0 or rc.geometry=head"
         )
     if engine.offload_optimizer and engine.stage == 0:
-        raise ConfigError("engine.offload_optimizer=true needs a ZeRO stage of 1 to 3; choose engine=zero2_offload")
+        raise ConfigError(
+            "engine.offload_optimizer=true needs a stage of 1 to 3; choose engine=zero2_offload"
+        )
     if engine.offload_parameters and engine.stage != 3:
         raise ConfigError(
-            f"engine.offload_parameters=true needs engine.stage=3 (it is {engine.stage}); choose engine=zero3_offload"
+            f"engine.offload_parameters=true needs engine.stage=3 (it is {engine.stage}); "
+            "choose engine=zero3_offload"
         )
     if objective.reduction == "importance" and objective.nll_coef:
         raise ConfigError(
@@ -177,7 +184,8 @@ def _check_combinations(config: RunConfig) -> None:
     limits = config.data.max_prompt_length, config.data.max_length
     if limits[0] is not None and limits[1] is not None and limits[0] >= limits[1]:
         raise ConfigError(
-            f"data.max_prompt_length={limits[0]} leaves no token for a response within data.max_length={limits[1]}"
+            f"data.max_prompt_length={limits[0]} leaves no token for a response "
+            f"within data.max_length={limits[1]}"
         )
 
 

@@ -1,0 +1,130 @@
+"""The command line. Each command takes Hydra overrides, and Hydra's flags anywhere among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from rcpo import __version__
+
+_RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="rcpo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rcpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Preference optimization with reward calibration, on DeepSpeed ZeRO.
+
+    \b
+    rcpo train objective=simpo rc=on     train the packaged task, two minutes on a laptop
+    rcpo evaluate run=outputs/...        evaluate what came out
+    rcpo doctor                          what this machine has, and what would fail
+
+    \b
+    Exit codes: 0 done, 1 failed while running, 2 bad command line, configuration or data,
+    75 stopped by a signal with a checkpoint saved.
+    """
+
+
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def train(ctx: typer.Context) -> None:
+    """Train a policy on preference pairs. Arguments are KEY=VALUE, in any order.
+
+    \b
+    Choose parts by GROUP=OPTION:
+      rcpo train                                    DPO on the packaged task
+      rcpo train objective=simpo rc=on              SimPO with reward calibration
+      rcpo train model=local model.path=DIR data=pairs data.path=pairs.jsonl.gz
+    Groups: objective, rc, model, data, engine, optim, eval; a wrong option names the right ones.
+
+    \b
+    Change single values:
+      rcpo train objective.beta=0.5 optim.lr=5e-5 train.max_steps=1000 seed=2
+      rcpo train --cfg job                          print every key with its value, train nothing
+
+    \b
+    Several processes, and ZeRO:
+      rcpo train engine=zero3 launch.processes=2
+      torchrun --nproc-per-node 8 --no-python rcpo train engine=zero2
+
+    \b
+    Several runs, each a process of its own:
+      rcpo train -m objective=dpo,simpo rc=off,on seed=1,2,3
+
+    \b
+    Your own options beside the shipped ones (objective/mine.yaml in my_conf):
+      rcpo train --config-dir my_conf objective=mine
+
+    Hydra's flags stand anywhere: -m, --cfg job|hydra|all, --resolve, --info, --config-dir, --config-name.
+    The run's folder is printed at the start; hydra.run.dir=DIR chooses it, resume=auto continues it.
+    """
+    from rcpo import jobs
+
+    _finish(jobs.train, ctx.args)
+
+
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def evaluate(ctx: typer.Context) -> None:
+    """Evaluate a run or a model on held-out pairs. Arguments are KEY=VALUE, in any order.
+
+    \b
+      rcpo evaluate run=outputs/DIR                     as the run was configured
+      rcpo evaluate run=outputs/DIR eval.max_examples=200
+      rcpo evaluate run=outputs/DIR data=pairs data.path=other.jsonl
+      rcpo evaluate model=local model.path=DIR reference.path=DIR data=pairs data.path=pairs.jsonl
+
+    The result is evaluation.json in the run's folder, or in a new one under outputs/.
+    """
+    from rcpo import jobs
+
+    _finish(jobs.evaluate, ctx.args)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has and what would fail; exit code 1 where `rcpo train` could not run."""
+    from rcpo.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+def _finish(command: Callable[[Sequence[str]], int], arguments: list[str]) -> None:
+    """Runs a command to its exit code; what the user has to change is one line, without a traceback."""
+    from rcpo.config import ConfigError
+    from rcpo.launch import REFUSED, report_refusal
+
+    try:
+        code = command(arguments)
+    except ConfigError as error:
+        report_refusal(error)
+        code = REFUSED
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the `rcpo` script."""
+    app(prog_name="rcpo")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""One command line, one run or many: Hydra composes, the run's folder is made, `launch` gets it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
+from rcpo.config.composition import (
+    PRIMARY,
+    compose_with,
+    hydra_session,
+    over_run,
+    refusals_explained,
+    split_arguments,
+    user_part,
+)
+from rcpo.config.parsing import read_tree, structure
+from rcpo.launch import (
+    DONE,
+    FAILED,
+    LOG_FILE,
+    REFUSED,
+    STOPPED,
+    check,
+    configure_log,
+    external_ranks,
+    launch,
+    run_here,
+    run_process,
+    world_size,
+)
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.utils import JobReturn
+
+log = logging.getLogger(__name__)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`rcpo train ARGUMENTS`: returns the exit code; raises ConfigError for what is refused beforehand."""
+    flags = split_arguments(arguments)
+    name = flags.config_name or PRIMARY
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if _shows(flags):
+            return _show(hydra, name, flags)
+        if flags.multirun or _wants_multirun(hydra, name, flags.overrides):
+            return _multirun(hydra, name, flags.overrides)
+        return _single(hydra, name, flags.overrides)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """`rcpo evaluate ARGUMENTS`: a finished run (`run=DIR`) with overrides, or a model given by keys.
+
+    Returns the exit code; raises ConfigError for what is refused beforehand.
+    """
+    flags = split_arguments(arguments)
+    name = flags.config_name or PRIMARY
+    runs = [override.removeprefix("run=") for override in flags.overrides if override.startswith("run=")]
+    overrides = [override for override in flags.overrides if not override.startswith("run=")]
+    if flags.multirun:
+        raise ConfigError("command line: evaluate takes one model at a time, without -m")
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if _shows(flags):
+            return _show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
+        if runs:
+            run_dir = Path(runs[0])
+            base = to_container(structure(read_tree(run_dir / "config.yaml")))
+            config = parse(over_run(hydra, base, overrides))
+        else:
+            cfg = compose_with(hydra, name, overrides)
+            config, run_dir = parse(user_part(cfg)), _resolved_dir(cfg, "evaluation")
+    check(config, world_size(config))
+    ranks = external_ranks()
+    main_rank = ranks is None or ranks.rank == 0
+    if main_rank:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not runs:
+            save_run_config(config, run_dir / "config.yaml")
+    configure_log(run_dir, file=main_rank)
+    return run_here(_evaluate_run, config, run_dir)
+
+
+def _evaluate_run(config: RunConfig, run_dir: Path) -> int:
+    from rcpo.evaluation import evaluate_run
+
+    return evaluate_run(config, run_dir)
+
+
+def _shows(flags: argparse.Namespace) -> bool:
+    """Whether a flag asks for information, not a run; raises ConfigError for flags that contradict."""
+    if flags.experimental_rerun is not None:
+        raise ConfigError(
+            "command line: --experimental-rerun is not supported; a run's config.yaml repeats it"
+        )
+    shown = (flags.cfg is not None, flags.info is not None, flags.hydra_help, flags.shell_completion)
+    if sum((*shown, flags.multirun)) > 1:
+        raise ConfigError("command line: give one of -m, --cfg, --info, --hydra-help and --shell-completion")
+    if flags.resolve and flags.cfg is None:
+        raise ConfigError("command line: --resolve goes with --cfg job, --cfg hydra or --cfg all")
+    return any(shown)
+
+
+def _show(hydra: Hydra, name: str, flags: argparse.Namespace) -> int:
+    compose_with(hydra, name, flags.overrides)  # a refusal is explained here, before Hydra prints its own
+    with refusals_explained(hydra, name, flags.overrides):
+        if flags.cfg is not None:
+            hydra.show_cfg(name, flags.overrides, flags.cfg, flags.package, flags.resolve)
+        elif flags.info is not None:
+            hydra.show_info(flags.info, name, flags.overrides)
+        elif flags.hydra_help:
+            hydra.hydra_help(name, args_parser=flags.parser, args=flags)
+        else:
+            hydra.shell_completion(name, flags.overrides)
+    return DONE
+
+
+def _wants_multirun(hydra: Hydra, name: str, overrides: Sequence[str]) -> bool:
+    from hydra.types import RunMode
+
+    return bool(hydra.get_mode(name, list(overrides)) == RunMode.MULTIRUN)
+
+
+def _single(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
+    cfg = compose_with(hydra, name, overrides)
+    config = parse(user_part(cfg))
+    check(config, world_size(config))
+    ranks = external_ranks()
+    if ranks is not None and ranks.rank > 0:
+        configure_log(Path("."), file=False)
+        return launch(config, None)
+    _refuse_used(_resolved_dir(cfg, None), config)
+    with refusals_explained(hydra, name, overrides):
+        job = hydra.run(name, _train_job, [*overrides, "hydra.mode=RUN"])
+    return int(job.return_value)
+
+
+def _train_job(cfg: DictConfig) -> int:
+    """Hydra's task for a single run: this process, in the folder that Hydra made."""
+    run_dir = _job_dir()
+    config = parse(cfg)
+    save_run_config(config, run_dir / "config.yaml")
+    return launch(config, run_dir)
+
+
+def _sweep_job(cfg: DictConfig) -> int:
+    """Hydra's task for one run of many: a process of its own, whose end cannot take the others along."""
+    run_dir = _job_dir()
+    if _stopped:
+        return STOPPED
+    try:
+        config = parse(cfg)
+        _refuse_used(run_dir, config)
+        save_run_config(config, run_dir / "config.yaml")
+    except ConfigError as error:
+        print(f"rcpo: {run_dir.name}: {error}", file=sys.stderr)
+        log.info("refused: %s", error)
+        return REFUSED
+    code, signalled = run_process(run_dir)
+    if code != DONE:
+        print(f"rcpo: {run_dir.name} ended with exit code {code}; see {run_dir / LOG_FILE}", file=sys.stderr)
+    if signalled or code == STOPPED:
+        _stopped.append(run_dir)
+    return code
+
+
+# the run of this process's multirun that a signal reached: none is started after it
+_stopped: list[Path] = []
+
+
+def _job_dir() -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _multirun(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
+    if external_ranks() is not None:
+        raise ConfigError(
+            "-m starts the runs itself; leave the outer launcher out, or give it one run at a time"
+        )
+    cfg = compose_with(hydra, name, overrides, multirun=True)
+    sweep_dir = Path(cfg.hydra.sweep.dir)
+    pinned = [*overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
+    _stopped.clear()
+    try:
+        with refusals_explained(hydra, name, overrides):
+            results = hydra.multirun(name, _sweep_job, pinned)
+    except ConfigError:
+        _remove_empty(sweep_dir)
+        raise
+    codes = [int(job.return_value) for job in _flatten(results)]
+    if codes:
+        print(f"rcpo: {codes.count(DONE)} of {len(codes)} runs done, in {sweep_dir}")
+    return summary_code(codes)
+
+
+def summary_code(codes: Sequence[int]) -> int:
+    """A multirun's exit code: 0 all done, 75 one was stopped, 2 all were refused, else 1."""
+    if STOPPED in codes:
+        return STOPPED
+    if all(code == DONE for code in codes):
+        return DONE
+    return REFUSED if all(code == REFUSED for code in codes) else FAILED
+
+
+def _flatten(results: Any) -> Iterable[JobReturn]:
+    """Job results from whatever nesting a sweeper returns; some return none."""
+    if isinstance(results, list | tuple):
+        for entry in results:
+            yield from _flatten(entry)
+    elif results is not None:
+        yield results
+
+
+def _remove_empty(sweep_dir: Path) -> None:
+    """Removes a sweep's folder that holds nothing but Hydra's record of the command."""
+    record = sweep_dir / "multirun.yaml"
+    if sweep_dir.is_dir() and all(entry == record for entry in sweep_dir.iterdir()):
+        record.unlink(missing_ok=True)
+        sweep_dir.rmdir()
+
+
+def _quoted(text: str) -> str:
+    """A path as a Hydra value: quoted, so that commas and brackets in it mean nothing."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:
+    """The folder that `hydra.run.dir` stands for."""
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().set_config(cfg)
+    folder = str(cfg.hydra.run.dir)
+    return Path(folder if suffix is None else f"{folder}_{suffix}")
+
+
+def _refuse_used(run_dir: Path, config: RunConfig) -> None:
+    """A fresh run does not write over a finished or stopped one; raises ConfigError."""
+    if config.resume is None and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{run_dir} holds a run already; resume=auto continues it, another hydra.run.dir starts afresh"
+        )
