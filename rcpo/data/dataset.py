@@ -48,7 +48,8 @@ class Datasets:
 def load_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Datasets:
     """Reads, splits and tokenises the configured data; the same on every rank.
 
-    `seed` decides which prompts are held out of `data.path`. Raises ConfigError for data that cannot be used.
+    `seed` decides which prompts are held out of `data.path`, and draws the sums to train on.
+    Raises ConfigError for data that cannot be used.
     """
     report = DataReport(config.path or config.name, drop=config.on_bad == "drop")
     texts = _SOURCES[config.name](config, seed, report)
@@ -73,8 +74,10 @@ def load_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 
 
 def _load_sums(config: DataConfig, seed: int, report: DataReport) -> TextData:
-    train = sums.make_pairs(sums.TRAIN_EXAMPLES, sums.TASK_SEED, held_out=False)
-    evaluation = sums.make_pairs(sums.EVAL_EXAMPLES, sums.TASK_SEED, held_out=True)
+    if not sums.operands(config.eval_fraction, held_out=False):
+        raise ConfigError(f"data.eval_fraction={config.eval_fraction} leaves no sum to train on; lower it")
+    train = sums.training_pairs(sums.TRAIN_EXAMPLES, config.eval_fraction, seed)
+    evaluation = sums.held_out_pairs(config.eval_fraction)
     report.read = len(train) + len(evaluation)
     return TextData(train, evaluation, sums.answer_is_correct)
 

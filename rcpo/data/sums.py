@@ -1,9 +1,9 @@
 """The embedded task: two-digit sums, "12+34=", answered in one of six phrasings.
 
 The chosen answer has the right sum, the rejected one a plausible wrong one. Their phrasings are drawn
-independently, so only the number tells the two apart. A prompt is held out by a hash of its two numbers and
-nothing else, so a model trained on this task's training prompts has never seen a held-out one, whatever the
-seed and the size it was trained with.
+independently, so only the number tells the two apart. A prompt is held out by a hash of its two
+numbers: a model trained with one held-out fraction has seen no held-out prompt of that fraction or of a smaller
+one, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ from rcpo.data.records import TextPair
 
 PHRASINGS = ("{}", "= {}", "it is {}", "that is {}", "the sum is {}", "the answer is {}")
 SMALLEST, LARGEST = 10, 99
-TRAIN_EXAMPLES = 6400  # 200 steps of 32, as in the first experiment
-EVAL_EXAMPLES = 256
-TASK_SEED = 0
-_HELD_OUT_SHARE = 8  # one prompt in eight
+TRAIN_EXAMPLES = 6400  # 200 steps of 32 pairs, none twice
+EVAL_SEED = 0  # the held-out answers are the same for every run, so that runs can be compared
 _PROMPT = re.compile(r"([1-9][0-9])\+([1-9][0-9])=")
 _ANSWERS = re.compile(
     "|".join(re.escape(phrasing).replace(r"\{\}", "([1-9][0-9]*)") for phrasing in PHRASINGS)
 )
 
 
-def is_held_out(a: int, b: int) -> bool:
-    """Whether a + b (and so b + a) belongs to the held-out split."""
+def is_held_out(a: int, b: int, fraction: float) -> bool:
+    """Whether a + b (and so b + a) is among the `fraction` of the prompts that is held out."""
     digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def prompts(held_out: bool) -> list[tuple[int, int]]:
-    """All operands of one split, in ascending order."""
+def operands(fraction: float, *, held_out: bool) -> list[tuple[int, int]]:
+    """All prompts' numbers of one split, in ascending order; `fraction` of them are held out."""
     numbers = range(SMALLEST, LARGEST + 1)
-    return [(a, b) for a in numbers for b in numbers if is_held_out(a, b) == held_out]
+    return [(a, b) for a in numbers for b in numbers if is_held_out(a, b, fraction) == held_out]
 
 
-def make_pairs(count: int, seed: int, *, held_out: bool) -> list[TextPair]:
-    """`count` pairs of one split, the same for the same seed.
+def training_pairs(count: int, fraction: float, seed: int) -> list[TextPair]:
+    """`count` pairs with prompts of the training split, the same for the same seed.
 
-    Prompts come in a random order without repetition until all of the split have been used, then again with
-    other phrasings and errors.
+    Prompts come in a random order without repetition until all have been used, then again with other
+    phrasings and errors.
     """
-    split = "heldout" if held_out else "train"
-    generator = random.Random(f"rcpo sums {split} {seed}")
-    operands = _endless(prompts(held_out), generator)
-    return [
-        _make_pair(f"sums-{split}-{seed}-{number}", *next(operands), generator) for number in range(count)
-    ]
+    generator = random.Random(f"rcpo sums train {seed}")
+    numbers = _endless(operands(fraction, held_out=False), generator)
+    return [_make_pair(f"sums-train-{seed}-{place}", *next(numbers), generator) for place in range(count)]
+
+
+def held_out_pairs(fraction: float) -> list[TextPair]:
+    """One pair for every held-out prompt, in a random order; the same for every run."""
+    generator = random.Random(f"rcpo sums held out {EVAL_SEED}")
+    numbers = operands(fraction, held_out=True)
+    generator.shuffle(numbers)
+    return [_make_pair(f"sums-heldout-{a}+{b}", a, b, generator) for a, b in numbers]
 
 
 def answer_is_correct(prompt: str, text: str) -> bool:
@@ -85,6 +88,6 @@ def _make_pair(name: str, a: int, b: int, generator: random.Random) -> TextPair:
     return TextPair(name, f"{a}+{b}=", chosen, rejected)
 
 
-def _endless(operands: list[tuple[int, int]], generator: random.Random) -> Iterator[tuple[int, int]]:
+def _endless(numbers: list[tuple[int, int]], generator: random.Random) -> Iterator[tuple[int, int]]:
     while True:
-        yield from generator.sample(operands, len(operands))
+        yield from generator.sample(numbers, len(numbers))

@@ -23,14 +23,24 @@ def test_sums_are_ready_to_train_and_to_generate() -> None:
     data = load_datasets(DataConfig(name="sums"), TOKENIZER, seed=1)
     assert data.evaluation is not None and data.checker is not None
     assert (data.report.train, data.report.evaluation) == (len(data.train), len(data.evaluation))
-    assert (len(data.train), len(data.evaluation), len(data.prompts)) == (6400, 256, 256)
-    texts = [TOKENIZER.decode(data.evaluation[n].prompt[1:]) for n in range(256)]
+    assert len(data.train) == 6400
+    assert len(data.evaluation) == len(data.prompts) > 700
+    texts = [TOKENIZER.decode(example.prompt[1:]) for example in data.evaluation]
     assert texts == data.prompts
     answer = TOKENIZER.decode(data.evaluation[5].chosen[:-1])
     assert data.checker(data.prompts[5], answer)
     trained = {tuple(example.prompt) for example in data.train}
     assert not any(tuple(example.prompt) in trained for example in data.evaluation)
     assert data.report.shared_prompts == 0
+    other = load_datasets(DataConfig(name="sums"), TOKENIZER, seed=2)
+    assert other.evaluation is not None
+    assert other.evaluation.fingerprint == data.evaluation.fingerprint
+    assert other.train.fingerprint != data.train.fingerprint
+
+
+def test_a_fraction_that_leaves_no_sum_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves no sum"):
+        load_datasets(DataConfig(name="sums", eval_fraction=1.0), TOKENIZER, seed=1)
 
 
 def test_loading_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:

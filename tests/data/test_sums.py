@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from rcpo.data import sums
 
-operands = st.integers(10, 99)
+two_digits = st.integers(10, 99)
+fractions = st.floats(0, 1)
 
 
 def test_answers_by_hand() -> None:
@@ -44,48 +45,56 @@ def test_wrong_sums_by_hand() -> None:
     assert sums.wrong_sums(10, 10) == [10, 19, 21, 30]
 
 
-@given(a=operands, b=operands)
+@given(a=two_digits, b=two_digits)
 def test_there_is_always_a_wrong_sum_and_never_the_right_one(a: int, b: int) -> None:
     wrong = sums.wrong_sums(a, b)
     assert wrong and a + b not in wrong
 
 
-@given(a=operands, b=operands)
-def test_both_orders_of_a_sum_are_in_the_same_split(a: int, b: int) -> None:
-    assert sums.is_held_out(a, b) == sums.is_held_out(b, a)
+@given(a=two_digits, b=two_digits, fraction=fractions)
+def test_both_orders_of_a_sum_are_in_the_same_split(a: int, b: int, fraction: float) -> None:
+    assert sums.is_held_out(a, b, fraction) == sums.is_held_out(b, a, fraction)
+
+
+@given(a=two_digits, b=two_digits, one=fractions, other=fractions)
+def test_what_a_fraction_holds_out_a_larger_one_does_too(a: int, b: int, one: float, other: float) -> None:
+    assert sums.is_held_out(a, b, max(one, other)) or not sums.is_held_out(a, b, min(one, other))
 
 
 def test_splits_share_no_prompt_and_leave_none_out() -> None:
-    train, held_out = (set(sums.prompts(held_out)) for held_out in (False, True))
+    train, held_out = (set(sums.operands(0.1, held_out=held_out)) for held_out in (False, True))
     assert not train & held_out
     assert len(train | held_out) == 90 * 90
-    assert 0.1 < len(held_out) / 8100 < 0.15
+    assert 0.08 < len(held_out) / 8100 < 0.12
+    assert sums.operands(0.0, held_out=True) == sums.operands(1.0, held_out=False) == []
 
 
 def test_pairs_are_right_wrong_and_of_their_split() -> None:
-    for held_out in (False, True):
-        for pair in sums.make_pairs(500, seed=4, held_out=held_out):
+    for held_out, pairs in ((False, sums.training_pairs(500, 0.1, 4)), (True, sums.held_out_pairs(0.1))):
+        for pair in pairs:
             a, b = (int(number) for number in pair.prompt.rstrip("=").split("+"))
-            assert sums.is_held_out(a, b) == held_out
+            assert sums.is_held_out(a, b, 0.1) == held_out
             assert sums.answer_is_correct(pair.prompt, pair.chosen)
             assert not sums.answer_is_correct(pair.prompt, pair.rejected)
 
 
 def test_prompts_repeat_only_after_all_have_been_used() -> None:
-    total = len(sums.prompts(held_out=True))
-    pairs = sums.make_pairs(total + 5, seed=0, held_out=True)
+    total = len(sums.operands(0.9, held_out=False))
+    pairs = sums.training_pairs(total + 5, 0.9, seed=0)
     assert len({pair.prompt for pair in pairs[:total]}) == total
     assert len({pair.id for pair in pairs}) == total + 5
+    held_out = sums.held_out_pairs(0.1)
+    assert len({pair.prompt for pair in held_out}) == len(held_out) == len(sums.operands(0.1, held_out=True))
 
 
 def test_every_phrasing_is_used_on_both_sides() -> None:
-    pairs = sums.make_pairs(300, seed=0, held_out=False)
+    pairs = sums.training_pairs(300, 0.1, seed=0)
     for side in ("chosen", "rejected"):
         shapes = {"".join("#" if c.isdigit() else c for c in getattr(pair, side)) for pair in pairs}
         assert {shape.replace("###", "##").replace("##", "{}") for shape in shapes} == set(sums.PHRASINGS)
 
 
 def test_the_seed_decides() -> None:
-    assert sums.make_pairs(50, 1, held_out=False) == sums.make_pairs(50, 1, held_out=False)
-    assert sums.make_pairs(50, 1, held_out=False) != sums.make_pairs(50, 2, held_out=False)
-    assert sums.make_pairs(50, 1, held_out=False) == sums.make_pairs(90, 1, held_out=False)[:50]
+    assert sums.training_pairs(50, 0.1, 1) == sums.training_pairs(50, 0.1, 1)
+    assert sums.training_pairs(50, 0.1, 1) != sums.training_pairs(50, 0.1, 2)
+    assert sums.training_pairs(50, 0.1, 1) == sums.training_pairs(90, 0.1, 1)[:50]
