@@ -2,8 +2,8 @@
 
 The chosen answer has the right sum, the rejected one a plausible wrong one. Their phrasings are drawn
 independently, so only the number tells the two apart. A prompt is held out by a hash of its two
-numbers: a model trained with one held-out fraction has seen no held-out prompt of that fraction or of a smaller
-one, whatever the seeds.
+numbers: a model trained with one held-out fraction has seen no held-out prompt of that fraction or of a
+smaller one, whatever the seeds.
 """
 
 from __future__ import annotations
