@@ -1,9 +1,9 @@
 """Preference objectives: pure functions from log-probs of B pairs to B losses, and their registry.
 
-Notation (DESIGN of the method, arXiv 2604.18239): z = log π(y|x) in the objective's reduction, r the same under
-the reference, u = z − r, m = u_w − u_l, Δ = z_w − z_l; subscripts w chosen, l rejected. Every function takes a
-`PairLogps` and returns losses of shape (B,). Properties that the runner must know (needs_reference, …) are
-declared beside the function; no code anywhere branches on an objective's name.
+Notation (arXiv 2604.18239): z = log π(y|x) in the objective's reduction, r the same under the reference,
+u = z − r, m = u_w − u_l, Δ = z_w − z_l; subscripts w chosen, l rejected. Every function takes a `PairLogps` and
+returns losses of shape (B,). Properties that the runner must know (needs_reference, …) are declared beside the
+function; no code anywhere branches on an objective's name.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Objective:
             return 1.0
         if logps.chosen_lengths is None:
             raise ValueError("objective.nll_coef on summed log-probs needs PairLogps.chosen_lengths")
-        return 1.0 / logps.chosen_lengths
+        return 1.0 / logps.chosen_lengths.to(logps.chosen)
 
     def chosen_means(self, logps: PairLogps) -> Tensor:
         """Mean log-prob a token of the chosen responses, shape (B,)."""
@@ -201,7 +201,8 @@ class Objective:
         """Implicit rewards β u, or β z without a reference (β = 1 where there is none), shape (B,) each."""
         beta = self.hyperparameters.get("beta", 1.0)
         if self.needs_reference:
-            return beta * logps.chosen_logratios, beta * logps.rejected_logratios
+            chosen = beta * logps.chosen_logratios
+            return chosen, None if logps.rejected is None else beta * logps.rejected_logratios
         return beta * logps.chosen, None if logps.rejected is None else beta * logps.rejected
 
 
@@ -232,7 +233,7 @@ def get_objective(
     return Objective(spec, reduction, nll_coef, {**defaults, **hyperparameters})
 
 
-# --- with a reference --------------------------------------------------------------------------------------------
+# --- with a reference ---------------------------------------------------------------------------------------
 
 
 def _margin(logps: PairLogps) -> Tensor:
@@ -329,8 +330,9 @@ def apo_down(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
 def discopop(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     """x = βm, s = σ(x/0.05): −(1−s)logσ(x) + s e^(−x), Lu et al. 2024 (log-ratio modulated loss)."""
     x = beta * _margin(logps)
-    gate = (x / 0.05).sigmoid()
-    return -(1 - gate) * F.logsigmoid(x) + gate * torch.exp(-x)
+    gate = x / 0.05
+    # s e^(−x) as one exponential: e^(−x) alone overflows where s is 0
+    return -(-gate).sigmoid() * F.logsigmoid(x) + torch.exp(F.logsigmoid(gate) - x)
 
 
 @register("dpop", reduction="sum", needs_reference=True)
@@ -396,7 +398,7 @@ def tidpo(logps: PairLogps, *, beta: float = 0.1, epsilon: float = 0.0) -> Tenso
     return dpo(logps, beta=beta, epsilon=epsilon)
 
 
-# --- without a reference -----------------------------------------------------------------------------------------
+# --- without a reference ------------------------------------------------------------------------------------
 
 
 @register("simpo", reduction="mean", needs_reference=False)
