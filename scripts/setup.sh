@@ -64,7 +64,10 @@ build_environment() {
         printf '%s\n' "$constraints" >"$venv/.rcpo-constraints"
     fi
     rm -f -- "$unfinished"
-    printf '%s\n' "$wanted" >"$stamp.new" && mv -- "$stamp.new" "$stamp"
+    # What has the extra's packages has the plain one's too.
+    for stamp in "$venv/.rcpo-ready" "$stamp"; do
+        printf '%s\n' "$wanted" >"$stamp.new" && mv -- "$stamp.new" "$stamp"
+    done
     say "ready"
 }
 

@@ -19,10 +19,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from test_structure import ROOT, imports, sources
 
 import rcpo
 
-ROOT = Path(__file__).resolve().parent.parent
 WHEEL_LIMIT = 6_000_000  # the embedded model may take 5 MB
 
 # Stands in for Python: `-m venv` copies it, pip notes its last argument and makes bin/rcpo.
@@ -118,6 +118,17 @@ def closure() -> set[str]:
     return {name for name, _ in seen}
 
 
+def test_what_is_imported_is_what_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    imported = {name.split(".")[0] for path in sources() for name in imports(path)}
+    providers = metadata.packages_distributions()
+    outside = imported - sys.stdlib_module_names - {"rcpo", "__future__"}
+    used = {canonicalize_name(providers[name][0]) for name in outside}
+    assert used <= declared, "declare these in pyproject.toml"
+    assert declared - used <= {"ninja"}, "nothing imports these"
+
+
 def test_constraints_pin_all_that_is_installed() -> None:
     # What a CUDA build of torch brings along is pinned by torch itself.
     brought = re.compile(r"nvidia-|cuda-|triton")
@@ -183,6 +194,13 @@ def test_first_use_sets_up_and_the_second_only_runs(clone: Clone) -> None:
     assert "once only" in errors
     assert clone.run("doctor") == (0, "ran doctor\n", "")
     assert clone.calls == clone.full
+
+
+def test_tools_for_tests_leave_nothing_to_install_for_use(clone: Clone) -> None:
+    set_up = f". {clone.root}/scripts/setup.sh && ensure_environment dev"
+    subprocess.run(["bash", "-uc", set_up], env=clone.environment, check=True, capture_output=True)
+    assert clone.run("x") == (0, "ran x\n", "")
+    assert clone.calls == [*clone.full[:2], f"pip {clone.root}[dev]"]
 
 
 def test_two_starts_at_once_set_up_once(clone: Clone) -> None:

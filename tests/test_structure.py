@@ -19,7 +19,7 @@ ROWS: list[list[str]] = [
     ["types", "objectives", "incentives", "geometry", "logps", "calibration"],
     ["config", "distributed", "data", "models", "tracking", "metrics", "reference"],
     ["engine", "scoring", "dynamics", "session", "checkpoint", "trainer"],
-    ["evaluation", "report", "launch", "planner", "integrations", "doctor"],
+    ["evaluation", "report", "launch", "jobs", "planner", "integrations", "doctor"],
     ["cli", "__main__"],
 ]
 ORDER = {module: place for place, module in enumerate(module for row in ROWS for module in row)}
