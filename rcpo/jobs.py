@@ -85,10 +85,10 @@ def evaluate(arguments: Sequence[str]) -> int:
         if not runs:
             save_run_config(config, run_dir / "config.yaml")
     configure_log(run_dir, file=main_rank)
-    return run_here(_evaluate_run, config, run_dir)
+    return run_here(_evaluate, config, run_dir)
 
 
-def _evaluate_run(config: RunConfig, run_dir: Path) -> int:
+def _evaluate(config: RunConfig, run_dir: Path) -> int:
     from rcpo.evaluation import evaluate_run
 
     return evaluate_run(config, run_dir)

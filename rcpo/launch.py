@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.config import ConfigError, RunConfig, load_run_config
+from rcpo.config import ConfigError, RunConfig, load_run_config, to_container
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -177,6 +177,9 @@ def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
 
         distributed.initialize()
         folder = Path(distributed.broadcast_object(None if run_dir is None else str(run_dir)))
+        if distributed.is_main():
+            print(f"{task.__name__}: {folder}", flush=True)
+            log.info("%s: %s", task.__name__, to_container(config))
         code = task(config, folder)
         distributed.shutdown()
         return code
@@ -244,10 +247,10 @@ def launch_workers(processes: int, command: list[str]) -> int:
 
 
 def _children() -> list[int]:
-    """Process ids of this process's children that are ranks."""
+    """Process ids of this process's children: the ranks (multiprocessing's tracker ignores signals)."""
     import psutil  # type: ignore[import-untyped]
 
-    return [child.pid for child in psutil.Process().children() if "rcpo.launch" in " ".join(child.cmdline())]
+    return [child.pid for child in psutil.Process().children()]
 
 
 @contextmanager
