@@ -83,6 +83,10 @@ def test_two_conversations_share_their_prompt() -> None:
     start = "\n\nHuman: hi\n\nAssistant:"
     row = {"chosen": start + " yes", "rejected": start + " yesterday"}
     assert parse_row(json.dumps(row).encode(), "n") == TextPair("n", start, " yes", " yesterday")
+    # Turns that both share belong to the prompt.
+    turns = start + " A\n\nHuman: B\n\nAssistant:"
+    pair = parse_row(json.dumps({"chosen": turns + " x", "rejected": turns + " y"}).encode(), "n")
+    assert pair == TextPair("n", turns, " x", " y")
     # They differ before the last turn: the prompt ends at the last turn that both have.
     longer = {
         "chosen": start + " A\n\nHuman: 1\n\nAssistant: x",
