@@ -1,8 +1,8 @@
 """Disentanglement band and reward calibration (arXiv 2604.18239, §1 of the README's mathematics).
 
 Under gradient flow the winner does not fall and the loser does not rise exactly when the incentive ratio
-r = d_w/d_l lies in the band ρ r* ≤ r ≤ r*/ρ, r* = ‖s_l‖/‖s_w‖, ρ = cos(s_w, s_l). Reward calibration moves r to the
-band's centre r* by α = sqrt(r*/r): d_w → α d_w, d_l → d_l/α.
+r = d_w/d_l lies in the band ρ r* ≤ r ≤ r*/ρ, r* = ‖s_l‖/‖s_w‖, ρ = cos(s_w, s_l). Reward calibration moves r
+to the band's centre r* by α = sqrt(r*/r): d_w → α d_w, d_l → d_l/α.
 """
 
 from __future__ import annotations
@@ -121,10 +121,11 @@ class DynamicsMeter:
 class RewardCalibrator:
     """Reward calibration: the smoothed weight α and the stop-gradient that applies it.
 
-    Exponential moving averages, in the log domain, of the batch means d_w, d_l, ‖s_w‖, ‖s_l‖; the first value
-    starts each average. `update(dynamics)` moves them, `calibrate(logps)` uses α. A batch whose mean incentive
-    (or score) is not positive on some side says nothing about r (or r*): those averages and α stay as they are
-    and `skipped` counts it. α is clamped to [1/alpha_max, alpha_max] (None: not), counted in `clamped`.
+    Exponential moving averages, in the log domain, of the batch means d_w, d_l, ‖s_w‖, ‖s_l‖; the first
+    value starts each average. `update(dynamics)` moves them, `calibrate(logps)` uses α. A batch whose mean
+    incentive (or score) is not positive on some side says nothing about r (or r*): those averages and α stay
+    as they are and `skipped` counts it. α is clamped to [1/alpha_max, alpha_max] (None: not), counted in
+    `clamped`.
     """
 
     def __init__(self, *, ema: float = 0.9, alpha_max: float | None = 10.0) -> None:
@@ -222,7 +223,7 @@ def _four(dynamics: Dynamics) -> list[float]:
 
 
 def _scale_gradient(z: Tensor, scale: float) -> Tensor:
-    """z in the forward pass, exactly; its gradient times `scale` (stop-gradient form of α z + (1−α) sg(z))."""
+    """z in the forward pass, exactly; its gradient times `scale`: α z + (1−α) sg(z) without its rounding."""
     return _ScaledGradient.apply(z, scale)
 
 

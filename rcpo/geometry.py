@@ -1,9 +1,9 @@
 """Score geometry: ‖s_w‖, ‖s_l‖ and cos(s_w, s_l), s = ∇_θ z, of the mean over a batch of pairs.
 
 `head`: θ is the output head, in closed form from what the forward pass already has. With final hidden states
-h_t, probabilities p_t and the weights c_t of the token log-probs in z, G = Σ_t c_t ((e_{y_t} − p_t) ⊙ f′) h_tᵀ and
-‖s‖ = ‖G‖_F. With tied embeddings it is the head's use of the matrix alone. `parameters`: θ is everything that is
-trained, by autograd; exact, for small models.
+h_t, probabilities p_t and the weights c_t of the token log-probs in z, G = Σ_t c_t ((e_y − p_t) ⊙ f′) h_tᵀ
+and ‖s‖ = ‖G‖_F. With tied embeddings it is the head's use of the matrix alone. `parameters`: θ is everything
+that is trained, by autograd; exact, for small models.
 
 Both are linear in the pairs, so sums over micro-batches and ranks are the scores of the global batch.
 

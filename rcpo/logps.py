@@ -1,9 +1,9 @@
 """Token log-probs straight from hidden states, a chunk of logits at a time, and their reductions to z.
 
-Only response positions reach the head, so N is the number of response tokens. The log-softmax runs in fp32 (in
-fp64 for fp64 inputs). Where all logits fit into one chunk their softmax is kept for the backward pass; else each
-chunk is computed again there, so never more than a chunk of logits is alive. The head geometry's sketch
-(`rcpo.geometry`) is read off the same softmax.
+Only response positions reach the head, so N is the number of response tokens. The log-softmax runs in fp32
+(in fp64 for fp64 inputs). Where all logits fit into one chunk their softmax is kept for the backward pass;
+else each chunk is computed again there, so never more than a chunk of logits is alive. The head geometry's
+sketch (`rcpo.geometry`) is read off the same softmax.
 
 Axes: N response tokens, S sequences, D hidden, V vocabulary, k sketch.
 """

@@ -1,9 +1,9 @@
 """Preference objectives: pure functions from log-probs of B pairs to B losses, and their registry.
 
 Notation (arXiv 2604.18239): z = log π(y|x) in the objective's reduction, r the same under the reference,
-u = z − r, m = u_w − u_l, Δ = z_w − z_l; subscripts w chosen, l rejected. Every function takes a `PairLogps` and
-returns losses of shape (B,). Properties that the runner must know (needs_reference, …) are declared beside the
-function; no code anywhere branches on an objective's name.
+u = z − r, m = u_w − u_l, Δ = z_w − z_l; subscripts w chosen, l rejected. Every function takes a `PairLogps`
+and returns losses of shape (B,). Properties that the runner must know (needs_reference, …) are declared
+beside the function; no code anywhere branches on an objective's name.
 """
 
 from __future__ import annotations

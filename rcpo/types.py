@@ -17,10 +17,10 @@ class PairLogps:
     """Log-probabilities of B pairs, each of shape (B,), in nats.
 
     `chosen` and `rejected` are z_w and z_l: the objective's reduction (sum, mean or importance) of the
-    response tokens' log-probs under the policy; `ref_*` the same under the reference (r_w, r_l). `rejected` is
-    None for supervised objectives, the references for those that need none. `*_lengths` count response tokens.
-    `chosen_means` is the chosen responses' mean log-prob a token, needed by `nll_coef` on summed log-probs.
-    `kl_chosen` and `ref_kl_chosen` score chosen responses under prompts of other pairs (kto's K).
+    response tokens' log-probs under the policy; `ref_*` the same under the reference (r_w, r_l). `rejected`
+    is None for supervised objectives, the references for those that need none. `*_lengths` count response
+    tokens. `chosen_means` is the chosen responses' mean log-prob a token, needed by `nll_coef` on summed
+    log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses under prompts of other pairs (kto's K).
     """
 
     chosen: Tensor
@@ -81,10 +81,10 @@ class TokenBatch:
 
     `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body.
     `predictors` (N,) are flat indices into R·L of the positions whose hidden states predict the N response
-    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are 0..B−1,
-    the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,) counts response
-    tokens, `weights` (B,) is 1 for a pair and 0 for a filler that evens out the ranks' last batch.
-    `ref_logps` (N,) are the reference's log-probs of the same tokens.
+    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are
+    0..B−1, the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,)
+    counts response tokens, `weights` (B,) is 1 for a pair and 0 for a filler that evens out the ranks' last
+    batch. `ref_logps` (N,) are the reference's log-probs of the same tokens.
     """
 
     input_ids: Tensor
