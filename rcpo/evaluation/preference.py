@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 2000  # the ends of a 95 % interval then move by 0.06 standard errors from seed to seed
 CONFIDENCE = 0.95
+NOTHING_HELD_OUT = "no held-out example to evaluate: see data.eval_path and data.eval_fraction"
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices, whatever the size of the held-out set
 
 
@@ -63,8 +64,10 @@ class PreferenceScores:
         """One record of all ranks' parts, in dataset order.
 
         Fillers (index −1) are dropped and an example scored twice is kept once, so the result is the same for
-        any number of ranks. Raises ValueError where the parts have different columns.
+        any number of ranks. Raises ValueError where the parts have different columns, or there are none.
         """
+        if not parts:
+            raise ValueError(NOTHING_HELD_OUT)
         columns = [part._columns() for part in parts]
         order, kept = np.unique(np.concatenate([part.indices for part in parts]), return_index=True)
         kept = kept[order >= 0]
@@ -135,7 +138,7 @@ def means_with_intervals(
     names = list(columns)
     values = np.stack([np.asarray(columns[name], np.float64) for name in names], axis=1)  # (B, M)
     if not len(values):
-        raise ValueError("no held-out example to evaluate: see data.eval_path and data.eval_fraction")
+        raise ValueError(NOTHING_HELD_OUT)
     low, high = bootstrap_interval(values, seed, resamples)
     record: dict[str, float] = {}
     for name, mean, lower, upper in zip(names, values.mean(axis=0), low, high, strict=True):

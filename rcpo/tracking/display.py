@@ -35,7 +35,7 @@ def open_display(console: Console, total_steps: int, first_step: int) -> Display
     """The live view on a terminal that can redraw, plain lines elsewhere; `first_step` steps are done."""
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveDisplay(console, total_steps, first_step)
-    return PlainDisplay(console, total_steps, first_step)
+    return PlainDisplay(console, total_steps)
 
 
 class _Bar(Progress):
@@ -74,34 +74,38 @@ class PlainDisplay:
     """About `PLAIN_LINES` aligned lines a run, and one a minute where steps are slow."""
 
     def __init__(
-        self, console: Console, total_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic
+        self, console: Console, total_steps: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._console = console
         self._total = total_steps
         self._stride = nice_stride(total_steps, PLAIN_LINES)
         self._clock = clock
-        self._first_step, self._started = first_step, clock()
-        self._last_step, self._last_time = None, clock()  # type: int | None, float
+        self._begun: tuple[int, float] | None = None  # the first row: what came before it was preparation
+        self._shown: tuple[int, float] | None = None
 
     def row(self, step: int, row: Mapping[str, Scalar]) -> None:
-        if not self._is_due(step):
+        now = self._clock()
+        self._begun = self._begun or (step, now)
+        if not self._is_due(step, now):
             return
-        self._last_step, self._last_time = step, self._clock()
+        self._shown = step, now
         width = len(str(self._total))
         figures = "  ".join(_figures(row, "alpha", width=9))
-        _print(self._console, f"step {step:>{width}}/{self._total}  {figures}  {self._time_left(step)}")
+        line = f"step {step:>{width}}/{self._total}  {figures}  {self._time_left(step, now)}"
+        _print(self._console, line.rstrip())
 
-    def _is_due(self, step: int) -> bool:
-        if self._last_step is None or step >= self._total:
+    def _is_due(self, step: int, now: float) -> bool:
+        if self._shown is None or step >= self._total:
             return True
-        crossed = step // self._stride > self._last_step // self._stride
-        return crossed or self._clock() - self._last_time >= PLAIN_SECONDS
+        crossed = step // self._stride > self._shown[0] // self._stride
+        return crossed or now - self._shown[1] >= PLAIN_SECONDS
 
-    def _time_left(self, step: int) -> str:
-        done = step - self._first_step
-        if done <= 0:
+    def _time_left(self, step: int, now: float) -> str:
+        assert self._begun is not None
+        done = step - self._begun[0]
+        if done == 0:
             return ""
-        seconds = round((self._clock() - self._started) / done * (self._total - step))
+        seconds = round((now - self._begun[1]) / done * (self._total - step))
         hours, rest = divmod(seconds, 3600)
         clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
         return f"{clock:>7} left"

@@ -50,6 +50,7 @@ class WandbRun:
                 f"wandb.mode={config.wandb.mode}: wandb could not start ({error}): "
                 "run `wandb login`, or use wandb.mode=offline or wandb.mode=disabled"
             ) from error
+        self._teardown = wandb.teardown
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -64,5 +65,10 @@ class WandbRun:
         )
 
     def close(self, exit_code: int) -> None:
-        """Finish the run; wandb shows it as failed for a code other than 0."""
+        """Finish the run; wandb shows it as failed for a code other than 0.
+
+        `finish` comes back before an offline run's last rows are on disk (two of twelve runs were then still
+        empty); stopping wandb's service waits for them.
+        """
         self._run.finish(exit_code=exit_code)
+        self._teardown()

@@ -122,6 +122,8 @@ def test_intervals_are_seeded_shared_and_independent_of_the_chunks(monkeypatch: 
 def test_no_example_is_an_error_that_names_the_keys() -> None:
     with pytest.raises(ValueError, match=r"data\.eval_fraction"):
         means_with_intervals({"x": np.zeros(0)}, seed=1)
+    with pytest.raises(ValueError, match=r"data\.eval_fraction"):
+        PreferenceScores.gather([])
 
 
 def part(scores: PreferenceScores, rows: list[int], filler: int = 0) -> PreferenceScores:

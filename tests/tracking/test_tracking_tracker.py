@@ -229,9 +229,9 @@ def test_an_evaluation_line_leaves_intervals_to_the_row() -> None:
 
 
 def test_slow_steps_are_shown_once_a_minute() -> None:
-    seconds = [0.0]
+    seconds = [500.0]  # the time before the first row is no part of the rate
     console = plain()
-    display = PlainDisplay(console, 10_000, 0, clock=lambda: seconds[0])
+    display = PlainDisplay(console, 10_000, clock=lambda: seconds[0])
     for step in range(1, 11):
         seconds[0] += 25.0
         display.row(step, {"step": step})
@@ -258,5 +258,5 @@ def test_the_display_fits_the_console() -> None:
 def test_a_console_that_cannot_encode_gets_question_marks() -> None:
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), force_terminal=False)
-    PlainDisplay(console, 5, 0).message("mean log-ratio −0.03")
+    PlainDisplay(console, 5).message("mean log-ratio −0.03")
     assert raw.getvalue() == b"mean log-ratio ?0.03\n"
