@@ -1,0 +1,74 @@
+"""The same global batch gives the same numbers, whatever the ranks, accumulation, micro-batch and ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import sums_file, tiny_llama
+
+Rows = list[dict[str, float | None]]
+WORKER = str(Path(__file__).parent / "workers" / "split_invariance.py")
+ABSOLUTE = ("logratios", "rewards", "cosine", "band_lower")  # start at, or pass, zero
+
+
+def run_splits(folder: Path, ranks: int, splits: str, stages: str, optimizers: str, objectives: str) -> dict[str, Rows]:
+    """All combinations in one group of real processes; the result by name."""
+    model, pairs = folder / "model", folder / "pairs.jsonl"
+    if not model.exists():
+        tiny_llama(model)
+        sums_file(pairs, 24)
+    output = folder / f"{ranks}.json"
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    arguments = [str(model), str(pairs), str(output), splits, stages, optimizers, objectives]
+    subprocess.run([*launcher, WORKER, *arguments], check=True, capture_output=True, timeout=600)
+    result: dict[str, Rows] = json.loads(output.read_text())
+    return result
+
+
+def worst_difference(rows: Rows, expected: Rows) -> tuple[float, str]:
+    """The largest difference, relative except for names that pass zero, and where it is."""
+    worst = (0.0, "")
+    for step, (row, base) in enumerate(zip(rows, expected, strict=True)):
+        assert row.keys() == base.keys()
+        for name, value in base.items():
+            other = row[name]
+            assert (value is None) == (other is None), (name, step)
+            if value is None or other is None:
+                continue
+            scale = 1.0 if any(word in name for word in ABSOLUTE) else abs(value)
+            worst = max(worst, (abs(other - value) / scale if other != value else 0.0, f"{name}, step {step}"))
+    return worst
+
+
+@pytest.mark.slow
+def test_every_split_and_stage_agrees(tmp_path: Path) -> None:
+    stages, optimizers = "0,1,2,3", "sgd,adamw"
+    alone = run_splits(tmp_path, 1, "1x16,4x4", stages, optimizers, "dpo")
+    both = run_splits(tmp_path, 2, "2x4,8x1", stages, optimizers, "dpo")
+    results = {**alone, **both}
+    assert len(results) == 4 * 4 * 2
+    for name, rows in results.items():
+        optimizer = name.split()[1]
+        base = results[f"dpo {optimizer} 1x1x16 zero0"]
+        first, where = worst_difference(rows[:1], base[:1])
+        assert first < 1e-5, (name, where, first)
+        worst, where = worst_difference(rows, base)
+        assert worst < (1e-5 if optimizer == "sgd" else 1e-4), (name, where, worst)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["0"])
+def test_other_objectives_agree_too(tmp_path: Path, stage: str) -> None:
+    # importance weights, a running mean with nll, no reference, and a token-weighted loss
+    objectives = "tidpo,bco,simpo,sft"
+    results = run_splits(tmp_path, 1, "1x16,4x4", stage, "sgd", objectives)
+    results |= run_splits(tmp_path, 2, "8x1", stage, "sgd", objectives)
+    for name, rows in results.items():
+        worst, where = worst_difference(rows, results[f"{name.split()[0]} sgd 1x1x16 zero{stage}"])
+        assert worst < 1e-5, (name, where, worst)

@@ -1,0 +1,44 @@
+"""Small models and data that tests make for themselves."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+TOKENIZER = str(resources.files("rcpo") / "assets" / "tiny")
+
+
+def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> str:
+    """A random two-layer Llama over the packaged characters, in the hub's format."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.3,  # large, so that log-probs differ from uniform
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return str(folder)
+
+
+def sums_file(path: Path, count: int) -> str:
+    """A JSONL file of `count` ≤ 89 pairs with distinct prompts and responses of several lengths."""
+    rows = [
+        {"prompt": f"{10 + n}+{99 - n}=", "chosen": "it is 109" if n % 3 else "= 109", "rejected": str(110 + n)}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
