@@ -126,11 +126,15 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Preference pairs; lengths in tokens, None is no limit; `eval_path` goes before the fraction."""
+    """Preference pairs; lengths in tokens, None is no limit; `eval_path` goes before the fraction.
+
+    `train_examples` is how many pairs the embedded task makes.
+    """
 
     name: str = "sums"
     path: str | None = None
     eval_path: str | None = None
+    train_examples: int = 6400
     eval_fraction: float = 0.1
     max_length: int | None = None
     max_prompt_length: int | None = None

@@ -45,6 +45,7 @@ RANGES = {
     "rc.sketch_seed": (0, 2**32 - 1, True, True),
     "dynamics.every": (1, math.inf, True, False),
     "log.every": (1, math.inf, True, False),
+    "data.train_examples": (1, math.inf, True, False),
     "data.eval_fraction": (0, 1, True, False),
     "data.max_length": (1, math.inf, True, False),
     "data.max_prompt_length": (1, math.inf, True, False),

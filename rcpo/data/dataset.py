@@ -76,7 +76,7 @@ def load_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 def _load_sums(config: DataConfig, seed: int, report: DataReport) -> TextData:
     if not sums.operands(config.eval_fraction, held_out=False):
         raise ConfigError(f"data.eval_fraction={config.eval_fraction} leaves no sum to train on; lower it")
-    train = sums.training_pairs(sums.TRAIN_EXAMPLES, config.eval_fraction, seed)
+    train = sums.training_pairs(config.train_examples, config.eval_fraction, seed)
     evaluation = sums.held_out_pairs(config.eval_fraction)
     report.read = len(train) + len(evaluation)
     return TextData(train, evaluation, sums.answer_is_correct)

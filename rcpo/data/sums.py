@@ -17,7 +17,6 @@ from rcpo.data.records import TextPair
 
 PHRASINGS = ("{}", "= {}", "it is {}", "that is {}", "the sum is {}", "the answer is {}")
 SMALLEST, LARGEST = 10, 99
-TRAIN_EXAMPLES = 6400  # 200 steps of 32 pairs, none twice
 EVAL_SEED = 0  # the held-out answers are the same for every run, so that runs can be compared
 _PROMPT = re.compile(r"([1-9][0-9])\+([1-9][0-9])=")
 _ANSWERS = re.compile(
