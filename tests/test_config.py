@@ -1,0 +1,326 @@
+"""Every file under conf/ composes and parses, and what no run could use is refused with one clear message."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from rcpo.config import (
+    ConfigError,
+    RunConfig,
+    TrainConfig,
+    load_run_config,
+    parse,
+    save_run_config,
+    to_container,
+)
+from rcpo.config.composition import (
+    PRIMARY,
+    compose,
+    compose_with,
+    conf_dir,
+    hydra_session,
+    over_run,
+    split_arguments,
+    user_part,
+)
+from rcpo.config.parsing import known_keys
+from rcpo.config.validation import CHOICES, HYPERPARAMETER_RANGES, RANGES
+
+GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))]
+
+# DESIGN §4, typed in from the table: reduction and hyper-parameters with their defaults
+OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
+    "dpo": ("sum", {"beta": 0.1, "epsilon": 0.0}),
+    "robust": ("sum", {"beta": 0.1, "epsilon": 0.1}),
+    "ipo": ("mean", {"tau": 0.1}),
+    "hinge": ("sum", {"beta": 0.1}),
+    "exo": ("sum", {"beta": 0.1, "epsilon": 1e-3}),
+    "nca": ("sum", {"beta": 0.1}),
+    "bco": ("sum", {"beta": 0.1}),
+    "sppo": ("sum", {"beta": 0.1}),
+    "aot": ("sum", {"beta": 0.1}),
+    "aot_unpaired": ("sum", {"beta": 0.1}),
+    "apo_zero": ("sum", {"beta": 0.1}),
+    "apo_down": ("sum", {"beta": 0.1}),
+    "discopop": ("sum", {"beta": 0.1}),
+    "dpop": ("sum", {"beta": 0.1, "lambda_penalty": 50.0}),
+    "bce": ("mean", {}),
+    "simpo": ("mean", {"beta": 2.0, "gamma": 1.0}),
+    "alphapo": ("mean", {"beta": 2.0, "gamma": 1.0, "alpha": 0.25}),
+    "cpo": ("mean", {"beta": 0.1, "lambda_nll": 1.0}),
+    "orpo": ("mean", {"beta": 0.1}),
+    "slic": ("mean", {"gamma": 1.0, "lambda_nll": 0.1}),
+    "kto": ("sum", {"beta": 0.1, "lambda_chosen": 1.0, "lambda_rejected": 1.0}),
+    "lsif": ("mean", {}),
+    "ukl": ("mean", {}),
+    "ddro": ("mean", {}),
+    "tidpo": ("importance", {"beta": 0.1, "epsilon": 0.0}),
+    "sft": ("mean", {}),
+}
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+@functools.cache
+def shipped() -> Any:
+    """One Hydra for all tests: it keeps the files it has read."""
+    with hydra_session() as hydra:
+        return hydra
+
+
+def composed(*overrides: str) -> RunConfig:
+    return parse(user_part(compose_with(shipped(), PRIMARY, split_arguments(overrides).overrides)))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        composed(*overrides)
+    return str(caught.value)
+
+
+def test_the_defaults_of_conf_are_those_of_the_dataclasses() -> None:
+    # data=sums sets the number of steps, which by itself is null: by epochs
+    assert composed() == RunConfig(train=TrainConfig(max_steps=200))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_parses(
+    group: str, option: str, tmp_path: Path, model_folder: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("")
+    needs = {"local": [f"model.path={model_folder}"], "pairs": [f"data.path={pairs}"]}
+    choice = f"{group}='{option}'"
+    config = composed(choice, *needs.get(option, []))
+    copy = tmp_path / "config.yaml"
+    save_run_config(config, copy)
+    assert load_run_config(copy) == config
+    assert load_run_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
+    tree = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+    assert isinstance(tree, DictConfig)
+    whole = (conf_dir() / group / f"{option}.yaml").read_text().startswith("# @package _global_")
+    nodes = {str(key): tree[key] for key in tree} if whole else {group: tree}
+    known = set(known_keys())
+    for node, leaves in nodes.items():
+        for leaf in leaves:
+            own = node == "objective" and leaf in HYPERPARAMETER_RANGES
+            assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
+
+
+def test_every_key_of_the_dataclasses_is_in_conf() -> None:
+    found = set()
+    for file in conf_dir().rglob("*.yaml"):
+        group = file.parent.name
+        tree = OmegaConf.load(file)
+        assert isinstance(tree, DictConfig)
+        whole = group == "conf" or file.read_text().startswith("# @package _global_")
+        nodes = {str(key): tree._get_node(key) for key in tree} if whole else {group: tree}
+        for node, leaves in nodes.items():
+            found.add(node)
+            if isinstance(leaves, DictConfig):
+                found.update(f"{node}.{leaf}" for leaf in leaves)
+    # `module` is for objectives of the user's own package
+    assert set(known_keys()) - found == {"objective.module"}
+
+
+def test_every_bound_belongs_to_a_key() -> None:
+    assert set(CHOICES) | set(RANGES) <= set(known_keys())
+
+
+def test_objectives_have_the_table_s_defaults() -> None:
+    assert {option for group, option in OPTIONS if group == "objective"} == set(OBJECTIVES)
+    for name, (reduction, hyperparameters) in OBJECTIVES.items():
+        objective = composed(f"objective={name}").objective
+        assert (objective.name, objective.reduction) == (name, reduction)
+        assert objective.hyperparameters == hyperparameters
+    assert "nll_coef" in compose(["objective=sft"]).objective
+    assert "nll_coef" not in compose(["objective=tidpo"]).objective
+
+
+@pytest.mark.parametrize(
+    ("switch", "enabled"), [("on", True), ("off", False), ("true", True), ("false", False), ("True", True)]
+)
+def test_calibration_is_switched_by_on_off_true_and_false(switch: str, enabled: bool) -> None:
+    assert composed(f"rc={switch}").rc.enabled is enabled
+
+
+def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
+    assert composed("rc=on").rc.decay == 0.9
+    assert composed("rc=on", "rc.update=microbatch").rc.decay == 0.98
+    assert composed("rc=on", "rc.ema=0.5").rc.decay == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        # unknown keys: same leaf elsewhere, nearest sibling, list
+        (["train.bach_size=3"], ["train.bach_size", "did you mean train.batch_size?"]),
+        (["lr=3"], ["unknown key lr", "did you mean optim.lr?"]),
+        (["train.lr=3"], ["did you mean optim.lr?"]),
+        (["objectve=simpo"], ["did you mean objective?"]),
+        (["objective=simpo", "objective.epsilon=0.1"], ["objective.epsilon", "beta, gamma, name"]),
+        (["objective=tidpo", "objective.nll_coef=0.1"], ["unknown key objective.nll_coef"]),
+        (["+train.steps=3"], ["unknown key train.steps", "max_steps"]),
+        (["++foo.bar=3"], ["unknown key foo", "there are:"]),
+        (["~rcc"], ["did you mean rc?"]),
+        # unknown options
+        (["objective=smpo"], ["objective=smpo", "did you mean simpo?"]),
+        (["engine=zero5"], ["engine=zero5", "did you mean zero"]),
+        (["rc=maybe"], ["rc=maybe", "off, on"]),
+        (["objective="], ["objective=", "simpo"]),
+        # what cannot be read
+        (["dpo"], ["'dpo'", "KEY=VALUE"]),
+        (["seed=[1,2"], ["seed=[1,2", "KEY=VALUE"]),
+        (["seed=1,2"], ["seed=1,2", "add -m"]),
+        (["seed=1", "seed=2"], ["seed is given twice", "seed=2"]),
+        (["objective=dpo", "objective=simpo"], ["objective is given twice"]),
+        (["seed=${nowhere}"], ["seed", "nowhere"]),
+        (["+seed=4"], ["seed", "already"]),
+        # types that Hydra lets through
+        (["train.batch_size=abc"], ["train.batch_size", "'abc'"]),
+        (["train.batch_size=1.5"], ["train.batch_size", "1.5"]),
+        (["train.batch_size=true"], ["train.batch_size", "True"]),
+        (["rc.enabled=maybe"], ["rc.enabled", "'maybe'"]),
+        (["optim.betas=0.9"], ["optim.betas"]),
+        (["objective.beta=abc"], ["objective.beta", "'abc'", "number"]),
+        (["objective.beta=null"], ["objective.beta", "number"]),
+        (["train=big"], ["train=big", "train.KEY=VALUE"]),
+        (["train.batch_size=null"], ["train.batch_size"]),
+        # ranges
+        (["objective.beta=0"], ["objective.beta=0", "greater than 0"]),
+        (["objective.beta=-1"], ["objective.beta=-1", "greater than 0"]),
+        (["objective.beta=nan"], ["objective.beta=nan"]),
+        (["objective.beta=inf"], ["objective.beta=inf", "finite"]),
+        (["objective=ipo", "objective.tau=0"], ["objective.tau=0"]),
+        (["objective.epsilon=0.5"], ["objective.epsilon=0.5", "less than 0.5"]),
+        (["objective=dpop", "objective.lambda_penalty=-1"], ["objective.lambda_penalty=-1", "at least 0"]),
+        (["optim.lr=0"], ["optim.lr=0", "greater than 0"]),
+        (["optim.lr=nan"], ["optim.lr=nan"]),
+        (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two"]),
+        (["optim.betas=[0.9,1.0]"], ["optim.betas[1]=1"]),
+        (["rc.ema=1"], ["rc.ema=1", "less than 1"]),
+        (["rc.alpha_max=0.5"], ["rc.alpha_max=0.5", "at least 1"]),
+        (["rc.sketch=0"], ["rc.sketch=0"]),
+        (["train.max_steps=0"], ["train.max_steps=0"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["engine.stage=4"], ["engine.stage=4", "at most 3"]),
+        # enumerations
+        (["train.dtype=fp23"], ["train.dtype=fp23", "fp32, bf16, fp16", "did you mean fp32?"]),
+        (["rc.update=steps"], ["rc.update=steps", "did you mean step?"]),
+        (["optim.schedule=cosin"], ["did you mean cosine?"]),
+        (["objective.reduction=avg"], ["objective.reduction=avg", "mean"]),
+        (["wandb.mode=off"], ["wandb.mode=off", "offline"]),
+        # combinations
+        (
+            ["train.micro_batch_size=5"],
+            ["train.batch_size=32", "train.micro_batch_size=5", "train.batch_size=35"],
+        ),
+        (["rc.geometry=parameters", "engine=zero2"], ["rc.geometry=parameters", "engine=zero0"]),
+        (["engine.offload_optimizer=true"], ["engine.offload_optimizer", "engine=zero2_offload"]),
+        (["engine=zero2", "engine.offload_parameters=true"], ["engine.stage=3", "engine=zero3_offload"]),
+        (["objective.reduction=importance", "objective.nll_coef=0.1"], ["objective.nll_coef", "importance"]),
+        (
+            ["data=pairs", f"data.path={__file__}", "data.max_length=8", "data.max_prompt_length=8"],
+            ["data.max_prompt_length=8", "data.max_length=8"],
+        ),
+        # files
+        (["data=pairs"], ["data.path has no value", "data.path=VALUE"]),
+        (["model=local"], ["model.path has no value"]),
+        (["data=pairs", "data.path=nowhere.jsonl"], ["data.path=nowhere.jsonl does not exist"]),
+        (["model=local", "model.path=nowhere"], ["model.path=nowhere is not a folder"]),
+        (["model=local", "model.path=."], ["model.path=. holds no config.json"]),
+        (["reference.path=nowhere"], ["reference.path=nowhere"]),
+        (["resume=nowhere"], ["resume=nowhere", "auto"]),
+    ],
+)
+def test_what_no_run_could_use_is_refused_by_name(overrides: list[str], parts: list[str]) -> None:
+    message = refusal(*overrides)
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+    assert "hyperparameters" not in message
+
+
+def test_a_missing_file_s_nearest_neighbour_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    assert f"did you mean {tmp_path / 'train.jsonl'}?" in refusal(
+        "data=pairs", f"data.path={tmp_path}/trian.jsonl"
+    )
+
+
+def test_accumulation_follows_from_batch_micro_batch_and_processes() -> None:
+    # 32 pairs in micro-batches of 4 on 2 processes: 32 / (4 · 2) = 4 each
+    assert TrainConfig(batch_size=32, micro_batch_size=4).accumulation(world_size=2) == 4
+    with pytest.raises(ConfigError, match=r"3 process\(es\)"):
+        TrainConfig(batch_size=32, micro_batch_size=4).accumulation(world_size=3)
+
+
+def test_flags_may_stand_anywhere() -> None:
+    flags = split_arguments(
+        ["seed=3", "--cfg", "job", "rc=on", "-cd", "mine", "objective=simpo", "--resolve"]
+    )
+    assert (flags.cfg, flags.config_dir, flags.resolve) == ("job", "mine", True)
+    assert flags.overrides == ["seed=3", "rc=on", "objective=simpo"]
+    assert split_arguments(["-m", "rc=true,false", "seed=1"]).overrides == ["rc=on,off", "seed=1"]
+    assert split_arguments(["--info", "seed=1"]).info == "all"
+    assert split_arguments(["seed=1", "-i", "plugins"]).info == "plugins"
+    with pytest.raises(ConfigError, match="did you mean --config-dir"):
+        split_arguments(["--cofig-dir", "mine"])
+
+
+def test_the_users_folder_adds_an_objective_with_hyperparameters_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mine.yaml").write_text(
+        "name: mine\nmodule: my_package\nbeta: 0.5\nshape: round\n"
+    )
+    config = parse(compose(["objective=mine"], config_dir=str(tmp_path)))
+    assert config.objective.module == "my_package"
+    assert config.objective.hyperparameters == {"beta": 0.5, "shape": "round"}
+    with pytest.raises(ConfigError, match="did you mean mine"):
+        compose(["objective=mien"], config_dir=str(tmp_path))
+
+
+def test_a_finished_run_s_configuration_takes_overrides_and_other_groups() -> None:
+    run = composed("objective=simpo", "objective.gamma=0.3", "seed=7")
+    with hydra_session() as hydra:
+        config = parse(over_run(hydra, to_container(run), ["eval.batch_size=3", "objective=ipo"]))
+        assert (config.seed, config.eval.batch_size) == (7, 3)
+        assert config.objective.hyperparameters == {"tau": 0.1}  # simpo's gamma left with simpo
+        kept = parse(over_run(hydra, to_container(run), ["objective.beta=3"]))
+        assert kept.objective.hyperparameters == {"beta": 3, "gamma": 0.3}
+        with pytest.raises(ConfigError, match=r"did you mean eval\.batch_size"):
+            over_run(hydra, to_container(run), ["eval.bach_size=3"])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        load_run_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("seed: [1")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_run_config(tmp_path)
+
+
+def test_configuration_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from rcpo.config import parse; from rcpo.config.composition import compose\n"
+        "parse(compose(['objective=simpo'])); print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
