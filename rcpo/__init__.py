@@ -1,3 +1,66 @@
-"""rcpo: preference optimization with reward calibration (arXiv 2604.18239)."""
+"""rcpo: preference optimization with reward calibration (arXiv 2604.18239).
+
+The library's names are imported on first use, so that `import rcpo` loads neither torch nor anything heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rcpo.calibration import DisentanglementBand, Dynamics, DynamicsMeter, RewardCalibrator
+    from rcpo.geometry import ScoreGeometry, Sketch, head_scores
+    from rcpo.incentives import incentives
+    from rcpo.logps import token_logps
+    from rcpo.objectives import Objective, get_objective, register
+    from rcpo.types import PairLogps, TokenBatch
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "DisentanglementBand": "calibration",
+    "Dynamics": "calibration",
+    "DynamicsMeter": "calibration",
+    "RewardCalibrator": "calibration",
+    "ScoreGeometry": "geometry",
+    "Sketch": "geometry",
+    "head_scores": "geometry",
+    "incentives": "incentives",
+    "token_logps": "logps",
+    "Objective": "objectives",
+    "get_objective": "objectives",
+    "register": "objectives",
+    "PairLogps": "types",
+    "TokenBatch": "types",
+}
+
+__all__ = [
+    "DisentanglementBand",
+    "Dynamics",
+    "DynamicsMeter",
+    "Objective",
+    "PairLogps",
+    "RewardCalibrator",
+    "ScoreGeometry",
+    "Sketch",
+    "TokenBatch",
+    "get_objective",
+    "head_scores",
+    "incentives",
+    "register",
+    "token_logps",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rcpo' has no attribute {name!r}")
+    module = importlib.import_module(f"rcpo.{_HOME[name]}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,8 +1,8 @@
 """What a step measures of its own dynamics, and the calibration that follows from it.
 
-One code path for both update modes. `step`: the statistics of the global batch are reduced once per optimizer
-step and set α for the next. `microbatch` (the published way): each micro-batch's statistics, averaged over the
-ranks, set the α that the same micro-batch uses.
+One code path for both update modes. `step`: the statistics of the global batch are reduced once per
+optimizer step and set α for the next. `microbatch` (the published way): each micro-batch's statistics,
+averaged over the ranks, set the α that the same micro-batch uses.
 """
 
 from __future__ import annotations

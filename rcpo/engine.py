@@ -6,12 +6,12 @@ It knows forward, backward, step and gathered weights; batches, objectives and c
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed
+import ninja
 import torch
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -20,6 +20,14 @@ from rcpo.config import ConfigError, EngineConfig, RunConfig
 from rcpo.geometry import Sketch
 from rcpo.models import Policy, policy_inputs
 from rcpo.types import TokenBatch
+
+# DeepSpeed compiles its communication op with ninja, which pip puts beside the interpreter, not on the PATH
+os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
 
@@ -48,7 +56,10 @@ def _zero(engine: EngineConfig, training: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": stage, "reduce_scatter": True}
     if stage == 3:
         # a layer is gathered whole: tiny models would otherwise stay unpartitioned
-        settings |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        settings |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
     if engine.offload_parameters and stage == 3:
         settings["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if training and engine.offload_optimizer:
@@ -75,12 +86,14 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optim
 
 
 class Engine:
-    """A policy under DeepSpeed: trains if it is given `total_steps`, else only scores (a frozen reference)."""
+    """A policy under DeepSpeed: trains if it is given `total_steps`, else only scores."""
 
     def __init__(self, policy: Policy, config: RunConfig, total_steps: int | None = None) -> None:
         self.device = distributed.device()
         if config.train.dtype == "fp16" and self.device.type == "cpu":
-            raise ConfigError("train.dtype=fp16 is refused on a CPU by DeepSpeed; use train.dtype=bf16 or fp32")
+            raise ConfigError(
+                "train.dtype=fp16 is refused on a CPU by DeepSpeed; use train.dtype=bf16 or fp32"
+            )
         training = total_steps is not None
         parameters = [p for p in policy.parameters() if p.requires_grad] if training else []
         optimizer = build_optimizer(parameters, config) if training else None
@@ -130,7 +143,7 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clips, updates the weights and the learning rate; returns the global gradient norm before clipping."""
+        """Clips, updates weights and learning rate; returns the global gradient norm before clipping."""
         if self._plain:
             norm = self._plain_norm()
             self._engine.step()

@@ -92,9 +92,10 @@ class ScoreGeometry:
         """From stacked scores (2, …): chosen, rejected. The cosine of a zero score is 0."""
         assert scores.shape[0] == 2, scores.shape
         chosen, rejected = scores[0].reshape(-1, scores.shape[-1]), scores[1].reshape(-1, scores.shape[-1])
-        norms = [float(_inner(side, side)) ** 0.5 for side in (chosen, rejected)]
-        product = norms[0] * norms[1]
-        return ScoreGeometry(*norms, cosine=float(_inner(chosen, rejected)) / product if product else 0.0)
+        norm_chosen, norm_rejected = (float(_inner(side, side)) ** 0.5 for side in (chosen, rejected))
+        product = norm_chosen * norm_rejected
+        cosine = float(_inner(chosen, rejected)) / product if product else 0.0
+        return ScoreGeometry(norm_chosen, norm_rejected, cosine)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

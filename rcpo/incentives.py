@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,3 +32,13 @@ def incentives(objective: Objective, logps: PairLogps) -> tuple[Tensor, Tensor]:
     d_w = torch.zeros_like(chosen) if gradients[0] is None else -gradients[0]
     d_l = torch.zeros_like(chosen) if len(gradients) == 1 or gradients[1] is None else gradients[1]
     return d_w.detach(), d_l.detach()
+
+
+class _Callable(ModuleType):
+    """`rcpo.incentives` names the function and this module alike: importing one must not hide the other."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        return incentives(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -89,7 +89,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(config: RunConfig, run_dir: Path) -> int:
-    from rcpo.evaluation import evaluate_run
+    from rcpo.evaluation.heldout import evaluate_run
 
     return evaluate_run(config, run_dir)
 

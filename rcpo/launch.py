@@ -25,6 +25,8 @@ from rcpo.config import ConfigError, RunConfig, load_run_config, to_container
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+    from rcpo.session import Session
+
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
 LOG_FILE = "rcpo.log"
 # what asks a run to save a checkpoint and leave: schedulers send one of these before they kill
@@ -151,9 +153,18 @@ def world_size(config: RunConfig) -> int:
 def train(config: RunConfig, run_dir: Path) -> int:
     """The trainer with its held-out evaluation, imported when they are needed."""
     from rcpo import trainer
-    from rcpo.evaluation.heldout import evaluate
+    from rcpo.evaluation.heldout import evaluate, show
 
-    return trainer.train(config, run_dir, evaluate)
+    last: dict[str, Any] = {}
+
+    def held_out(session: Session) -> dict[str, Any]:
+        last.clear()
+        last.update(evaluate(session))
+        return last
+
+    code = trainer.train(config, run_dir, held_out)
+    show(last)
+    return code
 
 
 def launch(config: RunConfig, run_dir: Path | None) -> int:

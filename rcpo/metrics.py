@@ -25,7 +25,7 @@ NAMES = (
 
 
 def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
-    """The per-pair values (B,) behind the logged means; only those that the objective and reference define."""
+    """The per-pair values (B,) behind the logged means, as far as objective and reference define them."""
     with torch.no_grad():
         chosen, rejected = objective.rewards(pairs)
         values = {"rewards/chosen": chosen, "logps/chosen": pairs.chosen}

@@ -23,7 +23,8 @@ from rcpo.types import PairLogps, TokenBatch
 class Scored:
     """A micro-batch's real pairs, and what the head geometry needs of its tokens.
 
-    `pairs` has the fillers left out; `logps` (N,), `weights` (N,), `hidden` (N, D) and `scores` (N, k) have not.
+    `pairs` has the fillers left out; `logps` (N,), `weights` (N,), `hidden` (N, D) and `scores` (N, k) keep
+    them.
     """
 
     batch: TokenBatch
@@ -46,7 +47,8 @@ class Scored:
         for side in range(2):
             # tokens are ordered by sequence, so each side is one run of them
             first, last = torch.searchsorted(
-                self.batch.sequences, torch.tensor([side * pairs, (side + 1) * pairs], device=self.logps.device)
+                self.batch.sequences,
+                torch.tensor([side * pairs, (side + 1) * pairs], device=self.logps.device),
             ).tolist()
             part = slice(first, last)
             sides.append(outer_scores(self.hidden[part], self.scores[part], coefficients[part]))

@@ -47,8 +47,6 @@ class Session:
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
 
-    # --- the reference ---------------------------------------------------------------------------------------
-
     @property
     def tracks_reference(self) -> bool:
         """Whether log-ratios are wanted where the objective itself needs no reference."""
@@ -96,7 +94,7 @@ class Session:
         return store
 
     def _check_start(self) -> None:
-        """|u| a token < 1e-5 in fp32 where the reference is the starting policy: else nothing is comparable."""
+        """|u| a token < 1e-5 in fp32 where the reference is the starting policy; raises RuntimeError."""
         if self.config.train.dtype != "fp32":
             return
         with torch.no_grad():
@@ -110,8 +108,6 @@ class Session:
                 f"policy and reference are the same weights, yet a token's log-probs differ by {worst:.2g} "
                 "(< 1e-5 expected): dropout, masks or dtype differ between the two"
             )
-
-    # --- batches ---------------------------------------------------------------------------------------------
 
     def collate(self, dataset: PairDataset, indices: list[int]) -> TokenBatch:
         """A batch on the engine's device, with the sequences that the objective needs."""

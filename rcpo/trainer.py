@@ -18,7 +18,8 @@ from rcpo.config import RunConfig
 from rcpo.dynamics import StepDynamics
 from rcpo.metrics import StepSums, pair_values, peak_memory
 from rcpo.session import Session
-from rcpo.tracking import Tracker
+from rcpo.tracking import Tracker, write_environment
+from rcpo.tracking.jsonl import write_json
 from rcpo.types import TokenBatch
 
 Evaluate = Callable[[Session], dict[str, Any]]
@@ -118,6 +119,9 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
     """Runs a configuration in its folder; returns the process's exit code."""
     distributed.initialize()
     session = Session(config, run_dir, training=True)
+    if distributed.is_main():
+        write_environment(run_dir / "environment.json")
+        write_json(run_dir / "data.json", session.datasets.report.as_dict())
     with Tracker(run_dir, config, session.total_steps, distributed.is_main()) as tracker:
         for line in session.datasets.report.lines():
             tracker.message(line)

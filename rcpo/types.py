@@ -66,7 +66,8 @@ class PairLogps:
     def select(self, keep: Tensor) -> PairLogps:
         """The pairs where `keep` (B,) is true."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PairLogps(**{name: None if value is None else value[keep] for name, value in values.items()})
+        chosen = {name: value[keep] for name, value in values.items() if value is not None}
+        return replace(self, **chosen)
 
 
 def _require(value: Tensor | None, name: str) -> Tensor:
@@ -112,7 +113,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The batch on another device; copies do not block where the memory is pinned."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

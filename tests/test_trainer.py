@@ -1,4 +1,4 @@
-"""The same global batch gives the same numbers, whatever the ranks, accumulation, micro-batch and ZeRO stage."""
+"""The same global batch gives the same numbers, whatever its split and the ZeRO stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ WORKER = str(Path(__file__).parent / "workers" / "split_invariance.py")
 ABSOLUTE = ("logratios", "rewards", "cosine", "band_lower")  # start at, or pass, zero
 
 
-def run_splits(folder: Path, ranks: int, splits: str, stages: str, optimizers: str, objectives: str) -> dict[str, Rows]:
+def run_splits(
+    folder: Path, ranks: int, splits: str, stages: str, optimizers: str, objectives: str
+) -> dict[str, Rows]:
     """All combinations in one group of real processes; the result by name."""
     model, pairs = folder / "model", folder / "pairs.jsonl"
     if not model.exists():
@@ -42,7 +44,9 @@ def worst_difference(rows: Rows, expected: Rows) -> tuple[float, str]:
             if value is None or other is None:
                 continue
             scale = 1.0 if any(word in name for word in ABSOLUTE) else abs(value)
-            worst = max(worst, (abs(other - value) / scale if other != value else 0.0, f"{name}, step {step}"))
+            worst = max(
+                worst, (abs(other - value) / scale if other != value else 0.0, f"{name}, step {step}")
+            )
     return worst
 
 

@@ -37,7 +37,11 @@ def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> str:
 def sums_file(path: Path, count: int) -> str:
     """A JSONL file of `count` ≤ 89 pairs with distinct prompts and responses of several lengths."""
     rows = [
-        {"prompt": f"{10 + n}+{99 - n}=", "chosen": "it is 109" if n % 3 else "= 109", "rejected": str(110 + n)}
+        {
+            "prompt": f"{10 + n}+{99 - n}=",
+            "chosen": "it is 109" if n % 3 else "= 109",
+            "rejected": str(110 + n),
+        }
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Trains the same global batches in several splits and ZeRO stages inside one process group; rank 0 writes rows.
+"""Trains the same global batches in several splits and ZeRO stages in one process group; rank 0 writes rows.
 
 Usage: split_invariance.py MODEL PAIRS OUTPUT SPLITS STAGES OPTIMIZERS OBJECTIVES
 SPLITS are accumulation×micro, e.g. "1x16,4x4". PAIRS is a JSONL file of 24 pairs, so that every other global
@@ -27,7 +27,9 @@ OBJECTIVES = {
 }
 
 
-def configuration(model: str, pairs: str, micro: int, stage: int, optimizer: str, objective: str) -> RunConfig:
+def configuration(
+    model: str, pairs: str, micro: int, stage: int, optimizer: str, objective: str
+) -> RunConfig:
     config = RunConfig()
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", model
