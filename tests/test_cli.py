@@ -1,0 +1,298 @@
+"""The command line as users meet it: help, refusals, flags anywhere, runs of their own processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rcpo import jobs, launch
+from rcpo.cli import app
+from rcpo.config import ConfigError, RunConfig, load_run_config
+from rcpo.config.composition import conf_dir
+
+# two steps of supervised training from fresh weights need no packaged weights and no reference
+TINY_RUN = (
+    "objective=sft",
+    "model.init=random",
+    "train.max_steps=1",
+    "train.batch_size=4",
+    "train.micro_batch_size=4",
+    "reference.track=false",
+    "eval.max_examples=4",
+    "eval.generate_examples=0",
+    "wandb.mode=disabled",
+)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Hydra's and the runs' log handlers keep the streams and files of the test that they were made in."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def rcpo(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in `folder` and checks its exit code."""
+    command = [sys.executable, "-m", "rcpo.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "doctor"])
+def test_each_command_has_our_help_wherever_the_flag_stands(command: str) -> None:
+    lines = [[command, "--help"], [command, "-h"]]
+    if command != "doctor":
+        lines.append([command, "seed=1", "--help"])
+    shown = {CliRunner().invoke(app, line).output for line in lines}
+    assert len(shown) == 1
+    text = shown.pop()
+    assert "Hydra is" not in text
+    assert f"rcpo {command}" in text
+
+
+def test_help_lists_the_commands_and_exit_codes() -> None:
+    text = CliRunner().invoke(app, ["--help"]).output
+    for part in ("train", "evaluate", "doctor", "75 stopped", "rcpo train objective=simpo rc=on"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "objective=smpo"], "did you mean simpo?"),
+        (["train", "train.batch_size=abc"], "train.batch_size"),
+        (["train", "objective.beta=0"], "objective.beta=0"),
+        (["train", "dpo"], "KEY=VALUE"),
+        (["train", "--confg-dir", "x"], "did you mean --config-dir?"),
+        (["train", "--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
+        (["train", "--config-name", "nowhere"], "nowhere"),
+        (["train", "--cfg", "jobs"], "invalid choice"),
+        (["train", "--cfg", "job", "-m"], "give one of"),
+        (["train", "--resolve"], "--cfg"),
+        (["train", "--cfg", "job", "objective=smpo"], "did you mean simpo?"),
+        (["train", "-m", "objective=dpo,smpo"], "did you mean simpo?"),
+        (["train", "-m", "sed=1,2"], "did you mean seed?"),
+        (["train", "objective=sft", "rc=on"], "no rejected side"),
+        (["train", "+objective.bta=1"], "bta"),
+        (["evaluate", "run=nowhere"], "not the folder of a run"),
+        (["evaluate", "model=local"], "model.path"),
+        (["evaluate", "-m", "seed=1,2"], "without -m"),
+    ],
+)
+def test_a_refusal_is_one_line_exit_code_2_and_leaves_nothing_behind(
+    arguments: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert part in result.stderr
+    assert result.stderr.startswith("rcpo: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_help_and_refusals_come_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom rcpo.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'transformers', 'deepspeed'} & {*sys.modules}))"
+    )
+    for arguments, exit_code in (
+        (["--help"], 0),
+        (["train", "train.bach_size=3"], 2),
+        (["train", "seed=-1"], 2),
+    ):
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == f"{exit_code} []"
+
+
+def test_the_program_itself_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+    result = rcpo("train", "lr=1", "-m", folder=tmp_path, code=2)
+    assert result.stderr == "rcpo: unknown key lr; did you mean optim.lr?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cfg", "job", "seed=3", "rc=true"],
+        ["seed=3", "--cfg=job", "rc=on"],
+        ["seed=3", "rc=on", "-c", "job", "--resolve"],
+        ["rc=on", "--package", "_global_", "seed=3", "--cfg", "job"],
+    ],
+)
+def test_hydra_s_flags_stand_anywhere(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert jobs.train(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "seed: 3" in shown
+    assert "enabled: true" in shown
+    assert "hydra:" not in shown
+
+
+def test_hydra_s_own_node_and_plugins_can_be_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    assert jobs.train(["--cfg", "hydra", "hydra.sweep.dir=elsewhere"]) == 0
+    assert "dir: elsewhere" in capfd.readouterr().out
+    assert jobs.train(["--info", "searchpath", "seed=1"]) == 0
+    assert str(conf_dir()) in capfd.readouterr().out
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunConfig, Path]]:
+    """What would have been trained, in an empty folder; a run with `seed=13` fails, with 75 it is stopped."""
+    started: list[tuple[RunConfig, Path]] = []
+
+    def train(config: RunConfig, run_dir: Path) -> int:
+        started.append((config, run_dir))
+        return {13: 1, 75: 75}.get(config.seed, 0)
+
+    def process(run_dir: Path) -> tuple[int, bool]:
+        return train(load_run_config(run_dir), run_dir), False
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "launch", train)
+    monkeypatch.setattr(jobs, "run_process", process)
+    return started
+
+
+def test_a_run_has_a_folder_with_its_resolved_configuration(runs: list[tuple[RunConfig, Path]]) -> None:
+    assert jobs.train(["objective=simpo", "rc=true", "seed=5"]) == 0
+    (config, run_dir) = runs[0]
+    assert run_dir.parent == Path("outputs").resolve()
+    assert run_dir.name.endswith("_simpo_rc-on")
+    assert load_run_config(run_dir) == config
+    assert (config.objective.name, config.rc.enabled, config.seed) == ("simpo", True, 5)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "rcpo.log"]
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(runs: list[tuple[RunConfig, Path]]) -> None:
+    assert jobs.train(["hydra.run.dir=mine"]) == 0
+    (runs[0][1] / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="mine holds a run already; resume=auto"):
+        jobs.train(["hydra.run.dir=mine"])
+    assert jobs.train(["hydra.run.dir=mine", "resume=auto"]) == 0
+
+
+def test_an_exit_code_of_a_run_is_that_of_the_command(runs: list[tuple[RunConfig, Path]]) -> None:
+    assert jobs.train(["seed=13"]) == 1
+    assert jobs.train(["seed=75"]) == 75
+
+
+def test_a_multirun_has_a_folder_for_each_and_goes_on_after_a_failure(
+    runs: list[tuple[RunConfig, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.train(["objective=dpo,simpo", "-m", "rc=false,true", "seed=1,13"]) == 1
+    assert len(runs) == 2 * 2 * 2
+    assert len({run_dir for _, run_dir in runs}) == 8
+    assert len({run_dir.parent for _, run_dir in runs}) == 1
+    assert runs[-1][1].name == "7_simpo_rc-on_seed-13"
+    captured = capsys.readouterr()
+    assert "1_dpo_rc-off_seed-13 ended with exit code 1" in captured.err
+    assert "4 of 8 runs done" in captured.out
+
+
+def test_a_multirun_s_refused_run_does_not_drop_the_rest(
+    runs: list[tuple[RunConfig, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.train(["-m", "objective.beta=0,0.5"]) == 1
+    assert [config.objective.hyperparameters["beta"] for config, _ in runs] == [0.5]
+    assert "objective.beta=0 is out of range" in capsys.readouterr().err
+    assert jobs.train(["-m", "objective.beta=0,-1"]) == 2
+
+
+def test_a_stopped_run_ends_the_multirun(runs: list[tuple[RunConfig, Path]]) -> None:
+    assert jobs.train(["-m", "seed=1,75,3"]) == 75
+    assert [config.seed for config, _ in runs] == [1, 75]
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [([0, 0], 0), ([0, 1], 1), ([0, 2], 1), ([2, 2], 2), ([1, 2], 1), ([0, 75, 75], 75)]
+)
+def test_the_summary_code_of_many_runs(codes: list[int], code: int) -> None:
+    assert jobs.summary_code(codes) == code
+
+
+def test_a_multirun_under_an_outer_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="outer launcher"):
+        jobs.train(["-m", "seed=1,2"])
+
+
+def test_the_users_package_and_folder_give_an_objective(
+    runs: list[tuple[RunConfig, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_conf" / "objective").mkdir(parents=True)
+    yaml = tmp_path / "my_conf" / "objective" / "squared.yaml"
+    yaml.write_text("name: squared\nmodule: my_objectives_of_the_cli_test\nwidth: 2.0\n")
+    (tmp_path / "my_objectives_of_the_cli_test.py").write_text(
+        "from rcpo.objectives import register\n\n\n"
+        "@register('squared', reduction='mean', needs_reference=False)\n"
+        "def squared(logps, *, width=1.0):\n"
+        "    return (logps.chosen - logps.rejected - width).square()\n"
+    )
+    assert jobs.train(["objective=squared", "--config-dir", "my_conf", "objective.width=3"]) == 0
+    assert runs[0][0].objective.hyperparameters == {"width": 3}
+    with pytest.raises(ConfigError, match=r"unknown key objective\.wdth; did you mean objective\.width"):
+        jobs.train(["objective=squared", "--config-dir", "my_conf", "objective.wdth=3"])
+    yaml.write_text("name: squared\nmodule: my_objectives_of_the_cli_test\nwdth: 2.0\n")
+    with pytest.raises(ConfigError, match="wdth"):
+        jobs.train(["objective=squared", "--config-dir", "my_conf"])
+    yaml.write_text("name: squared\nmodule: nowhere_at_all\n")
+    with pytest.raises(ConfigError, match=r"objective\.module=nowhere_at_all is not installed"):
+        jobs.train(["objective=squared", "--config-dir", "my_conf"])
+
+
+def test_evaluate_takes_a_runs_configuration_with_overrides(
+    runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.train(["objective=simpo", "seed=5", "hydra.run.dir=mine"])
+    seen: list[tuple[RunConfig, Path]] = []
+    monkeypatch.setattr(jobs, "configure_log", lambda *_, **__: None)
+    monkeypatch.setattr(jobs, "run_here", lambda task, config, run_dir: seen.append((config, run_dir)) or 0)
+    assert jobs.evaluate(["eval.batch_size=3", "run=mine"]) == 0
+    config, run_dir = seen[0]
+    assert run_dir == Path("mine")
+    assert (config.objective.name, config.seed, config.eval.batch_size) == ("simpo", 5, 3)
+    # the run's own record stays what was trained
+    assert load_run_config(Path("mine")).eval.batch_size == 64
+
+
+@pytest.mark.slow
+def test_one_process_and_two_and_many_runs_train(tmp_path: Path) -> None:
+    rcpo("train", *TINY_RUN, "hydra.run.dir=one", folder=tmp_path)
+    rcpo(
+        "train",
+        "launch.processes=2",
+        "train.micro_batch_size=2",
+        *without("micro"),
+        "hydra.run.dir=two",
+        folder=tmp_path,
+    )
+    rcpo("train", "-m", "seed=1,2", *TINY_RUN, "hydra.sweep.dir=many", folder=tmp_path)
+    for run in ("one", "two", "many/0_sft_rc-off_seed-1", "many/1_sft_rc-off_seed-2"):
+        assert (tmp_path / run / "metrics.jsonl").read_text().count("\n") == 1
+        assert (tmp_path / run / "final" / "config.json").is_file()
+        assert (tmp_path / run / launch.LOG_FILE).is_file()
+    assert (tmp_path / "two" / "config.yaml").is_file()
+
+
+def without(part: str) -> list[str]:
+    return [override for override in TINY_RUN if part not in override]
+
+
+def test_the_entry_point_is_a_typer_application() -> None:
+    assert isinstance(app, typer.Typer)
