@@ -72,6 +72,8 @@ def evaluate(arguments: Sequence[str]) -> int:
             return _show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
         if runs:
             run_dir = Path(runs[0])
+            if (run_dir / "config.yaml").exists() and not (run_dir / "metrics.jsonl").exists():
+                raise ConfigError(f"run={run_dir} was never trained: it has no metrics.jsonl")
             base = to_container(structure(read_tree(run_dir / "config.yaml")))
             config = parse(over_run(hydra, base, overrides))
         else:

@@ -260,6 +260,9 @@ def test_evaluate_takes_a_runs_configuration_with_overrides(
     runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs.train(["objective=simpo", "seed=5", "hydra.run.dir=mine"])
+    with pytest.raises(ConfigError, match="run=mine was never trained"):
+        jobs.evaluate(["run=mine"])
+    Path("mine", "metrics.jsonl").touch()
     seen: list[tuple[RunConfig, Path]] = []
     monkeypatch.setattr(jobs, "configure_log", lambda *_, **__: None)
     monkeypatch.setattr(jobs, "run_here", lambda task, config, run_dir: seen.append((config, run_dir)) or 0)
