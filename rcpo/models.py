@@ -18,11 +18,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from rcpo.config import ConfigError, ModelConfig
 from rcpo.geometry import HeadShape, Sketch
 from rcpo.logps import token_logps
 from rcpo.types import TokenBatch
+
+disable_progress_bar()  # the weights load in a second, on every rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,6 +6,7 @@ accumulation and micro-batches.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from rcpo.dynamics import StepDynamics
 from rcpo.metrics import StepSums, pair_values, peak_memory
 from rcpo.session import Session
 from rcpo.tracking import Tracker, write_environment
-from rcpo.tracking.jsonl import write_json
+from rcpo.tracking.jsonl import replace_text
 from rcpo.types import TokenBatch
 
 Evaluate = Callable[[Session], dict[str, Any]]
@@ -121,7 +122,8 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
     session = Session(config, run_dir, training=True)
     if distributed.is_main():
         write_environment(run_dir / "environment.json")
-        write_json(run_dir / "data.json", session.datasets.report.as_dict())
+        report = json.dumps(session.datasets.report.as_dict(), indent=2)
+        replace_text(run_dir / "data.json", report + "\n")
     with Tracker(run_dir, config, session.total_steps, distributed.is_main()) as tracker:
         for line in session.datasets.report.lines():
             tracker.message(line)
