@@ -22,7 +22,7 @@ SHAPES = [
     HeadShape(softcap=1.5),
     HeadShape(scale=1.8, softcap=2.0),
 ]
-CHUNKS = [None, 7, 3, 1]  # 7 = N: the softmax is kept; 3 leaves a remainder of 1
+CHUNKS = [None, 7, 6, 3, 1]  # 7 = N: the softmax is kept; 6 and 3 leave a remainder of 1
 
 
 def head(
@@ -259,6 +259,11 @@ def test_sums_of_fp32_tokens_are_taken_in_fp64() -> None:
         torch.tensor([-(2.0**24), -1.0]), torch.ones(2, dtype=torch.float64), torch.tensor([0, 0]), 1
     )
     assert z.item() == -(2.0**24) - 1
+
+
+def test_weights_keep_their_precision_on_fp32_tokens() -> None:
+    z = sequence_logps(torch.tensor([-1.0]), torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([0]), 1)
+    assert z.item() == -1 / 3
 
 
 # --- Pairs --------------------------------------------------------------------------------------------------

@@ -204,6 +204,13 @@ def test_kto_by_hand(kl: tuple[float, ...], baseline: float) -> None:
     torch.testing.assert_close(objective(logps), expected, rtol=1e-12, atol=0)
 
 
+def test_ktos_baseline_is_a_constant_of_the_gradient() -> None:
+    kl = vector(0.3, 0.5, 0.1).requires_grad_()
+    logps = hand_pairs()
+    logps = logps.replace(chosen=logps.chosen.requires_grad_(), kl_chosen=kl, ref_kl_chosen=vector(0, 0, 0))
+    assert torch.autograd.grad(get_objective("kto")(logps).sum(), kl, allow_unused=True) == (None,)
+
+
 # --- Numerical extremes -------------------------------------------------------------------------------------
 
 EXTREMES = (0.0, -1e-9, -1.0, -1e3, -1e4)
