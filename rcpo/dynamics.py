@@ -52,16 +52,16 @@ class StepDynamics:
         return scored.pairs if self.calibrator is None else self.calibrator.calibrate(scored.pairs)
 
     def _observe(self, scored: Scored) -> None:
+        by_head = self._sketch is not None
+        scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
+        none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
+        d = incentives(self.objective, scored.pairs) if scored.count else (none, none)
         local: Dynamics | None = None
-        if scored.count:
-            by_head = self._sketch is not None
-            scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
-            d = incentives(self.objective, scored.pairs)
-            self._meter.observe(d, scores)
-            if self.by_microbatch:
-                alone = DynamicsMeter()
-                alone.observe(d, scores.clone())
-                local = alone.collect()
+        if self.by_microbatch and scored.count:
+            alone = DynamicsMeter()
+            alone.observe(d, scores.clone())
+            local = alone.collect()
+        self._meter.observe(d, scores)
         if self.by_microbatch and self.calibrator is not None:
             common = average_logs(local, distributed.reduce_sum)
             if common is not None:
