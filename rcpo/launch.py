@@ -10,11 +10,13 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,7 @@ def external_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     return None
 
 
-def export_ranks(ranks: Ranks, environment: dict[str, str]) -> None:
+def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     """Writes srun's ranks and meeting point the way torch.distributed and DeepSpeed read them."""
     if ranks.launcher != "srun":
         return
@@ -74,7 +76,8 @@ def export_ranks(ranks: Ranks, environment: dict[str, str]) -> None:
     environment.update(
         RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank)
     )
-    environment.setdefault("MASTER_ADDR", first_node(nodes))
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = node_address(first_node(nodes))
     # all ranks compute the same port; steps of one job and neighbouring jobs get different ones
     environment.setdefault("MASTER_PORT", str(20000 + (job * 37 + step) % 20000))
 
@@ -83,6 +86,32 @@ def first_node(nodes: str) -> str:
     """The first host of a SLURM node list, `gpu[007-012],cpu1` → `gpu007`; this machine for an empty one."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     return "127.0.0.1" if match is None else match[1] + (match[2] or "") + (match[3] or "")
+
+
+def node_address(node: str) -> str:
+    """A name or address of `node` that can be reached: its own name, else the one that SLURM has for it.
+
+    Raises ConfigError where neither is known.
+    """
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except socket.gaierror:
+        shown = _scontrol("show", "node", node)
+    address = re.search(r"\bNodeAddr=(\S+)", shown)
+    if address is None:
+        raise ConfigError(
+            f"the job's first node {node} has no address here, by name or by SLURM; set MASTER_ADDR to one"
+        )
+    return address[1]
+
+
+def _scontrol(*arguments: str) -> str:
+    """What SLURM answers; nothing where it cannot be asked."""
+    program = shutil.which("scontrol")
+    if program is None:
+        return ""
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False).stdout
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -181,9 +210,9 @@ def launch(config: RunConfig, run_dir: Path | None) -> int:
 def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
     """Runs `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
     ranks = external_ranks()
-    if ranks is not None:
-        export_ranks(ranks, os.environ)  # type: ignore[arg-type]
     try:
+        if ranks is not None:
+            export_ranks(ranks, os.environ)
         from rcpo import distributed
 
         distributed.initialize()

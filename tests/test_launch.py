@@ -35,7 +35,8 @@ def test_torchrun_and_srun_are_recognised() -> None:
     assert external_ranks({**srun, **torchrun}) == Ranks(3, 4, 1, "torchrun")
 
 
-def test_srun_s_ranks_become_torch_s() -> None:
+def test_srun_s_ranks_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "node_address", lambda node: f"address of {node}")
     environment = {
         "SLURM_PROCID": "3",
         "SLURM_STEP_NUM_TASKS": "4",
@@ -48,7 +49,7 @@ def test_srun_s_ranks_become_torch_s() -> None:
     assert ranks is not None
     launch.export_ranks(ranks, environment)
     assert [environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
-    assert environment["MASTER_ADDR"] == "gpu07"
+    assert environment["MASTER_ADDR"] == "address of gpu07"
     assert environment["MASTER_PORT"] == "23702"  # 20000 + (100 · 37 + 2)
 
 
@@ -65,6 +66,16 @@ def test_srun_s_ranks_become_torch_s() -> None:
 )
 def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
+
+
+def test_a_node_without_a_name_in_the_network_has_slurm_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.node_address("localhost") == "localhost"
+    answer = "NodeName=no_such.invalid NodeAddr=10.0.0.7 NodeHostName=x"
+    monkeypatch.setattr(launch, "_scontrol", lambda *_: answer)
+    assert launch.node_address("no_such.invalid") == "10.0.0.7"
+    monkeypatch.setattr(launch, "_scontrol", lambda *_: "")
+    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
+        launch.node_address("no_such.invalid")
 
 
 def test_an_outer_launcher_s_count_goes_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
