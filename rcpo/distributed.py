@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)
+BROADCAST_ELEMENTS = 1 << 22  # a piece of an array on the device
 
 
 def device() -> torch.device:
@@ -95,6 +96,18 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast_array(values: np.ndarray) -> np.ndarray:
+    """Rank 0's values, on every rank; the others pass an array of that shape (T,) and type to fill."""
+    if world_size() == 1:
+        return values
+    for start in range(0, len(values), BROADCAST_ELEMENTS):
+        part = torch.from_numpy(np.array(values[start : start + BROADCAST_ELEMENTS])).to(device())
+        dist.broadcast(part, src=0)
+        if not is_main():
+            values[start : start + len(part)] = part.cpu().numpy()
+    return values
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -129,6 +129,10 @@ class Engine:
     def eval(self) -> None:
         self._engine.eval()
 
+    def close(self) -> None:
+        """Lets go of what DeepSpeed holds; the engine is of no use after."""
+        self._engine.destroy()
+
     def score(self, batch: TokenBatch, sketch: Sketch | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs (N,), hidden states (N, D) and sketched scores (N, k) or (0,) of the response tokens."""
         result: tuple[Tensor, Tensor, Tensor] = self._engine(**policy_inputs(batch), sketch=sketch)

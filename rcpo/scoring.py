@@ -15,7 +15,7 @@ from rcpo.engine import Engine
 from rcpo.geometry import Sketch, outer_scores, parameter_scores
 from rcpo.logps import pair_logps, token_weights
 from rcpo.objectives import Objective
-from rcpo.reference import Reference
+from rcpo.reference.rows import Reference
 from rcpo.types import PairLogps, TokenBatch
 
 

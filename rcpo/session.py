@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,9 +21,12 @@ from rcpo.data.store import PairDataset
 from rcpo.engine import Engine
 from rcpo.models import DTYPES, Policy, check_head, load_model, load_tokenizer, model_path
 from rcpo.objectives import Objective, get_objective
-from rcpo.reference import Reference, StoredReference
+from rcpo.reference.cache import Say
+from rcpo.reference_pass import ReferencePass, ScoredData
 from rcpo.scoring import Scorer
 from rcpo.types import TokenBatch
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -30,6 +35,7 @@ class Session:
     def __init__(self, config: RunConfig, run_dir: Path, *, training: bool) -> None:
         self.config = config
         self.run_dir = run_dir
+        self._training = training
         self.objective = build_objective(config)
         distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
         path = model_path(config.model)
@@ -42,7 +48,8 @@ class Session:
         check_head(policy)
         if config.train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._frozen = self._frozen_model(policy)
+        wanted = self.objective.needs_reference or self.tracks_reference
+        self._reference = ReferencePass(config, policy) if wanted else None
         self.engine = Engine(policy, config, self.total_steps if training else None)
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
@@ -53,45 +60,43 @@ class Session:
         track = self.config.reference.track
         return self.config.data.name == "sums" if track is None else track
 
-    def _frozen_model(self, policy: Policy) -> Policy | None:
-        """A reference policy of its own, where one is held or read from another folder; else None."""
-        reference = self.config.reference
-        if not (self.objective.needs_reference or self.tracks_reference):
-            return None
-        if reference.path is None and reference.mode == "precompute":
-            return None
-        if reference.path is None:
-            return Policy(copy.deepcopy(policy.model).requires_grad_(False))
-        return Policy(load_model(reference.path, DTYPES[self.config.train.dtype]).requires_grad_(False))
+    def prepare_reference(self, say: Say = log.info) -> None:
+        """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero.
 
-    def prepare_reference(self) -> None:
-        """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero."""
-        if not (self.objective.needs_reference or self.tracks_reference):
+        A resumed run calls it before it loads its checkpoint: the policy then still has the weights that it
+        started from, and they are the reference. `say` takes lines for the user, on rank 0. Collective.
+        """
+        if self._reference is None:
             return
-        engine = self.engine if self._frozen is None else Engine(self._frozen, self.config)
-        engine.eval()
-
-        def score(batch: TokenBatch) -> torch.Tensor:
-            with torch.no_grad():
-                return engine.score(batch)[0].detach()
-
-        if self.config.reference.mode == "precompute":
-            self.scorer.reference = self._precompute(self.datasets.train, score)
-            if self.datasets.evaluation is not None:
-                self.heldout.reference = self._precompute(self.datasets.evaluation, score)
-            self._frozen = None
-        else:
-            self.scorer.reference = self.heldout.reference = score
-        if self.config.reference.path is None:
+        data = self._scored_data()
+        references = self._reference.prepare(self.engine, data, say)
+        self._reference = None
+        for part, reference in zip(data, references):
+            scorer = self.scorer if part.dataset is self.datasets.train else self.heldout
+            scorer.reference = reference
+        if self._training and self.config.reference.path is None:
             self._check_start()
 
-    def _precompute(self, dataset: PairDataset, score: Reference) -> Reference:
-        """A dataset's log-probs, each rank its share, then shared."""
-        store = StoredReference()
-        for batch in self.eval_batches(dataset):
-            store.add(batch, score(batch))
-        store.merge(distributed.gather_objects(store))
-        return store
+    def _scored_data(self) -> list[ScoredData]:
+        """What the reference scores: of each split the examples that this run uses."""
+        data = []
+        if self._training:
+            visited = None
+            if self.total_steps < self.batches.steps_per_epoch:
+                steps = map(self.batches.indices, range(self.total_steps))
+                visited = np.unique(np.fromiter(chain.from_iterable(steps), dtype=np.int64))
+            data.append(self._scored("train", self.datasets.train, visited))
+        if self.datasets.evaluation is not None:
+            count, limit = len(self.datasets.evaluation), self.config.eval.max_examples
+            first = None if limit is None or limit >= count else np.arange(limit)
+            data.append(self._scored("held out", self.datasets.evaluation, first))
+        return data
+
+    def _scored(self, name: str, dataset: PairDataset, positions: np.ndarray | None) -> ScoredData:
+        everything = np.arange(len(dataset)) if positions is None else positions
+        return ScoredData(
+            name, dataset, self._sides(dataset), positions, lambda: self._batches(dataset, everything)
+        )
 
     def _check_start(self) -> None:
         """|u| a token < 1e-5 in fp32 where the reference is the starting policy; raises RuntimeError."""
@@ -125,11 +130,18 @@ class Session:
 
     def eval_batches(self, dataset: PairDataset, limit: int | None = None) -> Iterator[TokenBatch]:
         """This rank's share of a dataset in order, both sides of each pair; as many batches on every rank."""
-        sides = max(self.objective.sides, 2 if (dataset.lengths[:, 2] > 0).all() else 1)
         count = len(dataset) if limit is None else min(limit, len(dataset))
+        return self._batches(dataset, np.arange(count))
+
+    def _sides(self, dataset: PairDataset) -> int:
+        """Responses of an example that are scored outside training: both of each pair where there are two."""
+        return max(self.objective.sides, 2 if (dataset.lengths[:, 2] > 0).all() else 1)
+
+    def _batches(self, dataset: PairDataset, positions: np.ndarray) -> Iterator[TokenBatch]:
+        sides = self._sides(dataset)
         ranks, size = distributed.world_size(), self.config.eval.batch_size
-        for start in range(0, count, ranks * size):
-            part = list(range(start, min(start + ranks * size, count)))
+        for start in range(0, len(positions), ranks * size):
+            part = positions[start : start + ranks * size].tolist()
             for indices in split(part, distributed.rank(), ranks, min(size, math.ceil(len(part) / ranks))):
                 yield self._collate(dataset, indices, sides)
 

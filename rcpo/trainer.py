@@ -127,7 +127,7 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
     with Tracker(run_dir, config, session.total_steps, distributed.is_main()) as tracker:
         for line in session.datasets.report.lines():
             tracker.message(line)
-        session.prepare_reference()
+        session.prepare_reference(tracker.message)
         trainer = Trainer(session)
         trainer.run(tracker, evaluate)
         trainer.save_final()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Set before torch or transformers are imported, and inherited by the processes that tests start.
@@ -23,3 +25,11 @@ for key, value in ENVIRONMENT.items():
 # A loaded machine is no failure, and the same commit gives the same examples: so no deadline, no randomness.
 settings.register_profile("rcpo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("rcpo")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Reference log-probs are cached here, and never in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RCPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

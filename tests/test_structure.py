@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rcpo"
 ROWS: list[list[str]] = [
     ["types", "objectives", "incentives", "geometry", "logps", "calibration"],
     ["config", "distributed", "data", "models", "tracking", "metrics", "reference"],
-    ["engine", "scoring", "dynamics", "session", "checkpoint", "trainer"],
+    ["engine", "reference_pass", "scoring", "dynamics", "session", "checkpoint", "trainer"],
     ["evaluation", "report", "launch", "jobs", "planner", "integrations", "doctor"],
     ["cli", "__main__"],
 ]

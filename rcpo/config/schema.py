@@ -116,12 +116,19 @@ class ModelConfig:
 class ReferenceConfig:
     """The reference policy: `path` None is the starting policy.
 
+    `cache` is the folder that keeps its log-probs; None is the user's cache folder, `off` keeps none.
     `track` logs log-ratios for objectives that need no reference; None means: only for the embedded data.
     """
 
     path: str | None = None
-    mode: str = "model"
+    mode: str = "precompute"
+    cache: str | None = None
     track: bool | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether computed log-probs are kept; YAML reads an unquoted off as false."""
+        return self.cache is None or self.cache.lower() not in ("off", "false")
 
 
 @dataclass(kw_only=True)

@@ -204,6 +204,9 @@ def _check_files(config: RunConfig) -> None:
         file = _value(config, key)
         if file is not None and not Path(file).is_file():
             raise ConfigError(f"{key}={file} does not exist or is not a file{_neighbour(Path(file))}")
+    cache = config.reference.cache
+    if config.reference.keeps and cache is not None and Path(cache).expanduser().is_file():
+        raise ConfigError(f"reference.cache={cache} is a file; give a folder, null (the user's own) or off")
     if config.resume not in (None, "auto") and not Path(config.resume).is_dir():
         raise ConfigError(f"resume={config.resume} is not a folder; give null, auto or a run's folder")
 

@@ -69,6 +69,16 @@ class PairDataset(Sequence[Example]):
         """Token counts (n, 3): prompt, chosen, rejected."""
         return np.diff(self.offsets).reshape(-1, 3)
 
+    def response_lengths(self, sides: int) -> np.ndarray:
+        """Token counts (n, sides) of the responses that are scored: chosen, rejected, mismatched."""
+        responses = self.lengths[:, 1:]
+        if sides < 3:
+            return responses[:, :sides]
+        partners = np.roll(responses[:, 0], -1)
+        if self.max_length is not None:
+            partners = np.minimum(partners, self.max_length - self.lengths[:, 0])
+        return np.column_stack([responses, partners])
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of ids, tokens and their borders: equal exactly where the contents are."""

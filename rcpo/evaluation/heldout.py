@@ -71,7 +71,7 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
     session = Session(config, run_dir, training=False)
     if session.datasets.evaluation is None:
         raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")
-    session.prepare_reference()
+    session.prepare_reference(print)
     show(evaluate(session))
     return 0
 

@@ -1,0 +1,111 @@
+"""What cached log-probs depend on, each as a hash of its contents, so that no stale entry is ever taken.
+
+A model folder is hashed file by file. Hashing 16 GB takes half a minute, so a file's hash is remembered by
+path, inode, size and both times of change; it is remembered only where the file was at rest for a while, for
+a change within the clock's grain would not show in them (the "racy" files of git's index).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from rcpo.reference.entry import write_atomically
+
+FORMAT = 1  # raise where rcpo computes other numbers from the same ingredients
+WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.index.json", "adapter_config.json")
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*",
+)  # fmt: skip
+AT_REST = 2.0  # seconds; the coarsest clock of a common file system (FAT) counts in these
+_BLOCK = 1 << 20
+
+
+def entry_key(ingredients: dict[str, str]) -> str:
+    """The name of the cache entry that these ingredients make."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def weights_hash(folder: Path, memo: Path | None) -> str:
+    """Of a model folder's configuration, weights and adapter, an adapter's base model included.
+
+    `memo` is the folder that remembers the hashes of files, None to hash all of them.
+    """
+    files = _matching(folder, WEIGHTS)
+    digest = hashlib.sha256(_files_hash(files, memo).encode())
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and Path(base).is_dir() and Path(base).resolve() != folder.resolve():
+            digest.update(weights_hash(Path(base), memo).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder: Path, memo: Path | None) -> str:
+    """Of the tokenizer's files in a model folder."""
+    return _files_hash(_matching(folder, TOKENIZER), memo)
+
+
+def parameters_hash(model: nn.Module) -> str:
+    """Of the weights in memory, for a model that comes from no file; whole on this rank."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def positions_hash(positions: np.ndarray | None) -> str:
+    """Of the examples that are scored; `all` where none is left out."""
+    return "all" if positions is None else hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()
+
+
+def file_hash(path: Path, memo: Path | None) -> str:
+    """SHA-256 of a file's contents, computed or remembered."""
+    before = _state(path)
+    note = None if memo is None else memo / hashlib.sha256(before.encode()).hexdigest()
+    if note is not None and note.is_file():
+        remembered = note.read_text(encoding="ascii", errors="replace").strip()
+        if len(remembered) == hashlib.sha256().digest_size * 2:
+            return remembered
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if note is not None and _state(path) == before and _at_rest(path):
+        with contextlib.suppress(OSError):  # a full disk: it is hashed again next time
+            write_atomically(note, digest.hexdigest().encode())
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> str:
+    status = path.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return json.dumps([str(path.resolve()), status.st_ino, status.st_size, *times])
+
+
+def _at_rest(path: Path) -> bool:
+    status = path.stat()
+    return time.time() - max(status.st_mtime, status.st_ctime) > AT_REST
+
+
+def _files_hash(files: Iterable[Path], memo: Path | None) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {file_hash(path, memo)}\n".encode())
+    return digest.hexdigest()
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found, key=lambda path: os.fsencode(path.name))

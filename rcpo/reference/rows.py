@@ -1,0 +1,90 @@
+"""Log-probs of a frozen reference for the tokens of a batch: per token, for `importance` weights them anew.
+
+They lie in one flat array, example after example, in each the chosen response, then the rejected, then the
+mismatched one: a pair is read in one piece.
+
+Axes: n examples, N response tokens of a batch, S sequences of a batch, T stored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rcpo.data.store import PairDataset
+from rcpo.types import TokenBatch
+
+Reference = Callable[[TokenBatch], Tensor]
+"""A batch → (N,) log-probs of its response tokens under the reference, no gradient."""
+
+
+class Rows:
+    """Where each response of a dataset lies: `offsets` (n·sides + 1,) int64, response i·sides + side.
+
+    `positions` are the examples that are stored, ascending (None: all of them); the others have no tokens.
+    """
+
+    def __init__(self, dataset: PairDataset, sides: int, positions: np.ndarray | None = None) -> None:
+        lengths = dataset.response_lengths(sides)
+        if positions is not None:
+            kept = np.zeros_like(lengths)
+            kept[positions] = lengths[positions]
+            lengths = kept
+        self.sides = sides
+        self.offsets = np.concatenate([[0], np.cumsum(lengths.ravel(), dtype=np.int64)])
+
+    @property
+    def total(self) -> int:
+        """T."""
+        return int(self.offsets[-1])
+
+    def of_batch(self, batch: TokenBatch) -> np.ndarray:
+        """The stored row of each sequence of a batch, (S,), −1 for fillers."""
+        assert batch.sides <= self.sides, (batch.sides, self.sides)
+        indices = batch.indices.cpu().numpy()
+        rows = indices * self.sides + np.arange(batch.sides)[:, None]
+        return np.where(indices < 0, -1, rows).ravel()
+
+    def places(self, batch: TokenBatch) -> np.ndarray:
+        """The place in the array of each response token of a batch, (N,), −1 in fillers."""
+        rows, lengths = self.of_batch(batch), batch.lengths.cpu().numpy()
+        starts, real = self.offsets[rows], rows >= 0
+        stored = self.offsets[rows + 1] - starts
+        assert (stored == lengths)[real].all(), "a batch has responses that are not those of the stored rows"
+        firsts = np.cumsum(lengths) - lengths
+        places = np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
+        return np.where(np.repeat(real, lengths), places, -1)
+
+    def pieces(self, batch: TokenBatch, logps: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+        """A batch's log-probs (N,) as pieces of the array: (place, float32 values), fillers left out."""
+        values = logps.detach().float().cpu().numpy()
+        lengths = batch.lengths.cpu().numpy()
+        ends = np.cumsum(lengths)
+        for row, length, end in zip(self.of_batch(batch), lengths, ends):
+            if row >= 0:
+                assert self.offsets[row + 1] - self.offsets[row] == length, (row, length)
+                yield int(self.offsets[row]), values[end - length : end]
+
+
+class StoredReference:
+    """A reference whose log-probs (T,) were computed before: an array in memory or a file's.
+
+    `check` is called before each batch is read: it raises where the values are no longer those.
+    """
+
+    def __init__(self, rows: Rows, logps: np.ndarray, check: Callable[[], None] = lambda: None) -> None:
+        assert logps.shape == (rows.total,), (logps.shape, rows.total)
+        self._rows = rows
+        self._logps = logps
+        self._check = check
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        self._check()
+        places = self._rows.places(batch)
+        real = places >= 0
+        values = np.zeros(len(places), dtype=np.float32)
+        values[real] = self._logps[places[real]]
+        return torch.from_numpy(values).to(batch.labels.device)

@@ -1,0 +1,180 @@
+"""Where a run's reference log-probs come from: a frozen model that is held, or one pass whose result is kept.
+
+With `reference.mode=precompute` no second model is in memory while training: without `reference.path` the
+policy scores the data before its first step; another model is loaded if the cache lacks its log-probs, and
+freed after.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rcpo import distributed
+from rcpo.config import RunConfig
+from rcpo.data.store import PairDataset
+from rcpo.engine import Engine
+from rcpo.models import DTYPES, Policy, load_model, model_path
+from rcpo.reference import keys
+from rcpo.reference.cache import Cache, Say, Wanted, cache_folder
+from rcpo.reference.entry import Sink
+from rcpo.reference.rows import Reference, Rows, StoredReference
+from rcpo.types import TokenBatch
+
+PROGRESS_EVERY = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class ScoredData:
+    """A dataset whose responses the reference scores: the first `sides` of each example in `positions`.
+
+    `batches` yields this rank's share of them, as many batches on every rank; `positions` None is all.
+    """
+
+    name: str
+    dataset: PairDataset
+    sides: int
+    positions: np.ndarray | None
+    batches: Callable[[], Iterator[TokenBatch]]
+
+
+class ReferencePass:
+    """Made before the policy goes under its engine, which may take the weights apart."""
+
+    def __init__(self, config: RunConfig, policy: Policy) -> None:
+        self._config = config
+        reference = config.reference
+        own = reference.path is None
+        precompute = reference.mode == "precompute"
+        self._frozen = _frozen(copy.deepcopy(policy.model)) if own and not precompute else None
+        random = own and precompute and config.model.init == "random"
+        self._random = keys.parameters_hash(policy.model) if random and distributed.is_main() else None
+        self._attention = str(policy.model.config._attn_implementation)
+
+    def prepare(self, engine: Engine, data: list[ScoredData], say: Say) -> list[Reference]:
+        """The reference of each dataset. Collective.
+
+        `engine` holds the policy with its starting weights: a resumed run loads its checkpoint only after
+        this, so the reference is never the trained policy, cached or not.
+        """
+        if self._config.reference.mode == "model":
+            score = _score(Engine(self._frozen or self._load(), self._config))
+            return [score] * len(data)
+        cache = Cache(cache_folder(self._config.reference), say)
+        scorer = _Scorer(engine, self._load if self._config.reference.path is not None else None)
+        own = self._own_ingredients(cache)
+        references: list[Reference] = []
+        for part in data:
+            rows = Rows(part.dataset, part.sides, part.positions)
+            ingredients = own | {
+                "dataset": part.dataset.fingerprint,
+                "examples": keys.positions_hash(part.positions),
+                "sides": str(part.sides),
+            }
+            fill = _Fill(part, rows, scorer, self._config, say)
+            values, check = cache.fetch(Wanted(part.name, ingredients, rows.total), fill)
+            references.append(StoredReference(rows, values, check))
+        scorer.close()
+        return references
+
+    def _load(self) -> Policy:
+        path = self._config.reference.path
+        assert path is not None
+        return _frozen(load_model(path, DTYPES[self._config.train.dtype]))
+
+    def _own_ingredients(self, cache: Cache) -> dict[str, str]:
+        """What the log-probs depend on besides the data; hashed by rank 0."""
+        if not distributed.is_main():
+            return distributed.broadcast_object(None)
+        config = self._config
+        policy_folder = Path(model_path(config.model))
+        folder = Path(config.reference.path or policy_folder)
+        ingredients = {
+            "format": str(keys.FORMAT),
+            "weights": self._random or keys.weights_hash(folder, cache.memo),
+            "tokenizer": keys.tokenizer_hash(policy_folder, cache.memo),
+            "dtype": config.train.dtype,
+            # these decide which kernels run, and so the last digits
+            "attention": self._attention,
+            "device": distributed.device().type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        return distributed.broadcast_object(ingredients)
+
+
+class _Scorer:
+    """The engine that scores: the policy's, or another model's that `load` gets at its first use."""
+
+    def __init__(self, engine: Engine, load: Callable[[], Policy] | None) -> None:
+        self._policy_engine = engine
+        self._load = load
+        self._own: Engine | None = None
+
+    def engine(self, config: RunConfig) -> Engine:
+        if self._load is None:
+            return self._policy_engine
+        if self._own is None:
+            self._own = Engine(self._load(), config)
+        return self._own
+
+    def close(self) -> None:
+        """Frees the other model."""
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
+            del own
+            gc.collect()  # DeepSpeed's engine refers to itself
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class _Fill:
+    """Scores a dataset, each rank its share, and hands all values to rank 0's sink batch by batch."""
+
+    def __init__(self, data: ScoredData, rows: Rows, scorer: _Scorer, config: RunConfig, say: Say) -> None:
+        self._data = data
+        self._rows = rows
+        self._scorer = scorer
+        self._config = config
+        self._say = say
+
+    def __call__(self, sink: Sink | None) -> None:
+        score = _score(self._scorer.engine(self._config))
+        done, spoken = 0, time.monotonic()
+        for batch in self._data.batches():
+            own = list(self._rows.pieces(batch, score(batch)))
+            gathered = distributed.gather_objects(own)
+            if sink is None:
+                continue
+            for place, values in (piece for part in gathered for piece in part):
+                sink.write(place, values)
+                done += len(values)
+            if time.monotonic() - spoken > PROGRESS_EVERY:
+                spoken = time.monotonic()
+                self._say(f"reference log-probs ({self._data.name}): {done / self._rows.total:.0%} computed")
+
+
+def _frozen(model: PreTrainedModel) -> Policy:
+    model.requires_grad_(False)
+    return Policy(model)
+
+
+def _score(engine: Engine) -> Reference:
+    engine.eval()
+
+    def score(batch: TokenBatch) -> Tensor:
+        with torch.no_grad():
+            return engine.score(batch)[0].detach()
+
+    return score
