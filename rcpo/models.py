@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from rcpo.attention import attention_masks
 from rcpo.config import ConfigError, ModelConfig
 from rcpo.geometry import HeadShape, Sketch
 from rcpo.logps import token_logps
@@ -103,11 +104,13 @@ class Policy(nn.Module):
         position_ids: Tensor,
         predictors: Tensor,
         labels: Tensor,
+        segments: Tensor | None = None,
         sketch: Sketch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        body = self.model.base_model
-        output = body(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        config, dtype = self.model.config, self.model.dtype
+        mask = attention_mask if segments is None else attention_masks(config, segments, position_ids, dtype)
+        output = self.model.base_model(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
         )
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
         head = self.model.get_output_embeddings()
@@ -125,6 +128,7 @@ def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
         "position_ids": batch.position_ids,
         "predictors": batch.predictors,
         "labels": batch.labels,
+        "segments": batch.segments,
     }
 
 

@@ -80,12 +80,14 @@ def _require(value: Tensor | None, name: str) -> Tensor:
 class TokenBatch:
     """A micro-batch of B pairs, independent of how the rows are laid out.
 
-    `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body.
+    `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body;
+    so do `segments` (R, L) where rows hold more than one sequence (`rcpo.attention` makes a mask of them).
     `predictors` (N,) are flat indices into R·L of the positions whose hidden states predict the N response
     tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are
     0..B−1, the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,)
     counts response tokens, `weights` (B,) is 1 for a pair and 0 for a filler that evens out the ranks' last
-    batch. `ref_logps` (N,) are the reference's log-probs of the same tokens.
+    batch. `ref_logps` (N,) are the reference's log-probs of the same tokens. `num_tokens` counts what the
+    model's body computes for real pairs: neither padding nor fillers, a shared prompt once.
     """
 
     input_ids: Tensor
@@ -100,16 +102,13 @@ class TokenBatch:
     example_ids: list[str]
     sides: int = 2
     ref_logps: Tensor | None = None
+    segments: Tensor | None = None
+    num_tokens: int = 0
 
     @property
     def num_pairs(self) -> int:
         """B, fillers included."""
         return len(self.weights)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens that the model's body computes, padding excluded."""
-        return int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> TokenBatch:
         """The batch on another device; copies do not block where the memory is pinned."""

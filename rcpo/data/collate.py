@@ -1,22 +1,28 @@
-"""Token lists -> `TokenBatch`: two rows a pair, padded on the right.
+"""Token lists -> `TokenBatch`: a row for each sequence, or rows that share their prompts and hold many.
 
-Axes: B pairs, S sequences, R rows (R = S here), L row length, N response tokens.
+`separate`: prompt and response of one sequence a row. `shared`: a pair's prompt once, then its responses,
+with positions that restart after the prompt; short pairs follow each other in a row where they fit. Both
+give the same response tokens in the same order. Padding is on the right.
+
+Axes: B pairs, S sequences, R rows, L row length, N response tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 
+from rcpo.attention import PADDING, SEGMENTS_PER_PAIR
 from rcpo.data.batches import FILLER
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.types import TokenBatch
 
-Row = tuple[list[int], list[int]]  # prompt and response token ids
+Pair = list[list[int]]  # a prompt's token ids and those of its responses, one for each side
+Arrays = dict[str, np.ndarray]
 
 
 def collate(
@@ -24,11 +30,12 @@ def collate(
     pad_id: int,
     *,
     sides: int = 2,
+    layout: str = "separate",
     indices: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     mismatched: Sequence[list[int]] | None = None,
 ) -> TokenBatch:
-    """B examples as rows: all chosen, with `sides` ≥ 2 then all rejected, with 3 then all mismatched ones.
+    """B examples as sequences: all chosen, with `sides` ≥ 2 then all rejected, with 3 then all mismatched.
 
     `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers
     and 1 for the others. `mismatched` are B completions, scored after these examples' prompts.
@@ -37,57 +44,111 @@ def collate(
         raise ValueError(
             f"sides={sides}: 1 (chosen), 2 (and rejected) or 3 (and mismatched, which must be given)"
         )
+    assert layout in ("separate", "shared"), layout
     positions = list(range(len(examples))) if indices is None else list(indices)
     if weights is None:
         weights = [float(position != FILLER) for position in positions]
     assert len(positions) == len(weights) == len(examples), "one index and one weight a pair"
 
-    rows: list[Row] = [(example.prompt, example.chosen) for example in examples]
-    if sides >= 2:
-        rows += [(example.prompt, example.rejected) for example in examples]
+    pairs = [[example.prompt, example.chosen, example.rejected][: sides + 1] for example in examples]
     if mismatched is not None:
-        rows += [(example.prompt, tokens) for example, tokens in zip(examples, mismatched, strict=True)]
+        pairs = [[*pair, tokens] for pair, tokens in zip(pairs, mismatched, strict=True)]
+    lengths = np.array([[len(part) for part in pair] for pair in pairs])  # (B, 1 + sides), prompts first
+    if lengths.min() < 1:
+        raise ValueError(
+            "a row has an empty prompt or response: nothing would predict it, or nothing is learned"
+        )
+    shared = layout == "shared"
+    arrays = _shared(pairs, lengths, pad_id) if shared else _separate(pairs, lengths, pad_id)
+    arrays["sequences"] = np.repeat(np.arange(lengths[:, 1:].size), lengths[:, 1:].T.ravel())
+    arrays["lengths"] = lengths[:, 1:].T.ravel()
+    computed = lengths.sum(axis=1) + (0 if shared else (sides - 1) * lengths[:, 0])  # (B,)
     return TokenBatch(
-        **_pad(rows, pad_id),
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
         weights=torch.tensor(weights, dtype=torch.float32),
         indices=torch.tensor(positions, dtype=torch.long),
         example_ids=[example.id for example in examples],
         sides=sides,
+        num_tokens=int(computed[np.asarray(weights) > 0].sum()),
     )
 
 
 def collate_indices(
-    dataset: PairDataset, indices: Sequence[int], pad_id: int, *, sides: int = 2
+    dataset: PairDataset, indices: Sequence[int], pad_id: int, *, sides: int = 2, layout: str = "separate"
 ) -> TokenBatch:
-    """The examples at these positions as a batch; a filler (−1) carries example 0's tokens with weight 0."""
-    positions = [max(index, 0) for index in indices]
+    """The examples at these positions as a batch; a filler (−1) has the shortest one's tokens, weight 0."""
+    positions = [dataset.shortest if index == FILLER else index for index in indices]
     mismatched = [dataset.mismatched(position) for position in positions] if sides == 3 else None
     examples = [dataset[position] for position in positions]
-    return collate(examples, pad_id, sides=sides, indices=indices, mismatched=mismatched)
+    return collate(examples, pad_id, sides=sides, layout=layout, indices=indices, mismatched=mismatched)
 
 
-def _pad(rows: list[Row], pad_id: int) -> dict[str, torch.Tensor]:
-    """The tensors of a `TokenBatch` that depend on its rows alone."""
-    prompts = np.array([len(prompt) for prompt, _ in rows])
-    lengths = np.array([len(response) for _, response in rows])
-    if prompts.min() < 1 or lengths.min() < 1:
-        raise ValueError(
-            "a row has an empty prompt or response: nothing would predict it, or nothing is learned"
-        )
-    totals = prompts + lengths
+def _separate(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
+    """A row for each of the S sequences."""
+    sides = lengths.shape[1] - 1
+    prompts = np.tile(lengths[:, 0], sides)  # (R,)
+    totals = prompts + lengths[:, 1:].T.ravel()
     columns = np.arange(totals.max())  # (L,)
     real = columns < totals[:, None]  # (R, L)
     response = real & (columns >= prompts[:, None])
-    tokens = chain.from_iterable(chain.from_iterable(rows))
+    tokens = chain.from_iterable(chain(pair[0], pair[1 + side]) for side in range(sides) for pair in pairs)
     input_ids = np.full(real.shape, pad_id, dtype=np.int64)
     input_ids[real] = np.fromiter(tokens, dtype=np.int64, count=totals.sum())
-    arrays = {
+    return {
         "input_ids": input_ids,
         "attention_mask": real.astype(np.int64),
-        "position_ids": np.tile(columns, (len(rows), 1)),
+        "position_ids": np.tile(columns, (len(real), 1)),
         "predictors": np.flatnonzero(response) - 1,  # a token is predicted from the position before it
         "labels": input_ids[response],
-        "sequences": np.repeat(np.arange(len(rows)), lengths),
-        "lengths": lengths,
     }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _shared(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
+    """Prompt, chosen, rejected (and mismatched) of a pair one after the other; pairs packed into rows."""
+    totals = lengths.sum(axis=1)
+    rows, starts = pack(totals, int(totals.max()))
+    shape = (max(rows) + 1, int(totals.max()))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    segments = np.full(shape, PADDING, dtype=np.int64)
+    predictors: list[list[np.ndarray]] = [[] for _ in pairs[0][1:]]  # by side, then pair
+    for number, pair in enumerate(pairs):
+        row, start = rows[number], starts[number]
+        own = slice(start, start + totals[number])
+        input_ids[row, own] = list(chain.from_iterable(pair))
+        segments[row, own] = SEGMENTS_PER_PAIR * number + np.repeat(np.arange(len(pair)), lengths[number])
+        prompt = int(lengths[number, 0])
+        ends = np.cumsum(lengths[number])
+        position_ids[row, start : start + prompt] = np.arange(prompt)
+        for side, (first, end) in enumerate(pairwise(ends)):
+            position_ids[row, start + first : start + end] = prompt + np.arange(end - first)
+            places = row * shape[1] + start + np.arange(first, end) - 1
+            places[0] = row * shape[1] + start + prompt - 1  # the prompt's end predicts the first token
+            predictors[side].append(places)
+    labels = chain.from_iterable(pair[1 + side] for side in range(len(predictors)) for pair in pairs)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (segments != PADDING).astype(np.int64),
+        "position_ids": position_ids,
+        "segments": segments,
+        "predictors": np.concatenate(list(chain.from_iterable(predictors))),
+        "labels": np.fromiter(labels, dtype=np.int64, count=int(lengths[:, 1:].sum())),
+    }
+
+
+def pack(totals: np.ndarray, capacity: int) -> tuple[list[int], list[int]]:
+    """Row and start of each block of `totals` (B,) tokens in rows of `capacity`: first fit, longest first.
+
+    The capacity is the longest block's length, so that packing never makes rows longer, only fewer: attention
+    computes the whole square of a row.
+    """
+    rows, starts = [0] * len(totals), [0] * len(totals)
+    used: list[int] = []
+    for number in np.argsort(-totals, kind="stable").tolist():
+        size = int(totals[number])
+        row = next((row for row, taken in enumerate(used) if taken + size <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+        rows[number], starts[number] = row, used[row]
+        used[row] += size
+    return rows, starts

@@ -69,6 +69,11 @@ class PairDataset(Sequence[Example]):
         """Token counts (n, 3): prompt, chosen, rejected."""
         return np.diff(self.offsets).reshape(-1, 3)
 
+    @cached_property
+    def shortest(self) -> int:
+        """The position of the example with the fewest tokens: the cheapest filler."""
+        return int(self.lengths.sum(axis=1).argmin())
+
     def response_lengths(self, sides: int) -> np.ndarray:
         """Token counts (n, sides) of the responses that are scored: chosen, rejected, mismatched."""
         responses = self.lengths[:, 1:]
