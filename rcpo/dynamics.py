@@ -86,3 +86,12 @@ class StepDynamics:
             "rc/skipped": self.calibrator.skipped,
             "rc/clamped": self.calibrator.clamped,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The calibration's state, ready for JSON; meters are empty between steps."""
+        return {"calibrator": None if self.calibrator is None else self.calibrator.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores it where both runs calibrate."""
+        if self.calibrator is not None and state["calibrator"] is not None:
+            self.calibrator.load_state_dict(state["calibrator"])

@@ -5,10 +5,14 @@ It knows forward, backward, step and gathered weights; batches, objectives and c
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import os
+import pickle
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import ninja
 import torch
@@ -27,7 +31,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
 
 import deepspeed
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.WARNING)
 
@@ -105,6 +113,10 @@ class Engine:
             config=deepspeed_config(config, training=training),
             dist_init_required=False,
         )
+        self._files = ShardFiles()
+        self._engine.checkpoint_engine = self._files
+        # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full
+        self._engine._copy_recovery_script = lambda folder: None
         # only here DeepSpeed leaves the optimizer bare and knows no gradient norm
         self._plain = config.engine.stage == 0 and config.train.dtype == "fp32"
 
@@ -146,14 +158,18 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> float:
-        """Clips, updates weights and learning rate; returns the global gradient norm before clipping."""
-        if self._plain:
-            norm = self._plain_norm()
+    def step(self) -> Update:
+        """Clips, updates weights and learning rate; an update that is not finite is left out on all ranks."""
+        if not self._plain:  # DeepSpeed checks the reduced norm itself
             self._engine.step()
-            return norm
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+            norm = float(self._engine.get_global_grad_norm())
+            return Update(norm, bool(self._engine.was_step_applied()))
+        norm = self._plain_norm()
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return Update(norm, math.isfinite(norm))
 
     def _plain_norm(self) -> float:
         gradients = [p.grad.double() for p in self.trainable if p.grad is not None]
@@ -166,16 +182,106 @@ class Engine:
             return None if gathered is None else _strip(gathered)
         return _strip(self._engine.module.state_dict())
 
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
-        """Writes this rank's shards; collective."""
-        self._engine.save_checkpoint(folder, tag=tag, client_state=client_state, save_latest=False)
+    def save_checkpoint(self, folder: str, tag: str) -> dict[str, Written]:
+        """Writes this rank's shards to folder/tag; returns its files by path. Collective.
 
-    def load_checkpoint(self, folder: str, tag: str) -> dict[str, Any]:
-        """Restores weights, optimizer and schedule; returns the client state. Collective."""
-        path, client_state = self._engine.load_checkpoint(folder, tag=tag)
+        Raises OSError on the rank that could not write; the others do not wait for it.
+        """
+        self._files.begin()
+        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+        if self._files.failure is not None:
+            raise self._files.failure
+        return self._files.written
+
+    def load_checkpoint(self, folder: str, tag: str) -> None:
+        """Restores weights, optimizer and schedule. Collective; raises ConfigError for a foreign file."""
+        path, _ = self._engine.load_checkpoint(folder, tag=tag)
         if path is None:
-            raise ConfigError(f"resume={folder}: DeepSpeed found no checkpoint {tag} there")
-        return dict(client_state)
+            raise ConfigError(f"resume: DeepSpeed found no checkpoint in {folder}/{tag}")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did: the global gradient norm before clipping; whether weights changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file's size in bytes and SHA-256."""
+
+    size: int
+    sha256: str
+
+
+# what DeepSpeed's checkpoints hold beside tensors and plain values; nothing else is unpickled
+ALLOWED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class _HashingFile:
+    """A file opened for writing that hashes what passes; torch hides the errors, so it keeps the first."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.failure is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.failure = error
+        self._hash.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """torch calls it; the file is flushed when it is whole."""
+
+    def result(self) -> Written:
+        return Written(self._size, self._hash.hexdigest())
+
+
+class ShardFiles(TorchCheckpointEngine):
+    """DeepSpeed's access to checkpoint files: hashed and synced when written, never executed when read."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was written before."""
+        self.written: dict[str, Written] = {}
+        self.failure: OSError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Writes one file; a failure is kept, not raised: the other ranks wait in DeepSpeed's barrier."""
+        try:
+            with open(path, "wb", buffering=1 << 20) as file:
+                hashing = _HashingFile(file)
+                torch.save(state_dict, hashing)  # type: ignore[arg-type]
+                if hashing.failure is not None:
+                    raise hashing.failure
+                file.flush()
+                os.fsync(file.fileno())
+            self.written[path] = hashing.result()
+        except OSError as error:
+            self.failure = self.failure or OSError(error.errno, error.strerror, path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Reads one file with the allowed classes only; raises ConfigError for any other."""
+        try:
+            with torch.serialization.safe_globals(ALLOWED_CLASSES):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"{path} is refused: it holds more than tensors and DeepSpeed's own records, "
+                f"and loading that could run any program ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

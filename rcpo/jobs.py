@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
+from rcpo.config.changes import changes, refuse_changes
 from rcpo.config.composition import (
     PRIMARY,
     compose_with,
@@ -27,7 +29,6 @@ from rcpo.launch import (
     FAILED,
     LOG_FILE,
     REFUSED,
-    STOPPED,
     check,
     configure_log,
     external_ranks,
@@ -36,6 +37,8 @@ from rcpo.launch import (
     run_process,
     world_size,
 )
+from rcpo.runfolder import CHECKPOINTS, refuse_locked, stored_config
+from rcpo.signals import STOPPED
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -51,8 +54,13 @@ def train(arguments: Sequence[str]) -> int:
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
         if _shows(flags):
             return _show(hydra, name, flags)
+        folder = _folder_to_resume(flags.overrides)
         if flags.multirun or _wants_multirun(hydra, name, flags.overrides):
+            if folder is not None:
+                raise ConfigError("-m starts runs of their own folders: resume=auto continues each of them")
             return _multirun(hydra, name, flags.overrides)
+        if folder is not None:
+            return _continue(hydra, folder, flags.overrides)
         return _single(hydra, name, flags.overrides)
 
 
@@ -138,10 +146,33 @@ def _single(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
     if ranks is not None and ranks.rank > 0:
         configure_log(Path("."), file=False)
         return launch(config, None)
-    _refuse_used(_resolved_dir(cfg, None), config)
+    refuse_other(_resolved_dir(cfg, None), config)
     with refusals_explained(hydra, name, overrides):
         job = hydra.run(name, _train_job, [*overrides, "hydra.mode=RUN"])
     return int(job.return_value)
+
+
+def _folder_to_resume(overrides: Sequence[str]) -> Path | None:
+    """The folder that `resume=DIR` names; None without it, and for null and auto."""
+    values = [override.partition("=")[2].strip("'\"") for override in overrides if override[:7] == "resume="]
+    return None if not values or values[0] in ("null", "auto") else Path(values[0])
+
+
+def _continue(hydra: Hydra, run_dir: Path, overrides: Sequence[str]) -> int:
+    """`resume=DIR`: the run's own configuration with overrides applied, in its folder."""
+    given = [override for override in overrides if override.startswith("hydra.")]
+    if given:
+        raise ConfigError(f"{given[0]}: resume={run_dir} continues in that folder, as it was started")
+    base = to_container(structure(read_tree(run_dir / "config.yaml")))
+    config = parse(over_run(hydra, base, overrides))
+    check(config, world_size(config))
+    ranks = external_ranks()
+    main_rank = ranks is None or ranks.rank == 0
+    if main_rank:
+        refuse_other(run_dir, config)
+        save_run_config(config, run_dir / "config.yaml")
+    configure_log(run_dir, file=main_rank)
+    return launch(config, run_dir if main_rank else None)
 
 
 def _train_job(cfg: DictConfig) -> int:
@@ -159,7 +190,7 @@ def _sweep_job(cfg: DictConfig) -> int:
         return STOPPED
     try:
         config = parse(cfg)
-        _refuse_used(run_dir, config)
+        refuse_other(run_dir, config)
         save_run_config(config, run_dir / "config.yaml")
     except ConfigError as error:
         print(f"rcpo: {run_dir.name}: {error}", file=sys.stderr)
@@ -244,9 +275,23 @@ def _resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:
     return Path(folder if suffix is None else f"{folder}_{suffix}")
 
 
-def _refuse_used(run_dir: Path, config: RunConfig) -> None:
-    """A fresh run does not write over a finished or stopped one; raises ConfigError."""
-    if config.resume is None and (run_dir / "metrics.jsonl").exists():
+def refuse_other(run_dir: Path, config: RunConfig) -> None:
+    """A run writes over no other; raises ConfigError for a folder in use, of another run, or not writable.
+
+    Called before anything in the folder changes; the trainer looks again, at the checkpoint that it loads.
+    """
+    present = run_dir
+    while not present.exists():
+        present = present.parent
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise ConfigError(f"{run_dir}: {present} cannot be written to; choose another hydra.run.dir")
+    if not run_dir.is_dir():
+        return
+    if config.resume is None and ((run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists()):
         raise ConfigError(
             f"{run_dir} holds a run already; resume=auto continues it, another hydra.run.dir starts afresh"
         )
+    refuse_locked(run_dir)
+    before = stored_config(run_dir)
+    if before is not None:
+        refuse_changes(changes(before, config), str(run_dir), config)

@@ -22,17 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.config import ConfigError, RunConfig, load_run_config, to_container
+from rcpo.config import ConfigError, RunConfig, RunError, load_run_config, to_container
+from rcpo.signals import STOP_SIGNALS, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from rcpo.session import Session
 
-DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
+DONE, FAILED, REFUSED = 0, 1, 2
 LOG_FILE = "rcpo.log"
-# what asks a run to save a checkpoint and leave: schedulers send one of these before they kill
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # seconds that the other local ranks have to leave by themselves once one has left: a checkpoint may be large
 SHUTDOWN_SECONDS = 300
 
@@ -226,6 +225,11 @@ def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
     except ConfigError as error:
         report_refusal(error)
         return REFUSED
+    except (RunError, OSError) as error:
+        # the message says what happened (a full disk, a number that is no number); the log has where
+        log.info("%s failed", task.__name__, exc_info=True)
+        report_failure(error)
+        return FAILED
     except Exception as error:
         # the process ends here: the log keeps the traceback, the caller gets a code
         log.exception("%s failed", task.__name__)
@@ -240,6 +244,14 @@ def report_refusal(error: ConfigError) -> None:
     elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         print(f"rcpo: {error}", file=sys.stderr)
     log.info("refused: %s", error)
+
+
+def report_failure(error: Exception) -> None:
+    """One message on standard error from rank 0, or by the local launcher where there is one."""
+    if os.environ.get(_WORKER) == "1":
+        _tell_agent(error)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"rcpo: {error}", file=sys.stderr)
 
 
 # set in the environment of the ranks that `launch_workers` starts

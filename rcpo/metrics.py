@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -44,25 +45,42 @@ class StepSums:
     """Adds up a rank's micro-batches; `means` reduces once over all ranks."""
 
     def __init__(self) -> None:
-        self._sums = dict.fromkeys(("loss", "real_tokens", "slots", "pairs", *NAMES), 0.0)
+        own = ("loss", "real_tokens", "slots", "pairs", "nonfinite", "stop")
+        self._sums = dict.fromkeys((*own, *NAMES), 0.0)
         self._present: set[str] = set()
 
-    def add(self, losses: Tensor, values: dict[str, Tensor], tokens: int, slots: int) -> None:
-        """`losses` (B,) already weighted and normalised by the global batch; `slots` counts padding too."""
-        self._sums["loss"] += float(losses.detach().double().sum())
+    def add(self, losses: Tensor, values: dict[str, Tensor], tokens: int, slots: int) -> bool:
+        """`losses` (B,) already weighted and normalised by the global batch; `slots` counts padding too.
+
+        Returns whether everything added was finite.
+        """
+        loss = float(losses.detach().double().sum())
+        finite = math.isfinite(loss)
+        self._sums["loss"] += loss
         self._sums["real_tokens"] += tokens
         self._sums["slots"] += slots
         self._sums["pairs"] += len(losses)
         for name, value in values.items():
             self._present.add(name)
-            self._sums[name] += float(value.detach().double().sum())
+            total = float(value.detach().double().sum())
+            finite = finite and math.isfinite(total)
+            self._sums[name] += total
+        self._sums["nonfinite"] += not finite
+        return finite
+
+    def ask_to_stop(self) -> None:
+        """Rides on the step's reduction: every rank learns that one was asked to stop."""
+        self._sums["stop"] = 1.0
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The loss, the mean of each name that the objective defines, `pairs` and `real_tokens` in total."""
+        """The loss, the mean of each name that the objective defines; in total `pairs` and `real_tokens`,
+        `nonfinite` micro-batches, and `stop`, the ranks asked to.
+        """
         total = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
         sums = dict(zip(self._sums, total.tolist(), strict=True))
         means = {name: sums[name] / sums["pairs"] for name in NAMES if name in self._present}
-        return {"loss": sums["loss"], "pairs": sums["pairs"], "real_tokens": sums["real_tokens"], **means}
+        totals = ("loss", "pairs", "real_tokens", "nonfinite", "stop")
+        return {name: sums[name] for name in totals} | means
 
 
 def peak_memory() -> int:

@@ -116,10 +116,12 @@ class RunningMean:
         self._pending[0] += float(values.detach().double().sum())
         self._pending[1] += float(values.numel())
 
-    def step(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        total, count = reduce(torch.tensor(self._pending, dtype=torch.float64)).tolist()
-        self.total += total
-        self.count += count
+    def step(self, reduce: Callable[[Tensor], Tensor] = lambda x: x, *, keep: bool = True) -> None:
+        """Folds in the step's values over all ranks, or drops them where `keep` is false."""
+        if keep:
+            total, count = reduce(torch.tensor(self._pending, dtype=torch.float64)).tolist()
+            self.total += total
+            self.count += count
         self._pending = [0.0, 0.0]
 
     def state_dict(self) -> dict[str, float]:

@@ -17,8 +17,19 @@ PACKAGE = ROOT / "rcpo"
 # A module imports lower rows, or earlier modules of its own row. A package counts as one module.
 ROWS: list[list[str]] = [
     ["types", "objectives", "incentives", "geometry", "logps", "calibration"],
-    ["config", "distributed", "attention", "data", "models", "tracking", "metrics", "reference"],
-    ["engine", "reference_pass", "scoring", "dynamics", "session", "checkpoint", "trainer"],
+    [
+        "config",
+        "distributed",
+        "attention",
+        "data",
+        "models",
+        "signals",
+        "runfolder",
+        "tracking",
+        "metrics",
+        "reference",
+    ],
+    ["engine", "reference_pass", "scoring", "dynamics", "session", "checkpoint", "nonfinite", "trainer"],
     ["evaluation", "report", "launch", "jobs", "planner", "integrations", "doctor"],
     ["cli", "__main__"],
 ]

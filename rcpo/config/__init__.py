@@ -19,6 +19,7 @@ from rcpo.config.schema import (
     OptimConfig,
     ReferenceConfig,
     RunConfig,
+    RunError,
     TrainConfig,
     WandbConfig,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "OptimConfig",
     "ReferenceConfig",
     "RunConfig",
+    "RunError",
     "TrainConfig",
     "WandbConfig",
     "load_run_config",

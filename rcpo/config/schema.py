@@ -14,9 +14,16 @@ class ConfigError(ValueError):
     """A command line, configuration or input that the user has to change; the CLI exits with 2."""
 
 
+class RunError(RuntimeError):
+    """What ends a run and is no fault of its code: the message says all; the CLI exits with 1."""
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How long, how many pairs at a time, in which precision."""
+    """How long, how many pairs at a time, in which precision.
+
+    `on_nonfinite` stop or skip a step whose loss or gradient is not finite, at most `max_nonfinite` in a row.
+    """
 
     epochs: int = 1
     max_steps: int | None = None
@@ -25,6 +32,8 @@ class TrainConfig:
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
     max_grad_norm: float | None = 1.0
+    on_nonfinite: str = "stop"
+    max_nonfinite: int = 10
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks adds up in an optimizer step.
@@ -208,6 +217,7 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    resume_changed: str = "refuse"
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -11,6 +11,8 @@ from typing import Any
 from rcpo.config.schema import ConfigError, RunConfig
 
 CHOICES = {
+    "resume_changed": ("refuse", "allow"),
+    "train.on_nonfinite": ("stop", "skip"),
     "train.dtype": ("fp32", "bf16", "fp16"),
     "optim.name": ("adamw", "sgd"),
     "optim.schedule": ("linear", "cosine", "constant"),
@@ -34,6 +36,7 @@ RANGES = {
     "train.micro_batch_size": (1, math.inf, True, False),
     "train.max_grad_norm": (0, math.inf, False, False),
     "optim.lr": (0, math.inf, False, False),
+    "train.max_nonfinite": (1, math.inf, True, False),
     "optim.weight_decay": (0, math.inf, True, False),
     "optim.eps": (0, math.inf, False, False),
     "optim.momentum": (0, 1, True, False),

@@ -109,5 +109,9 @@ class JsonLines:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Returns when the rows are on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()

@@ -78,6 +78,11 @@ class Tracker:
         if self._outputs is not None:
             self._outputs.display.message(text)
 
+    def flush(self) -> None:
+        """Have everything logged so far on disk, an evaluation that waits for its row too."""
+        if self._outputs is not None:
+            self._outputs.flush()
+
     def close(self, exit_code: int = 0) -> None:
         """Flush and close everything; a second call does nothing."""
         outputs, self._outputs = self._outputs, None
@@ -135,6 +140,10 @@ class _Outputs:
             self._pending = None
         self._flush_pending()
         self._pending = (step, values)
+
+    def flush(self) -> None:
+        self._flush_pending()
+        self._metrics.sync()
 
     def _flush_pending(self) -> None:
         pending, self._pending = self._pending, None
