@@ -1,0 +1,273 @@
+"""Checkpoints on disk: whole or not there, verified, pruned; nothing in them is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import sums_file, tiny_llama
+
+from rcpo import distributed, trainer
+from rcpo.checkpoint import Checkpoints, first_problem
+from rcpo.config import ConfigError, RunConfig, RunError, to_container
+from rcpo.config.changes import changes, refuse_changes
+from rcpo.runfolder import locked, refuse_locked, stored_config
+from rcpo.session import Session
+from rcpo.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("inputs")
+    config = RunConfig()
+    config.resume = "auto"
+    config.wandb.mode, config.reference.mode = "disabled", "model"
+    config.model.name, config.model.path = "local", tiny_llama(folder / "model")
+    config.data.name, config.data.path = "pairs", sums_file(folder / "pairs.jsonl", 24)
+    config.data.eval_path = config.data.path
+    config.train.batch_size, config.train.micro_batch_size = 8, 8
+    config.engine.stage = 1  # has the most kinds of files
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """One step of a run in this process."""
+    distributed.initialize()
+    session = Session(config, tmp_path_factory.mktemp("run"), training=True)
+    session.prepare_reference()
+    result = Trainer(session)
+    result.train_step()
+    return result
+
+
+@pytest.fixture
+def saved(trained: Trainer, tmp_path: Path) -> Path:
+    """A run's folder with the checkpoints of steps 1 and 2 (the same weights)."""
+    for step in (1, 2):
+        save(trained, tmp_path, step)
+    return tmp_path
+
+
+def save(trained: Trainer, run_dir: Path, step: int, keep: int = 2) -> Path:
+    return Checkpoints(run_dir, keep).save(trained.engine, step, {**trained.state_dict(), "step": step})
+
+
+def newest(run_dir: Path) -> tuple[int | None, list[str]]:
+    """The step that a run in the folder would continue from, and what it says."""
+    said: list[str] = []
+    found = Checkpoints(run_dir, 2).newest(said.append)
+    return None if found is None else found.step, said
+
+
+def shard(run_dir: Path, step: int) -> Path:
+    return max((run_dir / "checkpoints" / f"step-{step}" / "engine").iterdir(), key=os.path.getsize)
+
+
+def test_a_checkpoint_lists_all_its_files_with_their_hashes(saved: Path) -> None:
+    folder = saved / "checkpoints" / "step-2"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert files == {*manifest["files"], "manifest.json"}
+    sums = subprocess.run(["sha256sum", *manifest["files"]], cwd=folder, capture_output=True, text=True)
+    by_hand = {line.split("  ")[1]: line.split()[0] for line in sums.stdout.splitlines()}
+    assert by_hand == {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    assert (saved / "checkpoints" / "latest").read_text() == "step-2\n"
+    assert newest(saved) == (2, [])
+
+
+def test_the_last_ones_stay(trained: Trainer, saved: Path) -> None:
+    save(trained, saved, 10)
+    names = sorted(entry.name for entry in (saved / "checkpoints").iterdir())
+    assert names == ["latest", "step-10", "step-2"]
+
+
+def test_a_step_taken_again_replaces_its_checkpoint(trained: Trainer, saved: Path) -> None:
+    shard(saved, 2).write_bytes(b"old")
+    save(trained, saved, 2)
+    assert newest(saved) == (2, [])
+    assert sorted(entry.name for entry in (saved / "checkpoints").iterdir()) == ["latest", "step-1", "step-2"]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+KINDS = [(truncate, name) for name in ("engine", "state.json", "manifest.json")]
+KINDS += [
+    (flip_a_bit, "engine"),
+    (flip_a_bit, "state.json"),
+    (Path.unlink, "engine"),
+    (Path.unlink, "manifest.json"),
+]
+
+
+@pytest.mark.parametrize(("damage", "name"), KINDS)
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_used(
+    damage: Any, name: str, saved: Path
+) -> None:
+    folder = saved / "checkpoints" / "step-2"
+    damage(shard(saved, 2) if name == "engine" else folder / name)
+    step, said = newest(saved)
+    assert step == 1
+    assert len(said) == 1 and str(folder) in said[0] and "damaged" in said[0]
+    assert not folder.exists() and folder.with_name("step-2.damaged").is_dir()
+    assert newest(saved) == (1, [])
+
+
+def test_a_hash_in_the_manifest_that_flipped_is_damage_too(saved: Path) -> None:
+    manifest = saved / "checkpoints" / "step-2" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["files"]["state.json"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(record))
+    assert first_problem(manifest.parent) == "state.json is not what was written"
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(saved: Path) -> None:
+    for step in (1, 2):
+        truncate(shard(saved, step))
+    with pytest.raises(ConfigError, match="is whole"):
+        newest(saved)
+    with pytest.raises(ConfigError, match="no checkpoint"):  # and it stays so
+        newest(saved)
+    shutil.rmtree(saved / "checkpoints")
+    assert newest(saved) == (None, [])
+
+
+def test_what_a_killed_writer_left_is_never_taken_for_whole(trained: Trainer, saved: Path) -> None:
+    half = saved / "checkpoints" / ".step-3.new"
+    shutil.copytree(saved / "checkpoints" / "step-2", half)
+    assert newest(saved) == (2, [])
+    save(trained, saved, 4)
+    assert not half.exists()
+
+
+class Program:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_program_in_a_checkpoint_is_refused_unexecuted(trained: Trainer, saved: Path) -> None:
+    victim = saved / "executed"
+    target = shard(saved, 2)
+    state = torch.load(target, weights_only=False)
+    torch.save({**state, "extra": Program(victim)}, target)
+    manifest = saved / "checkpoints" / "step-2" / "manifest.json"  # whoever writes it writes its hash too
+    record = json.loads(manifest.read_text())
+    digest = subprocess.run(["sha256sum", target], capture_output=True, text=True).stdout.split()[0]
+    record["files"][f"engine/{target.name}"] = {"size": target.stat().st_size, "sha256": digest}
+    manifest.write_text(json.dumps(record))
+    found = Checkpoints(saved, 2).newest(lambda _: None)
+    assert found is not None and found.step == 2
+    with pytest.raises(ConfigError, match="is refused"):
+        found.load(trained.engine)
+    assert not victim.exists()
+    torch.load(target, weights_only=False)  # it is armed
+    assert victim.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that two checkpoints do not fit on."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(mounted)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs to be root, with the right to mount")
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(trained: Trainer, small_disk: Path) -> None:
+    save(trained, small_disk, 1)
+    with pytest.raises(RunError, match=r"step-2 could not be written: No space left.*intact"):
+        save(trained, small_disk, 2)
+    assert newest(small_disk) == (1, [])
+    assert sorted(entry.name for entry in (small_disk / "checkpoints").iterdir()) == ["latest", "step-1"]
+
+
+def test_random_states_survive_json() -> None:
+    before = json.loads(json.dumps(distributed.rng_state()))
+    first = torch.rand(3), os.urandom(0)
+    distributed.set_rng_state(before)
+    assert torch.equal(torch.rand(3), first[0])
+    distributed.set_rng_state(before)
+    assert json.loads(json.dumps(distributed.rng_state())) == before
+
+
+def test_another_number_of_processes_or_stage_is_refused(config: RunConfig, saved: Path) -> None:
+    other = RunConfig(**{**vars(config), "engine": type(config.engine)(stage=2)})
+    with pytest.raises(ConfigError, match=r"1 process.* engine.stage=1.* engine.stage=2"):
+        trainer.find_checkpoint(other, saved)
+    assert trainer.find_checkpoint(config, saved) is not None
+
+
+def test_a_fresh_run_does_not_write_over_checkpoints(config: RunConfig, saved: Path) -> None:
+    fresh = RunConfig(**{**vars(config), "resume": None})
+    with pytest.raises(ConfigError, match="resume=auto"):
+        trainer.find_checkpoint(fresh, saved)
+
+
+def test_changes_are_shown_key_by_key_and_refused() -> None:
+    old = to_container(RunConfig())
+    assert changes(old, RunConfig()) == []
+    new = RunConfig(seed=2)
+    new.train.max_steps, new.log.every, new.checkpoint.keep, new.data.path = 9, 5, 7, "elsewhere.jsonl"
+    new.objective.hyperparameters = {"beta": 0.2, "epsilon": 0.0}
+    found = changes(old, new)
+    assert found == ["seed: 1 -> 2", "train.max_steps: None -> 9", "objective.beta: 0.1 -> 0.2"]
+    with pytest.raises(ConfigError) as refusal:
+        refuse_changes(found, "outputs/x", new)
+    assert all(line in str(refusal.value) for line in [*found, "resume_changed=allow"])
+    new.resume_changed = "allow"
+    refuse_changes(found, "outputs/x", new)
+
+
+def test_a_key_that_an_old_checkpoint_lacks_had_its_default() -> None:
+    old = to_container(RunConfig())
+    del old["train"]["max_grad_norm"]
+    assert changes(old, RunConfig()) == []
+    other = RunConfig()
+    other.train.max_grad_norm = None
+    assert changes(old, other) == ["train.max_grad_norm: 1.0 -> None"]
+
+
+def test_other_data_are_refused(trained: Trainer, saved: Path) -> None:
+    found = Checkpoints(saved, 2).newest(lambda _: None)
+    assert found is not None
+    found.state["data"] = "another fingerprint"
+    with pytest.raises(ConfigError, match="training examples"):
+        trained.resume(found)
+
+
+def test_the_stored_configuration_is_read_without_torch(config: RunConfig, saved: Path) -> None:
+    assert stored_config(saved) == to_container(config)
+    assert stored_config(saved / "nothing") is None
+
+
+def test_two_runs_in_a_folder_the_second_is_refused(tmp_path: Path) -> None:
+    refuse_locked(tmp_path)
+    with locked(tmp_path):
+        with pytest.raises(ConfigError, match=f"in use: process {os.getpid()} on"):
+            refuse_locked(tmp_path)
+        with pytest.raises(ConfigError, match="in use"), locked(tmp_path):
+            pass
+    refuse_locked(tmp_path)
