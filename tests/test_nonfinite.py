@@ -1,0 +1,71 @@
+"""Numbers gone wrong on one rank of two: found on both at the same step, recorded, and no weight changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import sums_file, tiny_llama
+
+from rcpo.config import RunError, TrainConfig
+from rcpo.nonfinite import NonFiniteWatch
+from rcpo.objectives import RunningMean
+
+WORKER = str(Path(__file__).parent / "workers" / "nonfinite.py")
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_both_ranks_agree_under_every_stage(tmp_path: Path) -> None:
+    model, pairs, output = tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "result.json"
+    tiny_llama(model)
+    sums_file(pairs, 24)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(model), str(pairs), str(output), "0,1,2,3"]
+    subprocess.run([*launcher, WORKER, *arguments], check=True, capture_output=True, timeout=280)
+    results = json.loads(output.read_text())
+    assert len(results) == 8
+    for name, result in results.items():
+        skip, stop = result["skip"], result["stop"]
+        assert skip["counts"] == [0, 1, 1], name
+        assert skip["unchanged"] and skip["moved"], name
+        assert skip["losses"][1] in ("inf", "nan") if "loss" in name else float(skip["losses"][1]) > 0
+        # steps 4, 5 and 6 are bad, and two in a row were allowed
+        assert skip["gave_up_at"] == 6 and "train.max_nonfinite=2" in skip["message"], name
+        assert len(set(stop)) == 1 and "step 2" in stop[0], name
+        record = json.loads((tmp_path / name / "nonfinite" / "step-2.json").read_text())
+        assert str(tmp_path / name / "nonfinite" / "step-2.json") in stop[0]
+        ids = [part["ids"] for rank in record["ranks"] for part in rank]
+        assert [len(part) for part in ids] == [2, 2, 2, 2] and len(
+            {name for part in ids for name in part}
+        ) == 8, name
+        assert all(len(part["chosen"]) == len(part["ref_rejected"]) == 2 for part in record["ranks"][0])
+        assert record["metrics"]["step"] == 2 and "dynamics/incentive_chosen" in record["metrics"]
+
+
+def test_in_a_row_is_counted_anew_after_a_good_step(tmp_path: Path) -> None:
+    watch = NonFiniteWatch(tmp_path, TrainConfig(on_nonfinite="skip", max_nonfinite=1))
+    for step, bad in enumerate([True, False, True, False], start=1):
+        watch.judge(bad, {"step": step, "loss": float("nan")})
+    assert watch.metrics() == {"nonfinite_steps": 2}
+    resumed = NonFiniteWatch(tmp_path, TrainConfig(on_nonfinite="skip", max_nonfinite=1))
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    resumed.judge(True, {"step": 5})
+    with pytest.raises(RunError, match="max_nonfinite=1"):
+        resumed.judge(True, {"step": 6})
+    assert json.loads((tmp_path / "nonfinite" / "step-1.json").read_text())["metrics"]["loss"] == "nan"
+
+
+def test_a_running_mean_forgets_a_bad_step() -> None:
+    mean = RunningMean()
+    mean.observe(torch.tensor([1.0, 3.0]))
+    mean.step()
+    mean.observe(torch.tensor([float("nan")]))
+    mean.step(keep=False)
+    mean.observe(torch.tensor([5.0]))
+    mean.step()
+    assert mean.value == 3.0
