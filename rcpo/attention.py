@@ -36,7 +36,7 @@ SHARED_ROWS = {
     "gemma2": BY_LAYER_TYPE,
     "gemma3_text": BY_LAYER_TYPE,
 }
-KERNELS = ("eager", "sdpa")
+KERNELS = (None, "eager", "sdpa")  # None: not chosen yet; transformers then takes one of the two
 
 
 def reason_for_separate(config: Any) -> str | None:

@@ -49,16 +49,19 @@ class StepSums:
         self._sums = dict.fromkeys((*own, *NAMES), 0.0)
         self._present: set[str] = set()
 
-    def add(self, losses: Tensor, values: dict[str, Tensor], tokens: int, slots: int) -> bool:
-        """`losses` (B,) already weighted and normalised by the global batch; `slots` counts padding too.
+    def computed(self, tokens: int, slots: int) -> None:
+        """What a forward pass computed: real `tokens`, and `slots`, padding and fillers included."""
+        self._sums["real_tokens"] += tokens
+        self._sums["slots"] += slots
+
+    def add(self, losses: Tensor, values: dict[str, Tensor]) -> bool:
+        """`losses` (B,) of real pairs, already weighted and normalised by the global batch.
 
         Returns whether everything added was finite.
         """
         loss = float(losses.detach().double().sum())
         finite = math.isfinite(loss)
         self._sums["loss"] += loss
-        self._sums["real_tokens"] += tokens
-        self._sums["slots"] += slots
         self._sums["pairs"] += len(losses)
         for name, value in values.items():
             self._present.add(name)
@@ -73,14 +76,14 @@ class StepSums:
         self._sums["stop"] = 1.0
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The loss, the mean of each name that the objective defines; in total `pairs` and `real_tokens`,
-        `nonfinite` micro-batches, and `stop`, the ranks asked to.
+        """The loss, the mean of each name that the objective defines, the padded share of what was computed;
+        in total `pairs` and `real_tokens`, `nonfinite` micro-batches, and `stop`, the ranks asked to.
         """
         total = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
         sums = dict(zip(self._sums, total.tolist(), strict=True))
         means = {name: sums[name] / sums["pairs"] for name in NAMES if name in self._present}
-        totals = ("loss", "pairs", "real_tokens", "nonfinite", "stop")
-        return {name: sums[name] for name in totals} | means
+        totals = {name: sums[name] for name in ("loss", "pairs", "real_tokens", "nonfinite", "stop")}
+        return {**totals, "padded_share": 1 - sums["real_tokens"] / sums["slots"], **means}
 
 
 def peak_memory() -> int:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,15 +51,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(path: str) -> PreTrainedConfig:
+    """The configuration in a model's folder."""
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"{path} holds no config.json; give a folder in the hub's format")
+    return AutoConfig.from_pretrained(path)
+
+
 def load_model(path: str, dtype: torch.dtype, init: str = "pretrained") -> PreTrainedModel:
     """A causal language model from a folder, with every dropout off, so that a policy equals itself.
 
     `init` is `pretrained`, or `random` for fresh weights from torch's seed in the folder's architecture.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path={path} holds no config.json; give a folder in the hub's format")
+    config = load_config(path)
     if init == "random":
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     for module in model.modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -13,13 +14,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rcpo import distributed
+from rcpo.attention import choose_layout
 from rcpo.config import ConfigError, RunConfig
-from rcpo.data.batches import GlobalBatches, split
+from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.store import PairDataset
 from rcpo.engine import Engine
-from rcpo.models import DTYPES, Policy, check_head, load_model, load_tokenizer, model_path
+from rcpo.models import (
+    DTYPES,
+    Policy,
+    check_head,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_path,
+)
 from rcpo.objectives import Objective, get_objective
 from rcpo.reference.cache import Say
 from rcpo.reference_pass import ReferencePass, ScoredData
@@ -50,6 +60,10 @@ class Session:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         wanted = self.objective.needs_reference or self.tracks_reference
         self._reference = ReferencePass(config, policy) if wanted else None
+        other = config.reference.path if wanted else None
+        scoring = [policy.model.config, *([] if other is None else [load_config(other)])]
+        self.layout = choose_layout(config.data.layout, scoring)
+        log.info("layout of the rows: %s", self.layout)
         self.engine = Engine(policy, config, self.total_steps if training else None)
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
@@ -121,15 +135,41 @@ class Session:
     def _collate(self, dataset: PairDataset, indices: list[int], sides: int) -> TokenBatch:
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        return collate_indices(dataset, indices, pad, sides=sides).to(self.engine.device)
+        batch = collate_indices(dataset, indices, pad, sides=sides, layout=self.layout)
+        return batch.to(self.engine.device)
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether the micro-batches of a step hold pairs of similar length.
+
+        Left alone, this is off where a micro-batch's company changes the result: objectives that couple its
+        pairs, and a calibration that goes by micro-batches, which would see each step's longest pairs first.
+        """
+        group, rc = self.config.data.group_by_length, self.config.rc
+        if group is not None:
+            return group
+        return not (self.objective.spec.couples_batch or (rc.enabled and rc.update == "microbatch"))
 
     def rank_microbatches(self, step: int) -> list[list[int]]:
         """This rank's dataset positions of a step counted from 0, −1 for fillers."""
-        size = self.config.train.micro_batch_size
-        return split(self.batches.indices(step), distributed.rank(), distributed.world_size(), size)
+        size, ranks = self.config.train.micro_batch_size, distributed.world_size()
+        indices = self.batches.indices(step)
+        if self.groups_by_length:
+            indices = by_length(indices, self._train_row_lengths[indices], ranks, size)
+        return split(indices, distributed.rank(), ranks, size)
+
+    @cached_property
+    def _train_row_lengths(self) -> np.ndarray:
+        return self._row_lengths(self.datasets.train, self.objective.sides)
+
+    def _row_lengths(self, dataset: PairDataset, sides: int) -> np.ndarray:
+        return row_lengths(dataset.lengths[:, 0], dataset.response_lengths(sides), self.layout)
 
     def eval_batches(self, dataset: PairDataset, limit: int | None = None) -> Iterator[TokenBatch]:
-        """This rank's share of a dataset in order, both sides of each pair; as many batches on every rank."""
+        """This rank's share of a dataset, both sides of each pair; as many batches on every rank.
+
+        The longest pairs come first: neighbours in length share a batch.
+        """
         count = len(dataset) if limit is None else min(limit, len(dataset))
         return self._batches(dataset, np.arange(count))
 
@@ -140,6 +180,8 @@ class Session:
     def _batches(self, dataset: PairDataset, positions: np.ndarray) -> Iterator[TokenBatch]:
         sides = self._sides(dataset)
         ranks, size = distributed.world_size(), self.config.eval.batch_size
+        longest_first = np.argsort(-self._row_lengths(dataset, sides)[positions], kind="stable")
+        positions = positions[longest_first]
         for start in range(0, len(positions), ranks * size):
             part = positions[start : start + ranks * size].tolist()
             for indices in split(part, distributed.rank(), ranks, min(size, math.ceil(len(part) / ranks))):

@@ -107,14 +107,14 @@ class Trainer:
 
     def _micro_step(self, batch: TokenBatch, scale: float, last: bool, sums: StepSums) -> None:
         scored = self.session.scorer(batch, self.dynamics.sketch)
+        sums.computed(batch.num_tokens, batch.input_ids.numel())
         pairs = self.dynamics(scored)
         if scored.count:
             losses = self.objective(pairs) * self.objective.weights(pairs) * scale
             values = pair_values(self.objective, scored.pairs)
             self.objective.observe(scored.pairs)
             self.watch.keep(batch, scored.pairs)
-            part = losses / distributed.world_size()
-            finite = sums.add(part, values, batch.num_tokens, batch.input_ids.numel())
+            finite = sums.add(losses / distributed.world_size(), values)
             # a step is left out where its gradient is not finite, so make it that on every rank
             loss = losses.sum() if finite else losses.sum() * math.nan
         else:  # fillers alone: the ranks still take the same collective steps

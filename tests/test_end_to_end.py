@@ -22,6 +22,7 @@ TRAINING = {
     "grad_norm",
     "tokens_per_second",
     "peak_memory_bytes",
+    "padded_share",
     "step_seconds",
     "rewards/chosen",
     "rewards/rejected",

@@ -144,7 +144,8 @@ class ReferenceConfig:
 class DataConfig:
     """Preference pairs; lengths in tokens, None is no limit; `eval_path` goes before the fraction.
 
-    `train_examples` is how many pairs the embedded task makes.
+    `train_examples` is how many pairs the embedded task makes. `layout` says how pairs lie in rows: auto,
+    shared (a prompt once) or separate. `group_by_length` None is: unless the micro-batch itself matters.
     """
 
     name: str = "sums"
@@ -155,6 +156,8 @@ class DataConfig:
     max_length: int | None = None
     max_prompt_length: int | None = None
     on_bad: str = "refuse"
+    layout: str = "auto"
+    group_by_length: bool | None = None
 
 
 @dataclass(kw_only=True)

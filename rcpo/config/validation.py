@@ -24,6 +24,7 @@ CHOICES = {
     "reference.mode": ("model", "precompute"),
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
+    "data.layout": ("auto", "shared", "separate"),
     "wandb.mode": ("online", "offline", "disabled"),
 }
 

@@ -69,21 +69,20 @@ def split(indices: list[int], rank: int, world: int, micro: int) -> list[list[in
     return [padded[first + piece * micro : first + (piece + 1) * micro] for piece in range(pieces)]
 
 
-def row_lengths(lengths: np.ndarray, layout: str, sides: int) -> np.ndarray:
-    """Tokens of each pair's longest row (n,), from its part lengths (n, 3): prompt, chosen, rejected."""
-    responses = lengths[:, 1 : 1 + min(sides, 2)]
-    return lengths[:, 0] + (responses.sum(axis=1) if layout == "shared" else responses.max(axis=1))
+def row_lengths(prompts: np.ndarray, responses: np.ndarray, layout: str) -> np.ndarray:
+    """Tokens of the longest row of each example: prompts (n,), responses (n, sides) → (n,)."""
+    return prompts + (responses.sum(axis=1) if layout == "shared" else responses.max(axis=1))
 
 
 def by_length(indices: list[int], lengths: np.ndarray, world: int, micro: int) -> list[int]:
     """The same global batch in an order that `split` cuts into pieces of similar length.
 
-    `lengths` (n,) are those of all examples. The longest pairs come first, so a run that does not fit into
-    memory fails at once. Neighbouring pieces go to the ranks of one micro-step, in an order that turns round
-    every time, so that the ranks have equal work. FILLER (−1) stands among the shortest.
+    `lengths` (B,) are those of the B examples `indices`. The longest pairs come first, so a run that does not
+    fit into memory fails early. Neighbouring pieces go to the ranks of one micro-step, in an order that turns
+    round every time, so that the ranks have equal work. FILLER (−1) stands among the shortest.
     """
     unit = world * micro
-    order = np.argsort(-lengths[indices], kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     padded = np.full(-(-len(indices) // unit) * unit, FILLER)
     padded[: len(indices)] = np.asarray(indices)[order]
     pieces = padded.reshape(-1, world, micro)  # (micro-steps, ranks, pairs)

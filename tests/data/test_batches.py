@@ -1,10 +1,11 @@
 """Global batches and their split over ranks."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.data.batches import FILLER, GlobalBatches, split
+from rcpo.data.batches import FILLER, GlobalBatches, by_length, row_lengths, split
 
 
 def test_the_last_batch_of_an_epoch_is_short() -> None:
@@ -65,3 +66,36 @@ def test_every_split_gives_the_same_batch_in_the_same_order(batch: list[int], wo
     assert joined[: len(batch)] == batch
     assert set(joined[len(batch) :]) <= {FILLER}
     assert len(joined) - len(batch) < world * micro
+
+
+def test_by_length_by_hand() -> None:
+    batch, lengths = [5, 9, 2, 7, 1, 8, 3], np.array([10, 70, 30, 20, 60, 50, 40])
+    # longest first: 9 1 8 3 2 7 5, a filler at the end; pieces of 2 go to ranks 0 1, then 1 0
+    ordered = by_length(batch, lengths, 2, 2)
+    assert split(ordered, 0, 2, 2) == [[9, 1], [5, FILLER]]
+    assert split(ordered, 1, 2, 2) == [[8, 3], [2, 7]]
+    assert split(by_length(batch, lengths, 1, 3), 0, 1, 3) == [[9, 1, 8], [3, 2, 7], [5, FILLER, FILLER]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    world=st.integers(1, 6),
+    micro=st.integers(1, 9),
+)
+def test_by_length_is_the_same_global_batch(lengths: list[int], world: int, micro: int) -> None:
+    batch = list(range(100, 100 + len(lengths)))
+    ordered = by_length(batch, np.array(lengths), world, micro)
+    plain = [index for rank in range(world) for piece in split(batch, rank, world, micro) for index in piece]
+    assert sorted(ordered) == sorted(plain)
+    steps = list(zip(*(split(ordered, rank, world, micro) for rank in range(world)), strict=True))
+    shortest = 51
+    for pieces in steps:  # one micro-step: nothing in it is longer than anything in the step before
+        own = [lengths[index - 100] for piece in pieces for index in piece if index != FILLER]
+        assert max(own, default=0) <= shortest
+        shortest = min(own, default=shortest)
+
+
+def test_row_lengths() -> None:
+    prompts, responses = np.array([10, 3]), np.array([[4, 6], [5, 1]])
+    assert row_lengths(prompts, responses, "separate").tolist() == [16, 8]
+    assert row_lengths(prompts, responses, "shared").tolist() == [20, 9]

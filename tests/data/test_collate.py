@@ -1,11 +1,12 @@
 """Rows, masks and flat indices of a batch."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.data.collate import collate, collate_indices
+from rcpo.data.collate import collate, collate_indices, pack
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 
@@ -62,11 +63,71 @@ def test_a_mismatched_completion_is_cut_to_the_limit() -> None:
     assert dataset.mismatched(2) == [10]  # 4 tokens of prompt leave one of the two
 
 
-def test_a_filler_carries_example_0_with_weight_0() -> None:
-    batch = collate_indices(PairDataset([A, B]), [1, -1], PAD)
+def test_a_filler_carries_the_shortest_example_with_weight_0() -> None:
+    short = Example("c", [6], [7], [8])
+    batch = collate_indices(PairDataset([A, B, short]), [1, -1], PAD)
     assert batch.weights.tolist() == [1.0, 0.0]
     assert batch.indices.tolist() == [1, -1]
-    assert batch.input_ids[1].tolist() == [1, 2, 3, 10, 11]
+    assert batch.input_ids[1].tolist() == [6, 7, 0, 0, 0]
+    assert batch.num_tokens == 2 + 5  # the filler's are not counted
+
+
+def test_shared_rows_by_hand() -> None:
+    c = Example("c", [6, 7], [8], [9])  # 4 tokens
+    d = Example("d", [5], [6], [7])  # 3 tokens
+    batch = collate([A, B, c, d], PAD, layout="shared")
+    # 6, 6, 4 and 3 tokens: rows of 6, and the third pair leaves no room for the fourth
+    assert batch.input_ids.tolist() == [
+        [1, 2, 3, 10, 11, 20],
+        [4, 12, 21, 22, 23, 24],
+        [6, 7, 8, 9, 0, 0],
+        [5, 6, 7, 0, 0, 0],
+    ]
+    assert batch.position_ids.tolist() == [
+        [0, 1, 2, 3, 4, 3],
+        [0, 1, 1, 2, 3, 4],
+        [0, 1, 2, 2, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+    ]
+    assert batch.segments is not None
+    assert batch.segments.tolist() == [
+        [0, 0, 0, 1, 1, 2],
+        [4, 5, 6, 6, 6, 6],
+        [8, 8, 9, 10, -1, -1],
+        [12, 13, 14, -1, -1, -1],
+    ]
+    assert batch.attention_mask.tolist() == (batch.segments >= 0).int().tolist()
+    # the first token of both responses is predicted from the prompt's end: 2, 6, 13 and 18
+    assert batch.predictors.tolist() == [2, 3, 6, 13, 18, 2, 6, 8, 9, 10, 13, 18]
+    assert batch.labels.tolist() == [10, 11, 12, 8, 6, 20, 21, 22, 23, 24, 9, 7]
+    assert batch.sequences.tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 5, 5, 6, 7]
+    assert batch.num_tokens == 6 + 6 + 4 + 3
+
+
+def test_short_pairs_fill_up_a_row() -> None:
+    short = [Example("c", [5], [6], [7]), Example("d", [8], [9], [10])]
+    batch = collate([short[0], A, short[1]], PAD, layout="shared")
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 20], [5, 6, 7, 8, 9, 10]]
+    assert batch.segments is not None
+    assert batch.segments.tolist() == [[4, 4, 4, 5, 5, 6], [0, 1, 2, 8, 9, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 0, 1, 1]]
+    assert batch.labels.tolist() == [6, 10, 11, 9, 7, 20, 10]
+    assert batch.predictors.tolist() == [6, 2, 3, 9, 6, 2, 9]
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=30))
+def test_packed_blocks_do_not_overlap(sizes: list[int]) -> None:
+    capacity = max(sizes)
+    rows, starts = pack(np.array(sizes), capacity)
+    places = {
+        (row, place)
+        for row, start, size in zip(rows, starts, sizes, strict=True)
+        for place in range(start, start + size)
+    }
+    assert len(places) == sum(sizes)
+    assert max(place for _, place in places) < capacity
+    assert set(rows) == set(range(max(rows) + 1))
+    assert max(rows) + 1 <= len(sizes)
 
 
 def test_empty_parts_are_refused() -> None:
@@ -98,3 +159,22 @@ def test_masks_cover_exactly_the_responses(pairs: list[Example]) -> None:
         prompt = pairs[number % len(pairs)].prompt
         assert int(batch.predictors[own][0]) % batch.input_ids.shape[1] == len(prompt) - 1
         assert int(batch.attention_mask[number].sum()) == len(prompt) + len(response)
+
+
+@given(pairs=examples, sides=st.integers(1, 3))
+def test_layouts_hold_the_same_tokens_in_the_same_order(pairs: list[Example], sides: int) -> None:
+    mismatched = [pair.chosen for pair in pairs[1:] + pairs[:1]] if sides == 3 else None
+    shared, separate = (
+        collate(pairs, PAD, sides=sides, layout=layout, mismatched=mismatched)
+        for layout in ("shared", "separate")
+    )
+    for name in ("labels", "sequences", "lengths", "weights", "indices"):
+        assert torch.equal(getattr(shared, name), getattr(separate, name)), name
+    # each response token stands one position after its predictor, in both
+    for place in ("input_ids", "position_ids"):
+        before = [getattr(batch, place).flatten()[batch.predictors] for batch in (shared, separate)]
+        assert torch.equal(*before), place
+    prompts = sum(len(pair.prompt) for pair in pairs)
+    assert (
+        shared.num_tokens == int(shared.attention_mask.sum()) == separate.num_tokens - (sides - 1) * prompts
+    )
