@@ -117,6 +117,8 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full
         self._engine._copy_recovery_script = lambda folder: None
+        # under ZeRO-0 DeepSpeed's own forward forbids the plain autograd that rc.geometry=parameters is made of
+        self._forward = self._engine.module if config.rc.geometry == "parameters" else self._engine
         # only here DeepSpeed leaves the optimizer bare and knows no gradient norm
         self._plain = config.engine.stage == 0 and config.train.dtype == "fp32"
 
@@ -147,7 +149,7 @@ class Engine:
 
     def score(self, batch: TokenBatch, sketch: Sketch | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs (N,), hidden states (N, D) and sketched scores (N, k) or (0,) of the response tokens."""
-        result: tuple[Tensor, Tensor, Tensor] = self._engine(**policy_inputs(batch), sketch=sketch)
+        result: tuple[Tensor, Tensor, Tensor] = self._forward(**policy_inputs(batch), sketch=sketch)
         return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
