@@ -117,7 +117,7 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full
         self._engine._copy_recovery_script = lambda folder: None
-        # under ZeRO-0 DeepSpeed's own forward forbids the plain autograd that rc.geometry=parameters is made of
+        # DeepSpeed's own forward forbids the plain autograd that rc.geometry=parameters is made of
         self._forward = self._engine.module if config.rc.geometry == "parameters" else self._engine
         # only here DeepSpeed leaves the optimizer bare and knows no gradient norm
         self._plain = config.engine.stage == 0 and config.train.dtype == "fp32"

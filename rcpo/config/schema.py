@@ -60,8 +60,8 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     momentum: float = 0.0
-    schedule: str = "linear"
-    warmup_ratio: float = 0.1
+    schedule: str = "constant"
+    warmup_ratio: float = 0.0
 
 
 @dataclass(kw_only=True)
