@@ -140,10 +140,10 @@ class Session:
 
     @property
     def groups_by_length(self) -> bool:
-        """Whether the micro-batches of a step hold pairs of similar length.
+        """Whether a step's pairs are dealt to micro-batches by length, so that little is padded.
 
         Left alone, this is off where a micro-batch's company changes the result: objectives that couple its
-        pairs, and a calibration that goes by micro-batches, which would see each step's longest pairs first.
+        pairs, and a calibration that goes by micro-batches, which would see a step's longest pairs first.
         """
         group, rc = self.config.data.group_by_length, self.config.rc
         if group is not None:
@@ -155,7 +155,8 @@ class Session:
         size, ranks = self.config.train.micro_batch_size, distributed.world_size()
         indices = self.batches.indices(step)
         if self.groups_by_length:
-            indices = by_length(indices, self._train_row_lengths[indices], ranks, size)
+            lengths = self._train_row_lengths[indices]
+            indices = by_length(indices, lengths, ranks, size, packed=self.layout == "shared")
         return split(indices, distributed.rank(), ranks, size)
 
     @cached_property

@@ -74,17 +74,54 @@ def row_lengths(prompts: np.ndarray, responses: np.ndarray, layout: str) -> np.n
     return prompts + (responses.sum(axis=1) if layout == "shared" else responses.max(axis=1))
 
 
-def by_length(indices: list[int], lengths: np.ndarray, world: int, micro: int) -> list[int]:
-    """The same global batch in an order that `split` cuts into pieces of similar length.
+def by_length(
+    indices: list[int], lengths: np.ndarray, world: int, micro: int, *, packed: bool = False
+) -> list[int]:
+    """The same global batch in an order that `split` cuts into pieces with little padding.
 
-    `lengths` (B,) are those of the B examples `indices`. The longest pairs come first, so a run that does not
-    fit into memory fails early. Neighbouring pieces go to the ranks of one micro-step, in an order that turns
-    round every time, so that the ranks have equal work. FILLER (−1) stands among the shortest.
+    `lengths` (B,) are those of the B examples `indices`. Pieces hold similar lengths, the longest first;
+    neighbours go to the ranks of one micro-step, in an order that turns round every time, so that ranks have
+    equal work. Where rows are `packed`, pieces of mixed lengths are taken instead if the busiest rank then
+    computes less: short pairs fill up the rows of long ones. FILLER (−1) stands among the shortest.
     """
-    unit = world * micro
-    order = np.argsort(-lengths, kind="stable")
-    padded = np.full(-(-len(indices) // unit) * unit, FILLER)
-    padded[: len(indices)] = np.asarray(indices)[order]
-    pieces = padded.reshape(-1, world, micro)  # (micro-steps, ranks, pairs)
-    pieces[1::2] = pieces[1::2, ::-1].copy()
-    return pieces.swapaxes(0, 1).ravel().tolist()
+    steps = -(-len(indices) // (world * micro))
+    padded = np.full(steps * world * micro, FILLER)  # places in `indices`
+    padded[: len(indices)] = np.argsort(-lengths, kind="stable")
+    similar = padded.reshape(steps, world, micro).copy()
+    similar[1::2] = similar[1::2, ::-1].copy()
+    order = similar.swapaxes(0, 1).reshape(world, -1)
+    if packed:
+        dealt = padded.reshape(micro, world * steps).copy()
+        dealt[1::2] = dealt[1::2, ::-1].copy()
+        mixed = dealt.T.reshape(world, -1)
+        order = min((order, mixed), key=lambda places: _busiest(places, lengths, micro))
+    return [indices[place] if place != FILLER else FILLER for place in order.ravel().tolist()]
+
+
+def _busiest(places: np.ndarray, lengths: np.ndarray, micro: int) -> int:
+    """Tokens and padding that the busiest rank computes, in packed rows; places (ranks, steps · micro)."""
+    sizes = np.where(places == FILLER, 1, lengths[places]).reshape(len(places), -1, micro)
+    return max(sum(_packed_size(piece) for piece in rank) for rank in sizes)
+
+
+def _packed_size(totals: np.ndarray) -> int:
+    longest = int(totals.max())
+    return (max(pack(totals, longest)[0]) + 1) * longest
+
+
+def pack(totals: np.ndarray, capacity: int) -> tuple[list[int], list[int]]:
+    """Row and start of each block of `totals` (B,) tokens in rows of `capacity`: first fit, longest first.
+
+    The capacity is the longest block's length, so that packing never makes rows longer, only fewer: attention
+    computes the whole square of a row.
+    """
+    rows, starts = [0] * len(totals), [0] * len(totals)
+    used: list[int] = []
+    for number in np.argsort(-totals, kind="stable").tolist():
+        size = int(totals[number])
+        row = next((row for row, taken in enumerate(used) if taken + size <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+        rows[number], starts[number] = row, used[row]
+        used[row] += size
+    return rows, starts

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rcpo.attention import PADDING, SEGMENTS_PER_PAIR
-from rcpo.data.batches import FILLER
+from rcpo.data.batches import FILLER, pack
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.types import TokenBatch
@@ -134,21 +134,3 @@ def _shared(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
         "predictors": np.concatenate(list(chain.from_iterable(predictors))),
         "labels": np.fromiter(labels, dtype=np.int64, count=int(lengths[:, 1:].sum())),
     }
-
-
-def pack(totals: np.ndarray, capacity: int) -> tuple[list[int], list[int]]:
-    """Row and start of each block of `totals` (B,) tokens in rows of `capacity`: first fit, longest first.
-
-    The capacity is the longest block's length, so that packing never makes rows longer, only fewer: attention
-    computes the whole square of a row.
-    """
-    rows, starts = [0] * len(totals), [0] * len(totals)
-    used: list[int] = []
-    for number in np.argsort(-totals, kind="stable").tolist():
-        size = int(totals[number])
-        row = next((row for row, taken in enumerate(used) if taken + size <= capacity), len(used))
-        if row == len(used):
-            used.append(0)
-        rows[number], starts[number] = row, used[row]
-        used[row] += size
-    return rows, starts

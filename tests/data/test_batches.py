@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.data.batches import FILLER, GlobalBatches, by_length, row_lengths, split
+from rcpo.data.batches import FILLER, GlobalBatches, by_length, pack, row_lengths, split
 
 
 def test_the_last_batch_of_an_epoch_is_short() -> None:
@@ -93,6 +93,43 @@ def test_by_length_is_the_same_global_batch(lengths: list[int], world: int, micr
         own = [lengths[index - 100] for piece in pieces for index in piece if index != FILLER]
         assert max(own, default=0) <= shortest
         shortest = min(own, default=shortest)
+
+
+def test_packed_rows_take_mixed_lengths_where_that_is_less() -> None:
+    batch, lengths = [0, 1, 2, 3, 4, 5, 6, 7], np.array([9, 4, 4, 5, 5, 6, 3, 9])
+    # similar: 9 9 6 5 is four rows of 9, 5 4 4 3 four rows of 5 (no two fit): 56 slots.
+    # dealt there and back, (9 9) (5 6) (5 4) (3 4): 9 5 5 3 in rows of 9, 5+3, 5 and 9 6 4 4 in 9, 6, 4+4: 54
+    ordered = by_length(batch, lengths, 1, 4, packed=True)
+    assert sorted(map(sorted, split(ordered, 0, 1, 4))) == [[0, 3, 4, 6], [1, 2, 5, 7]]
+    # two lengths that never fit together stay apart: 9 9, 5 5 are 28 slots, 9 5, 9 5 would be 36
+    ordered = by_length([0, 1, 2, 3], np.array([9, 5, 9, 5]), 1, 2, packed=True)
+    assert split(ordered, 0, 1, 2) == [[0, 2], [1, 3]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    world=st.integers(1, 6),
+    micro=st.integers(1, 9),
+)
+def test_packed_by_length_is_the_same_global_batch_too(lengths: list[int], world: int, micro: int) -> None:
+    batch = list(range(100, 100 + len(lengths)))
+    ordered = by_length(batch, np.array(lengths), world, micro, packed=True)
+    assert len(ordered) == -(-len(batch) // (world * micro)) * world * micro
+    assert sorted(index for index in ordered if index != FILLER) == batch
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=30))
+def test_packed_blocks_do_not_overlap(sizes: list[int]) -> None:
+    capacity = max(sizes)
+    rows, starts = pack(np.array(sizes), capacity)
+    places = {
+        (row, place)
+        for row, start, size in zip(rows, starts, sizes, strict=True)
+        for place in range(start, start + size)
+    }
+    assert len(places) == sum(sizes)
+    assert max(place for _, place in places) < capacity
+    assert set(rows) == set(range(max(rows) + 1))
 
 
 def test_row_lengths() -> None:

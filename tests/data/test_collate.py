@@ -1,12 +1,11 @@
 """Rows, masks and flat indices of a batch."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.data.collate import collate, collate_indices, pack
+from rcpo.data.collate import collate, collate_indices
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 
@@ -113,21 +112,6 @@ def test_short_pairs_fill_up_a_row() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 0, 1, 1]]
     assert batch.labels.tolist() == [6, 10, 11, 9, 7, 20, 10]
     assert batch.predictors.tolist() == [6, 2, 3, 9, 6, 2, 9]
-
-
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=30))
-def test_packed_blocks_do_not_overlap(sizes: list[int]) -> None:
-    capacity = max(sizes)
-    rows, starts = pack(np.array(sizes), capacity)
-    places = {
-        (row, place)
-        for row, start, size in zip(rows, starts, sizes, strict=True)
-        for place in range(start, start + size)
-    }
-    assert len(places) == sum(sizes)
-    assert max(place for _, place in places) < capacity
-    assert set(rows) == set(range(max(rows) + 1))
-    assert max(rows) + 1 <= len(sizes)
 
 
 def test_empty_parts_are_refused() -> None:
