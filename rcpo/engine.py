@@ -6,11 +6,13 @@ It knows forward, backward, step and gathered weights; batches, objectives and c
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import math
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -105,14 +107,15 @@ class Engine:
         training = total_steps is not None
         parameters = [p for p in policy.parameters() if p.requires_grad] if training else []
         optimizer = build_optimizer(parameters, config) if training else None
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy,
-            optimizer=optimizer,
-            model_parameters=parameters or None,
-            lr_scheduler=None if total_steps is None else schedule(config, total_steps),
-            config=deepspeed_config(config, training=training),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # it prints which operator it built
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=policy,
+                optimizer=optimizer,
+                model_parameters=parameters or None,
+                lr_scheduler=None if total_steps is None else schedule(config, total_steps),
+                config=deepspeed_config(config, training=training),
+                dist_init_required=False,
+            )
         self._files = ShardFiles()
         self._engine.checkpoint_engine = self._files
         # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full
