@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
-from rcpo.config.changes import changes, refuse_changes
+from rcpo.config.changes import refuse_other_run
 from rcpo.config.composition import (
     PRIMARY,
     compose_with,
@@ -37,7 +37,7 @@ from rcpo.launch import (
     run_process,
     world_size,
 )
-from rcpo.runfolder import CHECKPOINTS, refuse_locked, stored_config
+from rcpo.runfolder import CHECKPOINTS, refuse_locked, stored_state
 from rcpo.signals import STOPPED
 
 if TYPE_CHECKING:
@@ -292,6 +292,6 @@ def refuse_other(run_dir: Path, config: RunConfig) -> None:
             f"{run_dir} holds a run already; resume=auto continues it, another hydra.run.dir starts afresh"
         )
     refuse_locked(run_dir)
-    before = stored_config(run_dir)
+    before = stored_state(run_dir)
     if before is not None:
-        refuse_changes(changes(before, config), str(run_dir), config)
+        refuse_other_run(before, str(run_dir), config, world_size(config))

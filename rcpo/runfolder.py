@@ -61,12 +61,12 @@ def checkpoint_folders(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), entry) for match, entry in entries if match), reverse=True)
 
 
-def stored_config(run_dir: Path) -> dict[str, Any] | None:
-    """The configuration in the newest checkpoint that can be read, unverified; None where there is none."""
+def stored_state(run_dir: Path) -> dict[str, Any] | None:
+    """The run's state in the newest checkpoint that can be read, unverified; None where there is none."""
     for _, folder in checkpoint_folders(run_dir):
         try:
-            config: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, KeyError):  # damaged: the trainer will say so
+            state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # damaged: the trainer will say so
             continue
-        return config
+        return state
     return None

@@ -21,7 +21,7 @@ import torch
 from rcpo import distributed
 from rcpo.checkpoint import Checkpoint, Checkpoints
 from rcpo.config import ConfigError, RunConfig, to_container
-from rcpo.config.changes import changes, refuse_changes
+from rcpo.config.changes import refuse_changes, refuse_other_run
 from rcpo.dynamics import StepDynamics
 from rcpo.metrics import StepSums, pair_values, peak_memory
 from rcpo.nonfinite import NonFiniteWatch
@@ -229,17 +229,8 @@ def find_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint | None:
             raise ConfigError(f"{run_dir} holds checkpoints; resume=auto continues them")
         return None
     checkpoint = checkpoints.newest(_warn)
-    if checkpoint is None:
-        return None
-    state = checkpoint.state
-    then = state["world_size"], state["config"]["engine"]["stage"]
-    if then != (distributed.world_size(), config.engine.stage):
-        raise ConfigError(
-            f"resume={config.resume}: {checkpoint.folder} was written by {then[0]} process(es) with "
-            f"engine.stage={then[1]}, and DeepSpeed's shards fit no other; this run has "
-            f"{distributed.world_size()} with engine.stage={config.engine.stage}"
-        )
-    refuse_changes(changes(state["config"], config), str(checkpoint.folder), config)
+    if checkpoint is not None:
+        refuse_other_run(checkpoint.state, str(checkpoint.folder), config, distributed.world_size())
     return checkpoint
 
 

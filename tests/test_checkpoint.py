@@ -18,7 +18,7 @@ from rcpo import distributed, trainer
 from rcpo.checkpoint import Checkpoints, first_problem
 from rcpo.config import ConfigError, RunConfig, RunError, to_container
 from rcpo.config.changes import changes, refuse_changes
-from rcpo.runfolder import locked, refuse_locked, stored_config
+from rcpo.runfolder import locked, refuse_locked, stored_state
 from rcpo.session import Session
 from rcpo.trainer import Trainer
 
@@ -258,9 +258,9 @@ def test_other_data_are_refused(trained: Trainer, saved: Path) -> None:
         trained.resume(found)
 
 
-def test_the_stored_configuration_is_read_without_torch(config: RunConfig, saved: Path) -> None:
-    assert stored_config(saved) == to_container(config)
-    assert stored_config(saved / "nothing") is None
+def test_the_stored_configuration_is_that_of_the_run(config: RunConfig, saved: Path) -> None:
+    assert (stored_state(saved) or {})["config"] == to_container(config)
+    assert stored_state(saved / "nothing") is None
 
 
 def test_two_runs_in_a_folder_the_second_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +56,89 @@ def test_every_bit_is_the_same_after_two_interruptions(tmp_path: Path, ranks: in
 
 def test_one_case_of_them(tmp_path: Path) -> None:
     assert interrupted(tmp_path, 1, [{"stage": 1, "objective": "bco"}]) == {"stage=1 objective=bco": ""}
+
+
+CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+
+
+class Runs:
+    """`rcpo train` with two processes, on a tiny model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys = [
+            f"model.path={tiny_llama(folder / 'model')}",
+            f"data.path={sums_file(folder / 'pairs.jsonl', 24)}",
+            f"data.eval_path={folder / 'pairs.jsonl'}",
+            *("model=local", "data=pairs", "wandb.mode=disabled", "reference.mode=model", "engine=zero2"),
+            *("train.batch_size=8", "train.micro_batch_size=2", "rc=on"),
+            *("eval.max_examples=4", "eval.generate_examples=0", "eval.every=7", "log.every=3"),
+            *("launch.processes=2", "checkpoint.every=10"),
+        ]
+
+    def start(self, *keys: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "rcpo.cli", "train", *keys]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def fresh(self, name: str, *keys: str, steps: int = 120) -> subprocess.Popen[str]:
+        return self.start(
+            *self.keys, *keys, f"train.max_steps={steps}", f"hydra.run.dir={self.folder / name}"
+        )
+
+    def wait_for_row(self, name: str, number: int, program: subprocess.Popen[str]) -> None:
+        path = self.folder / name / "metrics.jsonl"
+        while not path.exists() or path.read_text().count("\n") < number:
+            assert program.poll() is None, program.communicate()
+            time.sleep(0.01)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+def ended(program: subprocess.Popen[str], code: int) -> str:
+    out, err = program.communicate(timeout=120)
+    assert program.returncode == code, (program.returncode, out, err)
+    return out + err
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    ended(runs.fresh("whole"), 0)
+    program = runs.fresh("parts")
+    runs.wait_for_row("parts", 2, program)
+    program.send_signal(signal.SIGUSR1)
+    said = ended(program, 75)
+    assert "stopped after step" in said
+    (stopped,) = {int(line.split()[3].rstrip(";")) for line in said.splitlines() if "stopped after" in line}
+    latest = tmp_path / "parts" / "checkpoints" / "latest"
+    assert latest.read_text() == f"step-{stopped}\n" and stopped < 120
+    refused = runs.start(f"resume={tmp_path / 'parts'}", "optim.lr=1", "launch.processes=1")
+    assert "2 process(es) with engine.stage=2" in ended(refused, 2)
+    assert "optim.lr: " in ended(runs.start(f"resume={tmp_path / 'parts'}", "optim.lr=1"), 2)
+    assert f"continues after step {stopped}" in ended(runs.start(f"resume={tmp_path / 'parts'}"), 0)
+    assert runs.rows("parts") == runs.rows("whole")
+    for file in (tmp_path / "whole" / "final").iterdir():
+        assert file.read_bytes() == (tmp_path / "parts" / "final" / file.name).read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_lost_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    import psutil
+
+    runs = Runs(tmp_path)
+    program = runs.fresh("lost", steps=100000)
+    runs.wait_for_row("lost", 5, program)
+    second = runs.fresh("lost", "resume=auto", steps=100000)
+    assert "is in use: process" in ended(second, 2)
+    ranks = [child for child in psutil.Process(program.pid).children() if "rcpo.launch" in child.cmdline()]
+    (victim,) = (child for child in ranks if child.environ()["RANK"] == "1")
+    began = time.monotonic()
+    os.kill(victim.pid, signal.SIGKILL)
+    said = ended(program, 1)
+    assert time.monotonic() - began < 30
+    assert "rank 1 failed" in said and "SIGKILL" in said
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks)

@@ -52,3 +52,15 @@ def refuse_changes(found: list[str], where: str, config: RunConfig) -> None:
             f"resume={config.resume}: this is not the run that {where} holds:\n{lines}\n"
             "give the same values, or resume_changed=allow to go on with the new ones"
         )
+
+
+def refuse_other_run(state: Mapping[str, Any], where: str, config: RunConfig, processes: int) -> None:
+    """Raises ConfigError where a run of `processes` ranks cannot continue a checkpoint's `state`."""
+    then = state["world_size"], state["config"]["engine"]["stage"]
+    if then != (processes, config.engine.stage):
+        raise ConfigError(
+            f"resume={config.resume}: {where} was written by {then[0]} process(es) with engine.stage="
+            f"{then[1]}, and DeepSpeed's shards fit no other; this run has {processes} with engine.stage="
+            f"{config.engine.stage}"
+        )
+    refuse_changes(changes(state["config"], config), where, config)

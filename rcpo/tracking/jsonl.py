@@ -94,6 +94,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> JsonLines:
@@ -105,9 +106,12 @@ class JsonLines:
         self.close()
 
     def write(self, row: Mapping[str, Scalar]) -> None:
-        """Append one row that `clean_row` made."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one row that `clean_row` made; raises OSError, naming the file, where the disk is full."""
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def sync(self) -> None:
         """Returns when the rows are on the disk."""
