@@ -11,13 +11,33 @@ from typing import Any
 
 from rcpo import distributed
 from rcpo.calibration import Dynamics, DynamicsMeter, RewardCalibrator, average_logs
-from rcpo.config import RunConfig
+from rcpo.config import ConfigError, RunConfig
 from rcpo.engine import Engine
 from rcpo.geometry import Sketch
 from rcpo.incentives import incentives
+from rcpo.models import Policy
 from rcpo.objectives import Objective
 from rcpo.scoring import Scored
 from rcpo.types import PairLogps
+
+
+def measured_every(config: RunConfig, objective: Objective) -> int:
+    """Every how many steps the dynamics are measured; 0 is never."""
+    if not objective.needs_rejected:
+        return 0
+    return 1 if config.rc.enabled else config.dynamics.every
+
+
+def check_geometry(config: RunConfig, objective: Objective, policy: Policy) -> None:
+    """Raises ConfigError where the head's geometry is wanted of a model whose head is not known."""
+    if policy.fused or config.rc.geometry != "head" or not measured_every(config, objective):
+        return
+    remedy = "rc.geometry=parameters (engine=zero0)"
+    remedy += "" if config.rc.enabled else ", or dynamics.every=0 to go without dynamics"
+    raise ConfigError(
+        f"rc.geometry=head: the output head of {type(policy.model).__name__} is not W h + b with a known "
+        f"scale or cap, so its scores have no closed form; use {remedy}"
+    )
 
 
 class StepDynamics:
@@ -27,18 +47,17 @@ class StepDynamics:
         rc = config.rc
         self.objective = objective
         self.engine = engine
-        self.enabled = objective.needs_rejected
-        self.every = 1 if rc.enabled else config.dynamics.every
+        self.every = measured_every(config, objective)
         self.by_microbatch = rc.enabled and rc.update == "microbatch"
         self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max) if rc.enabled else None
-        head = rc.geometry == "head"
+        head = rc.geometry == "head" and self.every > 0
         self._sketch = Sketch(engine.policy.vocabulary, rc.sketch, rc.sketch_seed) if head else None
         self._meter = DynamicsMeter()
         self._measuring = False
 
     def begin(self, step: int) -> None:
         """Starts a step, counted from 1."""
-        self._measuring = self.enabled and (step - 1) % self.every == 0
+        self._measuring = self.every > 0 and (step - 1) % self.every == 0
 
     @property
     def sketch(self) -> Sketch | None:

@@ -5,6 +5,8 @@ Axes: R rows, L row length, N response tokens, D hidden, V vocabulary, k sketch.
 
 from __future__ import annotations
 
+import logging
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from rcpo import distributed
 from rcpo.attention import attention_masks
 from rcpo.config import ConfigError, ModelConfig
 from rcpo.geometry import HeadShape, Sketch
@@ -28,6 +31,8 @@ from rcpo.logps import token_logps
 from rcpo.types import TokenBatch
 
 disable_progress_bar()  # the weights load in a second, on every rank
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,11 +85,15 @@ def load_model(path: str, dtype: torch.dtype, init: str = "pretrained") -> PreTr
 def head_shape(model: PreTrainedModel) -> HeadShape:
     """What the model does to W h, from the names that transformers' configurations use.
 
-    Gemma 2 and 3: final_logit_softcapping; Cohere: logit_scale; Granite: logits_scaling (a divisor).
+    Times logit_scale (Cohere) and lm_head_multiplier (Falcon-H1), divided by logits_scaling (Granite), capped
+    at final_logit_softcapping (Gemma 2) or logits_soft_cap (RecurrentGemma).
     """
     settings = model.config.get_text_config().to_dict()
-    scale = float(settings.get("logit_scale") or 1.0) / float(settings.get("logits_scaling") or 1.0)
-    return HeadShape(scale=scale, softcap=settings.get("final_logit_softcapping"))
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= float(settings.get(name) or 1.0)
+    scale /= float(settings.get("logits_scaling") or 1.0)
+    return HeadShape(scale, settings.get("final_logit_softcapping") or settings.get("logits_soft_cap"))
 
 
 class Policy(nn.Module):
@@ -92,12 +101,27 @@ class Policy(nn.Module):
 
     `forward` returns log-probs (N,), the hidden states that gave them (N, D), detached, and their sketched
     scores (N, k) if a sketch is given (an empty tensor otherwise).
+
+    `fused` is False for a model whose own logits are not those of a linear head with a known `shape`: its
+    logits are made in full, and there are no hidden states and no scores. It is said once.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.shape = head_shape(model)
+        self.fused = True
+        difference = head_difference(self)
+        half = model.dtype in (torch.bfloat16, torch.float16)
+        if not difference <= (5e-2 if half else 1e-4):
+            self.fused = False
+            if distributed.is_main():
+                log.warning(
+                    "%s: the output head is not W h + b with a known scale or cap (log-probs differ by %.2g "
+                    "nats); the model's own logits are used, which takes more memory",
+                    type(model).__name__,
+                    difference,
+                )
 
     @property
     def vocabulary(self) -> int:
@@ -116,15 +140,25 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         config, dtype = self.model.config, self.model.dtype
         mask = attention_mask if segments is None else attention_masks(config, segments, position_ids, dtype)
-        output = self.model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        if not self.fused:
+            assert sketch is None, "no scores without a known head"
+            logits = self.model(**inputs, use_cache=False).logits
+            logps = _own_logps(logits.flatten(0, 1).index_select(0, predictors), labels)
+            return logps, logps.new_empty(0), logps.new_empty(0)
+        output = self.model.base_model(**inputs, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
         head = self.model.get_output_embeddings()
         logps, scores = token_logps(
             hidden, head.weight, labels, bias=head.bias, shape=self.shape, sketch=sketch
         )
         return logps, hidden.detach(), logps.new_empty(0) if scores is None else scores
+
+
+def _own_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (N, V), labels (N,) → (N,) in fp32 or better."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(precise, dim=-1).gather(1, labels[:, None]).squeeze(1)
 
 
 def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
@@ -139,24 +173,22 @@ def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def check_head(policy: Policy) -> None:
-    """Raises ConfigError where the fused log-probs are not those of the model's own logits."""
-    length, device = 8, next(policy.parameters()).device
+def head_difference(policy: Policy) -> float:
+    """Largest difference in nats between fused log-probs and those of the model's own logits; a few tokens.
+
+    Infinite where the head is no linear layer at all.
+    """
+    if not isinstance(policy.model.get_output_embeddings(), nn.Linear):
+        return math.inf
+    length, device = 8, policy.model.device
     ids = torch.arange(1, length + 1, device=device)[None] % policy.vocabulary
-    places = torch.arange(length - 1, device=device)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(length, device=device)[None],
     }
+    labels = ids[0, 1:]
     with torch.no_grad():
-        fused = policy(**inputs, predictors=places, labels=ids[0, 1:])[0]
-        logits = policy.model(**inputs, use_cache=False).logits[0, :-1].to(fused.dtype)
-    own = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None]).squeeze(1)
-    worst = float((fused - own).abs().max())
-    half = next(policy.parameters()).dtype in (torch.bfloat16, torch.float16)
-    if worst > (5e-2 if half else 1e-4):
-        raise ConfigError(
-            f"model {type(policy.model).__name__}: its output head is not W h + b with a known scale or cap "
-            f"(log-probs differ by {worst:.2g} nats); this architecture is not supported"
-        )
+        fused = policy(**inputs, predictors=torch.arange(length - 1, device=device), labels=labels)[0]
+        own = _own_logps(policy.model(**inputs, use_cache=False).logits[0, :-1], labels)
+    return float((fused - own).abs().max())

@@ -20,11 +20,11 @@ from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.store import PairDataset
+from rcpo.dynamics import check_geometry
 from rcpo.engine import Engine
 from rcpo.models import (
     DTYPES,
     Policy,
-    check_head,
     load_config,
     load_model,
     load_tokenizer,
@@ -55,7 +55,8 @@ class Session:
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         config.train.accumulation(distributed.world_size())
         policy = Policy(load_model(path, DTYPES[config.train.dtype], config.model.init))
-        check_head(policy)
+        if training:
+            check_geometry(config, self.objective, policy)
         if config.train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         wanted = self.objective.needs_reference or self.tracks_reference

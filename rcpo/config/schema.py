@@ -100,7 +100,7 @@ class CalibrationConfig:
 
 @dataclass(kw_only=True)
 class DynamicsConfig:
-    """`every` N steps the dynamics are measured with `rc=off`; with `rc=on` they always are."""
+    """`every` N steps (0: never) the dynamics are measured with `rc=off`; with `rc=on` they always are."""
 
     every: int = 1
 

@@ -47,7 +47,7 @@ RANGES = {
     "rc.alpha_max": (1, math.inf, True, False),
     "rc.sketch": (1, math.inf, True, False),
     "rc.sketch_seed": (0, 2**32 - 1, True, True),
-    "dynamics.every": (1, math.inf, True, False),
+    "dynamics.every": (0, math.inf, True, False),
     "log.every": (1, math.inf, True, False),
     "data.train_examples": (1, math.inf, True, False),
     "data.eval_fraction": (0, 1, True, False),
