@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that PyTorch is renaming: a warning for each call, on each rank
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
