@@ -20,6 +20,7 @@ from rcpo.config import ConfigError
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"  # in a checkpoint: the run's own state
+FINISHED_FILE = "finished.json"  # the same, of a run that came to its end
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -62,11 +63,20 @@ def checkpoint_folders(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def stored_state(run_dir: Path) -> dict[str, Any] | None:
-    """The run's state in the newest checkpoint that can be read, unverified; None where there is none."""
+    """The run's state in the newest readable checkpoint, unverified, or at its end; None without either."""
     for _, folder in checkpoint_folders(run_dir):
         try:
             state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # damaged: the trainer will say so
             continue
         return state
-    return None
+    return finished_state(run_dir)
+
+
+def finished_state(run_dir: Path) -> dict[str, Any] | None:
+    """The state in which a run came to its end; None where it has not."""
+    path = run_dir / FINISHED_FILE
+    if not path.exists():
+        return None
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return state

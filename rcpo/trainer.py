@@ -21,11 +21,11 @@ import torch
 from rcpo import distributed
 from rcpo.checkpoint import Checkpoint, Checkpoints
 from rcpo.config import ConfigError, RunConfig, to_container
-from rcpo.config.changes import refuse_changes, refuse_other_run
+from rcpo.config.changes import changes, refuse_changes, refuse_other_run
 from rcpo.dynamics import StepDynamics
 from rcpo.metrics import StepSums, pair_values, peak_memory
 from rcpo.nonfinite import NonFiniteWatch
-from rcpo.runfolder import locked
+from rcpo.runfolder import FINISHED_FILE, finished_state, locked
 from rcpo.session import Session
 from rcpo.signals import STOPPED, StopRequest
 from rcpo.tracking import Tracker, write_environment
@@ -182,6 +182,8 @@ class Trainer:
             self.session.tokenizer.save_pretrained(scratch)
             shutil.rmtree(final, ignore_errors=True)
             scratch.rename(final)
+            state = json.dumps(self.state_dict(), allow_nan=False)
+            replace_text(self.session.run_dir / FINISHED_FILE, state + "\n")
         distributed.barrier()
 
 
@@ -192,6 +194,9 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
     """
     distributed.initialize()
     with StopRequest() as stop, _alone_in(run_dir):
+        if config.resume is not None and is_complete(config, run_dir):
+            _say(f"the run in {run_dir} is complete: there is nothing to continue")
+            return 0
         checkpoint = find_checkpoint(config, run_dir)
         session = Session(config, run_dir, training=True)
         if distributed.is_main():
@@ -215,6 +220,23 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
                 return STOPPED
             trainer.save_final()
     return 0
+
+
+def is_complete(config: RunConfig, run_dir: Path) -> bool:
+    """Whether the folder's run came to its end as configured. Collective.
+
+    Raises ConfigError where it ended otherwise and left no checkpoint to go on from.
+    """
+    state = distributed.broadcast_object(finished_state(run_dir))
+    if state is None:
+        return False
+    found = changes(state["config"], config)
+    if found and not Checkpoints(run_dir, config.checkpoint.keep).exist():
+        raise ConfigError(
+            f"resume={config.resume}: the run in {run_dir} came to its end and left no checkpoint to go on "
+            f"from with {'; '.join(found)}"
+        )
+    return not found
 
 
 def find_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint | None:
@@ -248,6 +270,11 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
         if problem is not None:
             raise ConfigError(problem)
         yield
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
 
 
 def _warn(line: str) -> None:

@@ -250,6 +250,19 @@ def test_a_key_that_an_old_checkpoint_lacks_had_its_default() -> None:
     assert changes(old, other) == ["train.max_grad_norm: 1.0 -> None"]
 
 
+def test_a_run_that_ended_is_complete_and_not_taken_again(
+    config: RunConfig, trained: Trainer, tmp_path: Path
+) -> None:
+    assert not trainer.is_complete(config, tmp_path)
+    (tmp_path / "finished.json").write_text(json.dumps(trained.state_dict()))
+    assert trainer.is_complete(config, tmp_path)
+    longer = RunConfig(**{**vars(config), "seed": 5, "resume_changed": "allow"})
+    with pytest.raises(ConfigError, match="left no checkpoint to go on from with seed: 1 -> 5"):
+        trainer.is_complete(longer, tmp_path)
+    save(trained, tmp_path, 1)
+    assert not trainer.is_complete(longer, tmp_path)
+
+
 def test_other_data_are_refused(trained: Trainer, saved: Path) -> None:
     found = Checkpoints(saved, 2).newest(lambda _: None)
     assert found is not None

@@ -22,10 +22,8 @@ CASES: list[dict[str, Any]] = [
     {"stage": 1},
     {"stage": 2, "objective": "bco"},
     {"stage": 3, "rc": "microbatch"},
-    {"stage": 0, "rc": "off", "micro": 8},
+    {"stage": 0, "rc": "off", "micro": 8, "optimizer": "sgd"},
     {"stage": 2, "optimizer": "sgd"},
-    {"stage": 3, "objective": "bco", "rc": "off", "micro": 8},
-    {"stage": 0, "dtype": "bf16"},
     {"stage": 3, "dtype": "bf16", "reference": "model"},
 ]
 
@@ -72,7 +70,7 @@ class Runs:
             f"data.eval_path={folder / 'pairs.jsonl'}",
             *("model=local", "data=pairs", "wandb.mode=disabled", "reference.mode=model", "engine=zero2"),
             *("train.batch_size=8", "train.micro_batch_size=2", "rc=on"),
-            *("eval.max_examples=4", "eval.generate_examples=0", "eval.every=7", "log.every=3"),
+            *("eval.max_examples=4", "eval.generate_examples=0", "eval.every=20", "log.every=3"),
             *("launch.processes=2", "checkpoint.every=10"),
         ]
 
@@ -80,7 +78,7 @@ class Runs:
         command = [sys.executable, "-m", "rcpo.cli", "train", *keys]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def fresh(self, name: str, *keys: str, steps: int = 120) -> subprocess.Popen[str]:
+    def fresh(self, name: str, *keys: str, steps: int = 60) -> subprocess.Popen[str]:
         return self.start(
             *self.keys, *keys, f"train.max_steps={steps}", f"hydra.run.dir={self.folder / name}"
         )
@@ -114,10 +112,7 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path) -> None:
     assert "stopped after step" in said
     (stopped,) = {int(line.split()[3].rstrip(";")) for line in said.splitlines() if "stopped after" in line}
     latest = tmp_path / "parts" / "checkpoints" / "latest"
-    assert latest.read_text() == f"step-{stopped}\n" and stopped < 120
-    refused = runs.start(f"resume={tmp_path / 'parts'}", "optim.lr=1", "launch.processes=1")
-    assert "2 process(es) with engine.stage=2" in ended(refused, 2)
-    assert "optim.lr: " in ended(runs.start(f"resume={tmp_path / 'parts'}", "optim.lr=1"), 2)
+    assert latest.read_text() == f"step-{stopped}\n" and stopped < 60
     assert f"continues after step {stopped}" in ended(runs.start(f"resume={tmp_path / 'parts'}"), 0)
     assert runs.rows("parts") == runs.rows("whole")
     for file in (tmp_path / "whole" / "final").iterdir():
