@@ -6,6 +6,7 @@ A process alone is a group of one, so no caller asks whether it is distributed.
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import random
 from datetime import timedelta
@@ -55,6 +56,8 @@ def initialize() -> None:
 
 def shutdown() -> None:
     """Leaves the process group."""
+    # DeepSpeed's engines refer to themselves; left to the interpreter's end, their threads at times abort it
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from rcpo import distributed
@@ -32,7 +31,7 @@ from rcpo.models import (
 )
 from rcpo.objectives import Objective, get_objective
 from rcpo.reference.cache import Say
-from rcpo.reference_pass import ReferencePass, ScoredData
+from rcpo.reference_pass import ReferencePass, ScoredData, check_start
 from rcpo.scoring import Scorer
 from rcpo.types import TokenBatch
 
@@ -89,8 +88,10 @@ class Session:
         for part, reference in zip(data, references):
             scorer = self.scorer if part.dataset is self.datasets.train else self.heldout
             scorer.reference = reference
-        if self._training and self.config.reference.path is None:
-            self._check_start()
+        starts_equal = self.config.reference.path is None and self.config.train.dtype == "fp32"
+        if self._training and starts_equal and self.scorer.reference is not None:
+            batch = self.collate(self.datasets.train, self.rank_microbatches(0)[0])
+            check_start(self.engine, self.scorer.reference, batch)
 
     def _scored_data(self) -> list[ScoredData]:
         """What the reference scores: of each split the examples that this run uses."""
@@ -110,24 +111,13 @@ class Session:
     def _scored(self, name: str, dataset: PairDataset, positions: np.ndarray | None) -> ScoredData:
         everything = np.arange(len(dataset)) if positions is None else positions
         return ScoredData(
-            name, dataset, self._sides(dataset), positions, lambda: self._batches(dataset, everything)
+            name,
+            dataset,
+            self._sides(dataset),
+            positions,
+            self.layout,
+            lambda: self._batches(dataset, everything),
         )
-
-    def _check_start(self) -> None:
-        """|u| a token < 1e-5 in fp32 where the reference is the starting policy; raises RuntimeError."""
-        if self.config.train.dtype != "fp32":
-            return
-        with torch.no_grad():
-            batch = self.collate(self.datasets.train, self.rank_microbatches(0)[0])
-            assert self.scorer.reference is not None
-            difference = (self.engine.score(batch)[0] - self.scorer.reference(batch)).abs()
-        real = batch.weights.bool()[batch.sequences % batch.num_pairs]
-        worst = float(distributed.reduce_max((difference * real).max()))
-        if not worst < 1e-5:
-            raise RuntimeError(
-                f"policy and reference are the same weights, yet a token's log-probs differ by {worst:.2g} "
-                "(< 1e-5 expected): dropout, masks or dtype differ between the two"
-            )
 
     def collate(self, dataset: PairDataset, indices: list[int]) -> TokenBatch:
         """A batch on the engine's device, with the sequences that the objective needs."""

@@ -74,10 +74,11 @@ def file_hash(path: Path, memo: Path | None) -> str:
     """SHA-256 of a file's contents, computed or remembered."""
     before = _state(path)
     note = None if memo is None else memo / hashlib.sha256(before.encode()).hexdigest()
-    if note is not None and note.is_file():
-        remembered = note.read_text(encoding="ascii", errors="replace").strip()
-        if len(remembered) == hashlib.sha256().digest_size * 2:
-            return remembered
+    if note is not None:
+        with contextlib.suppress(OSError):  # nothing is remembered
+            remembered = note.read_text(encoding="ascii", errors="replace")
+            if len(remembered) == 2 * hashlib.sha256().digest_size:
+                return remembered
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
