@@ -74,7 +74,7 @@ def test_the_default_run(tmp_path: Path) -> None:
     assert [row["step"] for row in table] == [1, 2, 3]
     for row in table:
         names = {name for name in row if not name.startswith("eval/")}
-        assert names - {"padded_share"} == TRAINING | DYNAMICS | CALIBRATION
+        assert names == TRAINING | DYNAMICS | CALIBRATION
     assert table[0]["rc/alpha"] == 1.0
     assert table[1]["rc/alpha"] != 1.0
     assert table[0]["logratios/chosen"] == pytest.approx(0.0, abs=1e-5)
