@@ -41,15 +41,7 @@ def initialize() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend, timeout=TIMEOUT)
         return
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    for key, value in alone.items():  # DeepSpeed reads these as well
-        os.environ.setdefault(key, value)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
