@@ -140,6 +140,19 @@ def test_every_key_of_the_dataclasses_is_in_conf() -> None:
     assert set(known_keys()) - found == {"objective.module"}
 
 
+def test_a_reference_cache_that_is_off_stays_off(tmp_path: Path) -> None:
+    for off in ("off", "'off'", "false"):
+        config = composed(f"reference.cache={off}")
+        assert not config.reference.keeps
+        save_run_config(config, tmp_path / "config.yaml")
+        assert not load_run_config(tmp_path).reference.keeps
+    (tmp_path / "unquoted.yaml").write_text("cache: off")
+    unquoted = OmegaConf.load(tmp_path / "unquoted.yaml")
+    assert not parse(OmegaConf.create({"reference": unquoted})).reference.keeps
+    assert composed().reference.keeps and composed(f"reference.cache={tmp_path}").reference.keeps
+    assert "is a file" in refusal(f"reference.cache={tmp_path / 'config.yaml'}")
+
+
 def test_every_bound_belongs_to_a_key() -> None:
     assert set(CHOICES) | set(RANGES) <= set(known_keys())
 
