@@ -1,0 +1,50 @@
+"""`scripts/bench`: a tiny size, so that what it measures is known to run and its answers to make sense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+TINY = ["--vocabulary", "300", "--hidden", "16", "--layers", "1", "--heads", "2", "--length", "48"]
+
+
+def bench(out: Path, only: str) -> dict[str, dict[str, object]]:
+    command = [sys.executable, str(SCRIPTS / "bench_main.py"), "--steps", "2", "--warmup", "1", *TINY]
+    result = subprocess.run(
+        [*command, "--only", only, "--out", str(out)], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "###" in (out / "results.md").read_text()
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_four_variants_see_the_same_batches(tmp_path: Path) -> None:
+    found = bench(tmp_path, "calibration")["calibration"]
+    assert set(found) == {
+        "rc=off dynamics.every=0",
+        "rc=off",
+        "rc=on",
+        "the published way",
+        "rc=on, by rc=off",
+    }
+    for row in found.values():
+        assert len(row["all_seconds"]) == 2 and min(row["all_seconds"]) > 0
+        assert row["peak"] > 50e6  # a Python process with torch has more
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the bench extra")
+def test_both_sides_compute_the_same_losses(tmp_path: Path) -> None:
+    """DPO from the same weights on the same tokens: log 2 at first, then nearly so at a tiny rate."""
+    found = bench(tmp_path, "peers")["peers"]
+    ours, theirs = found["rcpo rc=on"]["losses"], found["TRL"]["losses"]
+    assert ours == pytest.approx(theirs, abs=2e-3)
