@@ -5,25 +5,20 @@ It knows forward, backward, step and gathered weights; batches, objectives and c
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import logging
 import math
 import os
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
-import ninja
 import torch
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 from transformers import get_scheduler
 
 from rcpo import distributed
@@ -32,13 +27,10 @@ from rcpo.geometry import Sketch
 from rcpo.models import Policy, policy_inputs
 from rcpo.types import TokenBatch
 
-# DeepSpeed compiles its communication op with ninja, which pip puts beside the interpreter, not on the PATH
-os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
 
 import deepspeed
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -46,6 +38,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.WARNING)
+# An operator for inference alone, which DeepSpeed would compile at the first start on a CPU and look at in
+# each later one; torch guards both with a file that a killed process leaves behind, then waits for ever.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed calls collectives by names that PyTorch is renaming: a warning for each call, on each rank
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
@@ -103,29 +98,6 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optim
     return lambda optimizer: get_scheduler(name, optimizer, warmup, total_steps)
 
 
-def load_cpu_op() -> None:
-    """DeepSpeed's communication op for the CPU, compiled at its first use (half a minute), before it asks.
-
-    torch guards the build, and each later look at it, with a file that a killed process leaves behind, and on
-    which every later process waits for ever. So the op has a folder that only rcpo in this environment uses,
-    guarded by the kernel: what is found there under that guard was left behind. Environments that share a
-    folder would also compile anew at each other's every start.
-    """
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
-    environment = f"{sys.prefix} {torch.__version__} {deepspeed.__version__}"
-    own = f"rcpo-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    folder = root if root.name == own else root / own
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    with (folder / ".guard").open("w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        (folder / str(builder.name) / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)  # DeepSpeed keeps it for this process
-
-
 class Engine:
     """A policy under DeepSpeed: trains if it is given `total_steps`, else only scores."""
 
@@ -138,8 +110,6 @@ class Engine:
         training = total_steps is not None
         parameters = [p for p in policy.parameters() if p.requires_grad] if training else []
         optimizer = build_optimizer(parameters, config) if training else None
-        if self.device.type == "cpu":
-            load_cpu_op()
         with redirect_stdout(io.StringIO()):  # it prints which operator it built
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=policy,

@@ -7,20 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tiny import tiny_llama
+
+PROGRAM = """
+import sys
+from rcpo import distributed
+from rcpo.config import RunConfig
+from rcpo.engine import Engine
+from rcpo.models import Policy, load_model
 import torch
 
-from rcpo.engine import load_cpu_op
+distributed.initialize()
+Engine(Policy(load_model(sys.argv[1], torch.float32)), RunConfig(), total_steps=1)
+"""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the op is for the CPU")
-def test_what_a_killed_process_left_of_a_build_stops_nobody() -> None:
-    load_cpu_op()
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    load_cpu_op()
-    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(folder), "the folder nests"
-    (guard,) = (entry for entry in folder.iterdir() if entry.is_dir())
-    (guard / "lock").touch()  # torch waits for ever while it is there
-    program = "from rcpo.engine import load_cpu_op; load_cpu_op()"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-    assert not (guard / "lock").exists()
+def test_starting_compiles_nothing(tmp_path: Path) -> None:
+    model, extensions = tiny_llama(tmp_path / "model"), tmp_path / "extensions"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions)}
+    command = [sys.executable, "-c", PROGRAM, model]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+    assert not extensions.exists() or not any(extensions.iterdir())
