@@ -147,11 +147,11 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         # as rc.geometry=parameters does: DeepSpeed's own forward forbids plain autograd
         engine._forward = engine._engine.module if name == "published" else forward
         phases.seconds.clear()
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         with phases("other"):
             row = trainer.train_step()
-        seconds = time.perf_counter() - began
-        channel.answer(seconds=seconds, loss=row["loss"], alpha=row.get("rc/alpha"),
+        seconds, cpu = time.perf_counter() - began, time.process_time() - used
+        channel.answer(seconds=seconds, cpu_seconds=cpu, loss=row["loss"], alpha=row.get("rc/alpha"),
                        phases=phases.seconds, **memory())  # fmt: skip
 
 
@@ -212,11 +212,11 @@ def serve_trl(settings: Json, channel: Channel) -> None:
     class OnRequest(TrainerCallback):
         def __init__(self) -> None:
             self.requests = channel.requests()
-            self.began = 0.0
+            self.began, self.used = 0.0, 0.0
 
         def wait(self) -> None:
             next(self.requests, None)
-            self.began = time.perf_counter()
+            self.began, self.used = time.perf_counter(), time.process_time()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -227,8 +227,8 @@ def serve_trl(settings: Json, channel: Channel) -> None:
         def on_log(self, *_: Any, logs: Json, **__: Any) -> None:
             if "loss" not in logs:
                 return
-            seconds = time.perf_counter() - self.began
-            channel.answer(seconds=seconds, loss=logs["loss"], phases={}, **memory())
+            seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.used
+            channel.answer(seconds=seconds, cpu_seconds=cpu, loss=logs["loss"], phases={}, **memory())
             self.wait()
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
