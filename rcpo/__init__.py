@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcpo.calibration import DisentanglementBand, Dynamics, DynamicsMeter, RewardCalibrator
+    from rcpo.calibration import (
+        DisentanglementBand,
+        Dynamics,
+        DynamicsMeter,
+        RewardCalibrator,
+        StepCalibration,
+    )
     from rcpo.geometry import ScoreGeometry, Sketch, head_scores
     from rcpo.incentives import incentives
     from rcpo.logps import token_logps
@@ -25,6 +31,7 @@ _HOME = {
     "RewardCalibrator": "calibration",
     "ScoreGeometry": "geometry",
     "Sketch": "geometry",
+    "StepCalibration": "calibration",
     "head_scores": "geometry",
     "incentives": "incentives",
     "token_logps": "logps",
@@ -44,6 +51,7 @@ __all__ = [
     "RewardCalibrator",
     "ScoreGeometry",
     "Sketch",
+    "StepCalibration",
     "TokenBatch",
     "get_objective",
     "head_scores",

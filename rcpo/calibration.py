@@ -89,7 +89,10 @@ class Dynamics:
 class DynamicsMeter:
     """Accumulates incentives and scores over micro-batches; one reduction over ranks gives the batch's.
 
-    `observe` takes per-pair incentives (B,) and the pairs' summed scores (2, …) (chosen, rejected).
+    `observe` takes the incentives of each chosen and each rejected response, for a loss that is the mean over
+    pairs, and the sides' summed scores (2, …). Where responses are not paired the sides may differ in length:
+    incentives are then per (n_w + n_l)/2 and scores per response of their own side, so that d·s stays each
+    side's part of the loss's gradient.
     """
 
     def __init__(self) -> None:
@@ -98,7 +101,8 @@ class DynamicsMeter:
 
     def observe(self, incentives: tuple[Tensor, Tensor], scores: Tensor) -> None:
         d_w, d_l = incentives
-        sums = torch.stack([d_w.double().sum(), d_l.double().sum(), d_w.new_tensor(len(d_w)).double()])
+        counts = d_w.new_tensor([len(d_w), len(d_l)]).double()
+        sums = torch.cat([torch.stack([d_w.double().sum(), d_l.double().sum()]), counts])
         self._sums = sums if self._sums is None else self._sums + sums
         self._scores = scores.detach() if self._scores is None else self._scores.add_(scores.detach())
 
@@ -109,13 +113,14 @@ class DynamicsMeter:
     def collect(self, reduce: Reduce = _alone) -> Dynamics:
         """The dynamics of everything observed since the last call, over all ranks; then starts anew."""
         assert self._sums is not None and self._scores is not None, "nothing was observed"
-        d_w, d_l, count = reduce(self._sums).tolist()
+        d_w, d_l, *counts = reduce(self._sums).tolist()
         scores = reduce(self._scores)
         self._sums = self._scores = None
-        count = max(count, 1.0)
+        n_w, n_l = (max(count, 1.0) for count in counts)
+        pairs = max(sum(counts) / 2, 1.0)
         geometry = ScoreGeometry.of(scores)
-        mean = ScoreGeometry(geometry.norm_chosen / count, geometry.norm_rejected / count, geometry.cosine)
-        return Dynamics(d_w / count, d_l / count, mean)
+        mean = ScoreGeometry(geometry.norm_chosen / n_w, geometry.norm_rejected / n_l, geometry.cosine)
+        return Dynamics(d_w / pairs, d_l / pairs, mean)
 
 
 class RewardCalibrator:
@@ -192,6 +197,60 @@ class RewardCalibrator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.alpha, self.skipped, self.clamped = state["alpha"], state["skipped"], state["clamped"]
         self._log_incentives, self._log_norms = state["log_incentives"], state["log_norms"]
+
+
+class StepCalibration:
+    """The statistics of one optimizer step, over its micro-batches and all ranks, and the α that follows.
+
+    `update="step"`: the global batch's statistics, reduced once in `end`, set the α of the next step.
+    `update="microbatch"` (the published way): each micro-batch's, averaged over the ranks, set the α that the
+    same micro-batch uses. Without a calibrator it only measures. `reduce` sums a tensor over all ranks.
+    """
+
+    def __init__(
+        self, calibrator: RewardCalibrator | None, *, update: str = "step", reduce: Reduce = _alone
+    ) -> None:
+        if update not in ("step", "microbatch"):
+            raise ValueError(f"rc.update={update}: step or microbatch is expected")
+        self.calibrator = calibrator
+        self.by_microbatch = calibrator is not None and update == "microbatch"
+        self._reduce = reduce
+        self._meter = DynamicsMeter()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was observed since the last `end`."""
+        return self._meter.empty
+
+    def observe(self, incentives: tuple[Tensor, Tensor], scores: Tensor) -> None:
+        """A micro-batch, as `DynamicsMeter.observe` takes it; a rank without responses joins the sums too."""
+        if self.by_microbatch and self.calibrator is not None:
+            local: Dynamics | None = None
+            if len(incentives[0]) and len(incentives[1]):
+                alone = DynamicsMeter()
+                alone.observe(incentives, scores.clone())
+                local = alone.collect()
+            common = average_logs(local, self._reduce)
+            if common is not None:
+                self.calibrator.update(common)
+        self._meter.observe(incentives, scores)
+
+    def end(self) -> dict[str, Any]:
+        """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
+        dynamics = self._meter.collect(self._reduce)
+        if self.calibrator is None:
+            return dynamics.metrics()
+        alpha, ratio, band = self.calibrator.alpha, dynamics.incentive_ratio, dynamics.band
+        if not self.by_microbatch:
+            self.calibrator.update(dynamics)
+        calibrated = None if ratio is None else alpha**2 * ratio
+        return dynamics.metrics() | {
+            "rc/alpha": alpha,
+            "rc/calibrated_ratio": calibrated,
+            "rc/in_band": calibrated in band if band is not None and calibrated is not None else None,
+            "rc/skipped": self.calibrator.skipped,
+            "rc/clamped": self.calibrator.clamped,
+        }
 
 
 def average_logs(dynamics: Dynamics | None, reduce: Reduce) -> Dynamics | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from rcpo import distributed
-from rcpo.calibration import Dynamics, DynamicsMeter, RewardCalibrator, average_logs
+from rcpo.calibration import RewardCalibrator, StepCalibration
 from rcpo.config import ConfigError, RunConfig
 from rcpo.engine import Engine
 from rcpo.geometry import Sketch
@@ -48,11 +48,10 @@ class StepDynamics:
         self.objective = objective
         self.engine = engine
         self.every = measured_every(config, objective)
-        self.by_microbatch = rc.enabled and rc.update == "microbatch"
         self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max) if rc.enabled else None
+        self._statistics = StepCalibration(self.calibrator, update=rc.update, reduce=distributed.reduce_sum)
         head = rc.geometry == "head" and self.every > 0
         self._sketch = Sketch(engine.policy.vocabulary, rc.sketch, rc.sketch_seed) if head else None
-        self._meter = DynamicsMeter()
         self._measuring = False
 
     def begin(self, step: int) -> None:
@@ -75,36 +74,11 @@ class StepDynamics:
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
         none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
         d = incentives(self.objective, scored.pairs) if scored.count else (none, none)
-        local: Dynamics | None = None
-        if self.by_microbatch and scored.count:
-            alone = DynamicsMeter()
-            alone.observe(d, scores.clone())
-            local = alone.collect()
-        self._meter.observe(d, scores)
-        if self.by_microbatch and self.calibrator is not None:
-            common = average_logs(local, distributed.reduce_sum)
-            if common is not None:
-                self.calibrator.update(common)
+        self._statistics.observe(d, scores)
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
-        if not self._measuring:
-            return {}
-        dynamics = self._meter.collect(distributed.reduce_sum)
-        metrics = dynamics.metrics()
-        if self.calibrator is None:
-            return metrics
-        alpha, ratio, band = self.calibrator.alpha, dynamics.incentive_ratio, dynamics.band
-        if not self.by_microbatch:
-            self.calibrator.update(dynamics)
-        calibrated = None if ratio is None else alpha**2 * ratio
-        return metrics | {
-            "rc/alpha": alpha,
-            "rc/calibrated_ratio": calibrated,
-            "rc/in_band": calibrated in band if band is not None and calibrated is not None else None,
-            "rc/skipped": self.calibrator.skipped,
-            "rc/clamped": self.calibrator.clamped,
-        }
+        return self._statistics.end() if self._measuring else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration's state, ready for JSON; meters are empty between steps."""

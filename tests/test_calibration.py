@@ -19,6 +19,7 @@ from rcpo.calibration import (
     Dynamics,
     DynamicsMeter,
     RewardCalibrator,
+    StepCalibration,
     average_logs,
 )
 from rcpo.geometry import ScoreGeometry, head_scores
@@ -520,3 +521,36 @@ def test_published_head_gradient(name: str, batches: list[Published]) -> None:
         assert gradient.norm().item() == pytest.approx(stored["head_grad_norm"], rel=1e-9)
         # a softmax has no net pull: each column of the gradient sums to 0
         assert abs(gradient.sum().item()) < 1e-13 and abs(stored["head_grad_sum"]) < 1e-13
+
+
+def test_unpaired_sides_keep_their_parts_of_the_gradient() -> None:
+    # three winners and one loser, two "pairs": d_w = (1+2+3)/2, s_w = 6/3, d_l = 4/2, s_l = 5/1
+    meter = DynamicsMeter()
+    scores = torch.tensor([[[6.0]], [[5.0]]])
+    meter.observe((torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])), scores)
+    dynamics = meter.collect()
+    assert (dynamics.incentive_chosen, dynamics.incentive_rejected) == (3.0, 2.0)
+    assert (dynamics.scores.norm_chosen, dynamics.scores.norm_rejected) == (2.0, 5.0)
+    # the sum Σ d_i s_i is 2 · 6 where every d_i is its mean 2: pairs · d_w · s_w = 2 · 3 · 2
+    assert 2 * dynamics.incentive_chosen * dynamics.scores.norm_chosen == 12.0
+
+
+def test_step_calibration_uses_this_steps_alpha_and_sets_the_next() -> None:
+    calibrator = RewardCalibrator(ema=0.0)
+    step = StepCalibration(calibrator)
+    # r = 1/4, r* = 4/1: α = sqrt(4 ÷ ¼) = 4
+    step.observe((torch.tensor([1.0]), torch.tensor([4.0])), torch.tensor([[[1.0]], [[4.0]]]))
+    first = step.end()
+    assert first["rc/alpha"] == 1.0 and first["rc/calibrated_ratio"] == 0.25
+    assert calibrator.alpha == pytest.approx(4.0, rel=1e-12)
+    step.observe((torch.tensor([1.0]), torch.tensor([4.0])), torch.tensor([[[1.0]], [[4.0]]]))
+    assert step.end()["rc/calibrated_ratio"] == pytest.approx(4.0, rel=1e-12)
+
+
+def test_microbatch_updates_reach_the_micro_batch_that_made_them() -> None:
+    calibrator = RewardCalibrator(ema=0.0)
+    step = StepCalibration(calibrator, update="microbatch")
+    step.observe((torch.tensor([1.0]), torch.tensor([4.0])), torch.tensor([[[1.0]], [[4.0]]]))
+    assert calibrator.alpha == pytest.approx(4.0, rel=1e-12)
+    with pytest.raises(ValueError, match=r"rc\.update=epoch"):
+        StepCalibration(calibrator, update="epoch")
