@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -294,7 +293,7 @@ def test_script_adds_little_to_a_call(clone: Clone) -> None:
             start = time.perf_counter()
             subprocess.run(command, env=clone.environment, check=True, stdout=subprocess.DEVNULL)
             durations.append(time.perf_counter() - start)
-        return statistics.median(durations)
+        return min(durations)  # what a busy machine adds is not the script's
 
     added = seconds([clone.root / "scripts" / "rcpo"]) - seconds([clone.venv / "bin" / "rcpo"])
     assert added < 0.05
