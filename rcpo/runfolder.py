@@ -1,4 +1,4 @@
-"""A run's folder: who trains in it, which checkpoints it holds. Nothing here imports torch.
+"""A run's folder: who trains in it, its checkpoints, what it wrote down. Nothing here imports torch.
 
 The lock is the kernel's: it goes when its holder dies, however it dies.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import socket
@@ -15,12 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from rcpo.config import ConfigError
+from rcpo.config.changes import flatten
 
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"  # in a checkpoint: the run's own state
 FINISHED_FILE = "finished.json"  # the same, of a run that came to its end
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where it was built
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -80,3 +85,43 @@ def finished_state(run_dir: Path) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return state
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's config.yaml by dotted key; raises ConfigError where there is none that can be read."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_YAML)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a run's configuration: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is not a run's configuration")
+    return flatten(tree)
+
+
+def read_evaluation(path: Path) -> dict[str, float]:
+    """The numbers of an evaluation.json; empty where there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    numbers = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none of a missing file, and without a line that is still being written."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

@@ -30,7 +30,7 @@ ROWS: list[list[str]] = [
         "reference",
     ],
     ["engine", "reference_pass", "scoring", "dynamics", "session", "checkpoint", "nonfinite", "trainer"],
-    ["evaluation", "report", "launch", "jobs", "planner", "integrations", "doctor"],
+    ["evaluation", "comparison", "report", "launch", "jobs", "planner", "integrations", "doctor"],
     ["cli", "__main__"],
 ]
 ORDER = {module: place for place, module in enumerate(module for row in ROWS for module in row)}

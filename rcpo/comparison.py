@@ -1,0 +1,263 @@
+"""Runs beside each other: what they differ in, means over seeds, paired differences. No torch.
+
+A *condition* is what runs of different seeds share. A *contrast* is a condition without calibration beside
+one with it that is equal in all else; its runs are paired by seed, so that a seed's own effect cancels out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rcpo.config.changes import FREE_KEYS, FREE_NODES
+from rcpo.runfolder import read_evaluation, read_rows, read_settings
+
+CONFIDENCE = 0.95
+SEED = "seed"
+CALIBRATED = "rc.enabled"
+STEPS_IN_BAND = "steps_in_band"  # made from metrics.jsonl; every other value is evaluation.json's
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value that runs are compared by: its key, its name for readers, its unit ("nats", "share" or "")."""
+
+    key: str
+    title: str
+    unit: str = ""
+
+    def show(self, value: float | None, *, signed: bool = False) -> str:
+        """The value with a minus that is one: shares in percent, the rest with three decimals."""
+        if value is None or math.isnan(value):
+            return "–"
+        sign = "+" if signed or self.unit == "nats" else ""
+        if self.unit == "share":
+            return f"{100 * value:{sign}.0f} %".replace("-", "−")
+        return f"{value:{sign}.3f}".replace("-", "−")
+
+    def show_spread(self, spread: Spread | None) -> str:
+        """`mean ± standard deviation`; the mean alone of a single run."""
+        if spread is None:
+            return "–"
+        if spread.deviation is None:
+            return self.show(spread.mean)
+        deviation = f"{100 * spread.deviation:.0f}" if self.unit == "share" else f"{spread.deviation:.3f}"
+        return f"{self.show(spread.mean)} ± {deviation}"
+
+    def show_difference(self, difference: Difference | None) -> str:
+        """`mean [low, high]`, the mean alone of a single pair; shares in percentage points."""
+        if difference is None:
+            return "–"
+        mean = self.show(difference.mean, signed=True).replace("%", "points")
+        if difference.low is None or difference.high is None:
+            return mean
+        low, high = (
+            self.show(end, signed=True).removesuffix(" %") for end in (difference.low, difference.high)
+        )
+        return f"{mean} [{low}, {high}]"
+
+
+METRICS = (
+    Metric("eval/logratios/chosen", "winner's log-ratio", "nats"),
+    Metric("eval/logratios/rejected", "loser's log-ratio", "nats"),
+    Metric("eval/winner_fell", "pairs whose winner fell", "share"),
+    Metric("eval/rewards/accuracies", "preference accuracy", "share"),
+    Metric("eval/exact_match", "exact match", "share"),
+    Metric(STEPS_IN_BAND, "steps in the band", "share"),
+)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as comparisons see it: `settings` by dotted key, `values` by metric key."""
+
+    name: str
+    settings: Mapping[str, Any]
+    values: Mapping[str, float]
+
+    @property
+    def seed(self) -> Any:
+        return self.settings.get(SEED)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Runs that share everything but the seed."""
+
+    label: str
+    runs: tuple[RunSummary, ...]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.runs[0].settings
+
+    def values(self, key: str) -> list[float]:
+        """The metric's value of each run that has it."""
+        return [run.values[key] for run in self.runs if key in run.values]
+
+    def by_seed(self, key: str) -> dict[Any, float]:
+        """The metric by seed, a mean where a seed ran more than once."""
+        found: dict[Any, list[float]] = {}
+        for run in self.runs:
+            if key in run.values:
+                found.setdefault(run.seed, []).append(run.values[key])
+        return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The same training without calibration and with it."""
+
+    label: str
+    base: Condition
+    calibrated: Condition
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n − 1; None of a single value) of `count` runs."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of `count` paired differences with its 95 % t interval; a single pair has no interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def summarise_run(folder: Path) -> RunSummary:
+    """Reads config.yaml, evaluation.json and metrics.jsonl of a run; a missing or torn one adds no values.
+
+    Raises ConfigError where the folder has no readable config.yaml.
+    """
+    values = read_evaluation(folder / "evaluation.json")
+    share = share_in_band(read_rows(folder / "metrics.jsonl"))
+    if share is not None:
+        values[STEPS_IN_BAND] = share
+    return RunSummary(folder.name, read_settings(folder / "config.yaml"), values)
+
+
+def share_in_band(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Share of steps whose ratio, calibrated where it is, lies in the band, of those that have a band."""
+    inside = [row.get("rc/in_band", row.get("dynamics/in_band")) for row in rows]
+    known = [bool(value) for value in inside if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys, sorted, that take more than one value and touch what is trained; never the seed."""
+    keys = sorted({key for each in settings for key in each})
+    return [
+        key for key in keys if _shapes_training(key) and len({repr(each.get(key)) for each in settings}) > 1
+    ]
+
+
+def _shapes_training(key: str) -> bool:
+    if key.startswith("data."):
+        return True  # other files are other data, until somebody shows that they are not
+    return key != SEED and key not in FREE_KEYS and key.partition(".")[0] not in FREE_NODES
+
+
+def conditions(runs: Sequence[RunSummary]) -> list[Condition]:
+    """The runs by what they share without the seed, in the order in which each first came."""
+    keys = differing([run.settings for run in runs])
+    grouped = _grouped(runs, lambda run: _identity(run.settings, keys))
+    labels = labelled([group[0].settings for group in grouped])
+    return [Condition(label, tuple(group)) for label, group in zip(labels, grouped)]
+
+
+def contrasts(found: Sequence[Condition]) -> list[Contrast]:
+    """Each calibrated condition beside the uncalibrated one that is equal but for `rc.*`, if there is one."""
+    settings = [condition.settings for condition in found]
+    keys = [key for key in differing(settings) if not key.startswith("rc.")]
+    bases = {_identity(c.settings, keys): c for c in found if not c.settings.get(CALIBRATED)}
+    pairs = [(bases.get(_identity(c.settings, keys)), c) for c in found if c.settings.get(CALIBRATED)]
+    matched = [(base, calibrated) for base, calibrated in pairs if base is not None]
+    variants = {key for key in differing([c.settings for _, c in matched]) if key.startswith("rc.")}
+    labels = labelled([c.settings for _, c in matched], among=[*keys, *sorted(variants - {CALIBRATED})])
+    return [Contrast(label, *pair) for label, pair in zip(labels, matched)]
+
+
+def labelled(settings: Sequence[Mapping[str, Any]], among: Sequence[str] | None = None) -> list[str]:
+    """A short name for each: its objective, and the keys that tell it from others of the same objective.
+
+    `among` are the keys to tell apart by (None: all that differ).
+    """
+    labels = []
+    for own in settings:
+        peers = [each for each in settings if each.get("objective.name") == own.get("objective.name")]
+        keys = [key for key in differing(peers) if among is None or key in among]
+        parts = [str(own.get("objective.name", "run")), *(_said(key, own.get(key)) for key in keys)]
+        labels.append(" ".join(parts))
+    return labels
+
+
+def _said(key: str, value: Any) -> str:
+    if key == CALIBRATED:
+        return "rc=on" if value else "rc=off"
+    return f"{key.removeprefix('objective.')}={'null' if value is None else value}"
+
+
+def _identity(settings: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(repr(settings.get(key)) for key in keys)
+
+
+def _grouped(runs: Sequence[RunSummary], key: Callable[[RunSummary], Any]) -> list[list[RunSummary]]:
+    groups: dict[Any, list[RunSummary]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and standard deviation of values; None of no values."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, len(values))
+
+
+def paired_difference(base: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
+    """`other` − `base` over the keys (seeds) that both have; None where there is none."""
+    differences = [other[key] - base[key] for key in base if key in other]
+    found = spread(differences)
+    if found is None:
+        return None
+    if found.deviation is None:
+        return Difference(found.mean, None, None, 1)
+    half = t_quantile((1 + CONFIDENCE) / 2, found.count - 1) * found.deviation / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Student's t for a probability in (0.5, 1) and whole degrees of freedom ≥ 1, by bisection.
+
+    The distribution is closed-form there (Abramowitz and Stegun 26.7.3 and 26.7.4); good to 1e-9 relative.
+    """
+    low, high = 0.0, math.pi / 2  # of θ = atan(t / √degrees)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _t_inside(theta: float, degrees: int) -> float:
+    """P(|t| < √degrees tan θ)."""
+    cosine = math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for index in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= cosine**2 * (index - 1) / index
+    return (2 / math.pi) * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total

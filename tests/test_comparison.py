@@ -1,0 +1,163 @@
+"""Groups, contrasts and intervals over runs whose numbers are made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcpo.comparison import (
+    STEPS_IN_BAND,
+    Condition,
+    Difference,
+    Metric,
+    RunSummary,
+    Spread,
+    conditions,
+    contrasts,
+    differing,
+    labelled,
+    paired_difference,
+    share_in_band,
+    spread,
+    summarise_run,
+    t_quantile,
+)
+from rcpo.config import ConfigError
+
+NATS = Metric("x", "a log-ratio", "nats")
+SHARE = Metric("y", "a share", "share")
+
+
+def settings(objective: str = "dpo", rc: bool = False, seed: int = 1, **more: Any) -> dict[str, Any]:
+    own = {"objective.beta": 0.1} if objective == "dpo" else {"objective.beta": 2.0, "objective.gamma": 1.0}
+    return {"seed": seed, "objective.name": objective, "rc.enabled": rc, **own, "optim.lr": 1e-4, **more}
+
+
+def run(name: str = "run", /, values: dict[str, float] | None = None, **more: Any) -> RunSummary:
+    return RunSummary(name, settings(**more), values or {})
+
+
+# Abramowitz and Stegun, table 26.10, and Cauchy's closed form for one degree of freedom.
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)]
+)
+def test_t_quantiles_are_those_of_the_tables(degrees: int, expected: float) -> None:
+    assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=5e-4)
+
+
+def test_one_degree_of_freedom_is_cauchy_and_many_are_normal() -> None:
+    assert t_quantile(0.975, 1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
+    assert t_quantile(0.975, 100_000) == pytest.approx(1.95996, abs=1e-4)
+
+
+def test_spread_is_mean_and_sample_deviation() -> None:
+    assert spread([1.0, 2.0, 6.0]) == Spread(3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2)), 3)
+    assert spread([0.5]) == Spread(0.5, None, 1)
+    assert spread([]) is None
+
+
+def test_differences_are_paired_by_seed_and_the_rest_is_left_out() -> None:
+    # 0.1, 0.2 and 0.3: mean 0.2, deviation 0.1, half-width 4.302653 * 0.1 / sqrt(3)
+    found = paired_difference({1: 0.5, 2: 0.7, 3: 0.9, 4: 9.0}, {3: 1.2, 1: 0.6, 2: 0.9, 5: -9.0})
+    assert found is not None and found.count == 3
+    assert found.mean == pytest.approx(0.2)
+    assert (found.high or 0) - found.mean == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert found.mean - (found.low or 0) == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+
+
+def test_one_pair_has_no_interval_and_none_no_difference() -> None:
+    assert paired_difference({1: 0.5}, {1: 0.75}) == Difference(0.25, None, None, 1)
+    assert paired_difference({1: 0.5}, {2: 0.75}) is None
+
+
+def test_runs_of_one_condition_differ_by_seed_alone() -> None:
+    runs = [
+        run(seed=1),
+        run(seed=1, rc=True),
+        run(seed=2),
+        run(seed=1, objective="simpo"),
+        run(seed=2, rc=True),
+    ]
+    found = conditions(runs)
+    assert [condition.label for condition in found] == ["dpo rc=off", "dpo rc=on", "simpo"]
+    assert [[each.seed for each in condition.runs] for condition in found] == [[1, 2], [1, 2], [1]]
+
+
+def test_what_a_run_shows_and_where_it_runs_makes_no_condition() -> None:
+    free = {"wandb.mode": "disabled", "launch.processes": 4, "eval.every": 5, "resume": "auto"}
+    assert len(conditions([run(seed=1), run(seed=2, **free)])) == 1
+    assert differing([settings(), settings(**{"data.path": "b.jsonl"})]) == ["data.path"]
+
+
+def test_a_name_holds_what_differs_within_its_objective() -> None:
+    found = labelled([settings(), settings(**{"optim.lr": 2e-4}), settings("simpo")])
+    assert found == ["dpo optim.lr=0.0001", "dpo optim.lr=0.0002", "simpo"]
+
+
+def test_a_contrast_needs_all_else_equal() -> None:
+    on = {"rc": True}
+    runs = [
+        run(),
+        run(**on),
+        run(**{"optim.lr": 2e-4}),
+        run(**on, **{"optim.lr": 3e-4}),
+        run(objective="simpo"),
+    ]
+    (found,) = contrasts(conditions(runs))
+    assert found.base.runs == (runs[0],) and found.calibrated.runs == (runs[1],)
+    assert found.label == "dpo"
+
+
+def test_variants_of_the_calibration_share_their_base() -> None:
+    variants = [run(rc=True, **{"rc.ema": ema}) for ema in (0.5, 0.9)]
+    found = contrasts(conditions([run(**{"rc.ema": None}), *variants]))
+    assert [(c.label, c.base.runs[0].settings["rc.enabled"]) for c in found] == [
+        ("dpo rc.ema=0.5", False),
+        ("dpo rc.ema=0.9", False),
+    ]
+
+
+def test_a_seed_that_ran_twice_counts_once() -> None:
+    runs = (run(values={"x": 1.0}), run(values={"x": 3.0}), run(values={"x": 5.0}, seed=2), run(seed=3))
+    condition = Condition("dpo", runs)
+    assert condition.by_seed("x") == {1: 2.0, 2: 5.0}
+    assert condition.values("x") == [1.0, 3.0, 5.0]
+
+
+def test_steps_without_a_band_are_not_counted() -> None:
+    rows = [{"dynamics/in_band": True}, {"dynamics/in_band": None}, {"dynamics/in_band": False}, {}]
+    assert share_in_band(rows) == 0.5
+    assert share_in_band([{"dynamics/in_band": False, "rc/in_band": True}]) == 1.0
+    assert share_in_band([{}]) is None
+
+
+def test_values_are_shown_with_their_unit() -> None:
+    assert NATS.show(-0.1084) == "−0.108" and SHARE.show(0.754) == "75 %" and SHARE.show(None) == "–"
+    assert NATS.show_spread(Spread(-0.1, 0.05, 3)) == "−0.100 ± 0.050"
+    assert SHARE.show_spread(Spread(0.5, 0.02, 3)) == "50 % ± 2"
+    assert SHARE.show_spread(Spread(0.5, None, 1)) == "50 %"
+    assert NATS.show_difference(Difference(0.1, -0.05, 0.25, 3)) == "+0.100 [−0.050, +0.250]"
+    assert SHARE.show_difference(Difference(0.1, -0.05, 0.25, 3)) == "+10 points [−5, +25]"
+
+
+def test_a_run_is_read_from_its_folder_as_far_as_it_came(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
+        summarise_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 3\nobjective: {name: dpo, beta: 0.1}\n")
+    assert summarise_run(tmp_path).values == {} and summarise_run(tmp_path).seed == 3
+    (tmp_path / "evaluation.json").write_text(json.dumps({"eval/loss": 0.5, "eval/kl": None}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "dynamics/in_band": true}\n{"step": 2, "dyn')
+    found = summarise_run(tmp_path)
+    assert found.values == {"eval/loss": 0.5, STEPS_IN_BAND: 1.0}
+    assert found.settings == {"seed": 3, "objective.name": "dpo", "objective.beta": 0.1}
+
+
+def test_comparing_needs_no_torch() -> None:
+    program = "import sys, rcpo.comparison; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
