@@ -17,6 +17,7 @@ from rcpo import jobs, launch
 from rcpo.cli import app
 from rcpo.config import ConfigError, RunConfig, load_run_config
 from rcpo.config.composition import conf_dir
+from rcpo.jobs import commands, multirun
 
 # two steps of supervised training from fresh weights need no packaged weights and no reference
 TINY_RUN = (
@@ -44,7 +45,7 @@ def logging_as_before() -> Iterator[None]:
 def rcpo(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Runs the command line in `folder` and checks its exit code."""
     command = [sys.executable, "-m", "rcpo.cli", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[2])}
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert result.returncode == code, result.stdout + result.stderr
     return result
@@ -162,8 +163,8 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunConfi
         return train(load_run_config(run_dir), run_dir), False
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "launch", train)
-    monkeypatch.setattr(jobs, "run_process", process)
+    monkeypatch.setattr(commands, "launch", train)
+    monkeypatch.setattr(multirun, "run_process", process)
     return started
 
 
@@ -221,7 +222,7 @@ def test_a_stopped_run_ends_the_multirun(runs: list[tuple[RunConfig, Path]]) -> 
     ("codes", "code"), [([0, 0], 0), ([0, 1], 1), ([0, 2], 1), ([2, 2], 2), ([1, 2], 1), ([0, 75, 75], 75)]
 )
 def test_the_summary_code_of_many_runs(codes: list[int], code: int) -> None:
-    assert jobs.summary_code(codes) == code
+    assert multirun.summary_code(codes) == code
 
 
 def test_a_multirun_under_an_outer_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,8 +265,10 @@ def test_evaluate_takes_a_runs_configuration_with_overrides(
         jobs.evaluate(["run=mine"])
     Path("mine", "metrics.jsonl").touch()
     seen: list[tuple[RunConfig, Path]] = []
-    monkeypatch.setattr(jobs, "configure_log", lambda *_, **__: None)
-    monkeypatch.setattr(jobs, "run_here", lambda task, config, run_dir: seen.append((config, run_dir)) or 0)
+    monkeypatch.setattr(commands, "configure_log", lambda *_, **__: None)
+    monkeypatch.setattr(
+        commands, "run_here", lambda task, config, run_dir: seen.append((config, run_dir)) or 0
+    )
     assert jobs.evaluate(["eval.batch_size=3", "run=mine"]) == 0
     config, run_dir = seen[0]
     assert run_dir == Path("mine")

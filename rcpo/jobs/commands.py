@@ -1,19 +1,15 @@
-"""One command line, one run or many: Hydra composes, the run's folder is made, `launch` gets it."""
+"""`rcpo train` and `rcpo evaluate`: Hydra composes, the run's folder is made, `launch` gets it."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
-from rcpo.config.changes import refuse_other_run
 from rcpo.config.composition import (
     PRIMARY,
     compose_with,
@@ -24,27 +20,12 @@ from rcpo.config.composition import (
     user_part,
 )
 from rcpo.config.parsing import read_tree, structure
-from rcpo.launch import (
-    DONE,
-    FAILED,
-    LOG_FILE,
-    REFUSED,
-    check,
-    configure_log,
-    external_ranks,
-    launch,
-    run_here,
-    run_process,
-    world_size,
-)
-from rcpo.runfolder import CHECKPOINTS, refuse_locked, stored_state
-from rcpo.signals import STOPPED
+from rcpo.jobs.folders import job_dir, refuse_other, resolved_dir
+from rcpo.jobs.multirun import multirun
+from rcpo.launch import DONE, check, configure_log, external_ranks, launch, run_here, world_size
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
-    from hydra.core.utils import JobReturn
-
-log = logging.getLogger(__name__)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -58,7 +39,7 @@ def train(arguments: Sequence[str]) -> int:
         if flags.multirun or _wants_multirun(hydra, name, flags.overrides):
             if folder is not None:
                 raise ConfigError("-m starts runs of their own folders: resume=auto continues each of them")
-            return _multirun(hydra, name, flags.overrides)
+            return multirun(hydra, name, flags.overrides)
         if folder is not None:
             return _continue(hydra, folder, flags.overrides)
         return _single(hydra, name, flags.overrides)
@@ -86,7 +67,7 @@ def evaluate(arguments: Sequence[str]) -> int:
             config = parse(over_run(hydra, base, overrides))
         else:
             cfg = compose_with(hydra, name, overrides)
-            config, run_dir = parse(user_part(cfg)), _resolved_dir(cfg, "evaluation")
+            config, run_dir = parse(user_part(cfg)), resolved_dir(cfg, "evaluation")
     check(config, world_size(config))
     ranks = external_ranks()
     main_rank = ranks is None or ranks.rank == 0
@@ -146,7 +127,7 @@ def _single(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
     if ranks is not None and ranks.rank > 0:
         configure_log(Path("."), file=False)
         return launch(config, None)
-    refuse_other(_resolved_dir(cfg, None), config)
+    refuse_other(resolved_dir(cfg, None), config)
     with refusals_explained(hydra, name, overrides):
         job = hydra.run(name, _train_job, [*overrides, "hydra.mode=RUN"])
     return int(job.return_value)
@@ -177,121 +158,7 @@ def _continue(hydra: Hydra, run_dir: Path, overrides: Sequence[str]) -> int:
 
 def _train_job(cfg: DictConfig) -> int:
     """Hydra's task for a single run: this process, in the folder that Hydra made."""
-    run_dir = _job_dir()
+    run_dir = job_dir()
     config = parse(cfg)
     save_run_config(config, run_dir / "config.yaml")
     return launch(config, run_dir)
-
-
-def _sweep_job(cfg: DictConfig) -> int:
-    """Hydra's task for one run of many: a process of its own, whose end cannot take the others along."""
-    run_dir = _job_dir()
-    if _stopped:
-        return STOPPED
-    try:
-        config = parse(cfg)
-        refuse_other(run_dir, config)
-        save_run_config(config, run_dir / "config.yaml")
-    except ConfigError as error:
-        print(f"rcpo: {run_dir.name}: {error}", file=sys.stderr)
-        log.info("refused: %s", error)
-        return REFUSED
-    code, signalled = run_process(run_dir)
-    if code != DONE:
-        print(f"rcpo: {run_dir.name} ended with exit code {code}; see {run_dir / LOG_FILE}", file=sys.stderr)
-    if signalled or code == STOPPED:
-        _stopped.append(run_dir)
-    return code
-
-
-# the run of this process's multirun that a signal reached: none is started after it
-_stopped: list[Path] = []
-
-
-def _job_dir() -> Path:
-    from hydra.core.hydra_config import HydraConfig
-
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def _multirun(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
-    if external_ranks() is not None:
-        raise ConfigError(
-            "-m starts the runs itself; leave the outer launcher out, or give it one run at a time"
-        )
-    cfg = compose_with(hydra, name, overrides, multirun=True)
-    sweep_dir = Path(cfg.hydra.sweep.dir)
-    pinned = [*overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
-    _stopped.clear()
-    try:
-        with refusals_explained(hydra, name, overrides):
-            results = hydra.multirun(name, _sweep_job, pinned)
-    except ConfigError:
-        _remove_empty(sweep_dir)
-        raise
-    codes = [int(job.return_value) for job in _flatten(results)]
-    if codes:
-        print(f"rcpo: {codes.count(DONE)} of {len(codes)} runs done, in {sweep_dir}")
-    return summary_code(codes)
-
-
-def summary_code(codes: Sequence[int]) -> int:
-    """A multirun's exit code: 0 all done, 75 one was stopped, 2 all were refused, else 1."""
-    if STOPPED in codes:
-        return STOPPED
-    if all(code == DONE for code in codes):
-        return DONE
-    return REFUSED if all(code == REFUSED for code in codes) else FAILED
-
-
-def _flatten(results: Any) -> Iterable[JobReturn]:
-    """Job results from whatever nesting a sweeper returns; some return none."""
-    if isinstance(results, list | tuple):
-        for entry in results:
-            yield from _flatten(entry)
-    elif results is not None:
-        yield results
-
-
-def _remove_empty(sweep_dir: Path) -> None:
-    """Removes a sweep's folder that holds nothing but Hydra's record of the command."""
-    record = sweep_dir / "multirun.yaml"
-    if sweep_dir.is_dir() and all(entry == record for entry in sweep_dir.iterdir()):
-        record.unlink(missing_ok=True)
-        sweep_dir.rmdir()
-
-
-def _quoted(text: str) -> str:
-    """A path as a Hydra value: quoted, so that commas and brackets in it mean nothing."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:
-    """The folder that `hydra.run.dir` stands for."""
-    from hydra.core.hydra_config import HydraConfig
-
-    HydraConfig.instance().set_config(cfg)
-    folder = str(cfg.hydra.run.dir)
-    return Path(folder if suffix is None else f"{folder}_{suffix}")
-
-
-def refuse_other(run_dir: Path, config: RunConfig) -> None:
-    """A run writes over no other; raises ConfigError for a folder in use, of another run, or not writable.
-
-    Called before anything in the folder changes; the trainer looks again, at the checkpoint that it loads.
-    """
-    present = run_dir
-    while not present.exists():
-        present = present.parent
-    if not os.access(present, os.W_OK | os.X_OK):
-        raise ConfigError(f"{run_dir}: {present} cannot be written to; choose another hydra.run.dir")
-    if not run_dir.is_dir():
-        return
-    if config.resume is None and ((run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists()):
-        raise ConfigError(
-            f"{run_dir} holds a run already; resume=auto continues it, another hydra.run.dir starts afresh"
-        )
-    refuse_locked(run_dir)
-    before = stored_state(run_dir)
-    if before is not None:
-        refuse_other_run(before, str(run_dir), config, world_size(config))

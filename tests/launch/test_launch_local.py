@@ -1,4 +1,4 @@
-"""Processes: who started this one, how local ranks end, what their exit codes and signals become."""
+"""Local processes: how they end, what their exit codes and signals become."""
 
 from __future__ import annotations
 
@@ -12,88 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from rcpo import launch
-from rcpo.config import ConfigError, LaunchConfig, ObjectiveConfig, RunConfig, TrainConfig, save_run_config
-from rcpo.launch import Ranks, external_ranks, first_node
+from rcpo.config import RunConfig, save_run_config
+from rcpo.launch import local
+from rcpo.launch.__main__ import main
 
-ROOT = Path(launch.__file__).parents[1]
-
-
-def test_a_process_alone_has_no_outer_launcher() -> None:
-    assert external_ranks({}) is None
-    # a batch script of SLURM is a process alone, whatever the job's number of tasks
-    assert external_ranks({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
-    assert external_ranks({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None
-
-
-def test_torchrun_and_srun_are_recognised() -> None:
-    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
-    assert external_ranks(torchrun) == Ranks(3, 4, 1, "torchrun")
-    srun = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
-    assert external_ranks(srun) == Ranks(3, 4, 1, "srun")
-    # torchrun inside a job step: the inner launcher's ranks count
-    assert external_ranks({**srun, **torchrun}) == Ranks(3, 4, 1, "torchrun")
-
-
-def test_srun_s_ranks_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "node_address", lambda node: f"address of {node}")
-    environment = {
-        "SLURM_PROCID": "3",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_LOCALID": "1",
-        "SLURM_JOB_ID": "100",
-        "SLURM_STEP_ID": "2",
-        "SLURM_STEP_NODELIST": "gpu[07-09]",
-    }
-    ranks = external_ranks(environment)
-    assert ranks is not None
-    launch.export_ranks(ranks, environment)
-    assert [environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
-    assert environment["MASTER_ADDR"] == "address of gpu07"
-    assert environment["MASTER_PORT"] == "23702"  # 20000 + (100 · 37 + 2)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu007", "gpu007"),
-        ("gpu[007-012,020],cpu1", "gpu007"),
-        ("a1,b2", "a1"),
-        ("rack[1-2].example.org", "rack1.example.org"),
-        ("node-3-[12,14]", "node-3-12"),
-        ("", "127.0.0.1"),
-    ],
-)
-def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
-
-
-def test_a_node_without_a_name_in_the_network_has_slurm_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.node_address("localhost") == "localhost"
-    answer = "NodeName=no_such.invalid NodeAddr=10.0.0.7 NodeHostName=x"
-    monkeypatch.setattr(launch, "_scontrol", lambda *_: answer)
-    assert launch.node_address("no_such.invalid") == "10.0.0.7"
-    monkeypatch.setattr(launch, "_scontrol", lambda *_: "")
-    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
-        launch.node_address("no_such.invalid")
-
-
-def test_an_outer_launcher_s_count_goes_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = RunConfig(launch=LaunchConfig(processes=2))
-    assert launch.world_size(two) == 2
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert launch.world_size(RunConfig()) == 4
-    with pytest.raises(ConfigError, match=r"leave launch\.processes out"):
-        launch.world_size(two)
-
-
-def test_what_needs_torch_to_be_seen_is_refused_before_the_run() -> None:
-    with pytest.raises(ConfigError, match="12 process"):
-        launch.check(RunConfig(train=TrainConfig(batch_size=32, micro_batch_size=1)), world_size=12)
-    unknown = RunConfig(objective=ObjectiveConfig(name="dpo", hyperparameters={"bta": 1.0}))
-    with pytest.raises(ConfigError, match="did you mean 'beta'"):
-        launch.check(unknown, world_size=1)
+ROOT = Path(local.__file__).parents[2]
 
 
 def ranks_that(run_dir: Path, body: str, processes: int = 2) -> subprocess.Popen[str]:
@@ -109,7 +32,8 @@ def ranks_that(run_dir: Path, body: str, processes: int = 2) -> subprocess.Popen
         "sys.exit(launch.run_here(task, load_run_config(folder), own))\n"
     )
     command = [sys.executable, str(worker)]
-    program = f"import sys; from rcpo.launch import *; sys.exit(launch_workers({processes}, {command!r}))"
+    call = f"launch_workers({processes}, {command!r})"
+    program = f"import sys; from rcpo.launch.local import launch_workers; sys.exit({call})"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(ROOT)
     save_run_config(RunConfig(), run_dir / "config.yaml")
@@ -191,20 +115,20 @@ def test_a_signal_is_handed_to_a_run_s_own_process(tmp_path: Path, monkeypatch: 
         "import os, signal, sys; signal.signal(15, lambda *_: sys.exit(75)); "
         "os.kill(os.getppid(), 15); signal.pause()"
     )
-    monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", code])
+    monkeypatch.setattr(local, "run_command", lambda _: [sys.executable, "-c", code])
     before = signal.getsignal(signal.SIGTERM)
-    assert launch.run_process(tmp_path) == (75, True)
+    assert local.run_process(tmp_path) == (75, True)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_unheard_of_exit_code_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(9)"])
-    assert launch.run_process(tmp_path) == (1, False)
+    monkeypatch.setattr(local, "run_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(9)"])
+    assert local.run_process(tmp_path) == (1, False)
 
 
 def test_a_folder_without_a_configuration_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     assert "not the folder of a run" in capsys.readouterr().err
-    assert launch.main([]) == 2
+    assert main([]) == 2

@@ -1,0 +1,51 @@
+"""The folder of a run: which one Hydra means, and whether a run may start in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rcpo.config import ConfigError, RunConfig
+from rcpo.config.changes import refuse_other_run
+from rcpo.launch import world_size
+from rcpo.runfolder import CHECKPOINTS, refuse_locked, stored_state
+
+
+def job_dir() -> Path:
+    """The folder that Hydra made for the job it is running."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:
+    """The folder that `hydra.run.dir` stands for."""
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().set_config(cfg)
+    folder = str(cfg.hydra.run.dir)
+    return Path(folder if suffix is None else f"{folder}_{suffix}")
+
+
+def refuse_other(run_dir: Path, config: RunConfig) -> None:
+    """A run writes over no other; raises ConfigError for a folder in use, of another run, or not writable.
+
+    Called before anything in the folder changes; the trainer looks again, at the checkpoint that it loads.
+    """
+    present = run_dir
+    while not present.exists():
+        present = present.parent
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise ConfigError(f"{run_dir}: {present} cannot be written to; choose another hydra.run.dir")
+    if not run_dir.is_dir():
+        return
+    if config.resume is None and ((run_dir / "metrics.jsonl").exists() or (run_dir / CHECKPOINTS).exists()):
+        raise ConfigError(
+            f"{run_dir} holds a run already; resume=auto continues it, another hydra.run.dir starts afresh"
+        )
+    refuse_locked(run_dir)
+    before = stored_state(run_dir)
+    if before is not None:
+        refuse_other_run(before, str(run_dir), config, world_size(config))

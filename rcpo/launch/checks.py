@@ -1,0 +1,58 @@
+"""What is refused before a folder is made or a weight read, and needs torch or the objectives to be seen."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+from rcpo.config import ConfigError, RunConfig
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuses, before a folder is made or a weight read, what needs torch and the objectives to be seen.
+
+    Raises ConfigError for a batch that does not divide, an objective or hyper-parameter that does not exist,
+    calibration without a loser, and a precision or a number of processes that the machine does not have.
+    """
+    config.train.accumulation(world_size)
+    _check_objective(config)
+    import torch
+
+    if config.train.dtype == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.dtype=fp16 needs a GPU: DeepSpeed refuses it on a CPU, whose fp16 kernels are partial and "
+            "slow; choose train.dtype=fp32 or bf16"
+        )
+    if 0 < torch.cuda.device_count() < config.launch.processes:
+        raise ConfigError(
+            f"launch.processes={config.launch.processes} is more than this machine's "
+            f"{torch.cuda.device_count()} GPU(s), and a process needs one for itself"
+        )
+
+
+def _check_objective(config: RunConfig) -> None:
+    from rcpo.objectives import get_objective
+
+    wanted = config.objective
+    if wanted.module is not None:
+        sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
+        if importlib.util.find_spec(wanted.module.partition(".")[0]) is None:
+            raise ConfigError(
+                f"objective.module={wanted.module} is not installed and not in {os.getcwd()}; "
+                "install it or add its folder to PYTHONPATH"
+            )
+    try:
+        objective = get_objective(
+            wanted.name,
+            module=wanted.module,
+            reduction=wanted.reduction,
+            nll_coef=wanted.nll_coef,
+            **wanted.hyperparameters,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    if config.rc.enabled and not objective.needs_rejected:
+        raise ConfigError(
+            f"rc=on has nothing to calibrate: objective={wanted.name} has no rejected side; choose rc=off"
+        )

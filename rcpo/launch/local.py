@@ -1,0 +1,139 @@
+"""Processes on this machine: the ranks of a run, or a whole run; their signals and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcpo.launch.logs import LOG_FILE
+from rcpo.launch.outcomes import DONE, FAILED, REFUSED, WORKER
+from rcpo.signals import STOP_SIGNALS, STOPPED
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+# seconds that the other local ranks have to leave by themselves once one has left: a checkpoint may be large
+SHUTDOWN_SECONDS = 300
+
+
+def launch_workers(processes: int, command: list[str]) -> int:
+    """Starts `command` as local ranks under PyTorch's elastic agent; returns the exit code of the whole."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # the agent's own reports would come beside ours; failures come as an exception anyway
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_share = {"OMP_NUM_THREADS": str(max(1, cores // processes)), WORKER: "1"}
+    with tempfile.TemporaryDirectory(prefix="rcpo-launch-") as folder:
+        agent = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            run_id=Path(folder).name,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="",  # forwarded below: the agent would kill ranks that are saving a checkpoint
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        with _environment(ranks_share), forward_signals(_children) as received:
+            try:
+                elastic_launch(agent, command[0])(*command[1:])
+            except ChildFailedError as error:
+                return _outcome(list(error.failures.values()), stopping=bool(received))
+    return STOPPED if received else DONE
+
+
+def _children() -> list[int]:
+    """Process ids of this process's children: the ranks (multiprocessing's tracker ignores signals)."""
+    import psutil  # type: ignore[import-untyped]
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+@contextmanager
+def _environment(extra: dict[str, str]) -> Iterator[None]:
+    """`extra` in os.environ for a while; what the user set already stays as it is."""
+    added = {key: value for key, value in extra.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@contextmanager
+def forward_signals(children: Callable[[], list[int]]) -> Iterator[list[int]]:
+    """Hands stop signals on to the processes that `children` lists, and yields the list of those received."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        received.append(number)
+        for pid in children():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # it left by itself in between
+                continue
+
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
+    """The exit code that a set of failed ranks stands for, and one message for a failure."""
+    codes = [failure.exitcode for failure in failures]
+    if STOPPED in codes:
+        return STOPPED
+    first = min(failures, key=lambda failure: (failure.exitcode < 0 and REFUSED in codes, failure.timestamp))
+    message = _message(first)
+    if REFUSED in codes:
+        print(f"rcpo: {message}", file=sys.stderr)
+        return REFUSED
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        why = " while it was being stopped" if stopping else ""
+        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        message = f"it was ended by {name}{why}{hint}"
+    print(
+        f"rcpo: rank {first.local_rank} failed (exit code {first.exitcode}): {message}; "
+        f"its traceback is above and in the run's {LOG_FILE}",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
+def _message(failure: ProcessFailure) -> str:
+    """The last line of what a rank recorded, without the exception's name where it was a ConfigError."""
+    recorded = failure.error_file_data.get("message", "")
+    text = recorded.get("message", "") if isinstance(recorded, dict) else recorded
+    return str(text).removeprefix("ConfigError: ") or "no message"
+
+
+def run_process(run_dir: Path) -> tuple[int, bool]:
+    """Trains RUN_DIR in a process of its own: exit code, and whether a stop signal was handed on."""
+    process = subprocess.Popen(run_command(run_dir), start_new_session=True)
+    with forward_signals(lambda: [process.pid]) as received:
+        code = process.wait()
+    return (code if code in (DONE, FAILED, REFUSED, STOPPED) else FAILED), bool(received)
+
+
+def run_command(run_dir: Path) -> list[str]:
+    """The command that trains RUN_DIR as its configuration says."""
+    return [sys.executable, "-m", "rcpo.launch", str(run_dir)]

@@ -1,0 +1,19 @@
+"""A run's log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+LOG_FILE = "rcpo.log"
+
+
+def configure_log(run_dir: Path, *, file: bool) -> None:
+    """Warnings to standard error, everything to the run's log; `file` on rank 0 only."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setLevel(logging.WARNING)
+    if file:
+        handlers.append(logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8"))
+    layout = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+    logging.basicConfig(level=logging.INFO, format=layout, handlers=handlers, force=True)

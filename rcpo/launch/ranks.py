@@ -1,0 +1,103 @@
+"""Who started this process: nobody, or an outer launcher that made it one rank of several."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from rcpo.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that an outer launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+
+
+def external_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """The place an outer launcher gave this process (torchrun, deepspeed, srun with several tasks), or None.
+
+    srun counts inside a job step only: a batch script has SLURM_PROCID too, and is a process alone.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        local = int(environment.get("LOCAL_RANK", "0"))
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "an outer launcher"
+        return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), local, launcher)
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "SLURM_PROCID" in environment:
+        return Ranks(
+            int(environment["SLURM_PROCID"]), tasks, int(environment.get("SLURM_LOCALID", "0")), "srun"
+        )
+    return None
+
+
+def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
+    """Writes srun's ranks and meeting point the way torch.distributed and DeepSpeed read them."""
+    if ranks.launcher != "srun":
+        return
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    job, step = (int(environment.get(key, "0")) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    environment.update(
+        RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank)
+    )
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = node_address(first_node(nodes))
+    # all ranks compute the same port; steps of one job and neighbouring jobs get different ones
+    environment.setdefault("MASTER_PORT", str(20000 + (job * 37 + step) % 20000))
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a SLURM node list, `gpu[007-012],cpu1` → `gpu007`; this machine for an empty one."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    return "127.0.0.1" if match is None else match[1] + (match[2] or "") + (match[3] or "")
+
+
+def node_address(node: str) -> str:
+    """A name or address of `node` that can be reached: its own name, else the one that SLURM has for it.
+
+    Raises ConfigError where neither is known.
+    """
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except socket.gaierror:
+        shown = _scontrol("show", "node", node)
+    address = re.search(r"\bNodeAddr=(\S+)", shown)
+    if address is None:
+        raise ConfigError(
+            f"the job's first node {node} has no address here, by name or by SLURM; set MASTER_ADDR to one"
+        )
+    return address[1]
+
+
+def _scontrol(*arguments: str) -> str:
+    """What SLURM answers; nothing where it cannot be asked."""
+    program = shutil.which("scontrol")
+    if program is None:
+        return ""
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False).stdout
+
+
+def world_size(config: RunConfig) -> int:
+    """Processes that the run will have; an outer launcher's count goes before `launch.processes`.
+
+    Raises ConfigError where both are given and differ.
+    """
+    ranks = external_ranks()
+    if ranks is None:
+        return config.launch.processes
+    if config.launch.processes not in (1, ranks.world_size):
+        raise ConfigError(
+            f"launch.processes={config.launch.processes}, but {ranks.launcher} started {ranks.world_size}; "
+            "leave launch.processes out"
+        )
+    return ranks.world_size

@@ -1,0 +1,79 @@
+"""A validated configuration becomes a run: in this process, or in local ranks that it starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcpo.config import ConfigError, RunConfig, RunError, to_container
+from rcpo.launch.local import launch_workers, run_command
+from rcpo.launch.outcomes import FAILED, REFUSED, report_failure, report_refusal, tell_agent
+from rcpo.launch.ranks import export_ranks, external_ranks
+
+if TYPE_CHECKING:
+    from rcpo.session import Session
+
+log = logging.getLogger(__name__)
+Task = Callable[[RunConfig, Path], int]
+
+
+def train(config: RunConfig, run_dir: Path) -> int:
+    """The trainer with its held-out evaluation, imported when they are needed."""
+    from rcpo import trainer
+    from rcpo.evaluation.heldout import evaluate, show
+
+    last: dict[str, Any] = {}
+
+    def held_out(session: Session) -> dict[str, Any]:
+        last.clear()
+        last.update(evaluate(session))
+        return last
+
+    code = trainer.train(config, run_dir, held_out)
+    show(last)
+    return code
+
+
+def launch(config: RunConfig, run_dir: Path | None) -> int:
+    """Trains and returns the exit code: 0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved.
+
+    `run_dir` holds the resolved config.yaml; ranks other than 0 pass None and get rank 0's.
+    """
+    if external_ranks() is None and config.launch.processes > 1:
+        assert run_dir is not None
+        return launch_workers(config.launch.processes, run_command(run_dir))
+    return run_here(train, config, run_dir)
+
+
+def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
+    """Runs `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
+    ranks = external_ranks()
+    try:
+        if ranks is not None:
+            export_ranks(ranks, os.environ)
+        from rcpo import distributed
+
+        distributed.initialize()
+        folder = Path(distributed.broadcast_object(None if run_dir is None else str(run_dir)))
+        if distributed.is_main():
+            print(f"{task.__name__}: {folder}", flush=True)
+            log.info("%s: %s", task.__name__, to_container(config))
+        code = task(config, folder)
+        distributed.shutdown()
+        return code
+    except ConfigError as error:
+        report_refusal(error)
+        return REFUSED
+    except (RunError, OSError) as error:
+        # the message says what happened (a full disk, a number that is no number); the log has where
+        log.info("%s failed", task.__name__, exc_info=True)
+        report_failure(error)
+        return FAILED
+    except Exception as error:
+        # the process ends here: the log keeps the traceback, the caller gets a code
+        log.exception("%s failed", task.__name__)
+        tell_agent(error)
+        return FAILED

@@ -1,0 +1,78 @@
+"""Who started this process, and what srun says in torch's words."""
+
+from __future__ import annotations
+
+import pytest
+
+from rcpo.config import ConfigError, LaunchConfig, RunConfig
+from rcpo.launch import ranks
+from rcpo.launch.ranks import Ranks, external_ranks, first_node
+
+
+def test_a_process_alone_has_no_outer_launcher() -> None:
+    assert external_ranks({}) is None
+    # a batch script of SLURM is a process alone, whatever the job's number of tasks
+    assert external_ranks({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
+    assert external_ranks({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+def test_torchrun_and_srun_are_recognised() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert external_ranks(torchrun) == Ranks(3, 4, 1, "torchrun")
+    srun = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+    assert external_ranks(srun) == Ranks(3, 4, 1, "srun")
+    # torchrun inside a job step: the inner launcher's ranks count
+    assert external_ranks({**srun, **torchrun}) == Ranks(3, 4, 1, "torchrun")
+
+
+def test_srun_s_ranks_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "node_address", lambda node: f"address of {node}")
+    environment = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "100",
+        "SLURM_STEP_ID": "2",
+        "SLURM_STEP_NODELIST": "gpu[07-09]",
+    }
+    found = external_ranks(environment)
+    assert found is not None
+    ranks.export_ranks(found, environment)
+    assert [environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
+    assert environment["MASTER_ADDR"] == "address of gpu07"
+    assert environment["MASTER_PORT"] == "23702"  # 20000 + (100 · 37 + 2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu007", "gpu007"),
+        ("gpu[007-012,020],cpu1", "gpu007"),
+        ("a1,b2", "a1"),
+        ("rack[1-2].example.org", "rack1.example.org"),
+        ("node-3-[12,14]", "node-3-12"),
+        ("", "127.0.0.1"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_a_node_without_a_name_in_the_network_has_slurm_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.node_address("localhost") == "localhost"
+    answer = "NodeName=no_such.invalid NodeAddr=10.0.0.7 NodeHostName=x"
+    monkeypatch.setattr(ranks, "_scontrol", lambda *_: answer)
+    assert ranks.node_address("no_such.invalid") == "10.0.0.7"
+    monkeypatch.setattr(ranks, "_scontrol", lambda *_: "")
+    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
+        ranks.node_address("no_such.invalid")
+
+
+def test_an_outer_launcher_s_count_goes_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = RunConfig(launch=LaunchConfig(processes=2))
+    assert ranks.world_size(two) == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert ranks.world_size(RunConfig()) == 4
+    with pytest.raises(ConfigError, match=r"leave launch\.processes out"):
+        ranks.world_size(two)
