@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -123,8 +123,11 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full
         self._engine._copy_recovery_script = lambda folder: None
-        # DeepSpeed's own forward forbids the plain autograd that rc.geometry=parameters is made of
-        self._forward = self._engine.module if config.rc.geometry == "parameters" else self._engine
+        # DeepSpeed's own forward forbids the plain autograd that the parameters' geometry is made of
+        by_parameters = config.rc.geometry == "parameters" or (
+            config.eval.parameters_geometry and not training
+        )
+        self._forward = self._engine.module if by_parameters else self._engine
         # only here DeepSpeed leaves the optimizer bare and knows no gradient norm
         self._plain = config.engine.stage == 0 and config.train.dtype == "fp32"
 
@@ -189,6 +192,23 @@ class Engine:
             gathered = self._engine._zero3_consolidated_16bit_state_dict()
             return None if gathered is None else _strip(gathered)
         return _strip(self._engine.module.state_dict())
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives the policy these weights, by their names in it; frozen ones may be left out. Collective."""
+        known = dict(self.policy.state_dict(keep_vars=True))
+        lacking = [name for name, value in known.items() if value.requires_grad and name not in weights]
+        unknown = weights.keys() - known.keys()
+        if lacking or unknown:
+            raise ConfigError(
+                f"the weights are not those of this model: {(lacking + sorted(unknown))[0]} does not fit"
+            )
+        with torch.no_grad():
+            for name, value in known.items():
+                if name in weights:
+                    with deepspeed.zero.GatheredParameters(
+                        [value], modifier_rank=0, enabled=self._engine.zero_optimization_partition_weights()
+                    ):
+                        value.copy_(weights[name])
 
     def save_checkpoint(self, folder: str, tag: str) -> dict[str, Written]:
         """Writes this rank's shards to folder/tag; returns its files by path. Collective.

@@ -29,7 +29,17 @@ ROWS: list[list[str]] = [
         "metrics",
         "reference",
     ],
-    ["engine", "reference_pass", "scoring", "dynamics", "session", "checkpoint", "nonfinite", "trainer"],
+    [
+        "engine",
+        "reference_pass",
+        "scoring",
+        "dynamics",
+        "session",
+        "checkpoint",
+        "weights",
+        "nonfinite",
+        "trainer",
+    ],
     ["evaluation", "comparison", "report", "launch", "jobs", "planner", "integrations", "doctor"],
     ["cli", "__main__"],
 ]

@@ -179,13 +179,19 @@ class LaunchConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Held-out evaluation: `every` N steps (0: only at the end), None examples: all of them."""
+    """Held-out evaluation: `every` N steps (0: only at the end), None examples: all of them.
+
+    `checkpoints` final or all, `parameters_geometry` the dynamics by the true gradient too: both of
+    `rcpo evaluate`.
+    """
 
     every: int = 0
     batch_size: int = 64
     max_examples: int | None = None
     generate_examples: int | None = 256
     max_new_tokens: int = 32
+    checkpoints: str = "final"
+    parameters_geometry: bool = False
 
 
 @dataclass(kw_only=True)

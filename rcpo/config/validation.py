@@ -25,6 +25,7 @@ CHOICES = {
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
     "data.layout": ("auto", "shared", "separate"),
+    "eval.checkpoints": ("final", "all"),
     "wandb.mode": ("online", "offline", "disabled"),
 }
 
@@ -171,6 +172,11 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"rc.geometry=parameters needs whole gradients, which engine.stage={engine.stage} does not keep; "
             "choose engine=zero0 or rc.geometry=head"
+        )
+    if config.eval.parameters_geometry and engine.stage == 3:
+        raise ConfigError(
+            "eval.parameters_geometry=true needs whole weights and gradients, which engine.stage=3 splits; "
+            "add engine=zero0"
         )
     if engine.offload_optimizer and engine.stage == 0:
         raise ConfigError(

@@ -1,106 +1,117 @@
-"""Held-out evaluation of a session: preferences of all pairs, greedy answers where they can be checked."""
+"""Held-out evaluation of a session: preferences and dynamics of all pairs, answers that can be checked."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from rcpo import distributed
-from rcpo.config import ConfigError, RunConfig
+from rcpo.data.store import PairDataset
 from rcpo.data.tokenise import PairTokeniser
 from rcpo.evaluation.generation import exact_match, generate_greedy
+from rcpo.evaluation.geometry import HeldOutDynamics
+from rcpo.evaluation.identity import example_id
+from rcpo.evaluation.lengths import PREFIX, by_length
 from rcpo.evaluation.preference import (
     PreferenceScores,
     means_with_intervals,
     preference_metrics,
     write_examples,
 )
-from rcpo.evaluation.summary import describe, summary_table
-from rcpo.models import model_path
 from rcpo.objectives import Objective
+from rcpo.scoring import Scored
 from rcpo.session import Session
 from rcpo.tracking.jsonl import write_json
-from rcpo.types import PairLogps, TokenBatch
+
+RECORD = "evaluation.json"
+FOLDER = "evaluation"  # what belongs to single examples, checkpoints, tasks
+EXAMPLES = "examples.jsonl"
+MERGED = ("eval/harness/", "eval/judge/")  # other tools' keys in evaluation.json
 
 
-def evaluate(session: Session) -> dict[str, Any]:
-    """The flat record of evaluation.json, equal on all ranks; rank 0 writes it and the per-example file.
+def evaluate(
+    session: Session, *, examples: str = EXAMPLES, parameters_geometry: bool = False
+) -> dict[str, Any]:
+    """The flat record of evaluation.json, equal on all ranks; rank 0 writes the file of single examples.
 
-    Empty where nothing is held out.
+    Empty where nothing is held out. Collective.
     """
-    if session.datasets.evaluation is None:
+    dataset = session.datasets.evaluation
+    if dataset is None:
         return {}
     session.engine.eval()
-    scores = score_preferences(session)
+    dynamics = HeldOutDynamics(session, by_parameters=parameters_geometry)
+    scores = score_preferences(session, dataset, dynamics)
     seed = session.config.seed
     record: dict[str, Any] = preference_metrics(scores, seed)
     answers = answer_prompts(session)
     if answers:
         correct = np.array([answer["correct"] for answer in answers.values()], dtype=np.float64)
         record |= means_with_intervals({"exact_match": correct}, seed)
+    record |= dynamics.metrics() | by_length(scores)
     if distributed.is_main():
-        write_json(session.run_dir / "evaluation.json", record)
-        by_id = _answers_by_id(session, answers)
-        write_examples(session.run_dir / "evaluation_examples.jsonl", scores, by_id)
+        by_id = _answers_by_id(session, dataset, answers)
+        write_examples(session.run_dir / FOLDER / examples, scores, by_id)
     return record
 
 
-def show(record: dict[str, Any]) -> None:
-    """The record as a table and one plain sentence, on the main rank's terminal."""
-    if record and distributed.is_main():
-        console = Console()
-        console.print(summary_table(record))
-        console.print(describe(record))
+def evaluate_in_training(session: Session) -> dict[str, Any]:
+    """`evaluate` of a policy in training; rank 0 writes evaluation.json anew.
 
-
-def evaluate_run(config: RunConfig, run_dir: Path) -> int:
-    """`rcpo evaluate`: a run's `final/` against its reference, or the configured model against another.
-
-    Returns the exit code; raises ConfigError where the run has no final weights or nothing is held out.
+    Returns what belongs in a row of metrics.jsonl: all but the figures by length.
     """
-    final = run_dir / "final"
-    if (run_dir / "metrics.jsonl").exists():
-        if not (final / "config.json").is_file():
-            raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
-        config.reference.path = config.reference.path or model_path(config.model)
-        config.model.name, config.model.path, config.model.init = "local", str(final), "pretrained"
-    session = Session(config, run_dir, training=False)
-    if session.datasets.evaluation is None:
-        raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")
-    session.prepare_reference(print)
-    show(evaluate(session))
-    return 0
+    record = evaluate(session)
+    if record and distributed.is_main():
+        write_json(session.run_dir / RECORD, record)
+    return {name: value for name, value in record.items() if not name.startswith(PREFIX)}
 
 
-def score_preferences(session: Session) -> PreferenceScores:
-    """All held-out pairs' scores, gathered from all ranks."""
-    dataset = session.datasets.evaluation
-    assert dataset is not None
+def merge_record(run_dir: Path, record: Mapping[str, Any], *, kept: Iterable[str]) -> None:
+    """Writes evaluation.json: `record`, and of what it held before the keys that begin with any of `kept`."""
+    path = run_dir / RECORD
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    prefixes = tuple(kept)
+    rest = {key: value for key, value in before.items() if key.startswith(prefixes)}
+    write_json(path, {**rest, **record})
+
+
+def score_preferences(session: Session, dataset: PairDataset, dynamics: HeldOutDynamics) -> PreferenceScores:
+    """All held-out pairs' scores, gathered from all ranks; `dynamics` sees each batch."""
     parts = []
-    with torch.no_grad():
-        for batch in session.eval_batches(dataset, session.config.eval.max_examples):
-            scored = session.heldout(batch)
-            if scored.count:
-                parts.append(_columns(session.objective, batch, scored.pairs))
+    for batch in session.eval_batches(dataset, session.config.eval.max_examples):
+        with dynamics.forward_mode():
+            scored = session.heldout(batch, dynamics.sketch)
+        incentives = dynamics.observe(scored)
+        if scored.count:
+            parts.append(_columns(session.objective, dataset, scored, incentives))
     gathered = [part for rank in distributed.gather_objects(parts) for part in rank]
     return PreferenceScores.gather(gathered)
 
 
-def _columns(objective: Objective, batch: TokenBatch, pairs: PairLogps) -> PreferenceScores:
+def _columns(
+    objective: Objective,
+    dataset: PairDataset,
+    scored: Scored,
+    incentives: tuple[torch.Tensor, torch.Tensor] | None,
+) -> PreferenceScores:
+    batch, pairs = scored.batch, scored.pairs
     real = (batch.weights > 0).tolist()
+    indices = batch.indices[batch.weights > 0].cpu().numpy()
     chosen, rejected = objective.rewards(pairs)
     per_pair = not (objective.spec.couples_batch or objective.spec.token_weighted)
 
     def array(values: torch.Tensor | None) -> Any:
-        return None if values is None else values.double().cpu().numpy()
+        return None if values is None else values.detach().double().cpu().numpy()
 
     return PreferenceScores(
-        example_ids=[name for name, keep in zip(batch.example_ids, real, strict=True) if keep],
-        indices=batch.indices[batch.weights > 0].cpu().numpy(),
+        example_ids=[example_id(dataset[index]) for index in indices.tolist()],
+        sources=[name for name, keep in zip(batch.example_ids, real, strict=True) if keep],
+        indices=indices,
         chosen_logps=array(pairs.chosen),
         chosen_rewards=array(chosen),
         chosen_lengths=_lengths(pairs.chosen_lengths),
@@ -110,6 +121,8 @@ def _columns(objective: Objective, batch: TokenBatch, pairs: PairLogps) -> Prefe
         chosen_logratios=None if pairs.ref_chosen is None else array(pairs.chosen_logratios),
         rejected_logratios=None if pairs.ref_rejected is None else array(pairs.rejected_logratios),
         losses=array(objective(pairs)) if per_pair else None,
+        chosen_incentives=None if incentives is None else array(incentives[0]),
+        rejected_incentives=None if incentives is None else array(incentives[1]),
     )
 
 
@@ -150,12 +163,15 @@ def answer_prompts(session: Session) -> dict[str, dict[str, Any]]:
     return {prompt: everyone[prompt] for prompt in prompts}
 
 
-def _answers_by_id(session: Session, answers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _answers_by_id(
+    session: Session, dataset: PairDataset, answers: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Answers by example id: an example's answer is its prompt's."""
-    dataset = session.datasets.evaluation
-    if not answers or dataset is None:
+    if not answers:
         return {}
     prompts = session.tokenizer.batch_decode([item.prompt for item in dataset], skip_special_tokens=True)
     return {
-        name: answers[prompt] for name, prompt in zip(dataset.ids, prompts, strict=True) if prompt in answers
+        example_id(item): answers[prompt]
+        for item, prompt in zip(dataset, prompts, strict=True)
+        if prompt in answers
     }

@@ -28,12 +28,15 @@ _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices, whatever the size of the held-out s
 class PreferenceScores:
     """What the policy says about B held-out pairs; arrays of shape (B,), ids and dataset positions alike.
 
-    `*_logps` are z_w and z_l in the objective's reduction, `*_logratios` u_w and u_l (None where there is no
-    reference to compare with), `*_rewards` βu (βz without a reference), `*_lengths` response tokens. The
-    rejected side is None for data without one, `losses` for an objective whose loss is not a mean over pairs.
+    `example_ids` are hashes of the pairs' tokens, `sources` say where they came from. `*_logps` are z_w and
+    z_l in the objective's reduction, `*_logratios` u_w and u_l (None where there is no reference to compare
+    with), `*_rewards` βu (βz without a reference), `*_lengths` response tokens, `*_incentives` d_w and d_l.
+    The rejected side is None for data without one; `losses` and `*_incentives` for an objective whose loss is
+    not a mean over pairs.
     """
 
     example_ids: Sequence[str]
+    sources: Sequence[str]
     indices: NDArray[np.int64]
     chosen_logps: Floats
     chosen_rewards: Floats
@@ -44,6 +47,8 @@ class PreferenceScores:
     chosen_logratios: Floats | None = None
     rejected_logratios: Floats | None = None
     losses: Floats | None = None
+    chosen_incentives: Floats | None = None
+    rejected_incentives: Floats | None = None
 
     def __post_init__(self) -> None:
         for name, values in self._columns().items():
@@ -80,7 +85,8 @@ class PreferenceScores:
             merged[name] = (
                 None if missing[0] else np.concatenate([np.asarray(value) for value in values])[kept]
             )
-        merged["example_ids"] = [str(identity) for identity in merged["example_ids"]]
+        for name in ("example_ids", "sources"):
+            merged[name] = [str(text) for text in merged[name]]
         return PreferenceScores(**merged)
 
 
@@ -170,21 +176,26 @@ def bootstrap_interval(values: Floats, seed: int, resamples: int = RESAMPLES) ->
 def write_examples(
     path: Path, scores: PreferenceScores, answers: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """evaluation_examples.jsonl: one object a pair, keyed by its stable `id`, in dataset order.
+    """examples.jsonl: one object a pair, keyed by its stable `id`, in dataset order.
 
-    The names are those of the means, with `lengths/*`; `answers` adds an example's own fields by id (such as
-    a generated `answer` and whether it is `correct`).
+    The names are those of the means, with `lengths/*` and each pair's incentives under `dynamics/*`;
+    `answers` adds an example's own fields by id (such as a generated `answer` and whether it is `correct`).
     """
-    columns: dict[str, NDArray[Any]] = dict(preference_columns(scores))
-    columns["lengths/chosen"] = scores.chosen_lengths
-    if scores.rejected_lengths is not None:
-        columns["lengths/rejected"] = scores.rejected_lengths
+    columns: dict[str, NDArray[Any] | None] = {
+        **preference_columns(scores),
+        "dynamics/incentive_chosen": scores.chosen_incentives,
+        "dynamics/incentive_rejected": scores.rejected_incentives,
+        "lengths/chosen": scores.chosen_lengths,
+        "lengths/rejected": scores.rejected_lengths,
+    }
+    present = {name: values for name, values in columns.items() if values is not None}
     extra = answers or {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(
         path,
         (
-            {"id": identity, "index": int(scores.indices[row])}
-            | clean_row({name: values[row] for name, values in columns.items()})
+            {"id": identity, "source": scores.sources[row], "index": int(scores.indices[row])}
+            | clean_row({name: values[row] for name, values in present.items()})
             | dict(extra.get(identity, {}))
             for row, identity in enumerate(scores.example_ids)
         ),

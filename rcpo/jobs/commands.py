@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
+from rcpo.config import ConfigError, parse, save_run_config, to_container
 from rcpo.config.composition import (
     PRIMARY,
     compose_with,
@@ -22,7 +22,7 @@ from rcpo.config.composition import (
 from rcpo.config.parsing import read_tree, structure
 from rcpo.jobs.folders import job_dir, refuse_other, resolved_dir
 from rcpo.jobs.multirun import multirun
-from rcpo.launch import DONE, check, configure_log, external_ranks, launch, run_here, world_size
+from rcpo.launch import DONE, check, configure_log, external_ranks, launch, world_size
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -68,21 +68,16 @@ def evaluate(arguments: Sequence[str]) -> int:
         else:
             cfg = compose_with(hydra, name, overrides)
             config, run_dir = parse(user_part(cfg)), resolved_dir(cfg, "evaluation")
+    # nothing is trained, so the global batch need not fit this number of processes
+    config.train.batch_size = config.train.micro_batch_size * world_size(config)
     check(config, world_size(config))
     ranks = external_ranks()
     main_rank = ranks is None or ranks.rank == 0
     if main_rank:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not runs:
-            save_run_config(config, run_dir / "config.yaml")
+        (run_dir / "evaluation").mkdir(parents=True, exist_ok=True)
+        save_run_config(config, run_dir / "evaluation" / "config.yaml")
     configure_log(run_dir, file=main_rank)
-    return run_here(_evaluate, config, run_dir)
-
-
-def _evaluate(config: RunConfig, run_dir: Path) -> int:
-    from rcpo.evaluation.heldout import evaluate_run
-
-    return evaluate_run(config, run_dir)
+    return launch(config, run_dir if main_rank else None, "evaluate")
 
 
 def _shows(flags: argparse.Namespace) -> bool:

@@ -1,4 +1,7 @@
-"""`python -m rcpo.launch RUN_DIR`: trains what RUN_DIR/config.yaml says, as local ranks and sweeps do."""
+"""`python -m rcpo.launch RUN_DIR [TASK]`: what local ranks and the runs of a sweep are.
+
+It trains what RUN_DIR/config.yaml says, or evaluates what RUN_DIR/evaluation/config.yaml says.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,25 @@ from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
 from rcpo.launch.outcomes import REFUSED, report_refusal
 from rcpo.launch.ranks import external_ranks, world_size
-from rcpo.launch.run import launch
+from rcpo.launch.run import TASKS, launch
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m rcpo.launch RUN_DIR`."""
-    if len(arguments) != 1:
-        print("usage: python -m rcpo.launch RUN_DIR", file=sys.stderr)
+    """`python -m rcpo.launch RUN_DIR [TASK]`; returns the exit code."""
+    task = arguments[1] if len(arguments) > 1 else "train"
+    if len(arguments) not in (1, 2) or task not in TASKS:
+        print(f"usage: python -m rcpo.launch RUN_DIR [{'|'.join(TASKS)}]", file=sys.stderr)
         return REFUSED
     run_dir = Path(arguments[0])
     try:
-        config = load_run_config(run_dir / "config.yaml")
+        config = load_run_config(run_dir / TASKS[task][1] / "config.yaml")
         ranks = external_ranks()
         configure_log(run_dir, file=ranks is None or ranks.rank == 0)
         check(config, world_size(config))
     except ConfigError as error:
         report_refusal(error)
         return REFUSED
-    return launch(config, run_dir)
+    return launch(config, run_dir, task)
 
 
 if __name__ == "__main__":

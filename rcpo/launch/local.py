@@ -134,6 +134,6 @@ def run_process(run_dir: Path) -> tuple[int, bool]:
     return (code if code in (DONE, FAILED, REFUSED, STOPPED) else FAILED), bool(received)
 
 
-def run_command(run_dir: Path) -> list[str]:
-    """The command that trains RUN_DIR as its configuration says."""
-    return [sys.executable, "-m", "rcpo.launch", str(run_dir)]
+def run_command(run_dir: Path, task: str = "train") -> list[str]:
+    """The command that trains, or evaluates, RUN_DIR as the configuration in it says."""
+    return [sys.executable, "-m", "rcpo.launch", str(run_dir), task]

@@ -23,13 +23,14 @@ Task = Callable[[RunConfig, Path], int]
 def train(config: RunConfig, run_dir: Path) -> int:
     """The trainer with its held-out evaluation, imported when they are needed."""
     from rcpo import trainer
-    from rcpo.evaluation.heldout import evaluate, show
+    from rcpo.evaluation.heldout import evaluate_in_training
+    from rcpo.evaluation.run import show
 
     last: dict[str, Any] = {}
 
     def held_out(session: Session) -> dict[str, Any]:
         last.clear()
-        last.update(evaluate(session))
+        last.update(evaluate_in_training(session))
         return last
 
     code = trainer.train(config, run_dir, held_out)
@@ -37,15 +38,26 @@ def train(config: RunConfig, run_dir: Path) -> int:
     return code
 
 
-def launch(config: RunConfig, run_dir: Path | None) -> int:
-    """Trains and returns the exit code: 0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved.
+def evaluate(config: RunConfig, run_dir: Path) -> int:
+    """The evaluation of a finished run or a model, imported when it is needed."""
+    from rcpo.evaluation.run import evaluate_run
+
+    return evaluate_run(config, run_dir)
+
+
+# what a process does with a run's folder, and the folder in it that holds the resolved config.yaml
+TASKS: dict[str, tuple[Task, str]] = {"train": (train, "."), "evaluate": (evaluate, "evaluation")}
+
+
+def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
+    """Runs a task and returns its exit code: 0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved.
 
     `run_dir` holds the resolved config.yaml; ranks other than 0 pass None and get rank 0's.
     """
     if external_ranks() is None and config.launch.processes > 1:
         assert run_dir is not None
-        return launch_workers(config.launch.processes, run_command(run_dir))
-    return run_here(train, config, run_dir)
+        return launch_workers(config.launch.processes, run_command(run_dir, task))
+    return run_here(TASKS[task][0], config, run_dir)
 
 
 def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:

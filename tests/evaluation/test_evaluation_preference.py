@@ -23,6 +23,7 @@ def three() -> PreferenceScores:
     """Three pairs with β = 2: rewards are twice the log-ratios."""
     return PreferenceScores(
         example_ids=["a", "b", "c"],
+        sources=["x:1", "x:2", "x:9"],
         indices=np.array([0, 1, 2]),
         chosen_logps=np.array([-1.0, -2.0, -3.0]),
         rejected_logps=np.array([-2.0, -1.0, -5.0]),
@@ -31,6 +32,8 @@ def three() -> PreferenceScores:
         chosen_rewards=np.array([-1.0, 0.5, -0.5]),
         rejected_rewards=np.array([-2.0, 1.0, -1.5]),
         losses=np.array([0.25, 0.5, 0.75]),
+        chosen_incentives=np.array([0.5, 1.0, 1.5]),
+        rejected_incentives=np.array([0.25, 0.5, 2.0]),
         chosen_lengths=np.array([3, 4, 5]),
         rejected_lengths=np.array([3, 2, 9]),
     )
@@ -131,7 +134,8 @@ def part(scores: PreferenceScores, rows: list[int], filler: int = 0) -> Preferen
     kept = rows + [0] * filler
     columns = {name: np.asarray(value)[kept] for name, value in vars(scores).items()}
     columns["indices"][len(rows) :] = -1
-    return PreferenceScores(**{**columns, "example_ids": list(columns["example_ids"])})
+    texts = {name: list(columns[name]) for name in ("example_ids", "sources")}
+    return PreferenceScores(**{**columns, **texts})
 
 
 def test_gathering_gives_one_record_for_any_split_over_ranks() -> None:
@@ -165,6 +169,7 @@ def test_examples_file_is_keyed_by_id(tmp_path: Path) -> None:
     assert [line["id"] for line in lines] == ["a", "b", "c"]
     assert lines[1] == {
         "id": "b",
+        "source": "x:2",
         "index": 1,
         "loss": None,
         "nonfinite": 1,
@@ -178,6 +183,8 @@ def test_examples_file_is_keyed_by_id(tmp_path: Path) -> None:
         "logratios/chosen": 0.25,
         "logratios/rejected": 0.5,
         "winner_fell": 0.0,
+        "dynamics/incentive_chosen": 1.0,
+        "dynamics/incentive_rejected": 0.5,
         "lengths/chosen": 4,
         "lengths/rejected": 2,
         "answer": "17 – süß",

@@ -1,0 +1,115 @@
+"""`rcpo evaluate`: a run's final weights, each of its checkpoints, or a model without a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rcpo import distributed
+from rcpo.config import ConfigError, RunConfig
+from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
+from rcpo.evaluation.summary import describe, summary_table
+from rcpo.models import model_path
+from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
+from rcpo.session import Session
+from rcpo.tracking.jsonl import clean_row, write_lines
+from rcpo.weights import checkpoint_weights
+
+FINAL = "final"
+CHECKPOINTS = "checkpoints.jsonl"
+
+
+def evaluate_run(config: RunConfig, run_dir: Path) -> int:
+    """Evaluates what the configuration asks for; returns the exit code. Collective.
+
+    Raises ConfigError where the run has no final weights, or no checkpoint where those are asked for, and
+    where nothing is held out.
+    """
+    trained = (run_dir / "metrics.jsonl").exists()
+    whole = trained and (run_dir / FINAL / "config.json").is_file()
+    saved = checkpoints(run_dir) if config.eval.checkpoints == "all" else []
+    if trained and not (whole or saved):
+        raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
+    if whole:
+        take_final_weights(config, run_dir / FINAL)
+    session = Session(config, run_dir, training=False)
+    if session.datasets.evaluation is None:
+        raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")
+    session.prepare_reference(say)
+    record = None
+    if whole or not trained:
+        restore_objective(session, finished_state(run_dir))
+        record = evaluate(session, parameters_geometry=config.eval.parameters_geometry)
+        if distributed.is_main():
+            merge_record(run_dir, record, kept=MERGED)
+        show(record)
+    if saved:
+        evaluate_checkpoints(session, saved, record)
+    return 0
+
+
+def take_final_weights(config: RunConfig, final: Path) -> None:
+    """Makes a run's `final/` the policy, and what the policy was started from its reference."""
+    if config.model.init == "random" and config.reference.path is None:
+        # the fresh weights it started from are gone
+        config.reference.track = False
+    else:
+        config.reference.path = config.reference.path or model_path(config.model)
+    config.model.name, config.model.path, config.model.init = "local", str(final), "pretrained"
+
+
+def restore_objective(session: Session, state: dict[str, Any] | None) -> None:
+    """Gives the objective the running mean that it had when the weights were saved."""
+    if session.objective.state is not None and state is not None and state["objective"] is not None:
+        session.objective.state.load_state_dict(state["objective"])
+
+
+def evaluate_checkpoints(
+    session: Session, saved: list[tuple[int, Path]], final: dict[str, Any] | None
+) -> None:
+    """evaluation/checkpoints.jsonl: a record for each checkpoint and for the `final` weights, by step."""
+    run_dir = session.run_dir
+    records = []
+    for step, folder in saved:
+        session.engine.load_weights(checkpoint_weights(folder))
+        restore_objective(session, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        record = evaluate(
+            session,
+            examples=f"examples-step-{step}.jsonl",
+            parameters_geometry=session.config.eval.parameters_geometry,
+        )
+        say(f"step {step}: {describe(record)}")
+        records.append({"step": step, **record})
+    end = finished_state(run_dir)
+    if final is not None and end is not None and end["step"] not in [record["step"] for record in records]:
+        records.append({"step": end["step"], **final})
+    if distributed.is_main():
+        write_lines(run_dir / FOLDER / CHECKPOINTS, [clean_row(record) for record in records])
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint, oldest first; raises ConfigError where there is none."""
+    found = distributed.broadcast_object(checkpoint_folders(run_dir))
+    if not found:
+        raise ConfigError(
+            f"eval.checkpoints=all: {run_dir} holds no checkpoint; "
+            "train with checkpoint.every=N and checkpoint.keep above the number of them"
+        )
+    return list(reversed(found))
+
+
+def show(record: dict[str, Any]) -> None:
+    """The record as a table and one plain sentence, on the main rank's terminal."""
+    if record and distributed.is_main():
+        console = Console()
+        console.print(summary_table(record))
+        console.print(describe(record))
+
+
+def say(line: str) -> None:
+    """A line for the user, from the main rank."""
+    if distributed.is_main():
+        print(line, flush=True)

@@ -1,0 +1,120 @@
+"""`rcpo evaluate` on a real run: every checkpoint, any number of processes, a model without a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import sums_file, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from rcpo.config import ConfigError, RunConfig
+from rcpo.evaluation.run import evaluate_run, take_final_weights
+from rcpo.runfolder import checkpoint_folders
+from rcpo.weights import checkpoint_weights
+
+
+def rcpo(*arguments: str) -> None:
+    command = [sys.executable, "-m", "rcpo.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    pairs = sums_file(folder / "pairs.jsonl", 24)
+    model = tiny_llama(folder / "model")
+    data = ["data=pairs", f"data.path={pairs}", f"data.eval_path={pairs}"]
+    return ["model=local", f"model.path={model}", *data]
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four ZeRO-3 steps on two ranks, a checkpoint and an evaluation every second one."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    rcpo(
+        "train", *inputs, "objective=dpo", "objective.reduction=mean", "optim.lr=1e-2", "engine=zero3",
+        "launch.processes=2", "train.max_steps=4", "train.batch_size=8", "train.micro_batch_size=4",
+        "checkpoint.every=2", "eval.every=2", "eval.batch_size=5", f"hydra.run.dir={folder}",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_every_checkpoint_on_one_process_and_on_two(trained: Path) -> None:
+    """What the checkpoints' weights give is what the run itself measured with them in memory."""
+    (step, folder), _ = checkpoint_folders(trained)
+    final = AutoModelForCausalLM.from_pretrained(trained / "final").state_dict()
+    merged = checkpoint_weights(folder)
+    assert step == 4 and {f"model.{name}" for name in final} == set(merged)
+    assert all(torch.equal(merged[f"model.{name}"], value) for name, value in final.items())
+
+    in_training = {row["step"]: row for row in lines(trained / "metrics.jsonl") if "eval/loss" in row}
+    before = json.loads((trained / "evaluation.json").read_text())
+    records = []
+    for engine in (["engine=zero0", "launch.processes=1"], ["eval.batch_size=7"]):
+        rcpo("evaluate", f"run={trained}", "eval.checkpoints=all", *engine)
+        records.append(lines(trained / "evaluation" / "checkpoints.jsonl"))
+        assert [record["step"] for record in records[-1]] == [2, 4]
+        for record in records[-1]:
+            shared = numbers(record).keys() & numbers(in_training[record["step"]]).keys()
+            assert {"eval/winner_fell", "eval/dynamics/score_cosine"} < shared
+            expected = {name: in_training[record["step"]][name] for name in shared}
+            assert {name: record[name] for name in shared} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        after = json.loads((trained / "evaluation.json").read_text())
+        assert numbers(after) == pytest.approx(numbers(before), rel=1e-4, abs=1e-5)
+    assert abs(records[0][0]["eval/logratios/chosen"] - records[0][1]["eval/logratios/chosen"]) > 1e-2
+    examples = [lines(trained / "evaluation" / name) for name in ("examples-step-4.jsonl", "examples.jsonl")]
+    assert [row["logps/chosen"] for row in examples[0]] == pytest.approx(
+        [row["logps/chosen"] for row in examples[1]], rel=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_a_model_without_a_run(trained: Path, inputs: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    arguments = [part for part in inputs if not part.startswith("model.path")]
+    model = next(part.removeprefix("model.path=") for part in inputs if part.startswith("model.path"))
+    rcpo(
+        "evaluate", *arguments, f"model.path={trained / 'final'}", f"reference.path={model}",
+        "objective.reduction=mean", f"hydra.run.dir={folder}",
+    )  # fmt: skip
+    found = json.loads(Path(f"{folder}_evaluation", "evaluation.json").read_text())
+    own = json.loads((trained / "evaluation.json").read_text())
+    assert numbers(found) == pytest.approx(numbers(own), rel=1e-4, abs=1e-5)
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="no final/ yet"):
+        evaluate_run(RunConfig(), tmp_path)
+    config = RunConfig()
+    config.eval.checkpoints = "all"
+    with pytest.raises(ConfigError, match=r"holds no checkpoint; train with checkpoint\.every"):
+        evaluate_run(config, tmp_path)
+
+
+def test_the_reference_of_a_run_is_what_it_started_from(tmp_path: Path) -> None:
+    config = RunConfig()
+    take_final_weights(config, tmp_path / "final")
+    assert config.reference.path is not None and config.reference.path.endswith("assets/tiny")
+    assert config.model.path == str(tmp_path / "final")
+    fresh = RunConfig()
+    fresh.model.init = "random"
+    take_final_weights(fresh, tmp_path / "final")
+    assert fresh.reference.path is None and fresh.reference.track is False
