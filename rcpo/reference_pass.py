@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rcpo import distributed
+from rcpo.caching import cache_folder
 from rcpo.config import RunConfig
 from rcpo.data.store import PairDataset
 from rcpo.engine import Engine
 from rcpo.models import DTYPES, Policy, load_model, model_path
 from rcpo.reference import keys
-from rcpo.reference.cache import Cache, Say, Wanted, cache_folder
+from rcpo.reference.cache import Cache, Say, Wanted
 from rcpo.reference.entry import Sink
 from rcpo.reference.rows import Reference, Rows, StoredReference
 from rcpo.types import TokenBatch
@@ -72,7 +73,7 @@ class ReferencePass:
         if self._config.reference.mode == "model":
             score = _score(Engine(self._frozen or self._load(), self._config))
             return [score] * len(data)
-        cache = Cache(cache_folder(self._config.reference), say)
+        cache = Cache(cache_folder(self._config.reference.cache), say)
         scorer = _Scorer(engine, self._load if self._config.reference.path is not None else None)
         own = self._own_ingredients(cache)
         references: list[Reference] = []

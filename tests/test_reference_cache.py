@@ -19,10 +19,11 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from rcpo.config import ReferenceConfig
+from rcpo import caching
+from rcpo.caching import Lock, cache_folder
 from rcpo.reference import keys
-from rcpo.reference.cache import Cache, Fill, Wanted, cache_folder
-from rcpo.reference.entry import HEADER, Damaged, Lock, Sink, Stored
+from rcpo.reference.cache import Cache, Fill, Wanted
+from rcpo.reference.entry import HEADER, Damaged, Sink, Stored
 
 WORKER = str(Path(__file__).parent / "workers" / "cache_fill.py")
 INGREDIENTS = {"weights": "w", "dataset": "d"}
@@ -190,14 +191,14 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RCPO_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder(ReferenceConfig()) == tmp_path / ".cache" / "rcpo"
+    assert cache_folder(None) == tmp_path / ".cache" / "rcpo"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder(ReferenceConfig()) == tmp_path / "xdg" / "rcpo"
+    assert cache_folder(None) == tmp_path / "xdg" / "rcpo"
     monkeypatch.setenv("RCPO_CACHE", str(tmp_path / "own"))
-    assert cache_folder(ReferenceConfig()) == tmp_path / "own"
-    assert cache_folder(ReferenceConfig(cache="~/here")) == tmp_path / "here"
-    assert cache_folder(ReferenceConfig(cache="off")) is None
-    assert cache_folder(ReferenceConfig(cache="False")) is None  # how YAML reads an unquoted off
+    assert cache_folder(None) == tmp_path / "own"
+    assert cache_folder("~/here") == tmp_path / "here"
+    assert cache_folder("off") is None
+    assert cache_folder("False") is None  # how YAML reads an unquoted off
 
 
 def limit_files(megabytes: int) -> None:
@@ -325,19 +326,19 @@ def test_weights_count_and_their_remembered_hash_is_honest(tmp_path: Path) -> No
 
 
 def test_a_hash_is_remembered_for_a_file_at_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "AT_REST", -1.0)
+    monkeypatch.setattr(caching, "AT_REST", -1.0)
     file, memo = tmp_path / "file", tmp_path / "memo"
     file.write_bytes(b"abc")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert keys.file_hash(file, memo) == abc
+    assert caching.file_hash(file, memo) == abc
     (note,) = memo.iterdir()
     assert note.read_text() == abc
     note.write_text("f" * 64)
-    assert keys.file_hash(file, memo) == "f" * 64  # it was not read again
+    assert caching.file_hash(file, memo) == "f" * 64  # it was not read again
     note.write_text("short")
-    assert keys.file_hash(file, memo) == abc
+    assert caching.file_hash(file, memo) == abc
     file.write_bytes(b"abd")
-    assert keys.file_hash(file, memo) != abc
+    assert caching.file_hash(file, memo) != abc
 
 
 def test_an_adapter_and_its_base_model_count(tmp_path: Path) -> None:

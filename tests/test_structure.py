@@ -20,6 +20,7 @@ ROWS: list[list[str]] = [
     [
         "config",
         "distributed",
+        "caching",
         "attention",
         "data",
         "models",

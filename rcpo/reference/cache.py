@@ -8,7 +8,6 @@ values live in the memory of every rank, 4 bytes a response token, as much as th
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from rcpo import distributed
-from rcpo.config import ReferenceConfig
-from rcpo.reference.entry import SUFFIX, VALUES, Damaged, Lock, Sink, Stored, remove_unfinished
+from rcpo.caching import Lock
+from rcpo.reference.entry import SUFFIX, VALUES, Damaged, Sink, Stored, remove_unfinished
 from rcpo.reference.keys import entry_key
 
 Say = Callable[[str], None]
@@ -28,18 +27,6 @@ Values = tuple[np.ndarray, Callable[[], None]]
 """Log-probs (T,), and a check that they still are what they were."""
 
 PATIENCE = 5.0  # seconds between two looks at a lock: well within the collective operations' timeout
-
-
-def cache_folder(config: ReferenceConfig) -> Path | None:
-    """The cache's folder by `reference.cache`; None where nothing is to be kept."""
-    if not config.keeps:
-        return None
-    if config.cache is not None:
-        return Path(config.cache).expanduser()
-    if own := os.environ.get("RCPO_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "rcpo"
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,15 @@ and on the disk; an incomplete one has another name and is removed by the next p
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rcpo.caching import new_file, sync_folder, write_all
 
 HEADER = 4096
 SUFFIX = ".logps"
@@ -75,7 +73,7 @@ class Sink:
             self._memory = np.zeros(total, VALUES)
             return
         try:
-            self._temporary, self._descriptor = _new_file(path)
+            self._temporary, self._descriptor = new_file(path)
         except OSError as error:
             self._to_memory(error)
 
@@ -85,7 +83,7 @@ class Sink:
         if self._memory is None:
             try:
                 content = values.astype(VALUES).tobytes()
-                _write_all(self._descriptor, content, HEADER + place * VALUES.itemsize)
+                write_all(self._descriptor, content, HEADER + place * VALUES.itemsize)
                 return
             except OSError as error:
                 self._to_memory(error)
@@ -105,12 +103,12 @@ class Sink:
         assert self._path is not None and self._temporary is not None
         os.ftruncate(self._descriptor, HEADER + self.total * VALUES.itemsize)
         digest = _values_hash(self._descriptor)
-        _write_all(self._descriptor, _header(key, self.total, digest, ingredients), 0)
+        write_all(self._descriptor, _header(key, self.total, digest, ingredients), 0)
         os.fchmod(self._descriptor, os.fstat(self._descriptor).st_mode & 0o444)
         os.fsync(self._descriptor)
         os.replace(self._temporary, self._path)
         self._temporary = None
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
 
     def _to_memory(self, error: OSError) -> None:
         """Goes on in memory, with what was written so far."""
@@ -133,73 +131,10 @@ class Sink:
             self._temporary = None
 
 
-class Lock:
-    """A lock between processes by key, which ends with its holder; its file stays.
-
-    Where the file system knows no locks every process gets it: then the same values are computed twice.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        with contextlib.suppress(OSError):  # a read-only folder: nothing is written there either
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self.exclusive = False
-
-    def acquire(self) -> bool:
-        """Whether the holder is now this process; does not wait. `exclusive`: nobody else is it."""
-        if self._descriptor < 0:
-            return True
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR)
-        self.exclusive = True
-        return True
-
-    def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
 def remove_unfinished(path: Path) -> None:
     """Removes what killed processes left of this entry; only for the exclusive holder of its lock."""
     for left in path.parent.glob(f".{path.stem}.*.tmp"):
         left.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A small file, whole or not at all; raises OSError."""
-    temporary, descriptor = _new_file(path)
-    try:
-        _write_all(descriptor, content, 0)
-        os.fsync(descriptor)
-        os.replace(temporary, path)
-    finally:
-        os.close(descriptor)
-        temporary.unlink(missing_ok=True)
-
-
-def _new_file(path: Path) -> tuple[Path, int]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.stem}.{uuid.uuid4().hex}.tmp"
-    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-
-def _write_all(descriptor: int, content: bytes, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _values_hash(descriptor: int) -> str:

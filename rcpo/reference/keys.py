@@ -1,17 +1,13 @@
 """What cached log-probs depend on, each as a hash of its contents, so that no stale entry is ever taken.
 
-A model folder is hashed file by file. Hashing 16 GB takes half a minute, so a file's hash is remembered by
-path, inode, size and both times of change; it is remembered only where the file was at rest for a while, for
-a change within the clock's grain would not show in them (the "racy" files of git's index).
+A model folder is hashed file by file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rcpo.reference.entry import write_atomically
+from rcpo.caching import file_hash
 
 FORMAT = 1  # raise where rcpo computes other numbers from the same ingredients
 WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.index.json", "adapter_config.json")
@@ -27,8 +23,6 @@ TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "chat_template*",
 )  # fmt: skip
-AT_REST = 2.0  # seconds; the coarsest clock of a common file system (FAT) counts in these
-_BLOCK = 1 << 20
 
 
 def entry_key(ingredients: dict[str, str]) -> str:
@@ -68,36 +62,6 @@ def parameters_hash(model: nn.Module) -> str:
 def positions_hash(positions: np.ndarray | None) -> str:
     """Of the examples that are scored; `all` where none is left out."""
     return "all" if positions is None else hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()
-
-
-def file_hash(path: Path, memo: Path | None) -> str:
-    """SHA-256 of a file's contents, computed or remembered."""
-    before = _state(path)
-    note = None if memo is None else memo / hashlib.sha256(before.encode()).hexdigest()
-    if note is not None:
-        with contextlib.suppress(OSError):  # nothing is remembered
-            remembered = note.read_text(encoding="ascii", errors="replace")
-            if len(remembered) == 2 * hashlib.sha256().digest_size:
-                return remembered
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if note is not None and _state(path) == before and _at_rest(path):
-        with contextlib.suppress(OSError):  # a full disk: it is hashed again next time
-            write_atomically(note, digest.hexdigest().encode())
-    return digest.hexdigest()
-
-
-def _state(path: Path) -> str:
-    status = path.stat()
-    times = status.st_mtime_ns, status.st_ctime_ns
-    return json.dumps([str(path.resolve()), status.st_ino, status.st_size, *times])
-
-
-def _at_rest(path: Path) -> bool:
-    status = path.stat()
-    return time.time() - max(status.st_mtime, status.st_ctime) > AT_REST
 
 
 def _files_hash(files: Iterable[Path], memo: Path | None) -> str:
