@@ -74,6 +74,11 @@ class Session:
         track = self.config.reference.track
         return self.config.data.name == "sums" if track is None else track
 
+    @property
+    def scores_any_tokens(self) -> bool:
+        """Whether the reference is a model at hand, which can score what was not in the data."""
+        return self.config.reference.mode == "model" and self.heldout.reference is not None
+
     def prepare_reference(self, say: Say = log.info) -> None:
         """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero.
 

@@ -181,15 +181,20 @@ class LaunchConfig:
 class EvalConfig:
     """Held-out evaluation: `every` N steps (0: only at the end), None examples: all of them.
 
-    `checkpoints` final or all, `parameters_geometry` the dynamics by the true gradient too: both of
-    `rcpo evaluate`.
+    `max_new_tokens` None is the longest chosen response's. `scorer` says how an answer is checked: number,
+    text, pattern (`answer_pattern`), None as the data's own task does. `kl_examples` prompts are answered for
+    the KL to a reference that is held as a model. `checkpoints` final or all, `parameters_geometry` the
+    dynamics by the true gradient too: both of `rcpo evaluate`.
     """
 
     every: int = 0
     batch_size: int = 64
     max_examples: int | None = None
     generate_examples: int | None = 256
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
+    scorer: str | None = None
+    answer_pattern: str | None = None
+    kl_examples: int = 128
     checkpoints: str = "final"
     parameters_geometry: bool = False
 

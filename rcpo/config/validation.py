@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ CHOICES = {
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
     "data.layout": ("auto", "shared", "separate"),
+    "eval.scorer": ("number", "text", "pattern"),
     "eval.checkpoints": ("final", "all"),
     "wandb.mode": ("online", "offline", "disabled"),
 }
@@ -61,6 +63,7 @@ RANGES = {
     "eval.max_examples": (1, math.inf, True, False),
     "eval.generate_examples": (0, math.inf, True, False),
     "eval.max_new_tokens": (1, math.inf, True, False),
+    "eval.kl_examples": (0, math.inf, True, False),
     "checkpoint.every": (0, math.inf, True, False),
     "checkpoint.keep": (1, math.inf, True, False),
 }
@@ -127,6 +130,7 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
     config.train.accumulation(world_size=1)
     _check_combinations(config)
+    _check_scorer(config)
     _check_files(config)
 
 
@@ -198,6 +202,19 @@ def _check_combinations(config: RunConfig) -> None:
             f"data.max_prompt_length={limits[0]} leaves no token for a response "
             f"within data.max_length={limits[1]}"
         )
+
+
+def _check_scorer(config: RunConfig) -> None:
+    scorer, pattern = config.eval.scorer, config.eval.answer_pattern
+    if (scorer == "pattern") != (pattern is not None):
+        raise ConfigError(
+            f"eval.scorer={scorer} and eval.answer_pattern={pattern}: eval.scorer=pattern goes with a "
+            "regular expression, whose first group is the answer"
+        )
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ConfigError(f"eval.answer_pattern={pattern} is no regular expression: {error}") from error
 
 
 def _check_files(config: RunConfig) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from rcpo import distributed
 from rcpo.data.store import PairDataset
-from rcpo.data.tokenise import PairTokeniser
-from rcpo.evaluation.generation import exact_match, generate_greedy
+from rcpo.evaluation.answers import answer, decoding_of, text_of
+from rcpo.evaluation.divergence import distinct_prompts, kl_columns
 from rcpo.evaluation.geometry import HeldOutDynamics
 from rcpo.evaluation.identity import example_id
 from rcpo.evaluation.lengths import PREFIX, by_length
@@ -23,6 +23,7 @@ from rcpo.evaluation.preference import (
     preference_metrics,
     write_examples,
 )
+from rcpo.evaluation.scorers import scorer_of
 from rcpo.objectives import Objective
 from rcpo.scoring import Scored
 from rcpo.session import Session
@@ -49,10 +50,13 @@ def evaluate(
     scores = score_preferences(session, dataset, dynamics)
     seed = session.config.seed
     record: dict[str, Any] = preference_metrics(scores, seed)
-    answers = answer_prompts(session)
+    answers = answer_prompts(session, dataset)
     if answers:
         correct = np.array([answer["correct"] for answer in answers.values()], dtype=np.float64)
         record |= means_with_intervals({"exact_match": correct}, seed)
+    if session.config.eval.kl_examples and session.scores_any_tokens:
+        columns = kl_columns(session, dataset, session.config.eval.kl_examples)
+        record |= means_with_intervals(columns, seed)
     record |= dynamics.metrics() | by_length(scores)
     if distributed.is_main():
         by_id = _answers_by_id(session, dataset, answers)
@@ -130,37 +134,25 @@ def _lengths(lengths: torch.Tensor | None) -> Any:
     return None if lengths is None else lengths.cpu().numpy()
 
 
-def answer_prompts(session: Session) -> dict[str, dict[str, Any]]:
-    """Greedy `answer`s to held-out prompts and whether each is `correct`; empty where that cannot be checked.
+def answer_prompts(session: Session, dataset: PairDataset) -> dict[str, dict[str, Any]]:
+    """Greedy `answer`s to held-out prompts and whether each is `correct`, by prompt, in the prompts' order.
 
-    In the prompts' order, whatever the number of ranks.
+    Empty where nothing can tell right from wrong. An answer is compared with its prompt's first chosen one.
     """
-    datasets, config = session.datasets, session.config
-    if datasets.checker is None or config.eval.generate_examples == 0:
+    config = session.config.eval
+    scorer = scorer_of(config, session.datasets.checker)
+    if scorer is None or config.generate_examples == 0:
         return {}
-    prompts = datasets.prompts[: config.eval.generate_examples]
-    own = prompts[distributed.rank() :: distributed.world_size()]
-    tokenizer = session.tokenizer
-    assert isinstance(tokenizer.eos_token_id, int) and isinstance(tokenizer.pad_token_id, int)
-    answers = generate_greedy(
-        session.engine.policy.model,
-        PairTokeniser(tokenizer).prompts(own),
-        max_new_tokens=config.eval.max_new_tokens,
-        stop_ids=[tokenizer.eos_token_id],
-        pad_id=tokenizer.pad_token_id,
-        batch_size=config.eval.batch_size,
-        synced_gpus=config.engine.stage == 3,
+    chosen = {tuple(example.prompt): example.chosen for example in reversed(dataset)}
+    prompts = distinct_prompts(dataset, config.generate_examples)
+    answers = answer(session, prompts, decoding_of(session, dataset), [None] * len(prompts))
+    texts = zip(
+        text_of(session, prompts),
+        text_of(session, [chosen[tuple(prompt)] for prompt in prompts]),
+        text_of(session, [found.tokens for found in answers]),
+        strict=True,
     )
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    correct = exact_match(own, texts, datasets.checker)
-    found = {
-        prompt: {"answer": text, "correct": bool(right)}
-        for prompt, text, right in zip(own, texts, correct, strict=True)
-    }
-    everyone = {
-        prompt: answer for part in distributed.gather_objects(found) for prompt, answer in part.items()
-    }
-    return {prompt: everyone[prompt] for prompt in prompts}
+    return {prompt: {"answer": text, "correct": scorer(prompt, right, text)} for prompt, right, text in texts}
 
 
 def _answers_by_id(
@@ -169,7 +161,7 @@ def _answers_by_id(
     """Answers by example id: an example's answer is its prompt's."""
     if not answers:
         return {}
-    prompts = session.tokenizer.batch_decode([item.prompt for item in dataset], skip_special_tokens=True)
+    prompts = text_of(session, [item.prompt for item in dataset])
     return {
         example_id(item): answers[prompt]
         for item, prompt in zip(dataset, prompts, strict=True)

@@ -35,6 +35,8 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
         raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
     if whole:
         take_final_weights(config, run_dir / FINAL)
+    if config.eval.kl_examples:
+        config.reference.mode = "model"  # it has to score what the policy says, which no cache holds
     session = Session(config, run_dir, training=False)
     if session.datasets.evaluation is None:
         raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")

@@ -17,6 +17,7 @@ ROWS = (
     ("winner's mean log-ratio", "logratios/chosen", "nats"),
     ("loser's mean log-ratio", "logratios/rejected", "nats"),
     ("pairs whose winner fell", "winner_fell", "percent"),
+    ("KL to the reference, an answer", "kl", "nats"),
     ("winner's mean log-prob", "logps/chosen", "nats"),
     ("loser's mean log-prob", "logps/rejected", "nats"),
     ("reward margin", "rewards/margins", "nats"),

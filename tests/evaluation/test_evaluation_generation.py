@@ -13,7 +13,15 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rcpo.evaluation.generation import exact_match, generate_greedy, left_pad, until_stop
+from rcpo.evaluation.generation import (
+    Answer,
+    Decoding,
+    SeededDraws,
+    generate,
+    left_pad,
+    repetition,
+    until_stop,
+)
 
 PAD, LENGTH = 3, 8  # the padding token occurs in prompts too
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 2, 6, 11, 13], [12, 3], [1, 2, 3, 4], [9], [10, 2, 10, 2]]
@@ -53,9 +61,8 @@ def by_hand(model: Any, prompt: list[int], stop_ids: tuple[int, ...] = ()) -> li
 
 
 def greedy(model: Any, batch_size: int, stop_ids: tuple[int, ...] = ()) -> list[list[int]]:
-    return generate_greedy(
-        model, PROMPTS, max_new_tokens=LENGTH, stop_ids=stop_ids, pad_id=PAD, batch_size=batch_size
-    )
+    decoding = Decoding(LENGTH, stop_ids, PAD)
+    return [answer.tokens for answer in generate(model, PROMPTS, decoding, batch_size=batch_size)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
@@ -104,15 +111,15 @@ def test_dropout_is_off_inside_and_modes_come_back() -> None:
 def test_modes_come_back_after_an_error(model: Any) -> None:
     model.train()
     with pytest.raises(IndexError):
-        generate_greedy(model, [[10_000]], max_new_tokens=2, stop_ids=[], pad_id=PAD, batch_size=1)
+        generate(model, [[10_000]], Decoding(2, (), PAD), batch_size=1)
     assert model.training
     model.eval()
 
 
 def test_an_empty_prompt_is_refused_and_none_is_no_work(model: Any) -> None:
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
-        generate_greedy(model, [[3], []], max_new_tokens=2, stop_ids=[], pad_id=PAD, batch_size=1)
-    assert generate_greedy(model, [], max_new_tokens=2, stop_ids=[], pad_id=PAD, batch_size=1) == []
+        generate(model, [[3], []], Decoding(2, (), PAD), batch_size=1)
+    assert generate(model, [], Decoding(2, (), PAD), batch_size=1) == []
 
 
 def test_padding_is_on_the_left() -> None:
@@ -121,13 +128,54 @@ def test_padding_is_on_the_left() -> None:
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_text_helpers() -> None:
-    assert until_stop([4, 5, 2, 6], [2, 3]) == [4, 5]
-    assert until_stop([4, 5], []) == [4, 5]
-    assert exact_match(["1+1=", "2+2="], ["2", "5"], lambda p, t: t == "2" and p == "1+1=").tolist() == [
-        True,
-        False,
+def test_an_answer_knows_how_it_ended() -> None:
+    stopped, cut = until_stop([4, 5, 2, 6], [2, 3]), until_stop([4, 5], [])
+    assert stopped == Answer([4, 5], 2) and stopped.whole == [4, 5, 2]
+    assert cut == Answer([4, 5], None) and cut.whole == [4, 5]
+
+
+def test_repetition_counts_what_was_said_before() -> None:
+    assert repetition([1, 2, 3]) is None
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    # 1212 2121 1212 2121 1212: two kinds among five
+    assert repetition([1, 2, 1, 2, 1, 2, 1, 2]) == pytest.approx(1 - 2 / 5)
+
+
+def test_draws_follow_the_models_distribution(model: Any) -> None:
+    """2,000 seeds for one prompt's next token; temperature 2 and the exact softmax of the logits / 2."""
+    prompt, count = PROMPTS[2], 2000
+    decoding = Decoding(1, (), PAD, temperature=2.0)
+    answers = generate(model, [prompt] * count, decoding, batch_size=count, seeds=list(range(count)))
+    drawn = torch.bincount(torch.tensor([answer.tokens[0] for answer in answers]), minlength=19) / count
+    with torch.no_grad():
+        exact = torch.softmax(model(torch.tensor([prompt])).logits[0, -1] / 2.0, -1)
+    assert exact.max() < 0.9, "there has to be something to draw"
+    error = (exact * (1 - exact) / count).sqrt()
+    assert ((drawn - exact).abs() < 4.5 * error + 1e-3).all()
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    scores = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    for top_p, kept in ((0.4, {1}), (0.5, {1}), (0.51, {1, 3}), (0.8, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = {int(SeededDraws([seed], 1.0, top_p)(None, scores.clone()).argmax()) for seed in range(200)}
+        assert drawn == kept
+
+
+def test_a_seeded_answer_does_not_depend_on_its_company(model: Any) -> None:
+    """Alone, in any batch, beside greedy rows: the same draws; greedy rows stay greedy."""
+    seeds = [11, None, 13, None, 15, 16, 17]
+    decoding = Decoding(LENGTH, (), PAD)
+    together = generate(model, PROMPTS, decoding, batch_size=7, seeds=seeds)
+    apart = generate(model, PROMPTS, decoding, batch_size=2, seeds=seeds)
+    alone = [
+        generate(model, [prompt], decoding, batch_size=1, seeds=[seed])[0]
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
     ]
+    assert together == apart == alone
+    for number in (1, 3):
+        assert together[number].tokens == by_hand(model, PROMPTS[number])
+    other = generate(model, PROMPTS, decoding, batch_size=7, seeds=[seed and seed + 1 for seed in seeds])
+    assert sum(a != b for a, b in zip(together, other, strict=True)) >= 3
 
 
 WORKER = """
@@ -136,7 +184,7 @@ from datetime import timedelta
 import torch.distributed as dist
 sys.path[:0] = [sys.argv[1]]
 from test_evaluation_generation import PROMPTS, PAD, LENGTH, tiny_llama
-from rcpo.evaluation.generation import generate_greedy
+from rcpo.evaluation.generation import Decoding, generate
 rank, stops, folder = int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
                         timeout=timedelta(seconds=60))
@@ -144,9 +192,9 @@ passes = []
 model = tiny_llama().eval()
 model.register_forward_pre_hook(lambda *_: passes.append(dist.all_reduce(__import__("torch").ones(1))))
 mine = PROMPTS[:6] if rank == 0 else PROMPTS[6:]
-answers = generate_greedy(model, mine, max_new_tokens=LENGTH, stop_ids=stops, pad_id=PAD, batch_size=2,
-                          synced_gpus=True)
-json.dump({"answers": answers, "passes": len(passes)}, open(f"{folder}/{rank}.json", "w"))
+answers = generate(model, mine, Decoding(LENGTH, tuple(stops), PAD), batch_size=2, synced_gpus=True)
+result = {"answers": [answer.tokens for answer in answers], "passes": len(passes)}
+json.dump(result, open(f"{folder}/{rank}.json", "w"))
 dist.destroy_process_group()
 """
 

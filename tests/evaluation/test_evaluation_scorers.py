@@ -1,0 +1,54 @@
+"""Checking answers: numbers as GSM8K writes them, patterns, plain text, the task's own check."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from rcpo.config import EvalConfig
+from rcpo.data.sums import answer_is_correct
+from rcpo.evaluation.scorers import last_number, same_text, scorer_of
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 3 + 4 = 7 apples.\n#### 7", "7"),
+        ("#### 1,234", "1234"),
+        ("so it costs $1,234.50.", "1234.50"),
+        ("It is 5 - wait, 12 #### 9 and then 100", "9"),
+        ("between 2 and -3", "-3"),
+        ("0.50", "0.5"),
+        ("half, .25", "0.25"),
+        ("7.", "7"),
+        ("10,20", "20"),
+        ("12%", "12"),
+    ],
+)
+def test_the_last_number_of_a_text(text: str, number: str) -> None:
+    assert last_number(text) == Decimal(number)
+
+
+def test_numbers_are_compared_by_value() -> None:
+    scorer = scorer_of(EvalConfig(scorer="number"), None)
+    assert scorer is not None
+    assert scorer("", "work\n#### 72", "The answer is $72.00")
+    assert not scorer("", "work\n#### 72", "The answer is 7 2 1")
+    assert not scorer("", "none", "none") and last_number("none") is None
+
+
+def test_a_pattern_picks_the_answer() -> None:
+    scorer = scorer_of(EvalConfig(scorer="pattern", answer_pattern=r"answer is \(?([A-D])"), None)
+    assert scorer is not None
+    assert scorer("", "The answer is (B).", "I first thought the answer is A, but the answer is B")
+    assert not scorer("", "The answer is (B).", "B")
+
+
+def test_text_and_the_tasks_own_check() -> None:
+    assert same_text("", "a  b\n", "a b") and not same_text("", "ab", "a b")
+    own = scorer_of(EvalConfig(), answer_is_correct)
+    assert own is not None and own("12+34=", "wrong 1", "it is 46")
+    assert scorer_of(EvalConfig(), None) is None
+    other = scorer_of(EvalConfig(scorer="number"), answer_is_correct)
+    assert other is not None and other("12+34=", "it is 47", "47")
