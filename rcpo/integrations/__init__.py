@@ -1,0 +1,1 @@
+"""Reward calibration inside other people's trainers."""

@@ -1,0 +1,139 @@
+"""Calibration of a trainer that is not rcpo's: steer its log-probs, read off its incentives and its head.
+
+The loss stays the trainer's own. Its log-probs pass through `steer`, which leaves their values and scales
+their gradients; the gradient of the finished loss by that same tensor gives the incentives of any loss.
+
+Axes: S sequences, T positions, N response tokens, D hidden, V vocabulary, k sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rcpo.geometry import HeadShape, Sketch, outer_scores
+from rcpo.logps import token_logps
+
+
+@dataclass
+class Factor:
+    """α of one micro-batch. It may still change until the backward pass begins."""
+
+    alpha: float = 1.0
+
+
+class _Steered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, winners: Tensor, factor: Factor) -> Tensor:
+        ctx.winners, ctx.factor = winners, factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        alpha = ctx.factor.alpha
+        scale = torch.where(ctx.winners, alpha, 1 / alpha).to(gradient.dtype)
+        return gradient * scale.view(-1, *[1] * (gradient.dim() - 1)), None, None
+
+
+def steer(values: Tensor, winners: Tensor, factor: Factor) -> Tensor:
+    """`values` (S, …) as they are; gradients × α where `winners` (S,) is true, ÷ α elsewhere."""
+    return _Steered.apply(values, winners, factor)
+
+
+@dataclass
+class Seen:
+    """What a forward pass with gradients showed: hidden states (S, T, D) and the steered log-probs."""
+
+    hidden: Tensor | None = None
+    steered: Tensor | None = None
+
+
+@contextmanager
+def last_hidden_states(backbone: nn.Module, seen: Seen) -> Iterator[None]:
+    """Keeps the last hidden states of `backbone`'s forward passes with gradients, detached.
+
+    Passes without gradients are a reference's. Raises ValueError for a second one with gradients.
+    """
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if seen.hidden is not None:
+            raise ValueError(
+                "reward calibration expects one forward pass of the policy a micro-batch, not two"
+            )
+        seen.hidden = output.last_hidden_state.detach()
+
+    handle = backbone.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses of a micro-batch, aligned with the hidden states that predict them.
+
+    `labels` (S, T) are the tokens to predict, `mask` (S, T) is true at response tokens, `weights` (S, T) are
+    each token's part in z, `winners` (S,) tells chosen from rejected.
+    """
+
+    labels: Tensor
+    mask: Tensor
+    weights: Tensor
+    winners: Tensor
+
+    def incentives(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """d_w and d_l of each response from ∂L/∂(token log-prob) (S, T), L a mean over pairs.
+
+        ∂L/∂z is what reproduces the token gradients best: exactly where they are z's weights times a number,
+        as for every loss that is a function of z.
+        """
+        weights = self.weights.double() * self.mask
+        by_z = (gradients.double() * weights).sum(1) / weights.square().sum(1).clamp(min=1e-30)
+        return self.by_side(by_z)
+
+    def by_side(self, by_z: Tensor) -> tuple[Tensor, Tensor]:
+        """d_w = −∂L/∂z_w and d_l = +∂L/∂z_l of each pair's own loss, from the batch mean's ∂L/∂z (S,)."""
+        pairs = len(self.winners) / 2
+        return -pairs * by_z[self.winners], pairs * by_z[~self.winners]
+
+
+def head_scores_of(
+    responses: Responses,
+    hidden: Tensor,
+    head: nn.Module,
+    shape: HeadShape,
+    sketch: Sketch,
+    gathered: AbstractContextManager[Any],
+) -> tuple[Tensor, Tensor]:
+    """Summed scores of both sides by the head's weight, (2, k, D), and all response log-probs (S, T).
+
+    `hidden` (S, T, D) predicts `responses.labels`. Inside `gathered` the head's parameters are whole; sharded
+    tensors are gathered here. The logits of response tokens are made once more, a chunk at a time.
+    """
+    sides, logps = [], hidden.new_zeros(responses.mask.shape, dtype=torch.float32)
+    with torch.no_grad(), gathered:
+        weight, bias = whole(head.weight), whole(head.bias)
+        for side in (responses.winners, ~responses.winners):
+            pick = responses.mask & side[:, None]
+            states = hidden[pick]
+            own, scores = token_logps(
+                states, weight, responses.labels[pick], bias=bias, shape=shape, sketch=sketch
+            )
+            assert scores is not None
+            logps[pick] = own.float()
+            sides.append(outer_scores(states, scores, responses.weights[pick]))
+    return torch.stack(sides), logps
+
+
+def whole(parameter: Any) -> Any:
+    """The full tensor of a parameter that FSDP2 may have sharded."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
