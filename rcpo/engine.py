@@ -15,16 +15,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rcpo import distributed
 from rcpo.config import ConfigError, EngineConfig, RunConfig
 from rcpo.geometry import Sketch
-from rcpo.models import Policy, policy_inputs
+from rcpo.models import Policy, load_model, policy_inputs
 from rcpo.types import TokenBatch
 
 if not torch.cuda.is_available():
@@ -98,6 +101,21 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optim
     return lambda optimizer: get_scheduler(name, optimizer, warmup, total_steps)
 
 
+def read_model(folder: Path, config: RunConfig, init: str) -> PreTrainedModel:
+    """`load_model` for this engine: under ZeRO-3 each layer is split over the ranks as it is read.
+
+    No rank then holds the whole model, and all of them call together. Fresh weights are made whole on each.
+    """
+    if config.engine.stage != 3 or init == "random":
+        return load_model(folder, config, init=init)
+    alive = HfDeepSpeedConfig(deepspeed_config(config, training=False))  # transformers refers to it weakly
+    try:
+        return load_model(folder, config, init=init)
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
 class Engine:
     """A policy under DeepSpeed: trains if it is given `total_steps`, else only scores."""
 
@@ -119,6 +137,7 @@ class Engine:
                 config=deepspeed_config(config, training=training),
                 dist_init_required=False,
             )
+        policy.examine_head()
         self._files = ShardFiles()
         self._engine.checkpoint_engine = self._files
         # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full

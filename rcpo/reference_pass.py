@@ -7,7 +7,6 @@ freed after.
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,13 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from rcpo import distributed
+from rcpo import distributed, hub
 from rcpo.caching import cache_folder
 from rcpo.config import RunConfig
 from rcpo.data.store import PairDataset
-from rcpo.engine import Engine
-from rcpo.models import DTYPES, Policy, load_model, model_path
+from rcpo.engine import Engine, read_model
+from rcpo.models import Policy, model_folder
 from rcpo.reference import keys
 from rcpo.reference.cache import Cache, Say, Wanted
 from rcpo.reference.entry import Sink
@@ -52,16 +50,20 @@ class ScoredData:
 
 
 class ReferencePass:
-    """Made before the policy goes under its engine, which may take the weights apart."""
+    """Made before the policy goes under its engine, which may take the weights apart.
 
-    def __init__(self, config: RunConfig, policy: Policy) -> None:
+    `folder` is that of the model which is the reference, None where it is the policy, before its first step.
+    """
+
+    def __init__(self, config: RunConfig, policy: Policy, final: Path | None = None) -> None:
         self._config = config
-        reference = config.reference
-        own = reference.path is None
-        precompute = reference.mode == "precompute"
-        self._frozen = _frozen(copy.deepcopy(policy.model)) if own and not precompute else None
-        random = own and precompute and config.model.init == "random"
-        self._random = keys.parameters_hash(policy.model) if random and distributed.is_main() else None
+        self._init = config.model.init if config.reference.path is None else "pretrained"
+        self._start = model_folder(config.model)
+        self.folder: Path | None = None
+        if config.reference.path is not None:
+            self.folder = hub.folder("reference.path", config.reference.path)
+        elif final is not None or config.reference.mode == "model":
+            self.folder = self._start
         self._attention = str(policy.model.config._attn_implementation)
 
     def prepare(self, engine: Engine, data: list[ScoredData], say: Say) -> list[Reference]:
@@ -71,10 +73,10 @@ class ReferencePass:
         this, so the reference is never the trained policy, cached or not.
         """
         if self._config.reference.mode == "model":
-            score = _score(Engine(self._frozen or self._load(), self._config))
+            score = _score(Engine(self._load(), self._config))
             return [score] * len(data)
         cache = Cache(cache_folder(self._config.reference.cache), say)
-        scorer = _Scorer(engine, self._load if self._config.reference.path is not None else None)
+        scorer = _Scorer(engine, None if self.folder is None else self._load)
         own = self._own_ingredients(cache)
         references: list[Reference] = []
         for part in data:
@@ -92,21 +94,25 @@ class ReferencePass:
         return references
 
     def _load(self) -> Policy:
-        path = self._config.reference.path
-        assert path is not None
-        return _frozen(load_model(path, DTYPES[self._config.train.dtype]))
+        assert self.folder is not None
+        model = read_model(self.folder, self._config, self._init)
+        model.requires_grad_(False)
+        return Policy(model)
 
     def _own_ingredients(self, cache: Cache) -> dict[str, str]:
         """What the log-probs depend on besides the data; hashed by rank 0."""
         if not distributed.is_main():
             return distributed.broadcast_object(None)
         config = self._config
-        policy_folder = Path(model_path(config.model))
-        folder = Path(config.reference.path or policy_folder)
+        folder, fresh = self.folder or self._start, self._init == "random"
         ingredients = {
             "format": str(keys.FORMAT),
-            "weights": self._random or keys.weights_hash(folder, cache.memo),
-            "tokenizer": keys.tokenizer_hash(policy_folder, cache.memo),
+            "weights": (
+                keys.fresh_hash(folder, config.seed, cache.memo)
+                if fresh
+                else keys.weights_hash(folder, cache.memo)
+            ),
+            "tokenizer": keys.tokenizer_hash(self._start, cache.memo),
             "dtype": config.train.dtype,
             # these decide which kernels run, and so the last digits
             "attention": self._attention,
@@ -186,11 +192,6 @@ def check_start(engine: Engine, reference: Reference, batch: TokenBatch) -> None
             f"policy and reference are the same weights, yet their log-probs differ by {total / count:.2g} "
             f"a token, by {worst:.2g} at most (< 1e-5 and < 1e-3 expected): dropout, masks or dtype differ"
         )
-
-
-def _frozen(model: PreTrainedModel) -> Policy:
-    model.requires_grad_(False)
-    return Policy(model)
 
 
 def _score(engine: Engine) -> Reference:

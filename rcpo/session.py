@@ -20,15 +20,8 @@ from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.store import PairDataset
 from rcpo.dynamics import check_geometry
-from rcpo.engine import Engine
-from rcpo.models import (
-    DTYPES,
-    Policy,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_path,
-)
+from rcpo.engine import Engine, read_model
+from rcpo.models import Policy, load_config, load_tokenizer, model_folder
 from rcpo.objectives import Objective, get_objective
 from rcpo.reference.cache import Say
 from rcpo.reference_pass import ReferencePass, ScoredData, check_start
@@ -39,32 +32,39 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """A configuration, loaded. With `training` False there is no optimizer and nothing can be learned."""
+    """A configuration, loaded. With `training` False there is no optimizer and nothing can be learned.
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, training: bool) -> None:
+    `final` is the folder of the run's trained weights, for its evaluation: the policy is then what is there,
+    and the reference, where the configuration names no other, the policy that training started from.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, *, training: bool, final: Path | None = None
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self._training = training
         self.objective = build_objective(config)
         distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
-        path = model_path(config.model)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
+        folder = final or model_folder(config.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         config.train.accumulation(distributed.world_size())
-        policy = Policy(load_model(path, DTYPES[config.train.dtype], config.model.init))
-        if training:
-            check_geometry(config, self.objective, policy)
+        policy = Policy(read_model(folder, config, "pretrained" if final else config.model.init))
         if config.train.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         wanted = self.objective.needs_reference or self.tracks_reference
-        self._reference = ReferencePass(config, policy) if wanted else None
-        other = config.reference.path if wanted else None
-        scoring = [policy.model.config, *([] if other is None else [load_config(other)])]
+        self._reference = ReferencePass(config, policy, final) if wanted else None
+        scoring = [policy.model.config]
+        if self._reference is not None and self._reference.folder is not None:
+            scoring.append(load_config(self._reference.folder, config.model))
         self.layout = choose_layout(config.data.layout, scoring)
         log.info("layout of the rows: %s", self.layout)
         self.engine = Engine(policy, config, self.total_steps if training else None)
+        if training:
+            check_geometry(config, self.objective, policy)
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
 

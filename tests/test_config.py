@@ -257,9 +257,11 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["data=pairs"], ["data.path has no value", "data.path=VALUE"]),
         (["model=local"], ["model.path has no value"]),
         (["data=pairs", "data.path=nowhere.jsonl"], ["data.path=nowhere.jsonl does not exist"]),
-        (["model=local", "model.path=nowhere"], ["model.path=nowhere is not a folder"]),
+        (["model=local", "model.path=./nowhere"], ["model.path=./nowhere is not a folder"]),
+        (["model=local", "model.path=a/b/c"], ["model.path=a/b/c", "name on the hub (owner/name)"]),
+        (["model=tiny", "model.name=mine"], ["model=mine needs model.path"]),
         (["model=local", "model.path=."], ["model.path=. holds no config.json"]),
-        (["reference.path=nowhere"], ["reference.path=nowhere"]),
+        (["reference.path=/nowhere"], ["reference.path=/nowhere"]),
         (["resume=nowhere"], ["resume=nowhere", "auto"]),
     ],
 )

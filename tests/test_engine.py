@@ -11,14 +11,14 @@ from tiny import tiny_llama
 
 PROGRAM = """
 import sys
+from pathlib import Path
 from rcpo import distributed
 from rcpo.config import RunConfig
 from rcpo.engine import Engine
 from rcpo.models import Policy, load_model
-import torch
 
 distributed.initialize()
-Engine(Policy(load_model(sys.argv[1], torch.float32)), RunConfig(), total_steps=1)
+Engine(Policy(load_model(Path(sys.argv[1]), RunConfig())), RunConfig(), total_steps=1)
 """
 
 

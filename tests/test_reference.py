@@ -83,6 +83,14 @@ def reference_logps(session: Session) -> np.ndarray:
     return torch.cat([reference(batch) for batch in batches]).numpy()
 
 
+def heldout_logratios(session: Session) -> np.ndarray:
+    assert session.datasets.evaluation is not None
+    session.engine.eval()
+    with torch.no_grad():
+        scored = [session.heldout(batch) for batch in session.eval_batches(session.datasets.evaluation)]
+    return torch.cat([part.pairs.chosen_logratios for part in scored]).numpy()
+
+
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max())
 
@@ -227,14 +235,14 @@ def test_another_reference_is_loaded_once_and_freed(
 ) -> None:
     config.reference.path = another_model(tmp_path / "other", model)
     loaded: list[weakref.ref[torch.nn.Module]] = []
-    load = reference_pass.load_model
+    load = reference_pass.read_model
 
-    def remember(path: str, dtype: torch.dtype) -> torch.nn.Module:
-        found = load(path, dtype)
+    def remember(folder: Path, config: RunConfig, init: str) -> torch.nn.Module:
+        found = load(folder, config, init)
         loaded.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(reference_pass, "load_model", remember)
+    monkeypatch.setattr(reference_pass, "read_model", remember)
     session, said = prepared(config)
     gc.collect()
     assert "computed" in said[0] and len(loaded) == 1 and loaded[0]() is None
@@ -269,6 +277,23 @@ def test_a_trained_policy_is_never_the_reference(config: RunConfig) -> None:
     session.prepare_reference()  # a second call finds the reference set up
     assert (reference_logps(session) == before).all()
     assert (reference_logps(prepared(config)[0]) == before).all()  # as a resumed run makes it, before loading
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_a_finished_run_is_held_against_its_start(config: RunConfig, tmp_path: Path, init: str) -> None:
+    config.model.init, config.reference.cache = init, "off"
+    session = Session(config, tmp_path, training=True)
+    session.prepare_reference()
+    before = heldout_logratios(session)
+    trainer = Trainer(session)
+    for _ in range(3):
+        trainer.train_step()
+    trained = heldout_logratios(session)
+    trainer.save_final()
+    finished = Session(config, tmp_path, training=False, final=tmp_path / "final")
+    finished.prepare_reference()
+    assert difference(before, np.zeros_like(before)) < 1e-6 and np.abs(trained).max() > 1e-3
+    assert difference(heldout_logratios(finished), trained) < 1e-5
 
 
 def test_a_short_run_scores_the_examples_that_it_uses(config: RunConfig) -> None:

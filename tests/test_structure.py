@@ -23,6 +23,7 @@ ROWS: list[list[str]] = [
         "caching",
         "attention",
         "data",
+        "hub",
         "models",
         "signals",
         "runfolder",

@@ -114,11 +114,18 @@ class LogConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The policy: the packaged `tiny`, or `local`, a folder in the hub's format at `path`."""
+    """The policy: `path` is a folder in the hub's format or a name on the hub, None the packaged `tiny`.
+
+    `attention` None is transformers' choice. `allow_pickle` reads weights that have no safetensors.
+    """
 
     name: str = "tiny"
     path: str | None = None
+    revision: str | None = None
     init: str = "pretrained"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(kw_only=True)

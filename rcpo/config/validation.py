@@ -20,7 +20,7 @@ CHOICES = {
     "objective.reduction": ("sum", "mean", "importance"),
     "rc.update": ("step", "microbatch"),
     "rc.geometry": ("head", "parameters"),
-    "model.name": ("tiny", "local"),
+    "model.attention": ("eager", "sdpa", "flash_attention_2"),
     "model.init": ("pretrained", "random"),
     "reference.mode": ("model", "precompute"),
     "data.name": ("sums", "pairs"),
@@ -218,15 +218,16 @@ def _check_scorer(config: RunConfig) -> None:
 
 
 def _check_files(config: RunConfig) -> None:
-    if config.model.name == "local" and config.model.path is None:
-        raise ConfigError("model=local needs a folder in the hub's format: model.path=DIR")
+    if config.model.name != "tiny" and config.model.path is None:
+        raise ConfigError(
+            f"model={config.model.name} needs model.path: a folder in the hub's format, or a name on the hub"
+        )
     if config.data.name == "pairs" and config.data.path is None:
         raise ConfigError("data=pairs needs a file of preference pairs: data.path=FILE.jsonl[.gz]")
     for key in ("model.path", "reference.path"):
-        folder = _value(config, key)
-        if folder is not None and not (Path(folder) / "config.json").is_file():
-            what = "holds no config.json" if Path(folder).is_dir() else "is not a folder"
-            raise ConfigError(f"{key}={folder} {what}; give a model folder as save_pretrained writes it")
+        source = _value(config, key)
+        if source is not None:
+            _check_model(key, source)
     for key in ("data.path", "data.eval_path"):
         file = _value(config, key)
         if file is not None and not Path(file).is_file():
@@ -236,6 +237,33 @@ def _check_files(config: RunConfig) -> None:
         raise ConfigError(f"reference.cache={cache} is a file; give a folder, null (the user's own) or off")
     if config.resume not in (None, "auto") and not Path(config.resume).is_dir():
         raise ConfigError(f"resume={config.resume} is not a folder; give null, auto or a run's folder")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a text can be a repository's name on the hub: `owner/name` or `name`."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
+
+
+def _check_model(key: str, source: str) -> None:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_model_folder(key, folder)
+    elif not is_hub_name(source):
+        raise ConfigError(f"{key}={source} is not a folder, and cannot be a name on the hub (owner/name)")
+
+
+def check_model_folder(key: str, folder: Path) -> None:
+    """Raises ConfigError where a folder does not hold a model's configuration."""
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}={folder} holds an adapter, not a model: give its base model as {key}, and "
+            f"adapter=lora adapter.path={folder}"
+        )
+    raise ConfigError(
+        f"{key}={folder} holds no config.json; give a model folder as save_pretrained writes it"
+    )
 
 
 def _neighbour(path: Path) -> str:

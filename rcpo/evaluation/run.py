@@ -12,7 +12,6 @@ from rcpo import distributed
 from rcpo.config import ConfigError, RunConfig
 from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
 from rcpo.evaluation.summary import describe, summary_table
-from rcpo.models import model_path
 from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
 from rcpo.session import Session
 from rcpo.tracking.jsonl import clean_row, write_lines
@@ -33,11 +32,9 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
     saved = checkpoints(run_dir) if config.eval.checkpoints == "all" else []
     if trained and not (whole or saved):
         raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
-    if whole:
-        take_final_weights(config, run_dir / FINAL)
     if config.eval.kl_examples:
         config.reference.mode = "model"  # it has to score what the policy says, which no cache holds
-    session = Session(config, run_dir, training=False)
+    session = Session(config, run_dir, training=False, final=run_dir / FINAL if whole else None)
     if session.datasets.evaluation is None:
         raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")
     session.prepare_reference(say)
@@ -51,16 +48,6 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
     if saved:
         evaluate_checkpoints(session, saved, record)
     return 0
-
-
-def take_final_weights(config: RunConfig, final: Path) -> None:
-    """Makes a run's `final/` the policy, and what the policy was started from its reference."""
-    if config.model.init == "random" and config.reference.path is None:
-        # the fresh weights it started from are gone
-        config.reference.track = False
-    else:
-        config.reference.path = config.reference.path or model_path(config.model)
-    config.model.name, config.model.path, config.model.init = "local", str(final), "pretrained"
 
 
 def restore_objective(session: Session, state: dict[str, Any] | None) -> None:

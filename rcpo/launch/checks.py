@@ -6,7 +6,10 @@ import importlib.util
 import os
 import sys
 
+from rcpo import hub
 from rcpo.config import ConfigError, RunConfig
+from rcpo.config.validation import check_model_folder
+from rcpo.launch.ranks import external_ranks
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -17,6 +20,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """
     config.train.accumulation(world_size)
     _check_objective(config)
+    _fetch_models(config)
     import torch
 
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
@@ -29,6 +33,24 @@ def check(config: RunConfig, world_size: int) -> None:
             f"launch.processes={config.launch.processes} is more than this machine's "
             f"{torch.cuda.device_count()} GPU(s), and a process needs one for itself"
         )
+
+
+def _fetch_models(config: RunConfig) -> None:
+    """Downloads what the run needs of the hub, so that no rank has to, and looks at the folders."""
+    model = config.model
+    ranks = external_ranks()
+    if ranks is not None and ranks.rank > 0:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # rank 0 shows them
+    revisions = {"model.path": (model.path, model.revision), "reference.path": (config.reference.path, None)}
+    for key, (source, revision) in revisions.items():
+        if source is None:
+            continue
+        folder = hub.fetch(key, source, revision, pickle=model.allow_pickle, code=model.trust_remote_code)
+        check_model_folder(key, folder)
+        if key != "model.path" or model.init == "pretrained":
+            hub.check_weights(key, folder, pickle=model.allow_pickle)
 
 
 def _check_objective(config: RunConfig) -> None:

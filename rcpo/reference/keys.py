@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from rcpo.caching import file_hash
 
@@ -50,13 +48,9 @@ def tokenizer_hash(folder: Path, memo: Path | None) -> str:
     return _files_hash(_matching(folder, TOKENIZER), memo)
 
 
-def parameters_hash(model: nn.Module) -> str:
-    """Of the weights in memory, for a model that comes from no file; whole on this rank."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def fresh_hash(folder: Path, seed: int, memo: Path | None) -> str:
+    """Of fresh weights: they follow from the architecture and the seed."""
+    return f"seed {seed} {file_hash(folder / 'config.json', memo)}"
 
 
 def positions_hash(positions: np.ndarray | None) -> str:

@@ -14,7 +14,7 @@ from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from rcpo.config import ConfigError, RunConfig
-from rcpo.evaluation.run import evaluate_run, take_final_weights
+from rcpo.evaluation.run import evaluate_run
 from rcpo.runfolder import checkpoint_folders
 from rcpo.weights import checkpoint_weights
 
@@ -107,14 +107,3 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     config.eval.checkpoints = "all"
     with pytest.raises(ConfigError, match=r"holds no checkpoint; train with checkpoint\.every"):
         evaluate_run(config, tmp_path)
-
-
-def test_the_reference_of_a_run_is_what_it_started_from(tmp_path: Path) -> None:
-    config = RunConfig()
-    take_final_weights(config, tmp_path / "final")
-    assert config.reference.path is not None and config.reference.path.endswith("assets/tiny")
-    assert config.model.path == str(tmp_path / "final")
-    fresh = RunConfig()
-    fresh.model.init = "random"
-    take_final_weights(fresh, tmp_path / "final")
-    assert fresh.reference.path is None and fresh.reference.track is False

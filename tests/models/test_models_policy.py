@@ -84,6 +84,12 @@ def build(config: PreTrainedConfig) -> Any:
     return model.eval()
 
 
+def examined(config: PreTrainedConfig) -> Policy:
+    policy = Policy(build(config))
+    policy.examine_head()
+    return policy
+
+
 def own_logps(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Each response alone, by the model's own logits: (N,), with gradients."""
     responses = [pair.chosen for pair in PAIRS] + [pair.rejected for pair in PAIRS]
@@ -98,11 +104,10 @@ def own_logps(model: Any, batch: TokenBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_logps_are_the_model_s_own(name: str) -> None:
-    model = build(CONFIGS[name])
-    policy, batch = Policy(model), collate(PAIRS, 0)
+    policy, batch = examined(CONFIGS[name]), collate(PAIRS, 0)
     assert policy.fused
     with torch.no_grad():
-        ours, theirs = policy(**policy_inputs(batch))[0], own_logps(model, batch)
+        ours, theirs = policy(**policy_inputs(batch))[0], own_logps(policy.model, batch)
     assert float(theirs.max() - theirs.min()) > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -131,9 +136,9 @@ def test_scales_and_caps_are_read_off_the_configuration() -> None:
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_head_falls_back_to_its_own_logits(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = build(UNKNOWN[name])
     with caplog.at_level(logging.WARNING):
-        policy = Policy(model)
+        policy = examined(UNKNOWN[name])
+    model = policy.model
     assert not policy.fused
     assert ["the model's own logits are used" in message for message in caplog.messages] == [True]
     batch = collate(PAIRS, 0)
@@ -147,7 +152,7 @@ def test_an_unknown_head_falls_back_to_its_own_logits(name: str, caplog: pytest.
 
 
 def test_an_unknown_head_has_no_head_geometry() -> None:
-    unknown, known = Policy(build(UNKNOWN["hidden states divided"])), Policy(build(CONFIGS["untied"]))
+    unknown, known = examined(UNKNOWN["hidden states divided"]), examined(CONFIGS["untied"])
     config = RunConfig()
     objective = build_objective(config)
     check_geometry(config, objective, known)

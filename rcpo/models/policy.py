@@ -1,4 +1,4 @@
-"""The policy: a causal language model of transformers, its tokenizer, and the fused way to its log-probs.
+"""The policy: a causal language model of transformers with the fused way to its log-probs.
 
 Axes: R rows, L row length, N response tokens, D hidden, V vocabulary, k sketch.
 """
@@ -7,79 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
 
 from rcpo import distributed
 from rcpo.attention import attention_masks
-from rcpo.config import ConfigError, ModelConfig
 from rcpo.geometry import HeadShape, Sketch
 from rcpo.logps import token_logps
 from rcpo.types import TokenBatch
 
-disable_progress_bar()  # the weights load in a second, on every rank
-
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def model_path(config: ModelConfig) -> str:
-    """The folder of a model in the hub's format: the packaged one, or the user's."""
-    if config.name == "tiny":
-        return str(resources.files("rcpo") / "assets" / "tiny")
-    if config.path is None:
-        raise ConfigError(f"model={config.name} needs model.path: a folder in the hub's format")
-    return config.path
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder; padding falls back to its end-of-sequence token."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer in {path} has no end-of-sequence token; set eos_token in it")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    return tokenizer
-
-
-def load_config(path: str) -> PreTrainedConfig:
-    """The configuration in a model's folder."""
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"{path} holds no config.json; give a folder in the hub's format")
-    return AutoConfig.from_pretrained(path)
-
-
-def load_model(path: str, dtype: torch.dtype, init: str = "pretrained") -> PreTrainedModel:
-    """A causal language model from a folder, with every dropout off, so that a policy equals itself.
-
-    `init` is `pretrained`, or `random` for fresh weights from torch's seed in the folder's architecture.
-    """
-    config = load_config(path)
-    if init == "random":
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for key, value in model.config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(model.config, key, 0.0)
-    return model
 
 
 def head_shape(model: PreTrainedModel) -> HeadShape:
@@ -102,8 +42,8 @@ class Policy(nn.Module):
     `forward` returns log-probs (N,), the hidden states that gave them (N, D), detached, and their sketched
     scores (N, k) if a sketch is given (an empty tensor otherwise).
 
-    `fused` is False for a model whose own logits are not those of a linear head with a known `shape`: its
-    logits are made in full, and there are no hidden states and no scores. It is said once.
+    `fused` is False for a model whose own logits are not those of a linear head with a known `shape`, which
+    `examine_head` finds out: its logits are made in full, and there are no hidden states and no scores.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -111,17 +51,22 @@ class Policy(nn.Module):
         self.model = model
         self.shape = head_shape(model)
         self.fused = True
+
+    def examine_head(self) -> None:
+        """Compares the fused log-probs with the model's own, once; says so where they differ.
+
+        It runs the model, so under ZeRO-3 its engine has to be there, and all ranks call together.
+        """
         difference = head_difference(self)
-        half = model.dtype in (torch.bfloat16, torch.float16)
-        if not difference <= (5e-2 if half else 1e-4):
-            self.fused = False
-            if distributed.is_main():
-                log.warning(
-                    "%s: the output head is not W h + b with a known scale or cap (log-probs differ by %.2g "
-                    "nats); the model's own logits are used, which takes more memory",
-                    type(model).__name__,
-                    difference,
-                )
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        self.fused = difference <= (5e-2 if half else 1e-4)
+        if not self.fused and distributed.is_main():
+            log.warning(
+                "%s: the output head is not W h + b with a known scale or cap (log-probs differ by %.2g "
+                "nats); the model's own logits are used, which takes more memory",
+                type(self.model).__name__,
+                difference,
+            )
 
     @property
     def vocabulary(self) -> int:

@@ -1,0 +1,133 @@
+"""Where a model or an adapter lies: the user's folder, or a snapshot of the hub in its cache.
+
+A name of the hub is downloaded once, before the run starts (`fetch`); the ranks then find the snapshot in the
+cache (`folder`), and so does a machine without a network. Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rcpo.config import ConfigError
+
+_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+_SAFE, _PICKLED, _CODE = ["*.safetensors"], ["*.bin"], ["*.py"]
+# other formats of the same weights: repositories keep them in folders of their own, Mistral's as consolidated
+_IGNORED = ["*/*", "consolidated*"]
+
+
+def own_folder(source: str) -> Path | None:
+    """The folder of this machine that `source` is; None where it is none."""
+    path = Path(source).expanduser()
+    return path if path.is_dir() else None
+
+
+def folder(key: str, source: str, revision: str | None = None) -> Path:
+    """The folder of a model that `fetch` has fetched. Raises ConfigError where the cache lacks it."""
+    own = own_folder(source)
+    return own if own is not None else _snapshot(key, source, revision, _TEXTS, cached=True)
+
+
+def fetch(
+    key: str, source: str, revision: str | None = None, *, pickle: bool = False, code: bool = False
+) -> Path:
+    """The folder of a model or adapter, downloaded if it is not in the cache; `key` names it in errors.
+
+    `pickle` allows weights in PyTorch's old format where there are no others, `code` the repository's own
+    modules. Raises ConfigError with a remedy where it cannot be had.
+    """
+    own = own_folder(source)
+    if own is not None:
+        return own
+    wanted = [*_TEXTS, *_SAFE, *(_CODE if code else [])]
+    found = _snapshot(key, source, revision, wanted)
+    if pickle and not any(found.glob("*.safetensors")):
+        found = _snapshot(key, source, revision, [*wanted, *_PICKLED])
+    return found
+
+
+def check_weights(key: str, folder: Path, *, pickle: bool) -> None:
+    """Raises ConfigError where a model's folder lacks weights, or has only those that are not to be read."""
+    if _whole(key, folder, "model.safetensors"):
+        return
+    if not _whole(key, folder, "pytorch_model.bin"):
+        raise ConfigError(f"{key}={folder} holds no weights (model.safetensors); were they all copied?")
+    if not pickle:
+        raise ConfigError(
+            f"{key}={folder} has its weights only as pickles (*.bin), and loading one can run any program; "
+            "if you trust where it comes from: model.allow_pickle=true"
+        )
+
+
+def _whole(key: str, folder: Path, name: str) -> bool:
+    """Whether weights of this name are there, in one file or in the pieces of an index, all of them."""
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return (folder / name).is_file()
+    pieces = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(piece for piece in pieces if not (folder / piece).is_file())
+    if missing:
+        raise ConfigError(f"{key}={folder} lacks {missing[0]} ({len(missing)} of {len(pieces)} files)")
+    return True
+
+
+def _snapshot(
+    key: str, name: str, revision: str | None, patterns: list[str], *, cached: bool = False
+) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    what = f"{key}={name}" + (f" (revision {revision})" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=_IGNORED,
+                local_files_only=cached,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise ConfigError(
+            f"{what} is gated: accept its terms on https://huggingface.co/{name}, then log in here with "
+            "`hf auth login`, or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{what} is not a folder here, and the hub has no such repository for you: check the name; a "
+            "private one needs `hf auth login` or HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{what}: there is no such revision; see its branches and tags") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ConfigError(_not_cached(what, name, error)) from error
+    except errors.HfHubHTTPError as error:
+        raise ConfigError(f"{what}: the hub refused: {_line(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"{what} could not be downloaded: {_line(error)}") from error
+
+
+def _not_cached(what: str, name: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    if isinstance(_root(error), ConnectionError) or constants.is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        reason = f"the hub cannot be reached ({type(_root(error)).__name__})"
+    return (
+        f"{what} is no folder here and not, or not wholly, in the hub's cache ({constants.HF_HUB_CACHE}), "
+        f"and {reason}: where there is a network, run `hf download {name}`, then copy that cache here or set "
+        "HF_HOME to it"
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _line(error: Any) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,122 @@
+"""From a folder to a model: dropout off, attention as asked for, padding without a new token, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from rcpo.config import ConfigError, ModelConfig, RunConfig
+from rcpo.models import load_config, load_model, load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(tiny_llama(tmp_path / "model"))
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 15)[None]).logits
+
+
+def test_a_model_in_training_mode_equals_itself(folder: Path, tmp_path: Path) -> None:
+    change(folder / "config.json", attention_dropout=0.5)  # a number that Llama's attention keeps
+    modules = tmp_path / "modules"  # modules of GPT-2
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+    ).save_pretrained(modules)
+    for name in (folder, modules):
+        model = load_model(name, RunConfig()).train()
+        assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_is_the_one_asked_for(folder: Path, name: str) -> None:
+    config = RunConfig(model=ModelConfig(attention=name))
+    assert load_config(folder, config.model)._attn_implementation == name
+    assert load_model(folder, config).config._attn_implementation == name
+    assert load_model(folder, config, init="random").config._attn_implementation == name
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_dtype_is_that_of_training(folder: Path, name: str, dtype: torch.dtype) -> None:
+    config = RunConfig()
+    config.train.dtype = name
+    assert {parameter.dtype for parameter in load_model(folder, config).parameters()} == {dtype}
+
+
+def test_fresh_weights_come_from_the_seed(folder: Path) -> None:
+    config = RunConfig(seed=3)
+    first = load_model(folder, config, init="random")
+    torch.rand(7)
+    assert torch.equal(logits(load_model(folder, config, init="random")), logits(first))
+    config.seed = 4
+    assert not torch.equal(logits(load_model(folder, config, init="random")), logits(first))
+    assert not torch.equal(logits(load_model(folder, config)), logits(first))
+
+
+def test_a_missing_padding_token_adds_no_token(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    before = AutoTokenizer.from_pretrained(folder)
+    assert before.pad_token_id is None
+    tokenizer = load_tokenizer(folder, ModelConfig())
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == before.eos_token_id
+    assert tokenizer.get_vocab() == before.get_vocab()
+
+
+def test_pickled_weights_are_read_where_they_are_allowed(folder: Path) -> None:
+    expected = logits(load_model(folder, RunConfig()))
+    torch.save(load_model(folder, RunConfig()).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model\.allow_pickle=true"):
+        load_model(folder, RunConfig())
+    allowed = RunConfig(model=ModelConfig(allow_pickle=True))
+    assert torch.equal(logits(load_model(folder, allowed)), expected)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_repository_s_own_code_runs_only_where_it_is_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(load_model(folder, RunConfig()))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change(folder / "config.json", model_type="own", auto_map=classes)
+    (folder / "own.py").write_text(CODE)
+    with pytest.raises(ConfigError, match=r"if you trust it: model\.trust_remote_code=true"):
+        load_model(folder, RunConfig())
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    trusting = RunConfig(model=ModelConfig(trust_remote_code=True))
+    model = load_model(folder, trusting)
+    assert type(model).__name__ == "OwnForCausalLM" and torch.equal(logits(model), expected)
+
+
+def test_what_cannot_be_read_is_refused(folder: Path) -> None:
+    change(folder / "config.json", model_type="nobody_knows")
+    with pytest.raises(ConfigError, match=r"the model in .* cannot be read"):
+        load_config(folder, ModelConfig())
+    change(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        load_tokenizer(folder, ModelConfig())

@@ -1,0 +1,70 @@
+"""Under ZeRO-3 a model is split over the ranks as it is read: measured on two of them, 213 MB of weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rcpo import distributed
+from rcpo.config import RunConfig
+from rcpo.engine import Engine, read_model
+from rcpo.models import Policy
+
+WORKER = str(Path(__file__).parents[1] / "workers" / "partitioned_loading.py")
+
+
+def large_llama(folder: Path) -> None:
+    """213 MB in fp32, saved in pieces of bf16, so that reading converts and cannot just map the file."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=14, num_attention_heads=8
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="25MB")
+
+
+def measure(folder: Path, stage: int) -> list[dict[str, Any]]:
+    # an allocator that keeps what was freed would count it as taken
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = folder.parent / f"stage{stage}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER]
+    command += [str(folder), str(stage), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(Path(f"{output}-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
+    large_llama(tmp_path / "large")
+    tiny_llama(tmp_path / "small")
+    whole, split = (measure(tmp_path / "large", stage) for stage in (0, 3))
+    size = whole[0]["whole"]
+    assert size == split[0]["whole"] > 200e6
+    for rank in range(2):
+        assert whole[rank]["peak"] > size
+        assert split[rank]["peak"] < size / 2 + 3 * split[rank]["largest"], split[rank]
+        assert split[rank]["logps"] == pytest.approx(whole[rank]["logps"], abs=1e-5)
+
+
+def test_one_rank_reads_the_same_weights(tmp_path: Path) -> None:
+    folder, logps = Path(tiny_llama(tmp_path / "model", tied=True)), []
+    distributed.initialize()
+    for stage in (0, 3):
+        config = RunConfig()
+        config.engine.stage = stage
+        policy = Engine(Policy(read_model(folder, config, "pretrained")), config).policy
+        ids = torch.arange(1, 9)[None]
+        inputs = ids, torch.ones_like(ids), torch.arange(8)[None], torch.arange(7), ids[0, 1:]
+        with torch.no_grad():
+            logps.append(policy(*inputs)[0])
+    assert torch.equal(*logps)
