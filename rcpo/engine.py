@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -95,10 +95,23 @@ def build_optimizer(parameters: list[nn.Parameter], config: RunConfig) -> torch.
 
 
 def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    """The learning-rate schedule over `total_steps`, with `warmup_ratio` of them as warm-up."""
-    warmup = round(config.optim.warmup_ratio * total_steps)
-    name = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
-    return lambda optimizer: get_scheduler(name, optimizer, warmup, total_steps)
+    """The learning-rate schedule over `total_steps`, with `warmup_ratio` of them as warm-up.
+
+    The factors are those of transformers' schedules of the same names, whose module imports peft and more.
+    """
+    warmup, shape = round(config.optim.warmup_ratio * total_steps), config.optim.schedule
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        if shape == "constant":
+            return 1.0
+        rest = max(1, total_steps - warmup)
+        if shape == "linear":
+            return max(0.0, (total_steps - step) / rest)
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / rest)))
+
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def read_model(folder: Path, config: RunConfig, init: str) -> PreTrainedModel:
