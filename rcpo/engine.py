@@ -62,8 +62,8 @@ def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if training and config.train.max_grad_norm is not None:
-        settings["gradient_clipping"] = config.train.max_grad_norm
+    # said even where nothing is clipped: DeepSpeed's own default clips at 1
+    settings["gradient_clipping"] = (config.train.max_grad_norm if training else None) or 0.0
     return settings
 
 

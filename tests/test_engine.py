@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import sums_file, tiny_llama
 from transformers import get_scheduler
 
 from rcpo.config import RunConfig
@@ -53,3 +54,20 @@ def test_starting_compiles_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, model]
     subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
     assert not extensions.exists() or not any(extensions.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_gradients_are_clipped_at_the_given_norm_or_not_at_all(tmp_path: Path, stage: str) -> None:
+    worker = str(Path(__file__).parent / "workers" / "clipping.py")
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 16)
+    command = [sys.executable, worker, model, pairs, stage]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    rows = json.loads(result.stdout.splitlines()[-1])
+    norm = rows["null"]["grad_norm"]
+    assert norm > 2.0
+    # plain SGD: the weights move by the learning rate times the gradient that was left of it
+    assert rows["null"]["moved"] == pytest.approx(norm, rel=1e-4)
+    assert rows["1000.0"]["moved"] == pytest.approx(norm, rel=1e-4)
+    assert rows["2.0"]["moved"] == pytest.approx(2.0, rel=1e-4)
+    assert rows["0.5"]["moved"] == pytest.approx(0.5, rel=1e-4)
+    assert {row["grad_norm"] for row in rows.values()} == {norm}  # what is logged is the norm before
