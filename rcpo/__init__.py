@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from rcpo.geometry import ScoreGeometry, Sketch, head_scores
     from rcpo.incentives import incentives
-    from rcpo.logps import token_logps
+    from rcpo.logps import score_sides, token_logps
     from rcpo.objectives import Objective, get_objective, register
     from rcpo.types import PairLogps, TokenBatch
 
@@ -34,6 +34,7 @@ _HOME = {
     "StepCalibration": "calibration",
     "head_scores": "geometry",
     "incentives": "incentives",
+    "score_sides": "logps",
     "token_logps": "logps",
     "Objective": "objectives",
     "get_objective": "objectives",
@@ -57,6 +58,7 @@ __all__ = [
     "head_scores",
     "incentives",
     "register",
+    "score_sides",
     "token_logps",
 ]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpo.geometry import CHUNK_ELEMENTS, HeadShape, Sketch
+from rcpo.geometry import CHUNK_ELEMENTS, HeadShape, Sketch, outer_scores
 from rcpo.types import PairLogps, TokenBatch
 
 
@@ -160,3 +160,41 @@ def pair_logps(batch: TokenBatch, logps: Tensor, weights: Tensor, ref_logps: Ten
         kl_chosen=z[2] if sides > 2 else None,
         ref_kl_chosen=ref[2] if ref is not None and sides > 2 else None,
     )
+
+
+def score_sides(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    winners: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    sketch: Sketch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z of S responses, (S,) in fp64, and both sides' summed head scores, (2, k, D), in one pass of the head.
+
+    For training loops other than rcpo's. hidden (S, T, D) predicts `labels` (S, T) through the head `weight`
+    (V, D); `weights` (S, T) is each token's part in z, 0 outside the response (a sum: 1, a mean: 1/length);
+    `winners` (S,) tells chosen from rejected. Gradients flow through z; the scores, a side's Σ ∇z by the
+    head's weight, carry none.
+
+    >>> _ = torch.manual_seed(0)
+    >>> hidden, head, labels = torch.randn(2, 3, 4), torch.randn(5, 4), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    >>> weights, winners = torch.full((2, 3), 1 / 3), torch.tensor([True, False])
+    >>> z, scores = score_sides(hidden, head, labels, weights, winners)
+    >>> z.shape, scores.shape
+    (torch.Size([2]), torch.Size([2, 5, 4]))
+    >>> expected = torch.log_softmax(hidden @ head.T, -1).gather(2, labels[..., None]).mean((1, 2))
+    >>> bool(torch.allclose(z.float(), expected))
+    True
+    """
+    sketch = sketch or Sketch(len(weight), None)
+    responses = weights != 0
+    states, sequences = hidden[responses], responses.nonzero()[:, 0]
+    logps, scores = token_logps(states, weight, labels[responses], bias=bias, shape=shape, sketch=sketch)
+    assert scores is not None
+    z = sequence_logps(logps, weights[responses].double(), sequences, len(hidden))
+    parts = [weights[responses] * (winners[sequences] == side) for side in (True, False)]
+    return z, torch.stack([outer_scores(states, scores, part) for part in parts])

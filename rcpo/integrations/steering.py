@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rcpo.geometry import HeadShape, Sketch, outer_scores
-from rcpo.logps import token_logps
+from rcpo.geometry import HeadShape, Sketch
+from rcpo.logps import score_sides
 
 
 @dataclass
@@ -81,14 +81,18 @@ def last_hidden_states(backbone: nn.Module, seen: Seen) -> Iterator[None]:
 class Responses:
     """The responses of a micro-batch, aligned with the hidden states that predict them.
 
-    `labels` (S, T) are the tokens to predict, `mask` (S, T) is true at response tokens, `weights` (S, T) are
-    each token's part in z, `winners` (S,) tells chosen from rejected.
+    `labels` (S, T) are the tokens to predict, `weights` (S, T) each one's part in z, 0 outside the response,
+    `winners` (S,) tells chosen from rejected.
     """
 
     labels: Tensor
-    mask: Tensor
     weights: Tensor
     winners: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens, (S,)."""
+        return (self.weights != 0).sum(1)
 
     def incentives(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """d_w and d_l of each response from ∂L/∂(token log-prob) (S, T), L a mean over pairs.
@@ -96,7 +100,7 @@ class Responses:
         ∂L/∂z is what reproduces the token gradients best: exactly where they are z's weights times a number,
         as for every loss that is a function of z.
         """
-        weights = self.weights.double() * self.mask
+        weights = self.weights.double()
         by_z = (gradients.double() * weights).sum(1) / weights.square().sum(1).clamp(min=1e-30)
         return self.by_side(by_z)
 
@@ -106,7 +110,7 @@ class Responses:
         return -pairs * by_z[self.winners], pairs * by_z[~self.winners]
 
 
-def head_scores_of(
+def score_head(
     responses: Responses,
     hidden: Tensor,
     head: nn.Module,
@@ -114,24 +118,16 @@ def head_scores_of(
     sketch: Sketch,
     gathered: AbstractContextManager[Any],
 ) -> tuple[Tensor, Tensor]:
-    """Summed scores of both sides by the head's weight, (2, k, D), and all response log-probs (S, T).
+    """`rcpo.logps.score_sides` without gradients: z (S,) and scores (2, k, D).
 
-    `hidden` (S, T, D) predicts `responses.labels`. Inside `gathered` the head's parameters are whole; sharded
-    tensors are gathered here. The logits of response tokens are made once more, a chunk at a time.
+    Inside `gathered` the head's parameters are whole; sharded tensors are gathered here. The logits of the
+    response tokens are made once more, a chunk at a time.
     """
-    sides, logps = [], hidden.new_zeros(responses.mask.shape, dtype=torch.float32)
     with torch.no_grad(), gathered:
-        weight, bias = whole(head.weight), whole(head.bias)
-        for side in (responses.winners, ~responses.winners):
-            pick = responses.mask & side[:, None]
-            states = hidden[pick]
-            own, scores = token_logps(
-                states, weight, responses.labels[pick], bias=bias, shape=shape, sketch=sketch
-            )
-            assert scores is not None
-            logps[pick] = own.float()
-            sides.append(outer_scores(states, scores, responses.weights[pick]))
-    return torch.stack(sides), logps
+        return score_sides(
+            hidden, whole(head.weight), responses.labels, responses.weights, responses.winners,
+            bias=whole(head.bias), shape=shape, sketch=sketch,
+        )  # fmt: skip
 
 
 def whole(parameter: Any) -> Any:

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from rcpo.calibration import RewardCalibrator, StepCalibration
 from rcpo.config import CalibrationConfig
 from rcpo.geometry import Sketch
-from rcpo.integrations.steering import Factor, Responses, Seen, head_scores_of, last_hidden_states, steer
+from rcpo.integrations.steering import Factor, Responses, Seen, last_hidden_states, score_head, steer
 from rcpo.models import head_shape
 
 # 1.15 has the same trainers, but runs on GPUs alone; before it log-probs came another way.
@@ -111,15 +111,15 @@ class _Calibrated(_Trainer):
         """A micro-batch starts with the α that is known; a micro-batch update may still replace it."""
         self._factor = Factor(1.0 if self.calibrator is None else self.calibrator.alpha)
 
-    def _observe(self, seen: Seen, responses: Responses, d: tuple[Tensor, Tensor], logps: Tensor) -> None:
-        """Adds a micro-batch; `logps` (S,) are the trainer's own sums over the responses. Closes a step."""
+    def _observe(self, seen: Seen, responses: Responses, d: tuple[Tensor, Tensor], z: Tensor) -> None:
+        """Adds a micro-batch, `z` (S,) as the trainer itself has it; closes a step with its last one."""
         assert seen.hidden is not None, "the backbone was not called"
         head = self._policy.get_output_embeddings()
         gathered = maybe_gather_lm_head_ctx(head.weight, head.bias)
         # the last position predicts nothing; prompt learning puts its own positions before the others
-        hidden = seen.hidden[:, :-1][:, -responses.mask.shape[1] :]
-        scores, own = head_scores_of(responses, hidden, head, self._shape, self._sketch, gathered)
-        self._verify(own.sum(1), logps, responses.mask.sum(1))
+        hidden = seen.hidden[:, :-1][:, -responses.labels.shape[1] :]
+        own, scores = score_head(responses, hidden, head, self._shape, self._sketch, gathered)
+        self._verify(own - z, responses)
         self._statistics.observe(d, scores)
         if self._statistics.by_microbatch and self.calibrator is not None:
             self._factor.alpha = self.calibrator.alpha
@@ -127,16 +127,16 @@ class _Calibrated(_Trainer):
             metrics = self._statistics.end()
             self._log_metrics({k: float(v) for k, v in metrics.items() if v is not None})
 
-    def _verify(self, own: Tensor, theirs: Tensor, lengths: Tensor) -> None:
+    def _verify(self, difference: Tensor, responses: Responses) -> None:
         """Once: the head that is measured is the one that the trainer uses."""
         if self._verified:
             return
-        half = self._policy.dtype != torch.float32 or torch.is_autocast_enabled(own.device.type)
-        difference = float(((own - theirs).abs() / lengths.clamp(min=1)).max())
-        if not difference <= (5e-2 if half else 1e-3):
+        half = self._policy.dtype != torch.float32 or torch.is_autocast_enabled(difference.device.type)
+        worst = float((difference.abs() / responses.weights.sum(1).clamp(min=1e-30)).max())
+        if not worst <= (5e-2 if half else 1e-3):
             raise ValueError(
                 f"the output head of {type(self._policy).__name__} is not W h + b with a known scale or cap: "
-                f"its log-probs differ by {difference:.2g} nats a token from the trainer's; use rc=None"
+                f"its log-probs differ by {worst:.2g} nats a token from the trainer's; use rc=None"
             )
         self._verified = True
 
@@ -193,10 +193,9 @@ class RewardCalibrationMixin(_Calibrated):
             result = super()._compute_loss(model, inputs, return_outputs)
         assert seen.steered is not None, "the policy's log-probs were not seen"
         loss = result[0] if return_outputs else result
-        steered = seen.steered[:, -responses.mask.shape[1] :]
         (gradients,) = torch.autograd.grad(loss, seen.steered, retain_graph=True)
-        d = responses.incentives(gradients[:, -responses.mask.shape[1] :])
-        self._observe(seen, responses, d, steered.detach().sum(1))
+        gradients, logps = (t.detach()[:, -responses.labels.shape[1] :] for t in (gradients, seen.steered))
+        self._observe(seen, responses, responses.incentives(gradients), (logps * responses.weights).sum(1))
         return result
 
     @contextmanager
@@ -219,7 +218,7 @@ class RewardCalibrationMixin(_Calibrated):
         weights = self._token_weights(mask)
         if self._reduction() == "mean":
             weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
-        return Responses(inputs["input_ids"][:, 1:], mask, weights, self._winners(inputs))
+        return Responses(inputs["input_ids"][:, 1:], weights, self._winners(inputs))
 
     def _winners(self, inputs: Mapping[str, Any]) -> Tensor:
         """TRL's batch is all chosen, then all rejected."""
@@ -271,8 +270,7 @@ class _ConcatenatedMixin(_Calibrated):
         del self._seen, self._responses
         assert seen.steered is not None, "concatenated_forward was not called"
         (by_z,) = torch.autograd.grad(loss, seen.steered, retain_graph=True)
-        sums = seen.steered.detach() * (responses.mask.sum(1) if self._averages() else 1)
-        self._observe(seen, responses, responses.by_side(by_z.double()), sums)
+        self._observe(seen, responses, responses.by_side(by_z.double()), seen.steered.detach())
         return loss, metrics
 
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
@@ -308,12 +306,11 @@ class _ConcatenatedMixin(_Calibrated):
             device=self.accelerator.device,
         )
         labels = both["concatenated_labels"][:, 1:]
-        mask = labels != -100
-        weights = mask.float()
+        weights = (labels != -100).float()
         if self._averages():
-            weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         winners = torch.arange(len(labels), device=labels.device) < len(labels) // 2
-        return Responses(labels.clamp(min=0), mask, weights, winners)
+        return Responses(labels.clamp(min=0), weights, winners)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         self.store_metrics(metrics, train_eval="train")
