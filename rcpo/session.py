@@ -18,6 +18,7 @@ from rcpo.config import ConfigError, RunConfig
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets
+from rcpo.data.records import SFT, UNPAIRED
 from rcpo.data.store import PairDataset
 from rcpo.dynamics import check_geometry
 from rcpo.engine import Engine, read_model
@@ -49,6 +50,9 @@ class Session:
         folder = final or model_folder(config.model)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
+        refuse_kind(self.objective, self.datasets.train.kind)
+        if self.datasets.template is not None:  # final/ generates as it was trained
+            self.tokenizer.chat_template = self.datasets.template.source
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         config.train.accumulation(distributed.world_size())
@@ -183,6 +187,20 @@ class Session:
             part = positions[start : start + ranks * size].tolist()
             for indices in split(part, distributed.rank(), ranks, min(size, math.ceil(len(part) / ranks))):
                 yield self._collate(dataset, indices, sides)
+
+
+def refuse_kind(objective: Objective, kind: str) -> None:
+    """Raises ConfigError for an objective that does not go with pairs, unpaired or supervised data."""
+    if kind == SFT and objective.needs_rejected:
+        raise ConfigError(
+            f"objective={objective.spec.name} needs a rejected response, and the data has one completion a "
+            "prompt: use objective=sft, or give pairs"
+        )
+    if kind == UNPAIRED and not objective.spec.takes_unpaired:
+        raise ConfigError(
+            f"objective={objective.spec.name} needs pairs, and the data has single completions with labels: "
+            "use objective=kto, or give pairs"
+        )
 
 
 def build_objective(config: RunConfig) -> Objective:

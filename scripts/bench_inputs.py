@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from rcpo.config import DataConfig
 from rcpo.data.batches import GlobalBatches
 from rcpo.data.dataset import load_datasets
-from rcpo.data.pairs import read_pairs
-from rcpo.data.report import DataReport
+from rcpo.data.formats import read_row
+from rcpo.data.readers import read_file
+from rcpo.data.records import BadRow
 
 SEED = 1
 END = "<end>"
@@ -75,9 +77,13 @@ def data_config(path: Path, size: Size, on_bad: str = "refuse") -> DataConfig:
 
 def read_texts(source: Path) -> list[dict[str, str]]:
     """A file's usable pairs, with the prompt made explicit."""
-    pairs = read_pairs(source, DataReport(str(source), drop=True))
-    random.Random(SEED).shuffle(pairs)
-    return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    texts = []
+    for _, value in (row for piece in read_file(source) for row in piece.parsed()):
+        with contextlib.suppress(BadRow):  # not an object, or nothing to learn from
+            row = read_row(value, {})
+            texts.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
+    random.Random(SEED).shuffle(texts)
+    return texts
 
 
 def made_up(count: int, size: Size) -> list[dict[str, str]]:

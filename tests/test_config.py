@@ -254,9 +254,9 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
             ["data.max_prompt_length=8", "data.max_length=8"],
         ),
         # files
-        (["data=pairs"], ["data.path has no value", "data.path=VALUE"]),
+        (["data=pairs"], ["data=pairs needs preference data", "data.path="]),
         (["model=local"], ["model.path has no value"]),
-        (["data=pairs", "data.path=nowhere.jsonl"], ["data.path=nowhere.jsonl does not exist"]),
+        (["data=pairs", "data.path=nowhere.jsonl"], ["data.path=nowhere.jsonl is no file"]),
         (["model=local", "model.path=./nowhere"], ["model.path=./nowhere is not a folder"]),
         (["model=local", "model.path=a/b/c"], ["model.path=a/b/c", "name on the hub (owner/name)"]),
         (["model=tiny", "model.name=mine"], ["model=mine needs model.path"]),

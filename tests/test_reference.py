@@ -336,7 +336,7 @@ def test_rows_are_where_the_responses_are() -> None:
         Example("b", [1], [2, 3], [4, 5]),
         Example("c", [1, 2, 3, 4], [5], [6, 7, 8]),
     ]
-    dataset = PairDataset(examples, max_length=6)
+    dataset = PairDataset.of(examples, max_length=6)
     # mismatched: b's chosen after a, c's after b, a's four tokens after c's prompt of four, cut to 6 − 4
     assert dataset.response_lengths(3).tolist() == [[4, 1, 2], [2, 2, 1], [1, 3, 2]]
     for index in range(3):

@@ -3,12 +3,12 @@
 Nothing here imports torch; Hydra is imported when something is composed.
 """
 
+from rcpo.config.data import DataConfig, SourceConfig
 from rcpo.config.parsing import load_run_config, parse, save_run_config, to_container
 from rcpo.config.schema import (
     CalibrationConfig,
     CheckpointConfig,
     ConfigError,
-    DataConfig,
     DynamicsConfig,
     EngineConfig,
     EvalConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "ReferenceConfig",
     "RunConfig",
     "RunError",
+    "SourceConfig",
     "TrainConfig",
     "WandbConfig",
     "load_run_config",

@@ -17,6 +17,10 @@ FREE_KEYS = (
     "train.max_nonfinite",
     "data.path",
     "data.eval_path",
+    "data.sources",
+    "data.streaming",
+    "data.cache",
+    "data.workers",
 )
 
 

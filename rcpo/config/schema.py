@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rcpo.config.data import DataConfig
+
 
 class ConfigError(ValueError):
     """A command line, configuration or input that the user has to change; the CLI exits with 2."""
@@ -145,26 +147,6 @@ class ReferenceConfig:
     def keeps(self) -> bool:
         """Whether computed log-probs are kept; YAML reads an unquoted off as false."""
         return self.cache is None or self.cache.lower() not in ("off", "false")
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """Preference pairs; lengths in tokens, None is no limit; `eval_path` goes before the fraction.
-
-    `train_examples` is how many pairs the embedded task makes. `layout` says how pairs lie in rows: auto,
-    shared (a prompt once) or separate. `group_by_length` None is: unless the micro-batch itself matters.
-    """
-
-    name: str = "sums"
-    path: str | None = None
-    eval_path: str | None = None
-    train_examples: int = 6400
-    eval_fraction: float = 0.1
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    on_bad: str = "refuse"
-    layout: str = "auto"
-    group_by_length: bool | None = None
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rcpo.config.data_checks import check_data
 from rcpo.config.schema import ConfigError, RunConfig
 
 CHOICES = {
@@ -25,6 +26,7 @@ CHOICES = {
     "reference.mode": ("model", "precompute"),
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
+    "data.truncation": ("keep_end", "keep_start"),
     "data.layout": ("auto", "shared", "separate"),
     "eval.scorer": ("number", "text", "pattern"),
     "eval.checkpoints": ("final", "all"),
@@ -54,6 +56,8 @@ RANGES = {
     "log.every": (1, math.inf, True, False),
     "data.train_examples": (1, math.inf, True, False),
     "data.eval_fraction": (0, 1, True, False),
+    "data.max_examples": (1, math.inf, True, False),
+    "data.workers": (0, math.inf, True, False),
     "data.max_length": (1, math.inf, True, False),
     "data.max_prompt_length": (1, math.inf, True, False),
     "engine.stage": (0, 3, True, True),
@@ -131,6 +135,7 @@ def validate(config: RunConfig) -> None:
     config.train.accumulation(world_size=1)
     _check_combinations(config)
     _check_scorer(config)
+    check_data(config.data)
     _check_files(config)
 
 
@@ -196,12 +201,6 @@ def _check_combinations(config: RunConfig) -> None:
             f"objective.nll_coef={objective.nll_coef:g} is not defined for objective.reduction=importance; "
             "set it to 0 or choose another reduction"
         )
-    limits = config.data.max_prompt_length, config.data.max_length
-    if limits[0] is not None and limits[1] is not None and limits[0] >= limits[1]:
-        raise ConfigError(
-            f"data.max_prompt_length={limits[0]} leaves no token for a response "
-            f"within data.max_length={limits[1]}"
-        )
 
 
 def _check_scorer(config: RunConfig) -> None:
@@ -222,16 +221,10 @@ def _check_files(config: RunConfig) -> None:
         raise ConfigError(
             f"model={config.model.name} needs model.path: a folder in the hub's format, or a name on the hub"
         )
-    if config.data.name == "pairs" and config.data.path is None:
-        raise ConfigError("data=pairs needs a file of preference pairs: data.path=FILE.jsonl[.gz]")
     for key in ("model.path", "reference.path"):
         source = _value(config, key)
         if source is not None:
             _check_model(key, source)
-    for key in ("data.path", "data.eval_path"):
-        file = _value(config, key)
-        if file is not None and not Path(file).is_file():
-            raise ConfigError(f"{key}={file} does not exist or is not a file{_neighbour(Path(file))}")
     cache = config.reference.cache
     if config.reference.keeps and cache is not None and Path(cache).expanduser().is_file():
         raise ConfigError(f"reference.cache={cache} is a file; give a folder, null (the user's own) or off")
@@ -264,12 +257,3 @@ def check_model_folder(key: str, folder: Path) -> None:
     raise ConfigError(
         f"{key}={folder} holds no config.json; give a model folder as save_pretrained writes it"
     )
-
-
-def _neighbour(path: Path) -> str:
-    """A hint with the file of the same folder whose name is most alike."""
-    if not path.parent.is_dir():
-        return f"; nor does its folder {path.parent}"
-    names = [entry.name for entry in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""

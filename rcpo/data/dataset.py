@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rcpo.caching import cache_folder
 from rcpo.config import ConfigError, DataConfig
+from rcpo.config.data import SourceSpec, eval_sources, train_sources
 from rcpo.data import sums
-from rcpo.data.pairs import read_pairs, split_prompts
-from rcpo.data.records import TextPair
-from rcpo.data.report import DataReport
-from rcpo.data.store import PairDataset
+from rcpo.data.cache import Check, Say, TokenCache, Wanted
+from rcpo.data.encode import Encoder
+from rcpo.data.invariant import check_prompts
+from rcpo.data.limits import Limits
+from rcpo.data.records import PAIRS
+from rcpo.data.report import DataReport, Tally
+from rcpo.data.selection import mixture, split_prompts
+from rcpo.data.sources import find_source
+from rcpo.data.store import PairDataset, TokenStore
+from rcpo.data.templates import ChatTemplate, find_template
 from rcpo.data.tokenise import PairTokeniser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 Checker = Callable[[str, str], bool]
-
-
-@dataclass(frozen=True)
-class TextData:
-    """What a source yields: pairs as text, and for a verifiable task how to check an answer to a prompt."""
-
-    train: list[TextPair]
-    evaluation: list[TextPair]
-    checker: Checker | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Datasets:
     """Tokenised pairs to train on and held out (None: nothing is held out).
 
     `prompts` are the held-out prompts as text, each once, to generate answers to; `checker(prompt, answer)`
-    tells right from wrong; empty and None where answers cannot be verified.
+    tells right from wrong; empty and None where answers cannot be verified. `template` is what rendered
+    messages, where there were any to render.
     """
 
     train: PairDataset
@@ -43,55 +47,126 @@ class Datasets:
     report: DataReport
     prompts: list[str] = field(default_factory=list)
     checker: Checker | None = None
+    template: ChatTemplate | None = None
 
 
-def load_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Datasets:
-    """Reads, splits and tokenises the configured data; the same on every rank.
+def load_datasets(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, say: Say = log.info
+) -> Datasets:
+    """Reads, splits and tokenises the configured data; the same on every rank. Collective.
 
-    `seed` decides which prompts are held out of `data.path`, and draws the sums to train on.
-    Raises ConfigError for data that cannot be used.
+    `seed` decides which prompts are held out of `data.path`, and draws the sums to train on. `say` takes
+    lines for the user, on rank 0. Raises ConfigError for data that cannot be used.
     """
-    report = DataReport(config.path or config.name, drop=config.on_bad == "drop")
-    texts = _SOURCES[config.name](config, seed, report)
-    tokeniser = PairTokeniser(tokenizer, config.max_length, config.max_prompt_length)
-    train = PairDataset(tokeniser.encode(texts.train, report), config.max_length)
-    evaluation = PairDataset(tokeniser.encode(texts.evaluation, report), config.max_length)
-    report.train, report.evaluation = len(train), len(evaluation)
-    if not train or (texts.evaluation and not evaluation):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.most_common())
-        raise ConfigError(
-            f"{report.source}: every pair of a split was dropped ({reasons}); change the limits"
-        )
-    trained = {pair.prompt for pair in texts.train}
-    report.shared_prompts = sum(pair.prompt in trained for pair in texts.evaluation)
-    return Datasets(
-        train,
-        evaluation if len(evaluation) else None,
-        report,
-        prompts=list(dict.fromkeys(pair.prompt for pair in texts.evaluation)) if texts.checker else [],
-        checker=texts.checker,
+    load = _load_sums if config.name == "sums" else _load_files
+    datasets = load(config, tokenizer, seed, say)
+    report, train, evaluation = datasets.report, datasets.train, datasets.evaluation
+    report.train = len(train)
+    if evaluation is not None:
+        report.evaluation = len(evaluation)
+        report.shared_prompts = int(np.isin(evaluation.prompts, train.prompts).sum())
+    return datasets
+
+
+def make_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """What turns the configured rows into tokens; raises ConfigError for settings that cannot."""
+    template = find_template(tokenizer, config.template, config.template_options, config.system_prompt)
+    return Encoder(
+        _make_tokeniser(config, tokenizer),
+        template,
+        always=config.template is not None,
+        columns=config.columns,
     )
 
 
-def _load_sums(config: DataConfig, seed: int, report: DataReport) -> TextData:
+def _make_tokeniser(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokeniser:
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncation)
+    return PairTokeniser(tokenizer, limits)
+
+
+def _load_sums(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, _: Say) -> Datasets:
     if not sums.operands(config.eval_fraction, held_out=False):
         raise ConfigError(f"data.eval_fraction={config.eval_fraction} leaves no sum to train on; lower it")
+    report = DataReport(config.name)
     train = sums.training_pairs(config.train_examples, config.eval_fraction, seed)
     evaluation = sums.held_out_pairs(config.eval_fraction)
-    report.read = len(train) + len(evaluation)
-    return TextData(train, evaluation, sums.answer_is_correct)
+    tally = Tally()
+    tally.counts["read"] = len(train) + len(evaluation)
+    tokeniser = _make_tokeniser(config, tokenizer)
+    splits = [
+        PairDataset.of(tokeniser.encode(pairs, tally), config.max_length) for pairs in (train, evaluation)
+    ]
+    report.add(tally)
+    prompts = [pair.prompt for pair in evaluation]
+    return Datasets(splits[0], splits[1] if prompts else None, report, prompts, sums.answer_is_correct)
 
 
-def _load_pairs(config: DataConfig, seed: int, report: DataReport) -> TextData:
-    if config.path is None:
-        raise ConfigError("data=pairs needs a file of preference pairs: data.path=FILE.jsonl[.gz]")
-    pairs = read_pairs(Path(config.path), report)
-    if config.eval_path is None:
-        return TextData(*split_prompts(pairs, config.eval_fraction, seed))
-    return TextData(pairs, read_pairs(Path(config.eval_path), report))
+def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, say: Say) -> Datasets:
+    encoder = make_encoder(config, tokenizer)
+    report = DataReport(config.path or ", ".join(spec.name for spec in train_sources(config)))
+    report.drop = config.on_bad == "drop"
+    loader = _Loader(config, encoder, partial(check_prompts, encoder, tokenizer), report, say)
+    specs, held_out_specs = train_sources(config), eval_sources(config)
+    stores = loader.load(specs)
+    prompts = np.concatenate([store.prompts for store in stores])
+    evaluation = None
+    if held_out_specs:
+        rows = np.arange(len(prompts))
+        evaluation = PairDataset(loader.load(held_out_specs), config.max_length, kind=loader.kind)
+    else:
+        rows, held_out = split_prompts(prompts, config.eval_fraction, seed)
+        if len(held_out):
+            evaluation = PairDataset(stores, config.max_length, rows=held_out, kind=loader.kind)
+    if config.sources:
+        rows = mixture(rows, [len(store) for store in stores], [spec.weight for spec in specs], seed)
+    train = PairDataset(stores, config.max_length, rows=rows, kind=loader.kind)
+    if not len(train):
+        raise ConfigError("data.sources: their weights leave no example to train on; raise them")
+    template = encoder.template if report.counts["templated"] else None
+    report.template = None if template is None else template.name
+    return Datasets(train, evaluation, report, template=template)
 
 
-_SOURCES: dict[str, Callable[[DataConfig, int, DataReport], TextData]] = {
-    "sums": _load_sums,
-    "pairs": _load_pairs,
-}
+class _Loader:
+    """Gets the sources' tokens and gathers what became of their rows."""
+
+    def __init__(
+        self, config: DataConfig, encoder: Encoder, check: Check, report: DataReport, say: Say
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._check = check
+        self._report = report
+        self._cache = TokenCache(cache_folder(config.cache), say)
+        self.kind = PAIRS
+        self._kinds: dict[str, str] = {}  # kind: the first source of it
+
+    def load(self, specs: Sequence[SourceSpec]) -> list[TokenStore]:
+        """Raises ConfigError for a source without a usable row, and for kinds of data that do not mix."""
+        return [self._load(spec) for spec in specs]
+
+    def _load(self, spec: SourceSpec) -> TokenStore:
+        config = self._config
+        source = find_source(spec, self._cache.memo)
+        wanted = Wanted(
+            source, self._encoder, self._check, config.max_examples, config.workers, config.on_bad == "drop"
+        )
+        store, meta = self._cache.fetch(wanted)
+        self._report.counts.update(meta.counts)
+        for reason, (place, count) in meta.bad.items():
+            self._report.dropped[reason] += count
+            self._report.examples.setdefault(reason, place)
+        if not len(store):
+            raise ConfigError(_nothing(spec.name, meta.counts.get("read", 0), meta.bad))
+        for kind in meta.kinds:
+            self._kinds.setdefault(kind, spec.name)
+        if len(self._kinds) > 1:
+            found = ", ".join(f"{kind} ({place})" for kind, place in self._kinds.items())
+            raise ConfigError(f"data: one kind of rows at a time, found {found}; give one of them")
+        [self.kind] = self._kinds
+        return store
+
+
+def _nothing(name: str, read: int, bad: dict[str, tuple[str, int]]) -> str:
+    reasons = ", ".join(f"{count} {reason} (first: {place})" for reason, (place, count) in bad.items())
+    return f"{name}: no usable example in {read} rows" + (f": {reasons}" if reasons else "")

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rcpo.config import ConfigError
+
+
+@dataclass
+class Tally:
+    """What became of some rows: `bad` places with their reasons, in order, and `counts` of what was changed.
+
+    The counts: rows `read`, those that a template rendered (`templated`); `truncated_prompts`,
+    `truncated_responses` and, in all, `tokens_cut`; responses with further turns behind the first
+    (`longer_responses`) or that spell special tokens (`special_tokens`).
+    """
+
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def cut(self, what: str, tokens: int) -> None:
+        """Counts a prompt or response (`what`: prompts, responses) that lost tokens, if it did."""
+        if tokens:
+            self.counts[f"truncated_{what}"] += 1
+            self.counts["tokens_cut"] += tokens
 
 
 @dataclass
@@ -14,17 +35,17 @@ class DataReport:
 
     `drop` is `data.on_bad=drop`: unusable pairs are counted and left out, otherwise the first is an error.
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
+    `template` is the chat template's name. `shared_prompts` are held-out pairs whose prompt is trained on.
     """
 
     source: str
     drop: bool = False
-    read: int = 0
     train: int = 0
     evaluation: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    truncated_prompts: int = 0
-    truncated_responses: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    template: str | None = None
     shared_prompts: int = 0
 
     def bad(self, reason: str, place: str) -> None:
@@ -34,34 +55,51 @@ class DataReport:
         self.dropped[reason] += 1
         self.examples.setdefault(reason, place)
 
-    def as_dict(self) -> dict[str, int | str | dict[str, int]]:
+    def add(self, tally: Tally, place: Callable[[str], str] = str) -> None:
+        """Takes a tally in; `place` makes a name for the user of one of its places."""
+        for where, reason in tally.bad:
+            self.bad(reason, place(where))
+        self.counts.update(tally.counts)
+
+    def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
+        names = ("read", "truncated_prompts", "truncated_responses", "tokens_cut")
         return {
             "source": self.source,
-            "read": self.read,
+            "template": self.template,
             "train": self.train,
             "evaluation": self.evaluation,
             "dropped": dict(self.dropped),
-            "truncated_prompts": self.truncated_prompts,
-            "truncated_responses": self.truncated_responses,
+            "first_dropped": dict(self.examples),
+            **dict.fromkeys(names, 0),
+            **self.counts,
             "shared_prompts": self.shared_prompts,
         }
 
     def lines(self) -> list[str]:
         """The counts as sentences for a person."""
+        counts = self.counts
         told = [
-            f"{self.source}: {self.read} pairs read, {self.train} to train on, {self.evaluation} held out"
+            f"{self.source}: {counts['read']} pairs read, {self.train} to train on, "
+            f"{self.evaluation} held out"
         ]
+        if self.template is not None:
+            told[0] += f", template {self.template}"
         total = sum(self.dropped.values())
         if total:
             told.append(f"{total} pairs dropped:")
             for reason, count in self.dropped.most_common():
                 told.append(f"  {count} {reason} (first: {self.examples[reason]})")
-        if self.truncated_prompts or self.truncated_responses:
+        if counts["tokens_cut"]:
             told.append(
-                f"truncated: {self.truncated_prompts} prompts at their start (data.max_prompt_length), "
-                f"{self.truncated_responses} responses at their end (data.max_length)"
+                f"truncated: {counts['truncated_prompts']} prompts (data.max_prompt_length), "
+                f"{counts['truncated_responses']} responses at their end (data.max_length), "
+                f"{counts['tokens_cut']} tokens in all"
             )
+        if counts["longer_responses"]:
+            told.append(f"{counts['longer_responses']} responses hold further turns, which are learned too")
+        if counts["special_tokens"]:
+            told.append(f"warning: {counts['special_tokens']} responses spell special tokens in their text")
         if self.shared_prompts:
             told.append(
                 f"warning: {self.shared_prompts} held-out pairs have a prompt that is also trained on"

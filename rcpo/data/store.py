@@ -1,4 +1,4 @@
-"""Tokenised pairs in one flat array: 4 bytes a token, whatever the number of pairs."""
+"""Tokenised pairs in flat arrays, in memory or mapped from a file, and the choice of them that a run uses."""
 
 from __future__ import annotations
 
@@ -10,32 +10,101 @@ from typing import overload
 
 import numpy as np
 
-from rcpo.data.records import Example
+from rcpo.data.records import PAIRS, Example
 
 
-class PairDataset(Sequence[Example]):
+class TokenStore:
     """n tokenised pairs: `tokens` (T,) int32 and `offsets` (3n + 1,) int64, parts prompt, chosen, rejected.
 
-    `max_length` bounds the tokens of prompt and completion, for the mismatched completions that are put
-    together here; None is no bound.
+    `prompts` (n,) uint64 stand for the prompts' texts. `digest` is of all of these and the ids.
     """
 
-    def __init__(self, examples: Iterable[Example], max_length: int | None = None) -> None:
-        tokens = array("i")
-        offsets = array("q", [0])
-        ids: list[str] = []
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
+        prompts: np.ndarray,
+        ids: Sequence[str],
+        digest: str | None = None,
+    ) -> None:
+        assert len(offsets) == 3 * len(ids) + 1 and len(prompts) == len(ids), (len(offsets), len(ids))
+        self.tokens = tokens
+        self.offsets = offsets
+        self.prompts = prompts
+        self.ids = ids
+        self._digest = digest
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> TokenStore:
+        """The examples in memory, in their order; a prompt's tokens stand for its text."""
+        tokens, offsets = array("i"), array("q", [0])
+        prompts, ids = array("Q"), []
         for example in examples:
             for part in (example.prompt, example.chosen, example.rejected):
                 tokens.extend(part)
                 offsets.append(len(tokens))
+            own = hashlib.blake2b(array("i", example.prompt).tobytes(), digest_size=8)
+            prompts.append(int.from_bytes(own.digest(), "little"))
             ids.append(example.id)
-        self.tokens = np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, dtype=np.int32)
-        self.offsets = np.frombuffer(offsets, dtype=np.int64)
-        self.ids = ids
-        self.max_length = max_length
+        return cls(
+            np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, dtype=np.int32),
+            np.frombuffer(offsets, dtype=np.int64),
+            np.frombuffer(prompts, dtype=np.uint64) if prompts else np.zeros(0, dtype=np.uint64),
+            ids,
+        )
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.prompts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of ids, tokens and their borders: equal exactly where the contents are."""
+        if self._digest is not None:
+            return self._digest
+        digest = hashlib.sha256(str(len(self)).encode())
+        for name in self.ids:
+            encoded = name.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        digest.update(self.offsets.astype("<i8").tobytes())
+        digest.update(self.tokens.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def part(self, row: int, part: int) -> list[int]:
+        """One part of a pair: 0 the prompt, 1 the chosen response, 2 the rejected one."""
+        first, end = self.offsets[3 * row + part : 3 * row + part + 2]
+        return self.tokens[first:end].tolist()
+
+
+class PairDataset(Sequence[Example]):
+    """The examples that a run uses, in its order: `rows` (n,) of some stores, counted through all of them.
+
+    `rows` None is all. `kind` says what the examples are (`rcpo.data.records`). `max_length` bounds the
+    tokens of prompt and completion, for the mismatched completions that are put together here; None is no
+    bound.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        max_length: int | None = None,
+        *,
+        rows: np.ndarray | None = None,
+        kind: str = PAIRS,
+    ) -> None:
+        self._stores = stores
+        self._firsts = np.cumsum([0, *(len(store) for store in stores)])
+        self._rows = rows
+        self._count = int(self._firsts[-1]) if rows is None else len(rows)
+        self.max_length = max_length
+        self.kind = kind
+
+    @classmethod
+    def of(cls, examples: Iterable[Example], max_length: int | None = None) -> PairDataset:
+        """The examples themselves, in memory."""
+        return cls([TokenStore.of(examples)], max_length)
+
+    def __len__(self) -> int:
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -46,28 +115,43 @@ class PairDataset(Sequence[Example]):
             return [self[place] for place in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        index %= len(self)
-        return Example(self.ids[index], *(self._part(3 * index + part) for part in range(3)))
+        store, row = self._find(index % len(self))
+        return Example(store.ids[row], *(store.part(row, part) for part in range(3)))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def ids(self) -> Sequence[str]:
+        """Each example's id."""
+        return _Ids(self)
+
+    def id(self, index: int) -> str:
+        store, row = self._find(index)
+        return store.ids[row]
+
     def mismatched(self, index: int) -> list[int]:
-        """What kto scores after example `index`'s prompt: the next example's chosen response.
+        """What kto scores after example `index`'s prompt: the next one's chosen response, or its only one.
 
         The partner is fixed, so that its reference log-probs can be cached and one pair a micro-batch is
         enough. It is cut to what `max_length` leaves after the prompt.
         """
-        completion = self._part(3 * ((index + 1) % len(self)) + 1)
+        store, row = self._find((index + 1) % len(self))
+        completion = store.part(row, 1) or store.part(row, 2)
         if self.max_length is None:
             return completion
-        prompt_length = int(self.offsets[3 * index + 1] - self.offsets[3 * index])
-        return completion[: self.max_length - prompt_length]
+        return completion[: self.max_length - int(self.lengths[index, 0])]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Token counts (n, 3): prompt, chosen, rejected."""
-        return np.diff(self.offsets).reshape(-1, 3)
+        lengths = [np.diff(store.offsets).reshape(-1, 3) for store in self._stores]
+        return self._chosen_rows(lengths[0] if len(lengths) == 1 else np.concatenate(lengths))
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """64 bits (n,) for each example's prompt, equal where the prompts' texts are."""
+        return self._chosen_rows(np.concatenate([store.prompts for store in self._stores]))
 
     @cached_property
     def shortest(self) -> int:
@@ -79,21 +163,44 @@ class PairDataset(Sequence[Example]):
         responses = self.lengths[:, 1:]
         if sides < 3:
             return responses[:, :sides]
-        partners = np.roll(responses[:, 0], -1)
+        partners = np.roll(np.where(responses[:, 0] > 0, responses[:, 0], responses[:, 1]), -1)
         if self.max_length is not None:
             partners = np.minimum(partners, self.max_length - self.lengths[:, 0])
         return np.column_stack([responses, partners])
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, tokens and their borders: equal exactly where the contents are."""
+        """SHA-256 of ids, tokens, their borders and their order: equal exactly where the contents are."""
         digest = hashlib.sha256(repr((len(self), self.max_length)).encode())
-        for name in self.ids:
-            encoded = name.encode("utf-8", "surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        digest.update(self.offsets.astype("<i8").tobytes())
-        digest.update(self.tokens.astype("<i4").tobytes())
+        for store in self._stores:
+            digest.update(store.digest.encode())
+        if self._rows is not None:
+            digest.update(self._rows.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _part(self, part: int) -> list[int]:
-        return self.tokens[self.offsets[part] : self.offsets[part + 1]].tolist()
+    def _find(self, index: int) -> tuple[TokenStore, int]:
+        row = index if self._rows is None else int(self._rows[index])
+        number = 0 if len(self._stores) == 1 else int(np.searchsorted(self._firsts, row, "right")) - 1
+        return self._stores[number], row - int(self._firsts[number])
+
+    def _chosen_rows(self, values: np.ndarray) -> np.ndarray:
+        return values if self._rows is None else values[self._rows]
+
+
+class _Ids(Sequence[str]):
+    """The ids of a dataset, made when they are asked for."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._dataset.id(place) for place in range(*index.indices(len(self)))]
+        return self._dataset.id(range(len(self))[index])

@@ -6,12 +6,17 @@ that generation is given, and those of both responses' prompts are the same.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rcpo.config import ConfigError
+from rcpo.data.limits import Limits, UnusablePair
 from rcpo.data.records import Example, TextPair
-from rcpo.data.report import DataReport
+from rcpo.data.report import Tally
+from rcpo.data.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,128 +25,155 @@ _BATCH = 1024  # pairs a call of the tokenizer: its threads are busy, memory sta
 _ANCHORS = ("\n", "0", ".")
 
 
-class UnusablePair(ValueError):
-    """Why a pair has nothing to learn from once it is tokenised and cut."""
-
-
 class PairTokeniser:
-    """Turns `TextPair` into `Example` with one tokenizer and one set of limits (tokens; None is no limit).
+    """Turns `TextPair` into `Example` with one tokenizer and one set of limits.
 
-    Raises ConfigError for a tokenizer without an end-of-sequence token, whose responses would never end, and
-    for limits that leave no room.
+    The tokenizer's opening tokens and its end-of-sequence token are put around the texts; `templated` gives
+    one for texts that a template has opened and ended. Raises ConfigError for a tokenizer without an
+    end-of-sequence token, whose responses would never end, and for limits that leave no room. It can be
+    pickled; workers get it so.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int | None = None,
-        max_prompt_length: int | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 "the tokenizer has no end-of-sequence token, so no response could end; "
                 "set eos_token in the tokenizer_config.json of model.path"
             )
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self._prefix = self._opening_tokens()
-        self._anchors = self._make_anchors()
-        if max_prompt_length is not None and max_prompt_length <= len(self._prefix):
-            raise ConfigError(
-                f"data.max_prompt_length={max_prompt_length} leaves no token for the prompt after the "
-                f"{len(self._prefix)} that the tokenizer puts first; raise it"
-            )
+        self.end: int = tokenizer.eos_token_id
+        self.limits = limits or Limits()
+        self._backend = _backend(tokenizer)
+        self._opening = self._opening_tokens(tokenizer)
+        self._separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.end
+        self._anchors = self._make_anchors(tokenizer)
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._templated = self._ends_itself = False
+        self._tail: list[int] = []
+        self.limits.check(len(self._opening))
 
-    def encode(self, pairs: Sequence[TextPair], report: DataReport) -> Iterator[Example]:
-        """The examples of the usable pairs, in order; cuts and unusable pairs go to the report."""
+    def templated(self, template: ChatTemplate) -> PairTokeniser:
+        """The same for pairs that `template` rendered."""
+        other = copy.copy(self)
+        other._templated = True
+        [other._tail, ending] = self.ids([template.tail, "a" + template.ending])
+        other._ends_itself = ending[-1] in self._special
+        if self._anchors:
+            other._anchors = [(template.tail, other._tail), *self._anchors]
+        return other
+
+    def encode(self, pairs: Sequence[TextPair], tally: Tally) -> Iterator[Example]:
+        """The examples of the usable pairs, in order; cuts and unusable pairs go to the tally."""
         for start in range(0, len(pairs), _BATCH):
             chunk = pairs[start : start + _BATCH]
             prompts = self.prompts([pair.prompt for pair in chunk])
-            chosen = self.responses([pair.chosen for pair in chunk])
-            rejected = self.responses([pair.rejected for pair in chunk])
-            for pair, *parts in zip(chunk, prompts, chosen, rejected, strict=True):
+            texts = [text for pair in chunk for text in (pair.chosen, pair.rejected) if text is not None]
+            responses = iter(self.responses(texts))
+            for pair, prompt in zip(chunk, prompts, strict=True):
+                chosen = [] if pair.chosen is None else next(responses)
+                rejected = [] if pair.rejected is None else next(responses)
                 try:
-                    yield self._fit(Example(pair.id, *parts), report)
+                    yield self._fit(Example(pair.id, prompt, chosen, rejected), tally)
                 except UnusablePair as problem:
-                    report.bad(str(problem), pair.id)
+                    tally.bad.append((pair.id, str(problem)))
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Uncut prompts: what the tokenizer puts first (a BOS, or nothing) exactly once, then the text."""
-        opening = self._prefix
-        return [ids if ids[: len(opening)] == opening else opening + ids for ids in self._ids(texts)]
+        """Uncut prompts: what the tokenizer puts first (a BOS, or nothing) exactly once, then the text.
+
+        A template has put that first itself. No text at all is opened by a BOS, or by what ends a document.
+        """
+        if self._templated:
+            return self.ids(texts)
+        opening = self._opening
+        prompts = [ids if ids[: len(opening)] == opening else opening + ids for ids in self.ids(texts)]
+        return [ids if ids or text else [self._separator] for ids, text in zip(prompts, texts, strict=True)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Uncut responses: the text as it continues a prompt, then the end-of-sequence token exactly once."""
-        end = self.tokenizer.eos_token_id
-        return [ids if ids[-1:] == [end] else [*ids, end] for ids in self._continuations(texts)]
+        """Uncut responses: the text as it continues a prompt, then what ends it, exactly once."""
+        found = self._continuations(texts)
+        if self._ends_itself:
+            return found
+        end = self.end
+        return [ids if ids[-1:] == [end] else [*ids, end] for ids in found]
 
     def cut_prompt(self, ids: list[int]) -> list[int]:
-        """A prompt within `max_prompt_length`: the opening tokens stay, then its end."""
-        if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
-            return ids
-        opening = len(self._prefix)
-        return ids[:opening] + ids[len(ids) - (self.max_prompt_length - opening) :]
+        """A prompt within the limits; what opens it and, with a template, what opens the answer stay."""
+        opening = self._opening if ids[: len(self._opening)] == self._opening else []
+        tail = self._tail if self._tail and ids[-len(self._tail) :] == self._tail else []
+        return self.limits.cut_prompt(ids, len(opening), len(tail))
 
-    def _fit(self, whole: Example, report: DataReport) -> Example:
+    @property
+    def fast(self) -> bool:
+        """Whether the tokenizer is the Rust one."""
+        return isinstance(self._backend, FastBackend)
+
+    def description(self) -> str:
+        """All of the tokenizer that decides tokens, as text."""
+        fixed = [self._opening, self.end, self._separator, sorted(self._special)]
+        return f"{fixed} {self._backend.description()}"
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text as it is, special ones only where the text spells them."""
+        return self._backend(texts)
+
+    def spelled_special_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> int:
+        """How many responses hold a special token before their last: tokens (T,), lengths (n, 3) by part."""
+        if not len(tokens) or not self._special:
+            return 0
+        table = np.zeros(max(int(tokens.max()), *self._special) + 1, dtype=bool)
+        table[list(self._special)] = True
+        before = np.concatenate([[0], np.cumsum(table[tokens])])
+        ends = np.cumsum(lengths.ravel()).reshape(-1, 3)
+        starts = ends - lengths
+        interior = before[np.maximum(ends - 1, starts)] - before[starts]
+        return int((interior[:, 1:] > 0).sum())
+
+    def _fit(self, whole: Example, tally: Tally) -> Example:
         """The example within the limits; raises UnusablePair where nothing could be learned from it."""
-        prompt, chosen, rejected = self.cut_prompt(whole.prompt), whole.chosen, whole.rejected
+        prompt = self.cut_prompt(whole.prompt)
         if not prompt:
             raise UnusablePair("prompt without a token")
-        if len(chosen) == 1 or len(rejected) == 1:  # the end-of-sequence token alone
+        if whole.chosen == [self.end] or whole.rejected == [self.end]:
             raise UnusablePair("response without a token")
-        if self.max_length is not None:
-            room = self.max_length - len(prompt)
-            if room < 1:
-                raise UnusablePair("prompt leaves no room for a response within data.max_length")
-            chosen, rejected = chosen[:room], rejected[:room]
+        chosen, rejected = (
+            self.limits.cut_response(part, len(prompt)) for part in (whole.chosen, whole.rejected)
+        )
         if chosen == rejected:
             raise UnusablePair("both responses have the same tokens within data.max_length")
-        report.truncated_prompts += len(prompt) < len(whole.prompt)
-        report.truncated_responses += len(chosen) < len(whole.chosen)
-        report.truncated_responses += len(rejected) < len(whole.rejected)
+        tally.cut("prompts", len(whole.prompt) - len(prompt))
+        tally.cut("responses", len(whole.chosen) - len(chosen))
+        tally.cut("responses", len(whole.rejected) - len(rejected))
         return Example(whole.id, prompt, chosen, rejected)
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            truncation=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]
-
-    def _opening_tokens(self) -> list[int]:
+    def _opening_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What the tokenizer puts before a text by itself."""
-        plain = self._ids(["a"])[0]
-        whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        plain = self.ids(["a"])[0]
+        whole = tokenizer("a", add_special_tokens=True)["input_ids"]
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
-                return whole[:start]
+                return list(whole[:start])
         raise ConfigError(
             "the tokenizer changes a text's own tokens when it adds special ones; use another one"
         )
 
-    def _make_anchors(self) -> list[tuple[str, list[int]]]:
+    def _make_anchors(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
         """Texts to put before a response, for tokenizers that put a space before every text (SentencePiece).
 
         Empty where the tokenizer does not: then a response is tokenised as it is.
         """
-        once = self._ids(["a"])[0]
-        if self.tokenizer.decode(once + once) == "aa":
+        once = self.ids(["a"])[0]
+        if tokenizer.decode(once + once) == "aa":
             return []
-        return list(zip(_ANCHORS, self._ids(_ANCHORS), strict=True))
+        return list(zip(_ANCHORS, self.ids(_ANCHORS), strict=True))
 
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of texts that follow another text, so without a space put before them."""
         if not self._anchors:
-            return self._ids(texts)
+            return self.ids(texts)
         found: dict[int, list[int]] = {}
         for anchor, opening in self._anchors:
             missing = [place for place in range(len(texts)) if place not in found]
             for place, ids in zip(
-                missing, self._ids([anchor + texts[place] for place in missing]), strict=True
+                missing, self.ids([anchor + texts[place] for place in missing]), strict=True
             ):
                 if ids[: len(opening)] == opening:  # else the text's first characters merged with the anchor
                     found[place] = ids[len(opening) :]
@@ -151,3 +183,47 @@ class PairTokeniser:
         raise ConfigError(
             f"the tokenizer cannot continue a text with {lost[:40]!r} without merging the border"
         )
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> FastBackend | SlowBackend:
+    return FastBackend(tokenizer) if tokenizer.is_fast else SlowBackend(tokenizer)
+
+
+class FastBackend:
+    """The Rust tokenizer alone: it needs no transformers in a worker, and gives up on characters' offsets."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = bool(tokenizer.split_special_tokens)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def description(self) -> str:
+        return f"{self._tokenizer.encode_special_tokens} {self._tokenizer.to_str()}"
+
+
+class SlowBackend:
+    """A tokenizer in Python."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded: Any = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            truncation=False,
+            verbose=False,
+        )
+        return list(encoded["input_ids"])
+
+    def description(self) -> str:
+        tokenizer = self._tokenizer
+        return f"{type(tokenizer)} {tokenizer.init_kwargs} {sorted(tokenizer.get_vocab().items())}"

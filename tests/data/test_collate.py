@@ -50,21 +50,21 @@ def test_one_side_leaves_the_rejected_out() -> None:
 
 
 def test_mismatched_completions_follow_the_prompt_of_their_pair() -> None:
-    batch = collate_indices(PairDataset([A, B]), [0, 1], PAD, sides=3)
+    batch = collate_indices(PairDataset.of([A, B]), [0, 1], PAD, sides=3)
     assert batch.input_ids[4:].tolist() == [[1, 2, 3, 12, 0], [4, 10, 11, 0, 0]]
     assert batch.sequences.tolist()[-3:] == [4, 5, 5]
     assert batch.lengths.tolist() == [2, 1, 1, 4, 1, 2]
 
 
 def test_a_mismatched_completion_is_cut_to_the_limit() -> None:
-    dataset = PairDataset([A, B, Example("c", [1, 1, 1, 1], [7], [8])], max_length=5)
+    dataset = PairDataset.of([A, B, Example("c", [1, 1, 1, 1], [7], [8])], max_length=5)
     assert dataset.mismatched(1) == [7]  # 1 + 1 tokens
     assert dataset.mismatched(2) == [10]  # 4 tokens of prompt leave one of the two
 
 
 def test_a_filler_carries_the_shortest_example_with_weight_0() -> None:
     short = Example("c", [6], [7], [8])
-    batch = collate_indices(PairDataset([A, B, short]), [1, -1], PAD)
+    batch = collate_indices(PairDataset.of([A, B, short]), [1, -1], PAD)
     assert batch.weights.tolist() == [1.0, 0.0]
     assert batch.indices.tolist() == [1, -1]
     assert batch.input_ids[1].tolist() == [6, 7, 0, 0, 0]
@@ -115,9 +115,13 @@ def test_short_pairs_fill_up_a_row() -> None:
 
 
 def test_empty_parts_are_refused() -> None:
-    for example in (Example("x", [], [1], [2]), Example("x", [1], [], [2]), Example("x", [1], [2], [])):
-        with pytest.raises(ValueError, match="empty prompt or response"):
-            collate([example], PAD)
+    for example, sides in (
+        (Example("x", [], [1], [2]), 2),
+        (Example("x", [1], [], []), 2),
+        (Example("x", [1], [], [2]), 1),
+    ):
+        with pytest.raises(ValueError, match="empty prompt or no response"):
+            collate([example], PAD, sides=sides)
 
 
 @pytest.mark.parametrize(("sides", "mismatched"), [(0, None), (3, None), (2, [[1], [2]]), (4, None)])
@@ -162,3 +166,25 @@ def test_layouts_hold_the_same_tokens_in_the_same_order(pairs: list[Example], si
     assert (
         shared.num_tokens == int(shared.attention_mask.sum()) == separate.num_tokens - (sides - 1) * prompts
     )
+
+
+def test_unpaired_examples_have_one_row_each_by_hand() -> None:
+    wanted, unwanted = Example("w", [1, 2], [10], []), Example("u", [3], [], [20, 21])
+    batch = collate([wanted, unwanted], PAD, sides=3, mismatched=[[20, 21], [10]])
+    assert batch.input_ids.tolist() == [
+        [1, 2, 10, 0],  # chosen of the first; the second has none
+        [3, 20, 21, 0],  # rejected of the second
+        [1, 2, 20, 21],  # the mismatched ones
+        [3, 10, 0, 0],
+    ]
+    assert batch.lengths.tolist() == [1, 0, 0, 2, 2, 1]
+    assert batch.sequences.tolist() == [0, 3, 3, 4, 4, 5]
+    assert batch.labels.tolist() == [10, 20, 21, 20, 21, 10]
+    assert batch.predictors.tolist() == [1, 4, 5, 9, 10, 12]
+    assert batch.num_tokens == 3 + 3 + 4 + 2
+    shared = collate([wanted, unwanted], PAD, sides=3, mismatched=[[20, 21], [10]], layout="shared")
+    assert shared.labels.tolist() == batch.labels.tolist()
+    assert shared.lengths.tolist() == batch.lengths.tolist()
+    assert shared.input_ids.tolist() == [[1, 2, 10, 20, 21], [3, 20, 21, 10, 0]]
+    assert shared.predictors.tolist() == [1, 5, 6, 1, 3, 5]
+    assert shared.num_tokens == 9

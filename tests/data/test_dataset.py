@@ -2,21 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 from transformers import AutoTokenizer
 
 import rcpo.data
-from rcpo.config import ConfigError, DataConfig
+from rcpo.config import ConfigError, DataConfig, SourceConfig
 from rcpo.data.dataset import load_datasets
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(rcpo.data.__file__).parents[1] / "assets" / "tiny")
 
 
-def write(path: Path, count: int, **changes: str) -> str:
-    rows = [{"prompt": f"q{n}", "chosen": "yes", "rejected": "no", **changes} for n in range(count)]
+def pairs(count: int, name: str = "q", **changes: str) -> list[dict[str, str]]:
+    return [{"prompt": f"{name}{n}", "chosen": "yes", "rejected": "no", **changes} for n in range(count)]
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def load(seed: int = 1, **settings: Any) -> Any:
+    return load_datasets(DataConfig(name="pairs", **settings), TOKENIZER, seed)
 
 
 def test_sums_are_ready_to_train_and_to_generate() -> None:
@@ -39,44 +49,176 @@ def test_sums_are_ready_to_train_and_to_generate() -> None:
 
 
 def test_a_fraction_that_leaves_no_sum_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leaves no sum"):
+    with pytest.raises(ConfigError, match=r"leaves no sum"):
         load_datasets(DataConfig(name="sums", eval_fraction=1.0), TOKENIZER, seed=1)
 
 
 def test_loading_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:
-    config = DataConfig(name="pairs", path=write(tmp_path / "x.jsonl", 30), eval_fraction=0.2)
-    first, second, other = (load_datasets(config, TOKENIZER, seed) for seed in (1, 1, 2))
+    path = write(tmp_path / "x.jsonl", pairs(30))
+    first, second, other = (load(seed, path=path, eval_fraction=0.2) for seed in (1, 1, 2))
     assert first.train.fingerprint == second.train.fingerprint != other.train.fingerprint
-    assert first.evaluation is not None
     assert (len(first.train), len(first.evaluation)) == (24, 6)
     assert first.prompts == [] and first.checker is None
+    assert not set(first.train.ids) & set(first.evaluation.ids)
 
 
 def test_held_out_pairs_may_come_from_a_file(tmp_path: Path) -> None:
-    config = DataConfig(
-        name="pairs",
-        path=write(tmp_path / "train.jsonl", 10),
-        eval_path=write(tmp_path / "eval.jsonl", 12),
+    data = load(
+        path=write(tmp_path / "train.jsonl", pairs(10)), eval_path=write(tmp_path / "e.jsonl", pairs(12))
     )
-    data = load_datasets(config, TOKENIZER, seed=1)
-    assert data.evaluation is not None
-    assert (len(data.train), len(data.evaluation), data.report.read) == (10, 12, 22)
+    assert (len(data.train), len(data.evaluation), data.report.counts["read"]) == (10, 12, 22)
     assert data.report.shared_prompts == 10
     assert "10 held-out pairs" in data.report.lines()[-1]
 
 
 def test_nothing_is_held_out_on_request(tmp_path: Path) -> None:
-    config = DataConfig(name="pairs", path=write(tmp_path / "x.jsonl", 5), eval_fraction=0.0)
-    data = load_datasets(config, TOKENIZER, seed=1)
+    data = load(path=write(tmp_path / "x.jsonl", pairs(5)), eval_fraction=0.0)
     assert data.evaluation is None and len(data.train) == 5
 
 
+def test_bad_rows_are_refused_with_their_line_or_dropped_and_counted(tmp_path: Path) -> None:
+    bad = pairs(2, "r", rejected=" ")
+    path = write(tmp_path / "x.jsonl", [*pairs(3), {"prompt": "p", "rejected": "r"}, *bad, *pairs(1, "s")])
+    for _ in range(2):  # made, and read from the cache
+        with pytest.raises(ConfigError, match=rf"^{path}:4: no field 'chosen'; .* data.on_bad=drop"):
+            load(path=path)
+        data = load(path=path, on_bad="drop", eval_fraction=0)
+        assert list(data.train.ids) == [f"x.jsonl:{n}" for n in (1, 2, 3, 7)]
+        assert dict(data.report.dropped) == {"no field 'chosen'": 1, "empty rejected response": 2}
+        assert data.report.examples["empty rejected response"] == f"{path}:5"
+        assert any("2 empty rejected response (first:" in line for line in data.report.lines())
+        assert json.loads(json.dumps(data.report.as_dict(), allow_nan=False))["read"] == 7
+
+
 def test_a_split_that_loses_every_pair_is_refused(tmp_path: Path) -> None:
-    config = DataConfig(name="pairs", path=write(tmp_path / "x.jsonl", 5), max_length=2, on_bad="drop")
-    with pytest.raises(ConfigError, match="every pair of a split was dropped"):
-        load_datasets(config, TOKENIZER, seed=1)
+    path = write(tmp_path / "x.jsonl", pairs(5))
+    with pytest.raises(
+        ConfigError, match=r"in 5 rows: 5 prompt leaves no room.*x.jsonl:1\)"
+    ):
+        load(path=path, max_length=2, on_bad="drop")
+    with pytest.raises(ConfigError, match=r"no usable example in 0 rows"):
+        load(path=write(tmp_path / "empty.jsonl", []))
 
 
-def test_pairs_needs_a_path() -> None:
-    with pytest.raises(ConfigError, match="data=pairs needs"):
-        load_datasets(DataConfig(name="pairs"), TOKENIZER, seed=1)
+def test_a_folder_in_the_hub_s_layout_has_splits_and_folders(tmp_path: Path) -> None:
+    for part, count in (("helpful-base", 3), ("harmless-base", 4)):
+        write(tmp_path / part / "train.jsonl", pairs(count, part[:3]))
+        write(tmp_path / part / "test.jsonl", pairs(2, part))
+    folder = str(tmp_path)
+    data = load(path=folder, eval_split="test")
+    assert (len(data.train), len(data.evaluation)) == (7, 4)
+    assert sorted(set(data.train.ids)) == sorted(
+        [f"harmless-base/train.jsonl:{n}" for n in range(1, 5)]
+        + [f"helpful-base/train.jsonl:{n}" for n in range(1, 4)]
+    )
+    assert len(load(path=folder, data_dir="helpful-base", eval_split="test").train) == 3
+    with pytest.raises(ConfigError, match=r"data.split=nix: .* there are: train, test"):
+        load(path=folder, split="nix")
+    with pytest.raises(ConfigError, match=r"data.eval_split=nix: .* there are: train, test"):
+        load(path=folder, eval_split="nix")
+    with pytest.raises(ConfigError, match=r"data.path=.*doesn't contain any data files"):
+        load(path=folder, data_dir="nix")
+
+
+def test_a_bad_row_in_a_folder_has_its_file_and_line(tmp_path: Path) -> None:
+    write(tmp_path / "train-1.jsonl", pairs(2))
+    write(tmp_path / "train-2.jsonl", [*pairs(1), "x"])
+    with pytest.raises(ConfigError, match=r"train-2.jsonl:2: not a JSON object"):
+        load(path=str(tmp_path))
+
+
+def test_a_readme_s_subsets_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "one.jsonl", pairs(3))
+    write(tmp_path / "b" / "two.jsonl", pairs(4))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: a/*.jsonl\n"
+        "- config_name: b\n  data_files:\n  - split: prefs\n    path: b/*.jsonl\n---\n"
+    )
+    assert len(load(path=str(tmp_path), subset="a", eval_fraction=0).train) == 3
+    assert len(load(path=str(tmp_path), subset="b", split="prefs", eval_fraction=0).train) == 4
+    with pytest.raises(ConfigError, match=r"data.path=.*'c' not found. Available"):
+        load(path=str(tmp_path), subset="c")
+
+
+def test_what_the_library_saved_is_read(tmp_path: Path) -> None:
+    splits = {
+        "train": datasets.Dataset.from_list(pairs(5)),
+        "test": datasets.Dataset.from_list(pairs(2, "t")),
+    }
+    splits["train"].save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "all")
+    assert len(load(path=str(tmp_path / "one"), eval_fraction=0).train) == 5
+    data = load(path=str(tmp_path / "all"), eval_split="test")
+    assert (len(data.train), len(data.evaluation)) == (5, 2)
+    with pytest.raises(ConfigError, match=r"data.split=nix: .* there are: test, train"):
+        load(path=str(tmp_path / "all"), split="nix")
+
+
+def test_the_same_rows_from_every_kind_of_file_are_the_same_tokens(tmp_path: Path) -> None:
+    whole = datasets.Dataset.from_list(pairs(6))
+    whole.to_parquet(tmp_path / "x.parquet")
+    whole.to_csv(tmp_path / "x.csv")
+    whole.to_json(tmp_path / "x.jsonl")
+    (tmp_path / "x.json").write_text(json.dumps(pairs(6)))
+    found = [load(path=str(path), eval_fraction=0).train[:] for path in sorted(tmp_path.glob("x.*"))]
+    assert len(found) == 4
+    for examples in found[1:]:
+        assert [(e.prompt, e.chosen, e.rejected) for e in examples] == [
+            (e.prompt, e.chosen, e.rejected) for e in found[0]
+        ]
+
+
+def test_a_mixture_of_sources_by_weight(tmp_path: Path) -> None:
+    small, large = write(tmp_path / "s.jsonl", pairs(4, "s")), write(tmp_path / "l.jsonl", pairs(10, "l"))
+    sources = [SourceConfig(path=small, weight=2), SourceConfig(path=large, weight=0.5)]
+    data = load(sources=sources, eval_fraction=0)
+    ids = list(data.train.ids)
+    assert sorted(ids[:8]) == sorted([f"s.jsonl:{n}" for n in range(1, 5)] * 2)
+    assert len(ids) == 13 and len(set(ids[8:])) == 5
+    assert list(load(sources=sources, eval_fraction=0).train.ids) == ids
+    assert list(load(2, sources=sources, eval_fraction=0).train.ids) != ids
+    held_out = load(sources=sources, eval_fraction=0.3)
+    assert len(held_out.evaluation) == 4  # of the 14 prompts
+    assert not set(held_out.train.ids) & set(held_out.evaluation.ids)
+
+
+def test_at_most_max_examples_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{}, *pairs(2000)])
+    data = load(path=path, max_examples=3, on_bad="drop", eval_fraction=0)
+    assert list(data.train.ids) == ["x.jsonl:2", "x.jsonl:3", "x.jsonl:4"]
+    assert data.report.counts["read"] == 512  # a piece
+
+
+def test_kinds_of_data_do_not_mix(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", pairs(2))
+    other = write(tmp_path / "other.jsonl", [{"prompt": "p", "completion": "c"}])
+    assert load(path=other, eval_fraction=0).train.kind == "sft"
+    with pytest.raises(ConfigError, match=r"one kind of rows at a time, found pairs .* sft"):
+        load(sources=[SourceConfig(path=one), SourceConfig(path=other)])
+
+
+def test_unpaired_rows_have_one_side(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "yes", "label": n % 2 == 0} for n in range(4)]
+    train = load(path=write(tmp_path / "x.jsonl", rows), eval_fraction=0).train
+    assert train.kind == "unpaired"
+    assert train.lengths.tolist() == [[3, 4, 0], [3, 0, 4], [3, 4, 0], [3, 0, 4]]
+
+
+def test_unknown_fields_and_templates_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(3))
+    with pytest.raises(ConfigError, match=r"data.columns.promt: there is no such field"):
+        load(path=path, columns={"promt": "prompt"})
+    with pytest.raises(ConfigError, match=r"data.template=chatlm: there is no such template"):
+        load(path=path, template="chatlm")
+    with pytest.raises(ConfigError, match=r"data.template=tokenizer: the tokenizer has no chat template"):
+        load(path=path, template="tokenizer")
+    with pytest.raises(ConfigError, match=r"data.system_prompt needs a chat template"):
+        load(path=path, system_prompt="be kind")
+    messages = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    with pytest.raises(ConfigError, match=r"the data holds messages, and the tokenizer has no chat template"):
+        load(path=write(tmp_path / "m.jsonl", messages))
+
+
+def test_a_set_that_cannot_be_fetched_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"data.path=nobody/nothing .*hub cannot be reached.*hf download"):
+        load(path="nobody/nothing")

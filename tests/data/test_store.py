@@ -2,12 +2,13 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rcpo.data.records import Example
-from rcpo.data.store import PairDataset
+from rcpo.data.store import PairDataset, TokenStore
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 examples = st.lists(st.builds(Example, st.text(max_size=3), ids, ids, ids), max_size=6)
@@ -15,7 +16,7 @@ examples = st.lists(st.builds(Example, st.text(max_size=3), ids, ids, ids), max_
 
 @given(pairs=examples)
 def test_what_goes_in_comes_out(pairs: list[Example]) -> None:
-    dataset = PairDataset(pairs)
+    dataset = PairDataset.of(pairs)
     assert list(dataset) == pairs
     assert dataset[:] == pairs
     assert dataset.lengths.tolist() == [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]
@@ -23,26 +24,31 @@ def test_what_goes_in_comes_out(pairs: list[Example]) -> None:
 
 def test_indexing_is_a_sequences() -> None:
     pairs = [Example(str(n), [n], [n, n], []) for n in range(3)]
-    dataset = PairDataset(iter(pairs))
+    dataset = PairDataset.of(iter(pairs))
     assert dataset[-1] == pairs[2]
     assert dataset[0:2] == pairs[:2]
-    assert dataset.tokens.dtype == "int32" and len(dataset.tokens) == 9
+    store = TokenStore.of(pairs)
+    assert store.tokens.dtype == "int32" and len(store.tokens) == 9
     for index in (3, -4):
         with pytest.raises(IndexError, match="of 3"):
             dataset[index]
 
 
 def test_the_last_example_borrows_from_the_first() -> None:
-    dataset = PairDataset([Example(str(n), [1], [n], [9]) for n in range(3)])
+    dataset = PairDataset.of([Example(str(n), [1], [n], [9]) for n in range(3)])
     assert [dataset.mismatched(n) for n in range(3)] == [[1], [2], [0]]
 
 
 def test_the_fingerprint_by_hand() -> None:
-    # (1 pair, no limit); id "x" behind its length; offsets 0 1 2 4; tokens 7 8 9 10; all little-endian
-    content = b"(1, None)" + (1).to_bytes(8, "little") + b"x"
+    # 1 pair; id "x" behind its length; offsets 0 1 2 4; tokens 7 8 9 10; all little-endian
+    content = b"1" + (1).to_bytes(8, "little") + b"x"
     content += b"".join(n.to_bytes(8, "little") for n in (0, 1, 2, 4))
     content += b"".join(n.to_bytes(4, "little") for n in (7, 8, 9, 10))
-    assert PairDataset([Example("x", [7], [8], [9, 10])]).fingerprint == hashlib.sha256(content).hexdigest()
+    store = TokenStore.of([Example("x", [7], [8], [9, 10])])
+    assert store.digest == hashlib.sha256(content).hexdigest()
+    # the dataset: 1 pair, no limit; its one store
+    whole = hashlib.sha256(b"(1, None)" + store.digest.encode()).hexdigest()
+    assert PairDataset([store]).fingerprint == whole
 
 
 def test_the_fingerprint_sees_every_change() -> None:
@@ -53,7 +59,27 @@ def test_the_fingerprint_sees_every_change() -> None:
         [Example("x", [7], [8], [9, 11])],
         [Example("x", [7], [8], [9, 10])] * 2,
     ]
-    prints = [PairDataset(pairs).fingerprint for pairs in variants]
-    prints.append(PairDataset(variants[0], max_length=4).fingerprint)
+    prints = [PairDataset.of(pairs).fingerprint for pairs in variants]
+    prints.append(PairDataset.of(variants[0], max_length=4).fingerprint)
     assert len(set(prints)) == 6
-    assert PairDataset(variants[0]).fingerprint == prints[0]
+    assert PairDataset.of(variants[0]).fingerprint == prints[0]
+
+
+def test_rows_of_several_stores() -> None:
+    stores = [TokenStore.of([Example(f"{s}{n}", [s], [n], [9]) for n in range(3)]) for s in range(2)]
+    dataset = PairDataset(stores, rows=np.array([4, 0, 4]))
+    assert [example.id for example in dataset] == ["11", "00", "11"] == list(dataset.ids)
+    assert dataset.ids[1:] == ["00", "11"]
+    assert dataset.mismatched(0) == [0] and dataset.mismatched(2) == [1]  # the next one's chosen response
+    assert dataset.lengths.tolist() == [[1, 1, 1]] * 3
+    everything = PairDataset(stores)
+    assert [example.id for example in everything] == ["00", "01", "02", "10", "11", "12"]
+    orders = [PairDataset(stores, rows=np.array(rows)) for rows in ([0, 1], [1, 0], [0, 4])]
+    assert len({other.fingerprint for other in [*orders, dataset, everything]}) == 5
+    assert everything.prompts.tolist() == [everything.prompts[0]] * 3 + [everything.prompts[3]] * 3
+
+
+def test_an_unwanted_completion_may_be_the_mismatched_one() -> None:
+    dataset = PairDataset.of([Example("a", [1], [5], []), Example("b", [2], [], [6, 7])], max_length=2)
+    assert [dataset.mismatched(n) for n in range(2)] == [[6], [5]]
+    assert dataset.response_lengths(3).tolist() == [[1, 0, 1], [0, 2, 1]]

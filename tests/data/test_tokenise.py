@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import rcpo.data
 from rcpo.config import ConfigError
+from rcpo.data.limits import Limits
 from rcpo.data.records import Example, TextPair
-from rcpo.data.report import DataReport
+from rcpo.data.report import Tally
 from rcpo.data.tokenise import PairTokeniser
 
 CORPUS = ["Human: what is the sum?\n\nAssistant: the sum is 46", "hello   world, it is what it is"] * 20
@@ -55,10 +56,14 @@ def encode(
     *pairs: TextPair,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
-    report: DataReport | None = None,
+    truncation: str = "keep_end",
+    tally: Tally | None = None,
 ) -> list[Example]:
-    tokeniser = PairTokeniser(tokenizer, max_length, max_prompt_length)
-    return list(tokeniser.encode(pairs, report or DataReport("test")))
+    tokeniser = PairTokeniser(tokenizer, Limits(max_length, max_prompt_length, truncation))
+    own = tally or Tally()
+    examples = list(tokeniser.encode(pairs, own))
+    assert tally is not None or not own.bad
+    return examples
 
 
 def test_characters_by_hand() -> None:
@@ -121,19 +126,19 @@ def test_any_text_comes_back(
 
 
 def test_limits_by_hand() -> None:
-    report = DataReport("test")
+    tally = Tally()
     [example] = encode(
         CHARACTERS,
         TextPair("n", "12+34=", "46", "the sum is"),
         max_length=7,
         max_prompt_length=4,
-        report=report,
+        tally=tally,
     )
     three, four, equals = (ord(character) - 27 for character in "34=")
     assert example.prompt == [1, three, four, equals]  # the BOS stays, then the end of the prompt
     assert example.chosen == [four, ord("6") - 27, 2]  # just fits, with its end
     assert example.rejected == [ord(character) - 27 for character in "the"]  # cut: no end-of-sequence token
-    assert (report.truncated_prompts, report.truncated_responses) == (1, 1)
+    assert tally.counts == {"truncated_prompts": 1, "truncated_responses": 1, "tokens_cut": 11}
 
 
 ascii_text = st.text(alphabet="abc 123", min_size=1, max_size=12)
@@ -148,15 +153,15 @@ ascii_text = st.text(alphabet="abc 123", min_size=1, max_size=12)
 def test_any_limits_are_kept(
     texts: tuple[str, str, str], max_length: int | None, max_prompt_length: int | None
 ) -> None:
-    report = DataReport("test", drop=True)
+    tally = Tally()
     examples = encode(
         CHARACTERS,
         TextPair("n", *texts),
         max_length=max_length,
         max_prompt_length=max_prompt_length,
-        report=report,
+        tally=tally,
     )
-    assert len(examples) + sum(report.dropped.values()) == 1
+    assert len(examples) + len(tally.bad) == 1
     for example in examples:
         assert len(example.prompt) == min(len(texts[0]) + 1, max_prompt_length or 99)
         for text, ids in zip(texts[1:], (example.chosen, example.rejected), strict=True):
@@ -171,21 +176,24 @@ def test_any_limits_are_kept(
         (TextPair("f:7", "12+34=", "é", "è"), None, "the same tokens"),
     ],
 )
-def test_pairs_that_teach_nothing_are_refused_or_counted(
-    pair: TextPair, max_length: int, reason: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"^f:7: .*{reason}"):
-        encode(CHARACTERS, pair, max_length=max_length)
-    report = DataReport("test", drop=True)
-    assert encode(CHARACTERS, pair, max_length=max_length, report=report) == []
-    assert [reason in dropped for dropped in report.dropped] == [True]
+def test_pairs_that_teach_nothing_are_left_out(pair: TextPair, max_length: int, reason: str) -> None:
+    tally = Tally()
+    assert encode(CHARACTERS, pair, max_length=max_length, tally=tally) == []
+    [(place, why)] = tally.bad
+    assert place == "f:7" and reason in why
 
 
-def test_a_prompt_or_response_without_a_token_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prompt without a token"):
-        encode(BYTES, TextPair("n", "", "a", "b"))
-    with pytest.raises(ConfigError, match="response without a token"):
-        encode(BYTES, TextPair("n", "p", "", "b"))
+def test_a_response_without_a_token_is_left_out() -> None:
+    tally = Tally()
+    assert encode(BYTES, TextPair("n", "p", "", "b"), TextPair("m", "p", "a", ""), tally=tally) == []
+    assert tally.bad == [("n", "response without a token"), ("m", "response without a token")]
+
+
+def test_text_without_a_prompt_is_opened_by_a_bos_or_an_end() -> None:
+    [bytes_example] = encode(BYTES, TextPair("n", "", "what", None))
+    assert bytes_example.prompt == [BYTES.eos_token_id] and bytes_example.rejected == []
+    [pieces_example] = encode(PIECES, TextPair("n", "", "what", None))
+    assert pieces_example.prompt == [PIECES.bos_token_id]
 
 
 def test_a_tokenizer_or_limit_that_cannot_work_is_refused() -> None:
@@ -193,7 +201,7 @@ def test_a_tokenizer_or_limit_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match="end-of-sequence"):
         PairTokeniser(endless)
     with pytest.raises(ConfigError, match="max_prompt_length=1"):
-        PairTokeniser(CHARACTERS, max_prompt_length=1)
+        PairTokeniser(CHARACTERS, Limits(max_prompt_length=1))
 
 
 def test_many_pairs_keep_their_order() -> None:

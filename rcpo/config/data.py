@@ -1,0 +1,130 @@
+"""The configuration of data: what is read, how it becomes tokens, and which sources that means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One set of a mixture; what is not given is that of `data`. An epoch sees its pairs `weight` times."""
+
+    path: str | None = None
+    subset: str | None = None
+    data_dir: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    revision: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Preference pairs, or completions for kto and sft; lengths in tokens, None is no limit.
+
+    `path` is a file, a folder or a set on the hub; `subset`, `data_dir`, `split` and `revision` are what the
+    datasets library calls so; `sources` are several sets. Held out are `eval_path`, else `eval_split`, else
+    `eval_fraction` of the prompts. `columns` maps our names to the file's. `train_examples` is how many
+    pairs the embedded task makes. `template` is None (messages: the tokenizer's), `tokenizer`, a named one or
+    a Jinja file. `truncation` is which side of a prompt stays. `cache` keeps tokens: a folder, None (the
+    user's) or off. `workers` None is a process a core. `layout` says how pairs lie in rows: auto, shared (a
+    prompt once) or separate. `group_by_length` None is: unless the micro-batch itself matters.
+    """
+
+    name: str = "sums"
+    path: str | None = None
+    subset: str | None = None
+    data_dir: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    sources: list[SourceConfig] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    eval_path: str | None = None
+    eval_split: str | None = None
+    eval_fraction: float = 0.1
+    train_examples: int = 6400
+    max_examples: int | None = None
+    template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    truncation: str = "keep_end"
+    on_bad: str = "refuse"
+    cache: str | None = None
+    workers: int | None = None
+    layout: str = "auto"
+    group_by_length: bool | None = None
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One split of one set, as it is asked for; `node` and `split_key` are what the user has to change."""
+
+    node: str
+    path: str
+    subset: str | None
+    data_dir: str | None
+    split: str
+    revision: str | None
+    streaming: bool
+    weight: float = 1.0
+    split_key: str = "split"
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        inside = f"/{self.data_dir}" if self.data_dir else ""
+        return f"{self.path}{inside}" + ("" if Path(self.path).is_file() else f" {self.split}")
+
+    def key(self, leaf: str) -> str:
+        """A key of this source with its node."""
+        return f"{self.node}.{self.split_key if leaf == 'split' else leaf}"
+
+
+def train_sources(config: DataConfig) -> list[SourceSpec]:
+    """What is read to train on (and, where nothing else is, to hold out of)."""
+    entries = config.sources or [SourceConfig()]
+    nodes = [f"data.sources[{number}]" for number in range(len(config.sources))] or ["data"]
+    return [
+        _spec(config, entry, node, entry.split or config.split)
+        for node, entry in zip(nodes, entries, strict=True)
+        if entry.path or config.path
+    ]
+
+
+def eval_sources(config: DataConfig) -> list[SourceSpec]:
+    """What is read to hold out; nothing where a fraction of the prompts is."""
+    if config.eval_path is not None:
+        entry = SourceConfig(path=config.eval_path)
+        return [_spec(config, entry, "data", config.eval_split or config.split, "eval_split")]
+    entries = config.sources or [SourceConfig()]
+    nodes = [f"data.sources[{number}]" for number in range(len(config.sources))] or ["data"]
+    return [
+        _spec(config, entry, node, split, "eval_split")
+        for node, entry in zip(nodes, entries, strict=True)
+        if (split := entry.eval_split or config.eval_split) and (entry.path or config.path)
+    ]
+
+
+def _spec(
+    config: DataConfig, entry: SourceConfig, node: str, split: str, split_key: str = "split"
+) -> SourceSpec:
+    own = entry.path is not None
+    path = entry.path or config.path
+    assert path is not None
+    return SourceSpec(
+        node=node,
+        path=path,
+        # another set's own subset, folder and revision are not those of data.path
+        subset=entry.subset if own else entry.subset or config.subset,
+        data_dir=entry.data_dir if own else entry.data_dir or config.data_dir,
+        split=split,
+        revision=entry.revision if own else entry.revision or config.revision,
+        streaming=config.streaming,
+        weight=entry.weight,
+        split_key=split_key,
+    )

@@ -1,0 +1,64 @@
+"""What has to be right about a `DataConfig` before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from rcpo.config.data import DataConfig
+from rcpo.config.schema import ConfigError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+_ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises ConfigError for limits that contradict, and for a source that is not there."""
+    if None not in (data.max_prompt_length, data.max_length) and data.max_prompt_length >= data.max_length:  # type: ignore[operator]
+        raise ConfigError(
+            f"data.max_prompt_length={data.max_prompt_length} leaves no token for a response "
+            f"within data.max_length={data.max_length}"
+        )
+    if data.name == "sums":
+        return
+    if data.path is None and not data.sources:
+        raise ConfigError(
+            f"data={data.name} needs preference data: data.path= a file (JSONL, JSON, CSV, Parquet, Arrow), "
+            "a folder, or a set on the hub"
+        )
+    _check_path("data.path", data.path)
+    _check_path("data.eval_path", data.eval_path)
+    for number, source in enumerate(data.sources):
+        node = f"data.sources[{number}]"
+        if source.path is None and data.path is None:
+            raise ConfigError(f"{node} has no path, and data.path is not given either")
+        if not 0 < source.weight < 1e6:
+            raise ConfigError(
+                f"{node}.weight={source.weight:g} is out of range: it is how often an epoch sees the "
+                "source's pairs, so 0.5 is every other one and 2 is each of them twice"
+            )
+        _check_path(f"{node}.path", source.path)
+    if data.cache is not None and Path(data.cache).expanduser().is_file():
+        raise ConfigError(f"data.cache={data.cache} is a file; give a folder, null (the user's own) or off")
+
+
+def _check_path(key: str, value: str | None) -> None:
+    """A file, a folder, or what can be a set on the hub."""
+    if value is None or Path(value).expanduser().exists():
+        return
+    if _ON_HUB.fullmatch(value) and not value.lower().endswith(SUFFIXES):
+        return
+    raise ConfigError(
+        f"{key}={value} is no file or folder, nor the name of a set on the hub (OWNER/NAME)"
+        f"{_neighbour(Path(value))}"
+    )
+
+
+def _neighbour(path: Path) -> str:
+    """A hint with the file of the same folder whose name is most alike."""
+    if not path.parent.is_dir():
+        return f"; nor does its folder {path.parent} exist"
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

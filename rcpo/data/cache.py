@@ -1,0 +1,225 @@
+"""Tokens of a source: made once, kept by everything that decides them, mapped by every rank and later run.
+
+Rank 0 makes them; then the others look in the same folder, and a rank of another machine that does not see
+them makes its machine's own, once. Where nothing can be kept every rank holds its own copy in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rcpo import distributed
+from rcpo.caching import Lock, sync_folder
+from rcpo.config import ConfigError
+from rcpo.data.encode import Encoder
+from rcpo.data.readers import Piece
+from rcpo.data.sources import Source
+from rcpo.data.store import TokenStore
+from rcpo.data.tokens import Damaged, Meta, TokenWriter, open_tokens
+from rcpo.data.workers import encode_all
+
+Say = Callable[[str], None]
+Check = Callable[[Piece, str], Any]
+"""Raises ConfigError where a piece of the named part cannot be encoded as it should."""
+FORMAT = 1  # raise where rcpo makes other tokens of the same rows, template and tokenizer
+HEARTBEAT = 60.0  # seconds between signs of life while rank 0 works: well within the collectives' timeout
+PROGRESS_EVERY = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A source's tokens: at most `limit` usable rows of it, by an encoder; `drop` is what bad rows meet.
+
+    `check` looks at a part's first piece before it is encoded.
+    """
+
+    source: Source
+    encoder: Encoder
+    check: Check
+    limit: int | None
+    workers: int | None
+    drop: bool
+
+    def meta(self) -> Meta:
+        labels = [part.label for part in self.source.parts]
+        ingredients = {
+            "format": str(FORMAT),
+            "source": self.source.key,
+            "labels": json.dumps(labels),
+            "limit": str(self.limit),
+            **self.encoder.ingredients(),
+        }
+        key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+        return Meta(key, ingredients, labels)
+
+
+class TokenCache:
+    """The kept tokens of a folder (None: nothing is kept). `say` takes lines for the user, on rank 0."""
+
+    def __init__(self, folder: Path | None, say: Say) -> None:
+        self._folder = folder
+        self._say = say
+        self._beaten = time.monotonic()
+
+    @property
+    def memo(self) -> Path | None:
+        """Where hashes of files are remembered."""
+        return None if self._folder is None else self._folder / "hashes"
+
+    def fetch(self, wanted: Wanted) -> tuple[TokenStore, Meta]:
+        """The tokens wanted and what became of the rows, the same on every rank. Collective.
+
+        Raises ConfigError where rows are bad and not to be dropped, and for a source that cannot be read.
+        """
+        found: tuple[TokenStore, Meta] | None = None
+        problem: str | None = None
+        if distributed.is_main():
+            try:
+                found = self._fetch(wanted)
+            except ConfigError as error:
+                problem = str(error)
+            problem = distributed.broadcast_object((True, problem))[1]
+        else:
+            done = False
+            while not done:
+                done, problem = distributed.broadcast_object(None)
+            if problem is None:
+                try:
+                    found = self._fetch(wanted)
+                except ConfigError as error:
+                    problem = str(error)
+        problems = [text for text in distributed.gather_objects(problem) if text is not None]
+        if problems or found is None:
+            raise ConfigError(problems[0])
+        return found
+
+    def _fetch(self, wanted: Wanted) -> tuple[TokenStore, Meta]:
+        meta = wanted.meta()
+        if self._folder is None:
+            return self._build(wanted, meta, None)
+        folder = self._folder / "tokens" / meta.key
+        found = self._open(folder, wanted)
+        if found is not None:
+            return found
+        lock = Lock(folder.with_suffix(".lock"))
+        try:
+            self._wait(lock, wanted)
+            found = self._open(folder, wanted)
+            return self._make(folder, wanted, meta) if found is None else found
+        finally:
+            lock.release()
+
+    def _open(self, folder: Path, wanted: Wanted) -> tuple[TokenStore, Meta] | None:
+        began = time.perf_counter()
+        try:
+            store, meta = open_tokens(folder, folder.name, verify=distributed.is_main())
+        except FileNotFoundError:
+            return None
+        except (Damaged, OSError) as error:
+            self._say_main(f"{wanted.source.name}: {folder} is not used, {error}; made again")
+            return None
+        _refuse_bad(meta, wanted)
+        seconds = time.perf_counter() - began
+        self._say_main(f"{wanted.source.name}: {len(store)} examples read from the cache in {seconds:.1f} s")
+        return store, meta
+
+    def _make(self, folder: Path, wanted: Wanted, meta: Meta) -> tuple[TokenStore, Meta]:
+        """Into a folder of another name, which gets its own when it is whole; in memory if that fails."""
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._build(wanted, meta, temporary)
+            if folder.exists():  # damaged: who has it mapped keeps it
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+            store, meta = open_tokens(folder, meta.key, verify=False)
+        except (OSError, Damaged) as error:
+            self._say_main(f"{wanted.source.name}: tokens cannot be kept in {folder.parent} ({error})")
+            return self._build(wanted, wanted.meta(), None)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return store, meta
+
+    def _build(self, wanted: Wanted, meta: Meta, folder: Path | None) -> tuple[TokenStore, Meta]:
+        began = time.monotonic()
+        writer = TokenWriter(folder, meta)
+        progress = _Progress(wanted.source.name, self._say_main)
+        left = wanted.limit
+        try:
+            for part in wanted.source.parts:
+                writer.begin_part()
+                pieces = part.pieces(list(wanted.encoder.columns.values()))
+                if (first := next(pieces, None)) is None:
+                    continue
+                wanted.check(first, part.place)
+                pieces = chain([first], pieces)
+                # closed where a few rows are enough: workers would go on
+                with contextlib.closing(encode_all(wanted.encoder, pieces, wanted.workers)) as encoded_pieces:
+                    while left != 0 and (encoded := next(encoded_pieces, None)) is not None:
+                        encoded = encoded if left is None else encoded.first(left)
+                        left = None if left is None else left - len(encoded.numbers)
+                        writer.add(encoded, part.place)
+                        _refuse_bad(meta, wanted)
+                        progress(meta)
+                        self._beat()
+            store = writer.finish()
+        finally:
+            writer.close()
+        seconds = time.monotonic() - began
+        self._say_main(f"{wanted.source.name}: {len(store)} examples tokenised in {seconds:.1f} s")
+        return store, meta
+
+    def _wait(self, lock: Lock, wanted: Wanted) -> None:
+        told = False
+        while not lock.acquire():
+            if not told:
+                self._say_main(f"{wanted.source.name}: another process is tokenising it; waiting for it")
+            told = True
+            self._beat()
+            time.sleep(0.05)
+
+    def _beat(self) -> None:
+        """Rank 0 tells the ranks that wait in `fetch` that it is alive."""
+        if distributed.is_main() and time.monotonic() - self._beaten > HEARTBEAT:
+            self._beaten = time.monotonic()
+            distributed.broadcast_object((False, None))
+
+    def _say_main(self, text: str) -> None:
+        if distributed.is_main():
+            self._say(text)
+
+
+def _refuse_bad(meta: Meta, wanted: Wanted) -> None:
+    """Raises ConfigError for the first bad row, unless such rows are dropped."""
+    if meta.bad and not wanted.drop:
+        reason, (place, _) = next(iter(meta.bad.items()))
+        raise ConfigError(f"{place}: {reason}; mend it, or leave such pairs out: data.on_bad=drop")
+
+
+class _Progress:
+    """Says now and then how far tokenising has come."""
+
+    def __init__(self, name: str, say: Say) -> None:
+        self._name = name
+        self._say = say
+        self._began = self._spoken = time.monotonic()
+
+    def __call__(self, meta: Meta) -> None:
+        now = time.monotonic()
+        if now - self._spoken > PROGRESS_EVERY:
+            self._spoken = now
+            read = meta.counts.get("read", 0)
+            self._say(f"{self._name}: {read:,} rows tokenised, {read / (now - self._began):,.0f} a second")

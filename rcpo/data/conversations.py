@@ -1,0 +1,128 @@
+"""Conversations: lists of messages and the Human/Assistant text of HH-RLHF, and where their prompt ends."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rcpo.data.records import BadRow, Message
+
+TURN = "Assistant:"
+_TURNS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
+
+def as_messages(value: Any, name: str) -> list[Message]:
+    """A column's messages: each with a `role` and text, or tool calls; ShareGPT's from and value will do.
+
+    Keys without a value are left out: Arrow files give every message the keys of all. Raises BadRow.
+    """
+    if not isinstance(value, list):
+        raise BadRow(f"field {name!r} is not a list of messages")
+    if not value:
+        raise BadRow(f"field {name!r} has no message")
+    return [_message(message, name) for message in value]
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict):
+        raise BadRow(f"field {name!r} holds a message that is not an object")
+    message = {key: part for key, part in value.items() if part is not None}
+    if "from" in message and "role" not in message:
+        role = message.pop("from")
+        message = {"role": _ROLES.get(role, role) if isinstance(role, str) else role} | message
+        if "value" in message:
+            message["content"] = message.pop("value")
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise BadRow(f"field {name!r} holds a message without a role")
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise BadRow(f"field {name!r} holds a message without content")
+    if isinstance(content, list):
+        blocks = all(isinstance(block, dict) and isinstance(block.get("text"), str) for block in content)
+        if not blocks:
+            raise BadRow(f"field {name!r} holds a message with other content than text")
+    elif content is not None and not isinstance(content, str):
+        raise BadRow(f"field {name!r} holds a message whose content is not a string")
+    return message
+
+
+def is_said(text: str, message: Message) -> bool:
+    """Whether a message says exactly this, white space around it aside."""
+    content = message.get("content")
+    return isinstance(content, str) and content.strip() == text.strip()
+
+
+def split_conversations(
+    chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two whole conversations: the longest common beginning after which both go on with the assistant."""
+    if chosen == rejected:
+        raise BadRow("identical responses")
+    end = 0
+    for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
+        if one["role"] == other["role"] == "assistant":
+            end = place
+        if one != other:
+            break
+    if end == 0:
+        raise BadRow("the conversations have no common beginning that the assistant answers")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Two whole texts: the longest common prefix that ends in "Assistant:" (HH-RLHF).
+
+    Texts without any turn are cut at the last word that both have, before the white space that follows it.
+    """
+    end = _common_prefix(chosen, rejected)
+    if _TURNS.search(chosen) is None and _TURNS.search(rejected) is None:
+        end = next((place for place in range(end, 0, -1) if _both_space(chosen, rejected, place)), 0)
+        if end == 0:
+            raise BadRow("no field 'prompt', and the responses have no common beginning")
+    else:
+        found = chosen.rfind(TURN, 0, end)
+        if found < 0:
+            raise BadRow(f"no field 'prompt', and no common beginning that ends in {TURN!r}")
+        end = found + len(TURN)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def parse_prompt(text: str) -> list[Message]:
+    """HH-RLHF's prompt as messages, its open last turn left out; any other text is one message of the user.
+
+    Raises BadRow for such a prompt with text before its first turn.
+    """
+    pieces = _TURNS.split(text)
+    if len(pieces) < 3 or not text.endswith(TURN):
+        return [{"role": "user", "content": text}]
+    if pieces[0].strip() or len(pieces) < 5 or pieces[-1]:
+        raise BadRow(f"the prompt is not turns from 'Human:' to {TURN!r}")
+    return _turns(pieces[1:-2])
+
+
+def parse_response(text: str) -> list[Message]:
+    """What follows HH-RLHF's "Assistant:" as messages: the answer, and turns after it where there are any."""
+    return _turns([TURN[:-1], *_TURNS.split(text)])
+
+
+def _turns(pieces: list[str]) -> list[Message]:
+    """Speakers and words in turn, white space around the words left out."""
+    roles = ("user" if name == "Human" else "assistant" for name in pieces[::2])
+    return [{"role": role, "content": words.strip()} for role, words in zip(roles, pieces[1::2], strict=True)]
+
+
+def _both_space(one: str, other: str, place: int) -> bool:
+    return one[place : place + 1].isspace() and other[place : place + 1].isspace()
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """The number of characters that both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,174 @@
+"""Pieces of files -> token arrays: parse, bring to one form, render, tokenise, cut. Runs in workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+
+from rcpo.config import ConfigError
+from rcpo.data.formats import FIELDS, as_conversation, read_row
+from rcpo.data.readers import Piece
+from rcpo.data.records import BadRow, Example, Row, TextPair
+from rcpo.data.report import Tally
+from rcpo.data.templates import ChatTemplate
+from rcpo.data.tokenise import PairTokeniser
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The n usable rows of a piece, and what became of the others; places in the tally are row numbers.
+
+    `numbers` (n,) int64 are the rows' numbers in their file, `tokens` (T,) int32 and `lengths` (n, 3) int32
+    prompt, chosen and rejected one after the other, `prompts` (n,) uint64 hashes of the uncut prompts' text.
+    """
+
+    numbers: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompts: np.ndarray
+    kinds: frozenset[str]
+    tally: Tally
+
+    def first(self, count: int) -> Encoded:
+        """The first `count` usable rows, with the tally of all."""
+        lengths = self.lengths[:count]
+        kept = self.tokens[: int(lengths.sum())]
+        return Encoded(self.numbers[:count], kept, lengths, self.prompts[:count], self.kinds, self.tally)
+
+
+class Encoder:
+    """All that decides which tokens a row becomes. `template` renders messages; text too if `always`."""
+
+    def __init__(
+        self,
+        tokeniser: PairTokeniser,
+        template: ChatTemplate | None = None,
+        *,
+        always: bool = False,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self.columns = dict(columns or {})
+        for name in self.columns:
+            if name not in FIELDS:
+                raise ConfigError(
+                    f"data.columns.{name}: there is no such field; {', '.join(FIELDS)} are known"
+                )
+        self.template = template
+        self._always = always
+        self._plain = tokeniser
+        self._chat = None if template is None else tokeniser.templated(template)
+
+    @property
+    def portable(self) -> bool:
+        """Whether another process can have it: a tokenizer in Python may be of a module that it lacks."""
+        return self._plain.fast
+
+    def ingredients(self) -> dict[str, str]:
+        """What tokens depend on besides the rows; short texts."""
+        template = self.template
+        known = None if template is None else [*dataclasses.astuple(template), self._always]
+        described = {
+            "tokenizer": self._plain.description(),
+            "limits": repr(self._plain.limits),
+            "template": json.dumps(known, sort_keys=True, default=str),
+            "columns": json.dumps(self.columns, sort_keys=True),
+        }
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in described.items()} | {
+            name: metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")
+        }
+
+    def __call__(self, piece: Piece) -> Encoded:
+        """Raises ConfigError for messages without a template, and for a system prompt without messages."""
+        tally = Tally()
+        texts: dict[bool, list[TextPair]] = {False: [], True: []}
+        prompts: dict[int, str] = {}
+        kinds = set()
+        for number, value in piece.parsed():
+            tally.counts["read"] += 1
+            try:
+                if isinstance(value, BadRow):
+                    raise value
+                templated, row, pair = self.render(value, str(number))
+            except BadRow as problem:
+                tally.bad.append((str(number), str(problem)))
+                continue
+            kinds.add(row.kind)
+            tally.counts["longer_responses"] += any(
+                isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected)
+            )
+            tally.counts["templated"] += templated
+            prompts[number] = pair.prompt
+            texts[templated].append(pair)
+        examples = [
+            *self._plain.encode(texts[False], tally),
+            *(() if self._chat is None else self._chat.encode(texts[True], tally)),
+        ]
+        tally.bad.sort(key=lambda place: int(place[0]))
+        examples.sort(key=lambda example: int(example.id))
+        return self._arrays(examples, prompts, frozenset(kinds), tally)
+
+    def render(self, value: object, name: str) -> tuple[bool, Row, TextPair]:
+        """Whether a template is used, the row in its one form, and its text; raises BadRow."""
+        row = read_row(value, self.columns)
+        if self._always:
+            row = as_conversation(row)
+        if isinstance(row.prompt, str):
+            if self.template is not None and self.template.system is not None:
+                raise ConfigError(
+                    "data.system_prompt needs messages, and the data is text: make them with "
+                    "data.template=tokenizer, or with a named template"
+                )
+            chosen, rejected = (None if part is None else str(part) for part in (row.chosen, row.rejected))
+            return False, row, TextPair(name, row.prompt, chosen, rejected)
+        template = self.template
+        if template is None:
+            raise ConfigError(
+                "the data holds messages, and the tokenizer has no chat template; name one: data.template="
+                "chatml|gemma|llama3|mistral|plain|zephyr, or a Jinja file"
+            )
+        prompt = template.prompt(row.prompt, row.tools)
+        chosen, rejected = (
+            None if answer is None else template.response(prompt, row.prompt, answer, row.tools)
+            for answer in (row.chosen, row.rejected)
+            if not isinstance(answer, str)
+        )
+        return True, row, TextPair(name, prompt, chosen, rejected)
+
+    def prompt_ids(self, pair: TextPair, *, templated: bool) -> list[int]:
+        """The uncut prompt of a rendered row."""
+        tokeniser = self._chat if templated else self._plain
+        assert tokeniser is not None
+        return tokeniser.prompts([pair.prompt])[0]
+
+    def _arrays(
+        self, examples: Sequence[Example], prompts: Mapping[int, str], kinds: frozenset[str], tally: Tally
+    ) -> Encoded:
+        tokens, lengths = array("i"), array("i")
+        for example in examples:
+            for part in (example.prompt, example.chosen, example.rejected):
+                tokens.extend(part)
+                lengths.append(len(part))
+        numbers = [int(example.id) for example in examples]
+        encoded = Encoded(
+            np.array(numbers, dtype=np.int64),
+            np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32),
+            np.frombuffer(lengths, dtype=np.int32).reshape(-1, 3) if lengths else np.zeros((0, 3), np.int32),
+            np.array([prompt_hash(prompts[number]) for number in numbers], dtype=np.uint64),
+            kinds,
+            tally,
+        )
+        tally.counts["special_tokens"] += self._plain.spelled_special_tokens(encoded.tokens, encoded.lengths)
+        return encoded
+
+
+def prompt_hash(prompt: str) -> int:
+    """64 bits that stand for a prompt's text: of a million distinct ones two are alike with 3 in 10⁸."""
+    digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

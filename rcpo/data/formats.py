@@ -1,0 +1,236 @@
+"""Rows in the forms that the field uses -> `Row`. The form is read off the columns that a row has.
+
+- `chosen`, `rejected`, with or without `prompt`: strings or messages; without a prompt, or with responses
+  that repeat it, they are whole conversations and the prompt is what they have in common.
+- `prompt`, `completion`, and `label` (kto) or not (sft).
+- `messages` (sft): the last message is the response. `text` (sft): all of it is.
+
+Nothing is changed silently: what does not fit is a `BadRow`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rcpo.data.conversations import (
+    TURN,
+    as_messages,
+    is_said,
+    parse_prompt,
+    parse_response,
+    split_conversations,
+    split_texts,
+)
+from rcpo.data.records import PAIRS, SFT, UNPAIRED, BadRow, Content, Message, Row
+
+FIELDS = (
+    "prompt", "chosen", "rejected", "completion", "label", "messages", "text", "system", "tools"
+)  # fmt: skip
+_ALIASES = {"messages": "conversations"}  # ShareGPT's name
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def read_row(row: Any, columns: Mapping[str, str]) -> Row:
+    """A row of a file (a mapping of column to value) in its one form; `columns` maps our names to the file's.
+
+    Raises BadRow.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    fields = _fields(row, columns)
+    prompt: Content
+    chosen: Content | None
+    rejected: Content | None
+    if "chosen" in fields or "rejected" in fields:
+        kind, (prompt, chosen, rejected) = PAIRS, _preference(fields)
+    elif "completion" in fields:
+        kind, (prompt, chosen, rejected) = _completion(fields)
+    elif "messages" in fields:
+        messages = as_messages(fields["messages"], "messages")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise BadRow("messages do not end with an answer of the assistant")
+        kind, prompt, chosen, rejected = SFT, messages[:-1], messages[-1:], None
+    elif "text" in fields:
+        kind, prompt, chosen, rejected = SFT, "", _text(fields["text"], "text"), None
+    else:
+        raise BadRow("no field 'chosen', 'completion', 'messages' or 'text'")
+    prompt, chosen, rejected = _alike(_with_system(prompt, fields), chosen, rejected)
+    found = Row(kind, prompt, chosen, rejected, _tools(fields))
+    _refuse_unusable(found, needs_prompt="text" not in fields or kind != SFT)
+    return found
+
+
+def as_conversation(row: Row) -> Row:
+    """A row of text as messages, for a template: HH-RLHF's turns, or one question and answer.
+
+    Text without a prompt (`text`) is no conversation and stays as it is.
+    """
+    if not isinstance(row.prompt, str) or not row.prompt:
+        return row
+    prompt = parse_prompt(row.prompt)
+    read = parse_response if row.prompt.endswith(TURN) else _said_by_assistant
+    chosen, rejected = (None if text is None else read(str(text)) for text in (row.chosen, row.rejected))
+    return Row(row.kind, prompt, chosen, rejected, row.tools)
+
+
+def _said_by_assistant(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _fields(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    fields = {name: row[name] for name in FIELDS if name in row and name not in columns}
+    for name, alias in _ALIASES.items():
+        if name not in row and alias in row:
+            fields[name] = row[alias]
+    for name, column in columns.items():
+        if column in row:
+            fields[name] = row[column]
+    return fields
+
+
+def _preference(fields: dict[str, Any]) -> tuple[Content, Content, Content]:
+    for name in ("chosen", "rejected"):
+        if name not in fields:
+            raise BadRow(f"no field {name!r}")
+    chosen, rejected = (_content(fields[name], name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("one response is a string, the other a list of messages")
+    if "prompt" not in fields:
+        return _implicit(chosen, rejected)
+    prompt = _content(fields["prompt"], "prompt")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return prompt, chosen, rejected
+    return _explicit(prompt, chosen, rejected)
+
+
+def _implicit(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return split_texts(str(chosen), str(rejected))
+    return split_conversations(chosen, rejected)
+
+
+def _explicit(
+    prompt: Content, chosen: list[Message], rejected: list[Message]
+) -> tuple[Content, Content, Content]:
+    """A prompt beside message lists: the answers alone, or whole conversations that repeat it."""
+    answers = chosen[0]["role"] == rejected[0]["role"] == "assistant"
+    if isinstance(prompt, str):
+        if answers:
+            return [{"role": "user", "content": prompt}], chosen, rejected
+        shared, chosen, rejected = split_conversations(chosen, rejected)
+        if not any(is_said(prompt, message) for message in shared):
+            raise BadRow("the prompt is not in the conversations' common beginning")
+        return shared, chosen, rejected
+    if answers and prompt[-1]["role"] != "assistant":
+        return prompt, chosen, rejected
+    count = len(prompt)
+    if chosen[:count] != prompt or rejected[:count] != prompt:
+        raise BadRow("the conversations do not begin with the prompt's messages")
+    return prompt, chosen[count:], rejected[count:]
+
+
+def _completion(fields: dict[str, Any]) -> tuple[str, tuple[Content, Content | None, Content | None]]:
+    if "prompt" not in fields:
+        raise BadRow("no field 'prompt'")
+    prompt, completion = (_content(fields[name], name) for name in ("prompt", "completion"))
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if "label" not in fields:
+        return SFT, (prompt, completion, None)
+    wanted = _label(fields["label"])
+    return UNPAIRED, (prompt, completion if wanted else None, None if wanted else completion)
+
+
+def _label(value: Any) -> bool:
+    """True: a wanted completion."""
+    label = _LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise BadRow("field 'label' is not true or false")
+    return label
+
+
+def _content(value: Any, name: str) -> Content:
+    return _text(value, name) if not isinstance(value, list) else as_messages(value, name)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"field {name!r} is not a string or a list of messages")
+    return value
+
+
+def _alike(*parts: Content | None) -> tuple[Any, Any, Any]:
+    """All parts as messages where one of them is: text beside messages is what its side said."""
+    if all(isinstance(part, str) or part is None for part in parts):
+        prompt, chosen, rejected = parts
+        return prompt, chosen, rejected
+    roles = ("user", "assistant", "assistant")
+    prompt, chosen, rejected = (
+        [{"role": role, "content": part}] if isinstance(part, str) else part
+        for role, part in zip(roles, parts, strict=True)
+    )
+    return prompt, chosen, rejected
+
+
+def _with_system(prompt: Content, fields: dict[str, Any]) -> Content:
+    """The prompt behind the row's own system message; text becomes messages by it."""
+    system = fields.get("system")
+    if system is None or system == "":
+        return prompt
+    message = {"role": "system", "content": _text(system, "system")}
+    return [message, *(parse_prompt(prompt) if isinstance(prompt, str) else prompt)]
+
+
+def _tools(fields: dict[str, Any]) -> list[Any] | None:
+    """The functions as they are; Arrow files hold them as JSON text, for their parameters differ in type."""
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise BadRow("field 'tools' is broken JSON") from error
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRow("field 'tools' is not a list of objects")
+    return tools or None
+
+
+def _refuse_unusable(row: Row, *, needs_prompt: bool) -> None:
+    parts = (row.prompt, row.chosen, row.rejected)
+    if any(_broken_unicode(part) for part in parts if part is not None):
+        raise BadRow("invalid Unicode: half of a surrogate pair")
+    if needs_prompt and _is_empty(row.prompt):
+        raise BadRow("empty prompt")
+    for side, response in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if response is not None and _is_empty(response):
+            raise BadRow("empty completion" if row.kind != PAIRS else f"empty {side} response")
+        if isinstance(response, list) and response[0]["role"] != "assistant":
+            raise BadRow("a response does not begin with a message of the assistant")
+    if row.chosen == row.rejected:
+        raise BadRow("identical responses")
+
+
+def _is_empty(part: Content) -> bool:
+    """Whether nothing is said, in text or in the messages' last one."""
+    if isinstance(part, str):
+        return not part.strip()
+    if not part:
+        return True
+    content = part[-1].get("content") or ""
+    if isinstance(content, list):
+        content = "".join(block["text"] for block in content)
+    return not content.strip() and not part[-1].get("tool_calls")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _broken_unicode(value: Any) -> bool:
+    """Whether any string in here holds half of a surrogate pair."""
+    if isinstance(value, str):
+        return not value.isascii() and _SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(_broken_unicode(key) or _broken_unicode(part) for key, part in value.items())
+    return isinstance(value, list) and any(map(_broken_unicode, value))

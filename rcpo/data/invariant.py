@@ -1,0 +1,69 @@
+"""The prompt's tokens are what generation would be given: looked at on the data, by transformers' own way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rcpo.config import ConfigError
+from rcpo.data.encode import Encoder
+from rcpo.data.readers import Piece
+from rcpo.data.records import BadRow, Row, TextPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = 64  # of a source; that the text is the same is checked on every row
+
+
+def check_prompts(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, piece: Piece, place: str, rows: int = ROWS
+) -> int:
+    """Compares the uncut prompts of the first rows of a piece; returns how many. Bad rows are passed over.
+
+    Raises ConfigError with the row where the tokens differ.
+    """
+    checked = 0
+    for number, value in piece.parsed():
+        if checked == rows:
+            break
+        try:
+            if isinstance(value, BadRow):
+                continue
+            templated, row, pair = encoder.render(value, str(number))
+        except BadRow:
+            continue
+        own = encoder.prompt_ids(pair, templated=templated)
+        wanted = _chat_ids(encoder, tokenizer, row) if templated else _text_ids(tokenizer, pair, own)
+        if own != wanted:
+            raise ConfigError(
+                f"{place}:{number}: the prompt's tokens are not those that generation would be given: "
+                f"{tokenizer.decode(own)!r} and {tokenizer.decode(wanted)!r}; this tokenizer cannot be used"
+            )
+        checked += 1
+    return checked
+
+
+def _chat_ids(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    template = encoder.template
+    assert template is not None and not isinstance(row.prompt, str)
+    found = tokenizer.apply_chat_template(
+        template.with_system(row.prompt),
+        tools=row.tools,
+        chat_template=template.source if row.tools is None else template.tool_source,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        **template.options,
+    )
+    return list(found)
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, pair: TextPair, own: list[int]) -> list[int]:
+    """The tokenizer's own, where it put an end after the text or a second BOS before it without those."""
+    whole = list(tokenizer(pair.prompt, verbose=False)["input_ids"])
+    if whole[:1] == whole[1:2] == [tokenizer.bos_token_id]:
+        whole = whole[1:]
+    special = set(tokenizer.all_special_ids)
+    while len(whole) > len(own) and whole[-1] in special:
+        whole.pop()
+    return whole if pair.prompt else own

@@ -1,0 +1,246 @@
+"""Files of rows, read a piece at a time: JSON Lines, JSON arrays, CSV, Parquet, Arrow; gzip where it is text.
+
+A piece is parsed where it is tokenised, maybe in another process: JSON Lines travel as bytes, Arrow as
+record batches. Text is read exactly: numbers, dates and "NA" in a CSV stay the strings that they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rcpo.config import ConfigError
+from rcpo.data.formats import FIELDS
+from rcpo.data.records import BadRow
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS = 512  # in a piece: enough to keep a tokenizer busy, a megabyte or two of text
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a file: their numbers, as the user counts them from 1, and the rows, parsed or not.
+
+    `rows` are lines of JSON, mappings, reasons why a row is bad, or an Arrow record batch.
+    """
+
+    numbers: Sequence[int]
+    rows: Sequence[bytes | dict[str, Any] | BadRow] | pa.RecordBatch
+
+    def parsed(self) -> Iterator[tuple[int, Any]]:
+        """Each row's number and its value, or a BadRow in its place."""
+        rows = self.rows if isinstance(self.rows, Sequence) else _from_arrow(self.rows)
+        for number, row in zip(self.numbers, rows, strict=True):
+            try:
+                yield number, parse_line(row) if isinstance(row, bytes) else row
+            except BadRow as problem:
+                yield number, problem
+
+
+Reader = Callable[[Path, Sequence[str]], Iterator[Piece]]
+
+
+def read_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Piece]:
+    """The rows of a file, by its suffix; `columns` are wanted beside those that rcpo knows.
+
+    Raises ConfigError for a file of another kind, and for one that is damaged in more than a row.
+    """
+    reader = _READERS.get(kind(path))
+    if reader is None:
+        raise ConfigError(f"{path}: files of preference data end in {', '.join(_READERS)} (text also in .gz)")
+    try:
+        yield from reader(path, columns)
+    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def kind(path: Path) -> str:
+    """The suffix that says how a file is read, lower case, without `.gz`; empty where none does."""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    known = suffix.lower() in _READERS and (
+        path.suffix != ".gz" or suffix.lower() not in (".parquet", ".arrow")
+    )
+    return suffix.lower() if known else ""
+
+
+def parse_line(line: bytes) -> Any:
+    """One line of JSON; raises BadRow."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow("invalid UTF-8") from error
+    except (ValueError, RecursionError) as error:  # also numbers too long, nesting too deep
+        raise BadRow("broken JSON") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _json_lines(path: Path, _: Sequence[str]) -> Iterator[Piece]:
+    with _open(path) as file:
+        numbered = enumerate(file, start=1)
+        while lines := list(islice(numbered, ROWS)):
+            if lines[0][0] == 1:
+                lines[0] = 1, lines[0][1].removeprefix(BOM)
+            kept = [(number, line) for number, line in lines if not line.isspace() and line]
+            yield Piece([number for number, _ in kept], [line for _, line in kept])
+
+
+def _json(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
+    """An array of objects, or JSON Lines under another name."""
+    with _open(path) as file:
+        start = file.read(4096).removeprefix(BOM).lstrip()
+        if not start.startswith(b"["):
+            yield from _json_lines(path, columns)
+            return
+        file.seek(0)
+        content = file.read().removeprefix(BOM)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: invalid UTF-8; give JSON Lines to leave such rows out") from error
+    rows = enumerate(_array(text, path), start=1)
+    while some := list(islice(rows, ROWS)):
+        yield Piece([number for number, _ in some], [row for _, row in some])
+
+
+def _array(text: str, path: Path) -> Iterator[Any]:
+    """The elements of a JSON array one by one: the text is in memory, all that it says is not."""
+    decoder = json.JSONDecoder()
+    place, separator = text.index("[") + 1, ""
+    while True:
+        place = _skip_space(text, place)
+        if text[place : place + 1] == "]" and separator != ",":
+            place = _skip_space(text, place + 1)
+            if place < len(text):
+                raise _broken_array(text, place, path)
+            return
+        if separator not in ("", ","):
+            raise _broken_array(text, place, path)
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _broken_array(text, place, path) from error
+        yield value
+        place = _skip_space(text, place)
+        separator = text[place : place + 1]
+        place += separator == ","
+
+
+def _skip_space(text: str, place: int) -> int:
+    while text[place : place + 1] in (" ", "\t", "\r", "\n"):
+        place += 1
+    return place
+
+
+def _broken_array(text: str, place: int, path: Path) -> ConfigError:
+    line = text.count("\n", 0, place) + 1
+    return ConfigError(f"{path}:{line}: broken JSON; mend it, or give JSON Lines to leave such rows out")
+
+
+def _csv(path: Path, _: Sequence[str]) -> Iterator[Piece]:
+    csv.field_size_limit(2**31 - 1)  # its own limit is shorter than many responses
+    delimiter = "\t" if kind(path) == ".tsv" else ","
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise ConfigError(f"{path}:1: a column's name is there twice")
+            rows = (_csv_row(header, values, reader.line_num) for values in reader if values)
+            while some := list(islice(rows, ROWS)):
+                yield Piece([number for number, _ in some], [row for _, row in some])
+        except (csv.Error, UnicodeDecodeError) as error:
+            # a quote that never ends or another encoding: where rows begin is not known any more
+            raise ConfigError(f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {error}; mend it") from error
+
+
+def _csv_row(header: list[str], values: list[str], line: int) -> tuple[int, dict[str, Any] | BadRow]:
+    if len(values) != len(header):
+        return line, BadRow("not as many fields as the first line")
+    return line, dict(zip(header, values, strict=True))
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        wanted = [name for name in file.schema_arrow.names if name in known(columns)]
+        yield from arrow_pieces(file.iter_batches(ROWS, columns=wanted))
+    except pa.ArrowException as error:
+        raise ConfigError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
+    """Both of Arrow's formats: a stream, as the datasets library writes it, or a file."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            is_file = mapped.read(6) == b"ARROW1"
+            mapped.seek(0)
+            if is_file:
+                file = pa.ipc.open_file(mapped)
+                batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            else:
+                batches = iter(pa.ipc.open_stream(mapped))
+            yield from arrow_pieces(batches, columns)
+    except pa.ArrowException as error:
+        raise ConfigError(f"{path} cannot be read as Arrow: {_first_line(error)}") from error
+
+
+def arrow_pieces(batches: Iterator[pa.RecordBatch], columns: Sequence[str] | None = None) -> Iterator[Piece]:
+    """Record batches as pieces, rows counted from 1; `columns` are read beside rcpo's own, None: all are."""
+    first = 1
+    for batch in batches:
+        if columns is not None:
+            batch = batch.select([name for name in batch.schema.names if name in known(columns)])
+        for start in range(0, batch.num_rows, ROWS):
+            part = batch.slice(start, ROWS)
+            yield Piece(range(first, first + part.num_rows), part)
+            first += part.num_rows
+
+
+def known(columns: Sequence[str]) -> set[str]:
+    """The columns that may be read."""
+    return {*FIELDS, "conversations", *columns}
+
+
+def _from_arrow(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield BadRow("invalid UTF-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_READERS: dict[str, Reader] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

@@ -1,0 +1,218 @@
+"""Rows in every form, good and bad."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcpo.data.formats import as_conversation, read_row
+from rcpo.data.readers import parse_line
+from rcpo.data.records import PAIRS, SFT, UNPAIRED, BadRow, Row
+
+GOOD = b'{"prompt": "p", "chosen": "c", "rejected": "r"}'
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+Q, A, B = user("q"), says("a"), says("b")
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {}}}
+BLOCKS = [{"type": "text", "text": "q"}]
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+
+# name: (row, what it is)
+FORMS: dict[str, tuple[dict[str, Any], Row]] = {
+    "strings": ({"prompt": "p", "chosen": "c", "rejected": "r"}, Row(PAIRS, "p", "c", "r")),
+    "messages": ({"prompt": [Q], "chosen": [A], "rejected": [B]}, Row(PAIRS, [Q], [A], [B])),
+    "prompt string": ({"prompt": "q", "chosen": [A], "rejected": [B]}, Row(PAIRS, [Q], [A], [B])),
+    "answer strings": ({"prompt": [Q], "chosen": "a", "rejected": "b"}, Row(PAIRS, [Q], [A], [B])),
+    "ultrafeedback": (
+        {"prompt": "q", "prompt_id": "1", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A],
+         "score_chosen": 8.0, "score_rejected": 2.0},
+        Row(PAIRS, [Q], [A], [B]),
+    ),
+    "whole, with prompt": ({"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]}, Row(PAIRS, [Q], [A], [B])),
+    "whole": ({"chosen": [Q, A], "rejected": [Q, B]}, Row(PAIRS, [Q], [A], [B])),
+    "whole, longer": (
+        {"chosen": [Q, A, user("x"), A], "rejected": [Q, A, user("x"), B]},
+        Row(PAIRS, [Q, A, user("x")], [A], [B]),
+    ),
+    "whole, one goes on": (
+        {"chosen": [Q, A], "rejected": [Q, A, user("x"), B]},
+        Row(PAIRS, [Q], [A], [A, user("x"), B]),
+    ),
+    "whole, other questions": (
+        {"chosen": [Q, A, user("x"), A], "rejected": [Q, A, user("y"), A]},
+        Row(PAIRS, [Q], [A, user("x"), A], [A, user("y"), A]),
+    ),
+    "hh": (
+        {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: yesterday"},
+        Row(PAIRS, "\n\nHuman: hi\n\nAssistant:", " yes", " yesterday"),
+    ),
+    "hh, later turn": (
+        {"chosen": "\n\nHuman: 1\n\nAssistant: A\n\nHuman: 2\n\nAssistant: x",
+         "rejected": "\n\nHuman: 1\n\nAssistant: A\n\nHuman: 2\n\nAssistant: y"},
+        Row(PAIRS, "\n\nHuman: 1\n\nAssistant: A\n\nHuman: 2\n\nAssistant:", " x", " y"),
+    ),
+    "hh, other questions": (
+        {"chosen": "\n\nHuman: 1\n\nAssistant: A\n\nHuman: 2\n\nAssistant: x",
+         "rejected": "\n\nHuman: 1\n\nAssistant: A\n\nHuman: 3\n\nAssistant: x"},
+        Row(PAIRS, "\n\nHuman: 1\n\nAssistant:", " A\n\nHuman: 2\n\nAssistant: x",
+            " A\n\nHuman: 3\n\nAssistant: x"),
+    ),
+    # TRL's documentation has this one, and gives the same prompt
+    "implicit": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        Row(PAIRS, "The sky is", " blue.", " green."),
+    ),
+    "implicit, one longer": (
+        {"chosen": "The sky is", "rejected": "The sky is green."}, Row(PAIRS, "The sky", " is", " is green."),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        Row(SFT, [Q], [A], None),
+    ),
+    "sft messages": ({"messages": [Q, A, user("x"), B]}, Row(SFT, [Q, A, user("x")], [B], None)),
+    "sft strings": ({"prompt": "p", "completion": "c"}, Row(SFT, "p", "c", None)),
+    "sft completion messages": ({"prompt": "q", "completion": [A]}, Row(SFT, [Q], [A], None)),
+    "sft text": ({"text": "all of it"}, Row(SFT, "", "all of it", None)),
+    "wanted": ({"prompt": "p", "completion": "c", "label": True}, Row(UNPAIRED, "p", "c", None)),
+    "unwanted": ({"prompt": [Q], "completion": [A], "label": 0}, Row(UNPAIRED, [Q], None, [A])),
+    "label in a csv": ({"prompt": "p", "completion": "c", "label": "False"}, Row(UNPAIRED, "p", None, "c")),
+    "system": (
+        {"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"},
+        Row(PAIRS, [{"role": "system", "content": "s"}, Q], [A], [B]),
+    ),
+    "arrow's empty keys": (
+        {"prompt": [Q | {"tool_calls": None}], "chosen": [A | {"name": None}], "rejected": [B]},
+        Row(PAIRS, [Q], [A], [B]),
+    ),
+    "tools": (
+        {"prompt": [Q], "chosen": [CALL], "rejected": [B], "tools": [FUNCTION]},
+        Row(PAIRS, [Q], [CALL], [B], [FUNCTION]),
+    ),
+    "tools as text": (
+        {"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps([FUNCTION])},
+        Row(PAIRS, [Q], [A], [B], [FUNCTION]),
+    ),
+    "blocks of text": (
+        {"prompt": [{"role": "user", "content": BLOCKS}], "chosen": [A], "rejected": [B]},
+        Row(PAIRS, [{"role": "user", "content": BLOCKS}], [A], [B]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_read(name: str) -> None:
+    row, wanted = FORMS[name]
+    assert read_row(row, {}) == wanted
+    assert read_row(json.loads(json.dumps(row)), {}) == wanted
+
+
+BAD_ROWS: dict[bytes, str] = {
+    b'{"prompt": "p", "chosen": "c"': "broken JSON",
+    b"nonsense": "broken JSON",
+    b"[" * 100_000: "broken JSON",
+    b'{"prompt": "p", "chosen": ' + b"1" * 5000 + b', "rejected": "r"}': "broken JSON",
+    b'["p", "c", "r"]': "not a JSON object",
+    b"null": "not a JSON object",
+    b"{}": "no field 'chosen', 'completion', 'messages' or 'text'",
+    b'{"prompt": "p", "rejected": "r"}': "no field 'chosen'",
+    b'{"prompt": "p", "chosen": "c"}': "no field 'rejected'",
+    b'{"prompt": null, "chosen": "c", "rejected": "r"}': "field 'prompt' is not a string",
+    b'{"prompt": "p", "chosen": ["c"], "rejected": "r"}': "field 'chosen' holds a message that is not an",
+    b'{"prompt": "p", "chosen": [], "rejected": "r"}': "field 'chosen' has no message",
+    b'{"prompt": "p", "chosen": "c", "rejected": 3}': "field 'rejected' is not a string",
+    b'{"prompt": " ", "chosen": "c", "rejected": "r"}': "empty prompt",
+    b'{"prompt": "p", "chosen": "", "rejected": "r"}': "empty chosen response",
+    b'{"prompt": "p", "chosen": "c", "rejected": " \\n"}': "empty rejected response",
+    b'{"prompt": "p", "chosen": "c", "rejected": "c"}': "identical responses",
+    b'{"chosen": "Human: a", "rejected": "Human: b"}': "no common beginning that ends in 'Assistant:'",
+    b'{"chosen": "blue", "rejected": "blur"}': "no common beginning",
+    b'{"chosen": " blue", "rejected": " green"}': "no common beginning",
+    b'{"chosen": "Assistant:", "rejected": "Assistant: b"}': "empty chosen response",
+    b'{"prompt": "p", "chosen": "caf\xe9", "rejected": "r"}': "invalid UTF-8",
+    b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}': "invalid Unicode",
+    b'{"prompt": "p", "completion": "c", "label": "good"}': "field 'label' is not true or false",
+    b'{"prompt": "p", "completion": "c", "label": null}': "field 'label' is not true or false",
+    b'{"completion": "c", "label": true}': "no field 'prompt'",
+    b'{"prompt": "p", "completion": ""}': "empty completion",
+    b'{"text": " "}': "empty completion",
+    b'{"messages": [{"role": "user", "content": "q"}]}': "messages do not end with an answer",
+    b'{"messages": "q"}': "field 'messages' is not a list of messages",
+    b'{"messages": [{"content": "q"}, {"role": "assistant", "content": "a"}]}': "a message without a role",
+    b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}': "a message without content",
+    b'{"messages": [{"role": "user", "content": 3}]}': "holds a message whose content is not a string",
+    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "other content than text",
+    b'{"prompt": "x", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],'
+    b'"rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]}':
+        "the prompt is not in the conversations' common beginning",
+    b'{"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],'
+    b'"rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}]}':
+        "no common beginning that the assistant answers",
+    b'{"prompt": "p", "chosen": "c", "rejected": [{"role": "assistant", "content": "a"}]}':
+        "one response is a string",
+    b'{"prompt": "p", "chosen": "c", "rejected": "r", "tools": "[{"}': "field 'tools' is broken JSON",
+    b'{"prompt": "p", "chosen": "c", "rejected": "r", "tools": {"a": 1}}': "'tools' is not a list of objects",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS.items(), ids=range(len(BAD_ROWS)))
+def test_a_bad_row_says_why(row: bytes, reason: str) -> None:
+    with pytest.raises(BadRow) as problem:
+        read_row(parse_line(row), {})
+    assert reason in str(problem.value)
+
+
+def test_columns_may_be_called_otherwise() -> None:
+    row = {"question": "p", "best": "c", "worst": "r", "chosen": "not this", "text": "nor this"}
+    columns = {"prompt": "question", "chosen": "best", "rejected": "worst"}
+    assert read_row(row, columns) == Row(PAIRS, "p", "c", "r")
+    with pytest.raises(BadRow, match="no field 'chosen'"):
+        read_row({"prompt": "p", "chosen": "c", "rejected": "r"}, {"chosen": "best"})
+
+
+def test_text_as_a_conversation() -> None:
+    assert as_conversation(Row(PAIRS, "q", "a", "b")) == Row(PAIRS, [Q], [A], [B])
+    text = "\n\nHuman: q\n\nAssistant: a\n\nHuman: x y\n\nAssistant:"
+    conversation = as_conversation(Row(PAIRS, text, " a", " b\n\nHuman: z\n\nAssistant: a"))
+    assert conversation == Row(PAIRS, [Q, A, user("x y")], [A], [B, user("z"), A])
+    # a question that speaks of turns, and an answer that has some, are one question and one answer
+    row = Row(PAIRS, "what does Human: mean?", "\n\nHuman: this", "b")
+    assert as_conversation(row) == Row(PAIRS, [user(row.prompt)], [says("\n\nHuman: this")], [B])
+    assert as_conversation(Row(SFT, "", "a text", None)) == Row(SFT, "", "a text", None)
+    assert as_conversation(Row(UNPAIRED, "q", None, "b")) == Row(UNPAIRED, [Q], None, [B])
+    with pytest.raises(BadRow, match="not turns"):
+        as_conversation(Row(PAIRS, "Well.\n\nHuman: q\n\nAssistant:", " a", " b"))
+
+
+@given(place=st.integers(0, len(GOOD) - 1), piece=st.binary(max_size=4))
+def test_a_damaged_row_is_a_pair_or_a_bad_row(place: int, piece: bytes) -> None:
+    damaged = GOOD[:place] + piece + GOOD[place + 1 :]
+    try:
+        pair = read_row(parse_line(damaged), {})
+    except BadRow as problem:
+        assert str(problem)
+    else:
+        row = json.loads(damaged)
+        assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
+
+
+texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(shared=texts, chosen=texts, rejected=texts)
+def test_an_implicit_prompt_loses_no_character(shared: str, chosen: str, rejected: str) -> None:
+    try:
+        row = read_row({"chosen": shared + chosen, "rejected": shared + rejected}, {})
+    except BadRow:
+        return
+    assert isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)
+    assert (row.prompt + row.chosen, row.prompt + row.rejected) == (shared + chosen, shared + rejected)

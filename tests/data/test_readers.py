@@ -1,0 +1,149 @@
+"""Files of every kind, good and bad: rows with their numbers, text exactly as it is."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcpo.config import ConfigError
+from rcpo.data.readers import ROWS, read_file
+from rcpo.data.records import BadRow
+
+ROW = {"prompt": " é\u2028\r\n", "chosen": "\ufeffc ", "rejected": "\x00 𝕩\t"}
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    return path
+
+
+def rows(path: Path, columns: tuple[str, ...] = ()) -> list[tuple[int, Any]]:
+    return [row for piece in read_file(path, columns) for row in piece.parsed()]
+
+
+def lines(*values: Any) -> bytes:
+    return b"".join(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values)
+
+
+def arrow_file(path: Path, table: pa.Table, *, stream: bool = False) -> Path:
+    with pa.OSFile(str(path), "wb") as sink:
+        make = pa.ipc.new_stream if stream else pa.ipc.new_file
+        with make(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "X.JSONL"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, b"\xef\xbb\xbf" + lines(ROW) + b"\n  \r\n" + lines({"a": 1}, [2])[:-1])
+    assert rows(path) == [(1, ROW), (4, {"a": 1}), (5, [2])]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+def test_a_json_array(tmp_path: Path, name: str) -> None:
+    text = json.dumps([ROW, {"a": [1, {"b": "]"}]}, 3], indent=2, ensure_ascii=False)
+    assert rows(write(tmp_path / name, text.encode())) == [(1, ROW), (2, {"a": [1, {"b": "]"}]}), (3, 3)]
+    assert rows(write(tmp_path / name, b" [ ] ")) == []
+
+
+def test_csv_is_text(tmp_path: Path) -> None:
+    content = '\ufeffprompt,chosen,rejected\r\n"a ""b"",\nc",NA,2020-01-01\r\n\r\nx,y\r\n007,1e3,null\r\n'
+    found = rows(write(tmp_path / "x.csv", content.encode()))
+    assert found[0] == (3, {"prompt": 'a "b",\nc', "chosen": "NA", "rejected": "2020-01-01"})
+    assert found[1][0] == 5 and isinstance(found[1][1], BadRow)
+    assert found[2] == (6, {"prompt": "007", "chosen": "1e3", "rejected": "null"})
+    tabs = write(tmp_path / "x.tsv", b"prompt\tchosen\np\tc,d\n")
+    assert rows(tabs) == [(2, {"prompt": "p", "chosen": "c,d"})]
+
+
+def test_parquet_and_arrow(tmp_path: Path) -> None:
+    values = [{"prompt": f"p{n}", "chosen": [{"role": "user", "content": "q"}], "other": n} for n in range(5)]
+    table = pa.Table.from_pylist(values)
+    wanted = [(n + 1, {key: row[key] for key in ("prompt", "chosen")}) for n, row in enumerate(values)]
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    assert rows(tmp_path / "x.parquet") == wanted
+    assert rows(arrow_file(tmp_path / "f.arrow", table)) == wanted
+    assert rows(arrow_file(tmp_path / "s.arrow", table, stream=True)) == wanted
+    named = rows(tmp_path / "x.parquet", ("other",))
+    assert [row["other"] for _, row in named] == list(range(5))
+
+
+def test_broken_text_in_arrow_is_a_bad_row(tmp_path: Path) -> None:
+    column = pa.array([b"good", b"caf\xe9", b"also"]).view(pa.string())
+    found = rows(arrow_file(tmp_path / "x.arrow", pa.table({"prompt": column})))
+    assert [type(row) for _, row in found] == [dict, BadRow, dict]
+
+
+def test_many_rows_come_in_pieces(tmp_path: Path) -> None:
+    count = 2 * ROWS + 3
+    path = write(tmp_path / "x.jsonl", lines(*range(count)))
+    assert [len(piece.numbers) for piece in read_file(path)] == [ROWS, ROWS, 3]
+    assert rows(path) == [(n + 1, n) for n in range(count)]
+    table = pa.table({"prompt": [str(n) for n in range(count)]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert [number for number, _ in rows(tmp_path / "x.parquet")] == list(range(1, count + 1))
+
+
+GOOD = lines({"prompt": "p", "chosen": "c", "rejected": "r"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("cut.jsonl.gz", gzip.compress(GOOD * 100, mtime=0)[:-12], "cannot be read"),
+        ("plain.jsonl.gz", GOOD, "cannot be read"),
+        ("damaged.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 30, "cannot be read"),
+        ("array.json", b'[{"a": 1},\n{"a": }]', "array.json:2: broken JSON"),
+        ("cut.json", b'[{"a": 1},\n{"a": 2}', "cut.json:2: broken JSON"),
+        ("more.json", b'[{"a": 1}] x', "more.json:1: broken JSON"),
+        ("comma.json", b"[1, ]", "comma.json:1: broken JSON"),
+        ("space.json", b"[1 2]", "space.json:1: broken JSON"),
+        ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', "latin.json:2: invalid UTF-8"),
+        ("latin.csv", b"a,b\n1,caf\xe9\n", "latin.csv:.*not CSV in UTF-8"),
+        ("quote.csv", b'a,b\n1,"2\n', "quote.csv:.*not CSV"),
+        ("twice.csv", b"a,a\n1,2\n", "a column's name is there twice"),
+        ("x.parquet", b"PAR1 and nothing", "cannot be read as Parquet"),
+        ("x.arrow", b"ARROW1 and nothing", "cannot be read as Arrow"),
+        ("y.arrow", b"nothing", "cannot be read as Arrow"),
+        ("x.txt", GOOD, "files of preference data end in"),
+        ("x.parquet.gz", GOOD, "files of preference data end in"),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        rows(tmp_path / name)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        rows(tmp_path / "none.jsonl")
+
+
+strings = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
+
+
+@given(values=st.lists(st.fixed_dictionaries({"prompt": strings, "chosen": strings}), min_size=1, max_size=5))
+def test_any_text_is_read_exactly_from_every_kind_of_file(
+    tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    wanted = list(enumerate(values, start=1))
+    assert rows(write(folder / "x.jsonl", lines(*values))) == wanted
+    assert rows(write(folder / "x.json", json.dumps(values).encode())) == wanted
+    table = pa.Table.from_pylist(values)
+    pq.write_table(table, folder / "x.parquet")
+    assert rows(folder / "x.parquet") == wanted
+    assert rows(arrow_file(folder / "x.arrow", table, stream=True)) == wanted
+    cells = (
+        ",".join('"' + row[key].replace('"', '""') + '"' for key in ("prompt", "chosen")) for row in values
+    )
+    text = "prompt,chosen\r\n" + "".join(f"{line}\r\n" for line in cells)
+    assert [row for _, row in rows(write(folder / "x.csv", text.encode()))] == values
