@@ -74,6 +74,8 @@ class StepDynamics:
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
         none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
         d = incentives(self.objective, scored.pairs) if scored.count else (none, none)
+        if scored.count:  # an unpaired example has one side only
+            d = d[0][scored.pairs.has_chosen], d[1][scored.pairs.has_rejected]
         self._statistics.observe(d, scores)
 
     def end(self) -> dict[str, Any]:

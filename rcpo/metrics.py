@@ -26,7 +26,10 @@ NAMES = (
 
 
 def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
-    """The per-pair values (B,) behind the logged means, as far as objective and reference define them."""
+    """The per-pair values behind the logged means, as far as objective and reference define them.
+
+    Each is of shape (B,), or shorter for unpaired data: of the pairs that have what it is about.
+    """
     with torch.no_grad():
         chosen, rejected = objective.rewards(pairs)
         values = {"rewards/chosen": chosen, "logps/chosen": pairs.chosen}
@@ -38,7 +41,9 @@ def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
             values["logratios/chosen"] = pairs.chosen_logratios
         if pairs.ref_rejected is not None:
             values["logratios/rejected"] = pairs.rejected_logratios
-    return values
+        there = {"chosen": pairs.has_chosen, "rejected": pairs.has_rejected}
+        both = pairs.has_chosen & pairs.has_rejected
+        return {name: value[there.get(name.rpartition("/")[2], both)] for name, value in values.items()}
 
 
 class StepSums:
@@ -46,8 +51,7 @@ class StepSums:
 
     def __init__(self) -> None:
         own = ("loss", "real_tokens", "slots", "pairs", "nonfinite", "stop")
-        self._sums = dict.fromkeys((*own, *NAMES), 0.0)
-        self._present: set[str] = set()
+        self._sums = dict.fromkeys((*own, *NAMES, *map(_count, NAMES)), 0.0)
 
     def computed(self, tokens: int, slots: int) -> None:
         """What a forward pass computed: real `tokens`, and `slots`, padding and fillers included."""
@@ -64,10 +68,10 @@ class StepSums:
         self._sums["loss"] += loss
         self._sums["pairs"] += len(losses)
         for name, value in values.items():
-            self._present.add(name)
             total = float(value.detach().double().sum())
             finite = finite and math.isfinite(total)
             self._sums[name] += total
+            self._sums[_count(name)] += len(value)
         self._sums["nonfinite"] += not finite
         return finite
 
@@ -81,9 +85,13 @@ class StepSums:
         """
         total = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
         sums = dict(zip(self._sums, total.tolist(), strict=True))
-        means = {name: sums[name] / sums["pairs"] for name in NAMES if name in self._present}
+        means = {name: sums[name] / sums[_count(name)] for name in NAMES if sums[_count(name)]}
         totals = {name: sums[name] for name in ("loss", "pairs", "real_tokens", "nonfinite", "stop")}
         return {**totals, "padded_share": 1 - sums["real_tokens"] / sums["slots"], **means}
+
+
+def _count(name: str) -> str:
+    return f"{name} count"
 
 
 def peak_memory() -> int:

@@ -34,7 +34,7 @@ class Specification:
     `couples_batch`: a pair's loss depends on the other pairs of its micro-batch, so it is not invariant under
     another split of the global batch. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so
     far is handed to the loss as `running_mean`. `token_weighted`: pairs count by their response tokens in the
-    batch mean.
+    batch mean. `takes_unpaired`: a side that a pair lacks (length 0) has no part in its loss.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Specification:
     needs_reference: bool
     needs_rejected: bool = True
     needs_mismatched: bool = False
+    takes_unpaired: bool = False
     couples_batch: bool = False
     token_weighted: bool = False
     running_mean: Loss | None = None
@@ -350,20 +351,28 @@ def bce(logps: PairLogps) -> Tensor:
     return -F.logsigmoid(logps.chosen_logratios) - F.logsigmoid(-logps.rejected_logratios)
 
 
-@register("kto", reduction="sum", needs_reference=True, needs_mismatched=True, couples_batch=True)
+@register(
+    "kto",
+    reduction="sum",
+    needs_reference=True,
+    needs_mismatched=True,
+    couples_batch=True,
+    takes_unpaired=True,
+)
 def kto(
     logps: PairLogps, *, beta: float = 0.1, lambda_chosen: float = 1.0, lambda_rejected: float = 1.0
 ) -> Tensor:
     """λ_w(1−σ(β(u_w−K))) + λ_l(1−σ(β(K−u_l))), Ethayarajh et al. 2024.
 
-    K = max(0, mean u of mismatched completions) over the micro-batch, detached.
+    K = max(0, mean u of mismatched completions) over the micro-batch, detached. A side that a pair lacks adds
+    nothing, so the mean over B of unpaired data is the mean over all its completions.
     """
     if logps.kl_chosen is None or logps.ref_kl_chosen is None:
         raise ValueError("objective kto needs PairLogps.kl_chosen and ref_kl_chosen (mismatched completions)")
     baseline = (logps.kl_chosen - logps.ref_kl_chosen).mean().clamp(min=0).detach()
     chosen = 1 - (beta * (logps.chosen_logratios - baseline)).sigmoid()
     rejected = 1 - (beta * (baseline - logps.rejected_logratios)).sigmoid()
-    return lambda_chosen * chosen + lambda_rejected * rejected
+    return lambda_chosen * chosen * logps.has_chosen + lambda_rejected * rejected * logps.has_rejected
 
 
 @register("lsif", reduction="mean", needs_reference=True)

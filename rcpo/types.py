@@ -19,8 +19,9 @@ class PairLogps:
     `chosen` and `rejected` are z_w and z_l: the objective's reduction (sum, mean or importance) of the
     response tokens' log-probs under the policy; `ref_*` the same under the reference (r_w, r_l). `rejected`
     is None for supervised objectives, the references for those that need none. `*_lengths` count response
-    tokens. `chosen_means` is the chosen responses' mean log-prob a token, needed by `nll_coef` on summed
-    log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses under prompts of other pairs (kto's K).
+    tokens, 0 where unpaired data has none on that side. `chosen_means` is the chosen responses' mean log-prob
+    a token, needed by `nll_coef` on summed log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses
+    under prompts of other pairs (kto's K).
     """
 
     chosen: Tensor
@@ -59,6 +60,16 @@ class PairLogps:
         """z_l, shape (B,); an error where the objective was given no rejected side."""
         return _require(self.rejected, "rejected")
 
+    @property
+    def has_chosen(self) -> Tensor:
+        """Which pairs have a chosen response, (B,) bool: all of them, but for unpaired data."""
+        return _there(self.chosen_lengths, self.chosen)
+
+    @property
+    def has_rejected(self) -> Tensor:
+        """Which pairs have a rejected response, (B,) bool: all of them, but for unpaired data."""
+        return _there(self.rejected_lengths, self.chosen)
+
     def replace(self, **changes: Any) -> PairLogps:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -68,6 +79,10 @@ class PairLogps:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen = {name: value[keep] for name, value in values.items() if value is not None}
         return replace(self, **chosen)
+
+
+def _there(lengths: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like, dtype=torch.bool) if lengths is None else lengths > 0
 
 
 def _require(value: Tensor | None, name: str) -> Tensor:

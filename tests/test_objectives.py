@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rcpo.incentives import incentives
 from rcpo.objectives import (
     Objective,
     RunningMean,
@@ -202,6 +203,26 @@ def test_kto_by_hand(kl: tuple[float, ...], baseline: float) -> None:
     )
     objective = get_objective("kto", lambda_chosen=1.5, lambda_rejected=0.5)
     torch.testing.assert_close(objective(logps), expected, rtol=1e-12, atol=0)
+
+
+def test_kto_of_unpaired_completions_is_the_mean_over_all_of_them() -> None:
+    # the first two wanted (the second side is empty, z = r = 0), the third unwanted; K = 0.9/3 = 0.3
+    logps = PairLogps(
+        chosen=vector(-1.0, -3.0, 0.0).requires_grad_(),
+        rejected=vector(0.0, 0.0, -2.0).requires_grad_(),
+        ref_chosen=vector(-1.4, -2.1, 0.0),
+        ref_rejected=vector(0.0, 0.0, -2.8),
+        chosen_lengths=vector(3, 5, 0),
+        rejected_lengths=vector(0, 0, 4),
+        kl_chosen=vector(0.3, 0.5, 0.1),
+        ref_kl_chosen=vector(0, 0, 0),
+    )
+    losses = get_objective("kto", lambda_rejected=0.5)(logps)
+    expected = [1 - sigmoid(0.1 * (u - 0.3)) for u in (0.4, -0.9)] + [0.5 * (1 - sigmoid(0.1 * (0.3 - 0.8)))]
+    torch.testing.assert_close(losses, vector(*expected), rtol=1e-12, atol=0)
+    d_w, d_l = incentives(get_objective("kto"), logps)
+    assert (d_w > 0).tolist() == [True, True, False] and (d_l > 0).tolist() == [False, False, True]
+    assert d_w[2] == d_l[0] == d_l[1] == 0
 
 
 def test_ktos_baseline_is_a_constant_of_the_gradient() -> None:

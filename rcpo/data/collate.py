@@ -37,6 +37,8 @@ def collate(
 ) -> TokenBatch:
     """B examples as sequences: all chosen, with `sides` ≥ 2 then all rejected, with 3 then all mismatched.
 
+    Of an unpaired example one of the first two has no token, and no row of its own.
+
     `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers
     and 1 for the others. `mismatched` are B completions, scored after these examples' prompts.
     """
@@ -54,15 +56,18 @@ def collate(
     if mismatched is not None:
         pairs = [[*pair, tokens] for pair, tokens in zip(pairs, mismatched, strict=True)]
     lengths = np.array([[len(part) for part in pair] for pair in pairs])  # (B, 1 + sides), prompts first
-    if lengths.min() < 1:
+    responses = lengths[:, 1:]
+    scored, mixed = responses[:, :2].max(axis=1), responses[:, 2:]
+    if min(lengths[:, 0].min(), scored.min(), mixed.min(initial=1)) < 1:
         raise ValueError(
-            "a row has an empty prompt or response: nothing would predict it, or nothing is learned"
+            "a row has an empty prompt or no response: nothing would predict it, or nothing is learned"
         )
     shared = layout == "shared"
     arrays = _shared(pairs, lengths, pad_id) if shared else _separate(pairs, lengths, pad_id)
-    arrays["sequences"] = np.repeat(np.arange(lengths[:, 1:].size), lengths[:, 1:].T.ravel())
-    arrays["lengths"] = lengths[:, 1:].T.ravel()
-    computed = lengths.sum(axis=1) + (0 if shared else (sides - 1) * lengths[:, 0])  # (B,)
+    arrays["sequences"] = np.repeat(np.arange(responses.size), responses.T.ravel())
+    arrays["lengths"] = responses.T.ravel()
+    repeats = 1 if shared else (responses > 0).sum(axis=1)  # of the prompt
+    computed = responses.sum(axis=1) + repeats * lengths[:, 0]  # (B,)
     return TokenBatch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
         weights=torch.tensor(weights, dtype=torch.float32),
@@ -84,14 +89,17 @@ def collate_indices(
 
 
 def _separate(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
-    """A row for each of the S sequences."""
+    """A row for each of the S sequences that has a response."""
     sides = lengths.shape[1] - 1
-    prompts = np.tile(lengths[:, 0], sides)  # (R,)
-    totals = prompts + lengths[:, 1:].T.ravel()
+    there = lengths[:, 1:].T.ravel() > 0  # (S,)
+    prompts = np.tile(lengths[:, 0], sides)[there]  # (R,)
+    totals = prompts + lengths[:, 1:].T.ravel()[there]
     columns = np.arange(totals.max())  # (L,)
     real = columns < totals[:, None]  # (R, L)
     response = real & (columns >= prompts[:, None])
-    tokens = chain.from_iterable(chain(pair[0], pair[1 + side]) for side in range(sides) for pair in pairs)
+    tokens = chain.from_iterable(
+        chain(pair[0], pair[1 + side]) for side in range(sides) for pair in pairs if pair[1 + side]
+    )
     input_ids = np.full(real.shape, pad_id, dtype=np.int64)
     input_ids[real] = np.fromiter(tokens, dtype=np.int64, count=totals.sum())
     return {
@@ -123,7 +131,7 @@ def _shared(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
         for side, (first, end) in enumerate(pairwise(ends)):
             position_ids[row, start + first : start + end] = prompt + np.arange(end - first)
             places = row * shape[1] + start + np.arange(first, end) - 1
-            places[0] = row * shape[1] + start + prompt - 1  # the prompt's end predicts the first token
+            places[:1] = row * shape[1] + start + prompt - 1  # the prompt's end predicts the first token
             predictors[side].append(places)
     labels = chain.from_iterable(pair[1 + side] for side in range(len(predictors)) for pair in pairs)
     return {
