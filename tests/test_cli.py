@@ -266,9 +266,7 @@ def test_evaluate_takes_a_runs_configuration_with_overrides(
     Path("mine", "metrics.jsonl").touch()
     seen: list[tuple[RunConfig, Path]] = []
     monkeypatch.setattr(commands, "configure_log", lambda *_, **__: None)
-    monkeypatch.setattr(
-        commands, "launch", lambda config, run_dir, task: seen.append((config, run_dir)) or 0
-    )
+    monkeypatch.setattr(commands, "launch", lambda config, run_dir, task: seen.append((config, run_dir)) or 0)
     assert jobs.evaluate(["eval.batch_size=3", "run=mine"]) == 0
     config, run_dir = seen[0]
     assert run_dir == Path("mine")

@@ -15,6 +15,11 @@ from trl import DPOConfig
 
 from rcpo.integrations.trl import CalibratedDPOTrainer, RewardCalibrationConfig
 
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
 
 def sums_model(folder: Path) -> str:
     """The tiny Llama, made once in a folder."""
@@ -40,14 +45,17 @@ def in_order(cls: type) -> type:
 def build(
     folder: Path,
     rows: list[dict[str, Any]],
-    rc: RewardCalibrationConfig | None,
+    rc: RewardCalibrationConfig | bool | None,
     *,
     cls: type = CalibratedDPOTrainer,
     config: type = DPOConfig,
     model: Any = None,
+    ref_model: Any = None,
+    peft_config: Any = None,
+    eval_rows: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Any:
-    """A trainer over `rows`: batches of 8, constant learning rate, a log entry a step."""
+    """A trainer over `rows`: batches of 8, a constant rate, a log entry a step. `rc=False`: not given."""
     path = sums_model(folder)
     given = {
         "output_dir": str(folder / "out"),
@@ -64,12 +72,21 @@ def build(
         "disable_tqdm": True,
         **settings,
     }
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if isinstance(rows[0].get("prompt"), list):
+        tokenizer.chat_template = TEMPLATE
+    optional = {
+        "ref_model": ref_model,
+        "peft_config": peft_config,
+        "eval_dataset": None if eval_rows is None else Dataset.from_list(eval_rows),
+        "rc": None if rc is False else rc,
+    }
     return in_order(cls)(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if model is None else model,
         args=config(**given),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(path),
-        **({} if rc is False else {"rc": rc}),
+        processing_class=tokenizer,
+        **{name: value for name, value in optional.items() if value is not None},
     )
 
 
