@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from rich.console import Console, RenderableType
@@ -11,11 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from rcpo.tracking.jsonl import Scalar
+from rcpo.tracking.sparkline import History, extent, sparkline
 
 PLAIN_LINES = 20  # a whole run fits on one screen of a log file
 PLAIN_SECONDS = 60.0  # but a slow run still shows that it is alive
 WINNER_KEYS = ("logratios/chosen", "logps/chosen")
 LOSER_KEYS = ("logratios/rejected", "logps/rejected")
+MARGIN_KEYS = ("rewards/margins",)
+CHART_STYLES = {"winner": "#0072b2", "loser": "#d55e00", "margin": "default"}  # as in the report
+CHART_TEXT = 30  # columns of a chart's line beside the chart: its name and its scale
 
 
 class Display(Protocol):
@@ -39,28 +43,65 @@ def open_display(console: Console, total_steps: int, first_step: int) -> Display
 
 
 class _Bar(Progress):
-    """The bar, and under it a line of its own for the figures: both fit a terminal of 80 columns."""
+    """The bar, a line for the figures, a line for each chart: all fit a terminal of 80 columns."""
 
     figures = ""
+    unicode = True  # the ellipsis is none of ASCII's letters
+    charts: Sequence[Text] = ()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis" if self.unicode else "crop")
+        yield from self.charts
+
+
+class _Charts:
+    """Winner, loser and margin since the run began (or went on), a line each; the sides share their scale."""
+
+    def __init__(self) -> None:
+        self._histories = {name: History() for name in ("winner", "loser", "margin")}
+
+    def add(self, row: Mapping[str, Scalar]) -> None:
+        keys = {"winner": WINNER_KEYS, "loser": LOSER_KEYS, "margin": MARGIN_KEYS}
+        for name, history in self._histories.items():
+            history.add(_first(row, *keys[name]))
+
+    def lines(self, width: int) -> list[Text]:
+        """One line for each quantity that is known, in a terminal of `width` columns."""
+        points = {
+            name: history.points(max(8, width - CHART_TEXT)) for name, history in self._histories.items()
+        }
+        sides, margin = extent(points["winner"], points["loser"]), extent(points["margin"])
+        scales = {"winner": sides, "loser": sides, "margin": margin}
+        lines = []
+        for name, values in points.items():
+            scale = scales[name]
+            if scale is None or extent(values) is None:
+                continue
+            line = Text(f"{name:<7}", no_wrap=True, overflow="crop")
+            line.append(sparkline(values, *scale), style=CHART_STYLES[name])
+            lines.append(line.append(f"  {scale[0]:+.3f} to {scale[1]:+.3f}", style="dim"))
+        return lines
 
 
 class LiveDisplay:
-    """A view that redraws itself: step, bar, time left; loss, margin, winner, loser, α, tokens a second."""
+    """A view that redraws itself: step, bar, time left; the figures of the last step; charts of the run."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console = console
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeRemainingColumn())
+        self._charts = _Charts()
         self._bar = _Bar(*columns, console=console, expand=True)
+        self._bar.unicode = not console.options.ascii_only
         self._task = self._bar.add_task("train", total=total_steps, completed=first_step)
         self._bar.start()
 
     def row(self, step: int, row: Mapping[str, Scalar]) -> None:
-        alpha = "alpha" if self._console.options.ascii_only else "α"
+        alpha = "α" if self._bar.unicode else "alpha"
         self._bar.figures = "  ".join(_figures(row, alpha, width=0))
+        self._charts.add(row)
+        if self._bar.unicode:
+            self._bar.charts = self._charts.lines(self._console.width)
         self._bar.update(self._task, completed=step)
 
     def message(self, text: str) -> None:
@@ -131,7 +172,7 @@ def _figures(row: Mapping[str, Scalar], alpha: str, width: int) -> list[str]:
     """`name value` for the figures that the row has; values are right-aligned to `width`."""
     shown = [
         ("loss", _first(row, "loss"), "{:.4f}"),
-        ("margin", _first(row, "rewards/margins"), "{:+.4f}"),
+        ("margin", _first(row, *MARGIN_KEYS), "{:+.4f}"),
         ("winner", _first(row, *WINNER_KEYS), "{:+.3f}"),
         ("loser", _first(row, *LOSER_KEYS), "{:+.3f}"),
         (alpha, _first(row, "rc/alpha"), "{:.3f}"),

@@ -223,6 +223,36 @@ def test_the_live_display_shows_the_figures_and_leaves_messages(tmp_path: Path) 
     assert text_of(console).rstrip().endswith("\x1b[?25h")  # the cursor is back
 
 
+def test_the_live_display_draws_winner_and_loser_on_one_scale() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
+    display = LiveDisplay(console, 3, 0)
+    for step, (winner, loser, margin) in enumerate(((0.0, 0.0, 0.1), (None, -0.5, 0.2), (-0.1, -0.7, 0.3))):
+        sides = {"logratios/chosen": winner, "logratios/rejected": loser}
+        display.row(step, {**sides, "rewards/margins": margin})
+    display.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text_of(console))
+    # on 0.7 nats and 7 steps up, −0.1 is level 6, −0.5 level 2
+    assert "winner █ ▇  -0.700 to +0.000" in text
+    assert "loser  █▃▁  -0.700 to +0.000" in text
+    assert "margin ▁▅█  +0.100 to +0.300" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_charts_are_left_out_where_there_is_nothing_to_draw_or_draw_with() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
+    display = LiveDisplay(console, 3, 0)
+    display.row(1, {"loss": 0.5, "rewards/margins": 0.0})
+    display.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text_of(console))
+    assert "margin ▅" in text and "loser" not in text
+    raw = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    plain_letters = LiveDisplay(Console(file=raw, force_terminal=True, _environ={"TERM": "xterm"}), 3, 0)
+    plain_letters.row(1, row(1))
+    plain_letters.close()
+    raw.seek(0)
+    assert "winner -0.030" in raw.read()
+
+
 def test_an_evaluation_line_leaves_intervals_to_the_row() -> None:
     values = {"eval/loss": 0.75, "eval/loss/low": 0.5, "eval/logps/chosen": -3.0, "eval/exact_match": None}
     assert evaluation_line(4, values) == "evaluation at step 4: loss 0.75"
