@@ -240,6 +240,18 @@ def paired_difference(base: Mapping[Any, float], other: Mapping[Any, float]) -> 
     return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 
 
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's ρ, ties with their mean rank; None under three values or where one side is constant."""
+    if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
+        return None
+    return statistics.correlation(_ranks(one), _ranks(other))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
 def t_quantile(probability: float, degrees: int) -> float:
     """Student's t for a probability in (0.5, 1) and whole degrees of freedom ≥ 1, by bisection.
 

@@ -58,6 +58,18 @@ def refuse_locked(run_dir: Path) -> None:
             pass
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process trains in the folder at this moment; leaves the lock as it is."""
+    try:
+        with (run_dir / LOCK_FILE).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without any
+        return False
+    return False
+
+
 def checkpoint_folders(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of each checkpoint there, newest first, unverified."""
     folder = run_dir / CHECKPOINTS
@@ -98,30 +110,39 @@ def read_settings(path: Path) -> dict[str, Any]:
     return flatten(tree)
 
 
-def read_evaluation(path: Path) -> dict[str, float]:
-    """The numbers of an evaluation.json; empty where there is none that can be read."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none that can be read."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(record, dict):
-        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_evaluation(path: Path) -> dict[str, float]:
+    """The finite numbers of an evaluation.json; empty where there is none that can be read."""
+    record = read_object(path)
     numbers = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none of a missing file, and without a line that is still being written."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none of a missing one, none of a torn line."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    rows = []
+    found = []
     for line in lines:
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, each with its step."""
+    return [row for row in read_lines(path) if isinstance(row.get("step"), int)]

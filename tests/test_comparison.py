@@ -23,6 +23,7 @@ from rcpo.comparison import (
     differing,
     labelled,
     paired_difference,
+    rank_correlation,
     share_in_band,
     spread,
     summarise_run,
@@ -69,6 +70,12 @@ def test_differences_are_paired_by_seed_and_the_rest_is_left_out() -> None:
     assert found.mean == pytest.approx(0.2)
     assert (found.high or 0) - found.mean == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
     assert found.mean - (found.low or 0) == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+
+
+def test_ranks_correlate_with_ties_at_their_mean() -> None:
+    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5 of variances 4.5 and 5
+    assert rank_correlation([0.1, 5.0, 5.0, 9.0], [1, 2, 30, 31]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert rank_correlation([1, 2], [2, 1]) is None and rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
 def test_one_pair_has_no_interval_and_none_no_difference() -> None:
