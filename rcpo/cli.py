@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +41,7 @@ def _root(
     \b
     rcpo train objective=simpo rc=on     train the packaged task, two minutes on a laptop
     rcpo evaluate run=outputs/...        evaluate what came out
+    rcpo report outputs/...              show what happened, in one HTML file
     rcpo doctor                          what this machine has, and what would fail
 
     \b
@@ -101,6 +104,43 @@ def evaluate(ctx: typer.Context) -> None:
     _finish(jobs.evaluate, ctx.args)
 
 
+class FigureFormat(StrEnum):
+    """Formats of figure files."""
+
+    PNG = "png"
+    PDF = "pdf"
+    SVG = "svg"
+
+
+@app.command(name="report")
+def report_runs(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs or sweeps.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file; report.html in DIR without it.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Also report.md, its figures as files.")
+    ] = False,
+    figures: Annotated[
+        FigureFormat | None, typer.Option("--figures", help="Also the figures as files of this format.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Renew the report until training ends.")] = False,
+    every: Annotated[float, typer.Option("--every", min=1, help="Seconds between looks of --watch.")] = 10,
+) -> None:
+    """Report on a run, a pair of runs, or a whole sweep: one HTML file that needs nothing else.
+
+    \b
+      rcpo report outputs/DIR                           report.html in the run's or the sweep's folder
+      rcpo report outputs/RUN-A outputs/RUN-B           side by side, in the folder that holds both
+      rcpo report outputs/DIR --markdown --figures pdf  for a paper
+      rcpo report outputs/DIR --watch                   a page that follows training
+    """
+    from rcpo.report.command import Request, run
+
+    request = Request(folders, output, markdown, None if figures is None else figures.value)
+    _finish(run, request, every if watch else None)
+
+
 @app.command()
 def doctor() -> None:
     """Show what this machine has and what would fail; exit code 1 where `rcpo train` could not run."""
@@ -109,13 +149,13 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-def _finish(command: Callable[[Sequence[str]], int], arguments: list[str]) -> None:
+def _finish(command: Callable[..., int], *arguments: Any) -> None:
     """Runs a command to its exit code; what the user has to change is one line, without a traceback."""
     from rcpo.config import ConfigError
     from rcpo.launch import REFUSED, report_refusal
 
     try:
-        code = command(arguments)
+        code = command(*arguments)
     except ConfigError as error:
         report_refusal(error)
         code = REFUSED

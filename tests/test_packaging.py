@@ -71,6 +71,7 @@ def test_wheel_is_small_typed_licensed_and_nothing_else(wheel: Path) -> None:
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "rcpo = rcpo.cli:main" in archive.read(entry_points).decode()
     assert {"rcpo/py.typed", "rcpo/LICENSE", "rcpo/__init__.py"} <= set(names)
+    assert "rcpo/report/templates/style.css" in names
     assert {name.split("/")[0] for name in names} == {"rcpo", f"rcpo-{rcpo.__version__}.dist-info"}
     assert wheel.stat().st_size < WHEEL_LIMIT
 

@@ -1,0 +1,118 @@
+"""The probe set followed through training: fans of its pairs, who crossed where, and where the mass went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcpo.report.runs import Column, Run
+
+FILE = "probes.parquet"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CROSSED = 0.01  # nats: one percent of probability, above what rounding does to an untouched pair
+MASSES = {
+    "chosen_mass": "winner",
+    "rejected_mass": "loser",
+    "greedy_mass": "policy's own greedy answer",
+    "ref_greedy_mass": "starting policy's greedy answer",
+}
+
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The probe pairs of one run: `steps` (S,) ascending, each column (S, E) over E pairs, NaN where null."""
+
+    steps: Column
+    columns: dict[str, Table]
+
+    def has(self, key: str) -> bool:
+        """Whether any pair has a number there at any step."""
+        return key in self.columns and not np.isnan(self.columns[key]).all()
+
+    @cached_property
+    def changes(self) -> dict[str, Table]:
+        """How far both sides are from the reference, or from the first probe without one, (S, E)."""
+        return {"winner": self._change("chosen"), "loser": self._change("rejected")}
+
+    def _change(self, side: str) -> Table:
+        if self.has(f"{side}_logratios"):
+            return self.columns[f"{side}_logratios"]
+        values = self.columns[f"{side}_logps"]
+        return values - values[0]
+
+    @property
+    def disordered(self) -> Table:
+        """1 where the loser is likelier than the winner, else 0, (S, E)."""
+        below = self.columns["chosen_logps"] < self.columns["rejected_logps"]
+        return np.where(np.isnan(self.columns["chosen_logps"]), np.nan, below.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Crossings:
+    """Of `pairs` probe pairs: whose winner was below its start, is at the end, came back; losers above."""
+
+    pairs: int
+    winner_ever: int
+    winner_ended: int
+    winner_returned: int
+    loser_ended: int
+
+
+def read_probes(folder: Path) -> Probes | None:
+    """A run's probes; None where it kept none, or the file is torn."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    import pyarrow as pa  # only where there are probes: it takes a third of a second
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid):
+        return None
+    names = set(table.column_names)
+    if not table.num_rows or not {"step", "example_id", "chosen_logps", "rejected_logps"} <= names:
+        return None
+    steps, step_of = np.unique(table["step"].to_numpy(), return_inverse=True)
+    examples, example_of = np.unique(table["example_id"].to_numpy(), return_inverse=True)
+    columns = {}
+    for name in names:
+        if pa.types.is_floating(table.schema.field(name).type):
+            grid = np.full((len(steps), len(examples)), np.nan)
+            grid[step_of, example_of] = table[name].to_numpy().astype(np.float64)
+            columns[name] = grid
+    return Probes(steps.astype(np.float64), columns)
+
+
+def probes_of(runs: Sequence[Run]) -> list[Probes]:
+    """The probes of the runs that have them."""
+    return [probes for run in runs if (probes := read_probes(run.folder)) is not None]
+
+
+def pooled(probes: Sequence[Probes], side: str) -> tuple[Column, Table]:
+    """Steps (S,) that all runs have and their pairs' changes beside each other, (S, all pairs)."""
+    common = sorted(set.intersection(*({float(step) for step in each.steps} for each in probes)))
+    tables = [each.changes[side][np.isin(each.steps, common)] for each in probes]
+    return np.array(common), np.concatenate(tables, axis=1)
+
+
+def fan(values: Table) -> Table:
+    """The `QUANTILES` over pairs at each step, (5, S)."""
+    return np.nanquantile(values, QUANTILES, axis=1)
+
+
+def crossings(probes: Sequence[Probes]) -> Crossings:
+    """Counts over the pairs of all runs; a pair has crossed when it is `CROSSED` beyond its start."""
+    counts = np.zeros(5, dtype=np.int64)
+    for each in probes:
+        low, high = each.changes["winner"] < -CROSSED, each.changes["loser"] > CROSSED
+        ever, ended = low.any(axis=0), low[-1]
+        counts += [low.shape[1], ever.sum(), ended.sum(), (ever & ~ended).sum(), high[-1].sum()]
+    return Crossings(*(int(count) for count in counts))

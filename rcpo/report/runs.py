@@ -1,0 +1,201 @@
+"""Finds runs in folders and reads what each left behind, however far it came."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcpo.comparison import STEPS_IN_BAND, RunSummary, share_in_band
+from rcpo.config.schema import ConfigError
+from rcpo.runfolder import (
+    FINISHED_FILE,
+    is_locked,
+    read_evaluation,
+    read_lines,
+    read_object,
+    read_rows,
+    read_settings,
+)
+
+Column = NDArray[np.float64]
+
+CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "evaluation.json"
+ENVIRONMENT, SAMPLES = "environment.json", "samples.jsonl"
+LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
+_EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))(?::\s*(.*))?$")
+
+
+class Status(Enum):
+    """How far a run came."""
+
+    FINISHED = "finished"
+    RUNNING = "running"
+    ENDED = "ended early"
+    EVALUATED = "evaluated"  # a model that was not trained here
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder as read at one moment; a file that is missing or torn is empty here."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    evaluation: dict[str, float]
+    environment: dict[str, Any]
+    samples: list[dict[str, Any]]
+    status: Status
+    error: str | None
+
+    @cached_property
+    def steps(self) -> Column:
+        """The steps that were trained and logged, shape (N,)."""
+        return self.column("step")
+
+    def column(self, key: str) -> Column:
+        """A metric of each trained step, shape (N,), NaN where it is null or absent."""
+        if key not in self._columns:
+            values = [_number(row.get(key)) for row in self._trained]
+            self._columns[key] = np.array(values, dtype=np.float64)
+        return self._columns[key]
+
+    @cached_property
+    def _columns(self) -> dict[str, Column]:
+        return {}
+
+    @cached_property
+    def _trained(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "loss" in row]
+
+    def has(self, key: str) -> bool:
+        """Whether any trained step has a number there."""
+        return any(row.get(key) is not None for row in self._trained)
+
+    def held_out(self, key: str) -> tuple[Column, Column]:
+        """Steps and values of `eval/key` taken during training, each of shape (M,)."""
+        found = [(row["step"], row[f"eval/{key}"]) for row in self.rows if row.get(f"eval/{key}") is not None]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+
+    @property
+    def last_step(self) -> int:
+        """The last logged step; 0 before the first."""
+        return int(self.steps[-1]) if len(self.steps) else 0
+
+    @property
+    def planned_steps(self) -> int | None:
+        """How many steps the run is to take, from its limit or its pace; None before the first."""
+        limit = self.settings.get("train.max_steps")
+        if limit is not None:
+            return int(limit)
+        epoch = self.column("epoch")
+        if not len(epoch) or not epoch[-1] > 0:
+            return None
+        return max(self.last_step, round(self.steps[-1] / epoch[-1] * self.settings.get("train.epochs", 1)))
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.settings.get("rc.enabled"))
+
+    @property
+    def summary(self) -> RunSummary:
+        """The run as comparisons see it."""
+        share = share_in_band(self.rows)
+        extra = {} if share is None else {STEPS_IN_BAND: share}
+        return RunSummary(self.name, self.settings, {**self.evaluation, **extra})
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders in `folder`, itself one or holding them at any depth, in natural order."""
+    if _is_run(folder):
+        return [folder]
+    found = []
+    for place, children, _ in os.walk(folder):
+        inside = [child for child in children if _is_run(Path(place, child))]
+        found += [Path(place, child) for child in inside]
+        children[:] = [child for child in children if child not in inside and not child.startswith(".")]
+    return sorted(found, key=lambda path: natural(str(path)))
+
+
+def natural(text: str) -> list[Any]:
+    """A sorting key by which run 10 comes after run 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in all folders, each once, with names that tell them apart; raises ConfigError without any."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder; give the folders of runs or sweeps")
+    paths = list(dict.fromkeys(path.resolve() for folder in folders for path in find_runs(folder)))
+    if not paths:
+        shown = ", ".join(map(str, folders))
+        raise ConfigError(f"no run in {shown}: a run's folder holds a {CONFIG}, which `rcpo train` writes")
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, with as many before it as all need to differ."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Reads a run's folder; raises ConfigError where its config.yaml cannot be read."""
+    rows = read_rows(folder / METRICS)
+    status = _status(folder, bool(rows))
+    return Run(
+        name=name,
+        folder=folder,
+        settings=read_settings(folder / CONFIG),
+        rows=rows,
+        evaluation=read_evaluation(folder / EVALUATION),
+        environment=read_object(folder / ENVIRONMENT),
+        samples=read_lines(folder / SAMPLES),
+        status=status,
+        error=_last_error(folder / "rcpo.log") if status is Status.ENDED else None,
+    )
+
+
+def _status(folder: Path, trained: bool) -> Status:
+    if (folder / FINISHED_FILE).exists():
+        return Status.FINISHED
+    if is_locked(folder):
+        return Status.RUNNING
+    return Status.EVALUATED if not trained and (folder / EVALUATION).exists() else Status.ENDED
+
+
+def _last_error(log: Path) -> str | None:
+    """The exception, refusal or signal that ended the run, by its log; None where the log names none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if match := _EXCEPTION.match(line):
+            return match[2] or match[1]
+        if "] - refused: " in line:
+            return line.split("] - refused: ", 1)[1]
+    return None
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

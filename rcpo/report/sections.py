@@ -1,0 +1,234 @@
+"""From runs to a document: one run by itself, or several against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rcpo.comparison import METRICS, STEPS_IN_BAND, Condition, conditions, contrasts, spread
+from rcpo.report import appendix, figures, overview, panels, tables, words
+from rcpo.report.document import Block, Document, Paragraph, Picture, Section
+from rcpo.report.dynamics import predict_margin
+from rcpo.report.probes import MASSES, Probes, crossings, probes_of
+from rcpo.report.runs import Run
+from rcpo.report.series import stretch
+
+BY_KEY = {metric.key: metric for metric in METRICS}
+ACROSS = [BY_KEY["eval/logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
+MANY_PANELS = 48  # beyond it a condition shows its two main panels: a page is made in seconds
+
+HOW_TO_READ = (
+    "The winner should stay at 0, the loser fall. While the ratio r is in the band, a small step neither "
+    "lowers the winner nor raises the loser; at the centre r* both sides pull equally, and calibration moves "
+    "r there."
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Runs that differ by their seed, under the title of their column."""
+
+    title: str
+    runs: Sequence[Run]
+
+
+def document_of(runs: Sequence[Run], title: str) -> Document:
+    """The report of one run, or of several."""
+    return _of_run(runs[0]) if len(runs) == 1 else _of_runs(runs, title)
+
+
+def _of_run(run: Run) -> Document:
+    parts = [
+        Section("Training", _training(run)),
+        Section("Pair by pair", _pair_by_pair([Column(run.name, [run])])),
+        Section("Held out", tables.held_out(run)),
+        Section("Samples", appendix.samples_of_run(run)),
+        Section("Settings", appendix.settings_of_run(run)),
+        Section("Environment", appendix.environment([run])),
+    ]
+    return Document(
+        title=run.name,
+        status=run.status.value,
+        headline=words.headline_of_run(run),
+        notes=words.warnings_of_run(run),
+        sections=[part for part in parts if part.blocks],
+    )
+
+
+def _training(run: Run) -> list[Block]:
+    if not run.last_step:
+        return [Paragraph("No step is logged yet.")]
+    width = stretch([run])
+    caption = (
+        f"{_points(width)} Diamonds are held out. {HOW_TO_READ} "
+        f"{words.about_prediction(run, predict_margin(run, width))}"
+    )
+    return [Picture("training", figures.dynamics_of_run([run]), caption.strip())]
+
+
+def _points(width: int) -> str:
+    return "Each point is a step." if width == 1 else f"Each point is the mean of {width} steps."
+
+
+def _pair_by_pair(columns: Sequence[Column], name: str = "") -> list[Block]:
+    """The probe set of the columns that have one."""
+    followed = [(column.title, probes_of(column.runs)) for column in columns]
+    followed = [(title, probes) for title, probes in followed if probes]
+    if not followed:
+        return []
+    unit = panels.unit_of([run for column in columns for run in column.runs])
+    caption = "The probe pairs at each probe. " + " ".join(
+        words.about_crossings(title, crossings(probes)) for title, probes in followed
+    )
+    blocks: list[Block] = [Picture(f"{name}pairs", figures.fans(followed, unit), caption)]
+    if _have_masses([each for _, probes in followed for each in probes]):
+        caption = (
+            "Where the probability goes: log-probs of whole answers, means over probe prompts. A winner and "
+            "a loser that fall together hand their mass to other answers, such as the greedy one."
+        )
+        blocks.append(Picture(f"{name}masses", figures.masses(followed), caption))
+    return blocks
+
+
+def _have_masses(probes: Sequence[Probes]) -> bool:
+    return any(each.has(key) for each in probes for key in MASSES)
+
+
+def _of_runs(runs: Sequence[Run], title: str) -> Document:
+    summaries = {run.name: run for run in runs}
+    found = conditions([run.summary for run in runs])
+    pairs = contrasts(found)
+    groups = _groups(overview.overview_rows(found, pairs), summaries)
+    parts = [
+        Section("At a glance", _at_a_glance(found)),
+        Section("Training", _side_by_side(groups)),
+        Section("Pair by pair", _probes_of_groups(groups)),
+        Section("Downstream over dynamics", _downstream(found)),
+        Section("Samples", _samples(groups)),
+        Section("Runs", [tables.of_runs(runs)]),
+        Section("Settings", appendix.settings_of_runs(runs)),
+        Section("Environment", appendix.environment(runs)),
+    ]
+    return Document(
+        title=title,
+        status=_status(runs),
+        headline=words.headline_of_contrasts(pairs) if pairs else words.headline_of_runs(runs, _best(found)),
+        details=[words.sentence_of_contrast(pair) for pair in pairs],
+        notes=[f"{run.name}: {note}" for run in runs for note in words.warnings_of_run(run)],
+        sections=[part for part in parts if part.blocks],
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns that are shown beside each other."""
+
+    label: str
+    columns: Sequence[Column]
+
+    @property
+    def slug(self) -> str:
+        return "".join(letter if letter.isalnum() else "-" for letter in self.label.lower())
+
+
+def _groups(rows: Sequence[overview.Row], runs: dict[str, Run]) -> list[Group]:
+    """A contrast's two sides beside each other; what is in no contrast, two conditions at a time."""
+
+    def column(title: str, condition: Condition) -> Column:
+        return Column(title, [runs[run.name] for run in condition.runs])
+
+    found, alone = [], []
+    for row in rows:
+        if row.base is not None and row.calibrated is not None:
+            sides = [
+                column(f"{row.label} without calibration", row.base),
+                column(f"{row.label} with calibration", row.calibrated),
+            ]
+            found.append(Group(row.label, sides))
+        else:
+            condition = row.base or row.calibrated
+            assert condition is not None
+            alone.append(column(condition.label, condition))
+    for place in range(0, len(alone), 2):
+        columns = alone[place : place + 2]
+        found.append(Group(" and ".join(each.title for each in columns), columns))
+    return found
+
+
+def _status(runs: Sequence[Run]) -> str:
+    counts: dict[str, int] = {}
+    for run in runs:
+        counts[run.status.value] = counts.get(run.status.value, 0) + 1
+    return f"{len(runs)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def _best(found: Sequence[Condition]) -> words.Best | None:
+    """The condition with the highest mean of the first downstream score."""
+    for metric in tables.downstream_of(found):
+        means = [(mean.mean, each.label) for each in found if (mean := spread(each.values(metric.key)))]
+        value, label = max(means)
+        return words.Best(label, metric, value)
+    return None
+
+
+def _at_a_glance(found: Sequence[Condition]) -> list[Block]:
+    pairs = contrasts(found)
+    blocks: list[Block] = []
+    metrics = tables.present([*tables.downstream_of(found)[:2], BY_KEY[STEPS_IN_BAND]], found)
+    if metrics or tables.present(ACROSS, found):
+        caption = (
+            "Hollow: without calibration, filled: with it. A small dot is a run, a large one the mean. "
+            "Log-ratios: the winner should stay at 0, the loser lie to the left."
+        )
+        rows = overview.overview_rows(found, pairs)
+        blocks.append(Picture("overview", overview.overview(rows, metrics), caption))
+    if pairs:
+        blocks.append(tables.of_contrasts(pairs))
+    return [*blocks, tables.of_conditions(found)]
+
+
+def _side_by_side(groups: Sequence[Group]) -> list[Block]:
+    count = sum(len(group.columns) for group in groups) * len(figures.ALL)
+    chosen = figures.ALL if count <= MANY_PANELS else figures.MAIN
+    blocks: list[Block] = []
+    if chosen is figures.MAIN:
+        blocks.append(Paragraph("The two main panels of each condition; `rcpo report` of one run shows all."))
+    for group in groups:
+        runs = [run for column in group.columns for run in column.runs]
+        if not any(run.last_step for run in runs):
+            continue
+        columns = [(column.title, column.runs) for column in group.columns]
+        width = stretch(runs)
+        several = "Thin lines are runs, bold ones their mean. " if len(runs) > len(group.columns) else ""
+        caption = f"{_points(width)} {several}Diamonds are held out. {'' if blocks else HOW_TO_READ}"
+        if chosen is figures.ALL:
+            caption += " " + words.about_prediction(runs[0], predict_margin(runs[0], width))
+        blocks.append(
+            Picture(f"training-{group.slug}", figures.side_by_side(columns, chosen), caption.strip())
+        )
+    return blocks
+
+
+def _probes_of_groups(groups: Sequence[Group]) -> list[Block]:
+    return [block for group in groups for block in _pair_by_pair(group.columns, f"{group.slug}-")]
+
+
+def _downstream(found: Sequence[Condition]) -> list[Block]:
+    """Scores of the finished models joined to the dynamics that led there."""
+    across = tables.present(ACROSS, found)
+    scores = [metric for metric in tables.downstream_of(found) if metric not in across]
+    if not across or not scores or sum(len(each.runs) for each in found) < 2:
+        return []
+    caption = "A point is a run, a shape an objective; hollow without calibration, filled with it."
+    picture = Picture("downstream", overview.scatter(found, across, scores[:4]), caption)
+    return [picture, tables.of_correlations(found, across, scores)]
+
+
+def _samples(groups: Sequence[Group]) -> list[Block]:
+    return [
+        table
+        for group in groups
+        for table in appendix.samples_of_conditions(
+            [(column.title, column.runs[0]) for column in group.columns]
+        )
+    ]

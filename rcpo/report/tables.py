@@ -1,0 +1,190 @@
+"""The tables of results: held-out metrics of a run, conditions and their differences, runs line by line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rcpo.comparison import (
+    METRICS,
+    Condition,
+    Contrast,
+    Metric,
+    paired_difference,
+    rank_correlation,
+    spread,
+)
+from rcpo.evaluation.summary import ROWS, interval
+from rcpo.report.document import Table
+from rcpo.report.runs import Run, natural
+
+HARNESS = "eval/harness/"
+JUDGED = (
+    Metric("eval/judge/win_rate", "judged win rate", "share"),
+    Metric("eval/judge/length_controlled_win_rate", "length-controlled win rate", "share"),
+)
+_OWN_TABLES = re.compile(r"eval/(?:by_length|harness|judge|dynamics(?:_parameters)?)/")
+
+
+def downstream(values: Sequence[Mapping[str, float]]) -> list[Metric]:
+    """The scores of finished models that any run has: exact match, accuracy, the judge's, the harness's."""
+    present = {key for each in values for key in each}
+    own = [metric for metric in (*METRICS, *JUDGED) if metric.key in present]
+    scores = [metric for metric in own if metric.unit == "share" and metric.key in SCORES]
+    tasks = sorted(key for key in present if key.startswith(HARNESS) and not key.endswith("stderr"))
+    for key in tasks:
+        share = all(0 <= each[key] <= 1 for each in values if key in each)
+        scores.append(Metric(key, key.removeprefix(HARNESS).replace("/", " "), "share" if share else ""))
+    return scores
+
+
+SCORES = {"eval/exact_match", "eval/rewards/accuracies", *(metric.key for metric in JUDGED)}
+
+
+def held_out(run: Run) -> list[Table]:
+    """Everything evaluation.json has: the means with their intervals, then what else was measured."""
+    values = run.evaluation
+    known = {name for _, name, _ in ROWS}
+    others = sorted(
+        key.removeprefix("eval/")
+        for key in values
+        if key.startswith("eval/") and not _OWN_TABLES.match(key) and not key.endswith(("/low", "/high"))
+    )
+    rows = [(title, interval(values, name, unit)) for title, name, unit in ROWS if f"eval/{name}" in values]
+    rows += [(name, interval(values, name, "other")) for name in others if name not in known | {"examples"}]
+    count = values.get("eval/examples")
+    caption = "" if count is None else f"{count:,.0f} held-out pairs; 95 % bootstrap intervals over pairs."
+    tables = [Table(("held-out", "mean [95 % interval]"), rows, caption)] if rows else []
+    return [*tables, *_by_length(values), *_scores(values), *_dynamics(values)]
+
+
+def _by_length(values: Mapping[str, float]) -> list[Table]:
+    cells: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        if key.startswith("eval/by_length/"):
+            bucket, _, name = key.removeprefix("eval/by_length/").partition("/")
+            cells.setdefault(bucket, {})[name] = value
+    if not cells:
+        return []
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell))
+    titles = {metric.key.removeprefix("eval/"): metric for metric in METRICS}
+    rows = [
+        (
+            bucket,
+            *(
+                titles.get(name, Metric(name, name, "count" if name == "examples" else "")).show(
+                    cell.get(name)
+                )
+                for name in names
+            ),
+        )
+        for bucket, cell in sorted(cells.items(), key=lambda item: natural(item[0]))
+    ]
+    header = ("chosen response, tokens", *(titles[n].title if n in titles else n for n in names))
+    return [Table(header, rows, "By length of the chosen response.", folded=True)]
+
+
+def _scores(values: Mapping[str, float]) -> list[Table]:
+    metrics = [m for m in downstream([values]) if m.key.startswith(HARNESS) or m in JUDGED]
+    rows = []
+    for metric in metrics:
+        error = values.get(f"{metric.key}/stderr")
+        low, high = values.get(f"{metric.key}/low"), values.get(f"{metric.key}/high")
+        text = metric.show(values[metric.key])
+        if error is not None:
+            text += f" ± {100 * error:.1f}" if metric.unit == "share" else f" ± {error:.3f}"
+        if low is not None and high is not None:
+            text += f" [{metric.show(low)}, {metric.show(high)}]"
+        rows.append((metric.title, text))
+    return [Table(("downstream", "score"), rows, "± is the harness's own standard error.")] if rows else []
+
+
+def _dynamics(values: Mapping[str, float]) -> list[Table]:
+    kinds = {"eval/dynamics/": "output head", "eval/dynamics_parameters/": "all parameters"}
+    found = {
+        title: {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        for prefix, title in kinds.items()
+    }
+    found = {title: cells for title, cells in found.items() if cells}
+    names = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    rows = [(name, *(Metric(name, name).show(cells.get(name)) for cells in found.values())) for name in names]
+    caption = "The dynamics of all held-out pairs as one batch."
+    return [Table(("dynamics", *found), rows, caption, folded=True)] if rows else []
+
+
+def of_conditions(found: Sequence[Condition]) -> Table:
+    """Means ± standard deviations over seeds, a row a condition."""
+    metrics = present([*METRICS, *downstream_of(found)], found)
+    rows = [
+        (c.label, str(len(c.runs)), *(metric.show_spread(spread(c.values(metric.key))) for metric in metrics))
+        for c in found
+    ]
+    header = ("condition", "runs", *(metric.title for metric in metrics))
+    return Table(
+        header, rows, "Means ± standard deviations over the runs of a condition, which differ by their seed."
+    )
+
+
+def of_contrasts(pairs: Sequence[Contrast]) -> Table:
+    """Paired differences, with calibration minus without, a row a contrast."""
+    both = [condition for pair in pairs for condition in (pair.base, pair.calibrated)]
+    metrics = present([*METRICS, *downstream_of(both)], both)
+    rows = []
+    for pair in pairs:
+        differences = [
+            paired_difference(pair.base.by_seed(metric.key), pair.calibrated.by_seed(metric.key))
+            for metric in metrics
+        ]
+        seeds = max((found.count for found in differences if found), default=0)
+        shown = [metric.show_difference(found) for metric, found in zip(metrics, differences)]
+        rows.append((pair.label, str(seeds), *(text.replace(" [", "\n[") for text in shown)))
+    header = ("with − without calibration", "seeds", *(metric.title for metric in metrics))
+    return Table(header, rows, "Mean differences of runs with the same seed, [95 % t interval over seeds].")
+
+
+def of_correlations(found: Sequence[Condition], across: Sequence[Metric], scores: Sequence[Metric]) -> Table:
+    """Rank correlations over runs of each score with each quantity of the dynamics."""
+    runs = [run.values for condition in found for run in condition.runs]
+    rows = []
+    for score in scores:
+        cells = []
+        for dynamics in across:
+            known = [each for each in runs if score.key in each and dynamics.key in each]
+            value = rank_correlation(
+                [each[dynamics.key] for each in known], [each[score.key] for each in known]
+            )
+            cells.append("–" if value is None else f"{value:+.2f} ({len(known)} runs)".replace("-", "−"))
+        rows.append((score.title, *cells))
+    caption = "Spearman's rank correlation over runs: these runs' association, no cause."
+    return Table(("downstream", *(metric.title for metric in across)), rows, caption)
+
+
+def downstream_of(found: Sequence[Condition]) -> list[Metric]:
+    """`downstream` of all runs of the conditions."""
+    return downstream([run.values for condition in found for run in condition.runs])
+
+
+def present(metrics: Sequence[Metric], found: Sequence[Condition]) -> list[Metric]:
+    """The metrics, each once, that some run of the conditions has."""
+    keys = {key for condition in found for run in condition.runs for key in run.values}
+    return [metric for metric in dict.fromkeys(metrics) if metric.key in keys]
+
+
+def of_runs(runs: Sequence[Run]) -> Table:
+    """One line a run: how far it came, and its main numbers."""
+    summaries = [run.summary for run in runs]
+    metrics = [m for m in METRICS if any(m.key in each.values for each in summaries)]
+    rows = [
+        (
+            run.name,
+            run.status.value,
+            f"{run.last_step:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else ""),
+            *(metric.show(summary.values.get(metric.key)) for metric in metrics),
+            run.error or "",
+        )
+        for run, summary in zip(runs, summaries)
+    ]
+    header = ["run", "status", "steps", *(metric.title for metric in metrics), "ended with"]
+    if not any(run.error for run in runs):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return Table(header, rows, texts=(0, 1, len(header) - 1) if any(run.error for run in runs) else (0, 1))

@@ -1,0 +1,201 @@
+"""What happened, as sentences: of one run, of a contrast, of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rcpo.comparison import METRICS, Contrast, Metric, paired_difference, spread
+from rcpo.evaluation.summary import NOTICEABLE, describe
+from rcpo.report.dynamics import Prediction
+from rcpo.report.panels import UNITS
+from rcpo.report.probes import CROSSED, Crossings
+from rcpo.report.runs import Run, Status
+
+WINNER, LOSER = "eval/logratios/chosen", "eval/logratios/rejected"
+LAST = 10  # logged steps that stand for the end of training where nothing was evaluated
+
+
+@dataclass(frozen=True)
+class Best:
+    """The condition whose mean of a score is highest."""
+
+    label: str
+    metric: Metric
+    value: float
+
+
+def headline_of_run(run: Run) -> str:
+    """One sentence on a run: where it stands, or what became of winner and loser."""
+    if run.status is Status.RUNNING:
+        return f"Training, step {_progress(run)}: {_standing(run)}."
+    if run.status is Status.ENDED:
+        reason = f": {run.error.rstrip('.')}" if run.error else ""
+        return f"Ended early, at step {_progress(run)}{reason}."
+    if "nonfinite" in run.evaluation:
+        return f"Finished after {run.last_step} steps, and what came out has values that are not finite."
+    if run.evaluation:
+        return describe(run.evaluation)
+    return f"Finished after {run.last_step} steps, not evaluated; {_standing(run)}."
+
+
+def _progress(run: Run) -> str:
+    return f"{run.last_step} of {run.planned_steps}" if run.planned_steps else str(run.last_step)
+
+
+def _standing(run: Run) -> str:
+    """Where winner and loser are at the end of what was logged."""
+    names = "logratios" if run.has("logratios/chosen") else "logps"
+    values = [run.column(f"{names}/{side}")[-LAST:] for side in ("chosen", "rejected")]
+    means = [
+        float(np.nanmean(value)) if len(value) and not np.isnan(value).all() else None for value in values
+    ]
+    if means[0] is None:
+        return "nothing is logged yet"
+    parts = [
+        f"the {side} at {number(mean)}" for side, mean in zip(("winner", "loser"), means) if mean is not None
+    ]
+    unit = UNITS.get(str(run.settings.get("objective.reduction")), "nats")
+    return f"{' and '.join(parts)} {unit}"
+
+
+def number(value: float) -> str:
+    """Two decimals with a minus that is one."""
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−")
+
+
+def warnings_of_run(run: Run) -> list[str]:
+    """What a reader of its numbers has to know."""
+    notes = []
+    lost = sum(row.get("nonfinite") or 0 for row in run.rows)
+    if lost:
+        notes.append(f"{lost} logged values were not finite; they are gaps in the figures.")
+    for key, text in (
+        (
+            "rc/skipped",
+            "steps said nothing about α (a side without positive incentive) and left it as it was",
+        ),
+        ("rc/clamped", "times α was clamped to its limit"),
+    ):
+        counts = run.column(key)
+        counts = counts[~np.isnan(counts)]
+        if len(counts) and counts[-1] > 0:
+            notes.append(f"{int(counts[-1])} {text}.")
+    return notes
+
+
+def headline_of_contrasts(pairs: Sequence[Contrast]) -> str:
+    """One sentence on all contrasts: the clearest one, and how many of them agree."""
+    measured = [pair for pair in pairs if _means(pair) is not None]
+    if not measured:
+        return f"{len(pairs)} comparisons without and with calibration; none has held-out log-ratios yet."
+    kept = [pair for pair in measured if _kept_what_fell(pair)]
+    first = max(kept or measured, key=_gain)
+    said = f"{_verdict(first)} ({first.label}, {_seeds(first)})."
+    if len(measured) == 1:
+        return said
+    return f"{said} RC kept a winner that fell without it in {len(kept)} of {len(measured)} comparisons."
+
+
+def sentence_of_contrast(pair: Contrast) -> str:
+    """What calibration changed, from means over seeds: "RC kept the winner: −0.03 against −0.51; …"."""
+    if _means(pair) is None:
+        return f"{pair.label}: no held-out log-ratios on both sides yet."
+    return f"{pair.label}: {_verdict(pair)}{_loser(pair)}{_score(pair)} ({_seeds(pair)})."
+
+
+def _means(pair: Contrast, key: str = WINNER) -> tuple[float, float] | None:
+    base, calibrated = spread(pair.base.values(key)), spread(pair.calibrated.values(key))
+    return None if base is None or calibrated is None else (base.mean, calibrated.mean)
+
+
+def _gain(pair: Contrast) -> float:
+    means = _means(pair)
+    assert means is not None
+    return means[1] - means[0]
+
+
+def _kept_what_fell(pair: Contrast) -> bool:
+    """By the evaluation's rule: within ±0.1 nats a winner counts as kept."""
+    means = _means(pair)
+    assert means is not None
+    return means[0] < -NOTICEABLE <= means[1]
+
+
+def _verdict(pair: Contrast) -> str:
+    means = _means(pair)
+    assert means is not None
+    base, calibrated = means
+    figures = f"{number(calibrated)} against {number(base)}"
+    if _kept_what_fell(pair):
+        return f"RC kept the winner: {figures}"
+    if calibrated >= -NOTICEABLE:
+        return f"The winner stayed with and without RC: {figures}"
+    if calibrated > base:
+        return f"RC slowed the winner's fall, it did not stop it: {figures}"
+    return f"RC did not keep the winner: {figures}"
+
+
+def _loser(pair: Contrast) -> str:
+    means = _means(pair, LOSER)
+    return "" if means is None else f"; the loser went to {number(means[1])} against {number(means[0])}"
+
+
+def _score(pair: Contrast) -> str:
+    for key in ("eval/exact_match", "eval/rewards/accuracies"):
+        means = _means(pair, key)
+        if means is not None:
+            metric = next(metric for metric in METRICS if metric.key == key)
+            return f"; {metric.title} {metric.show(means[1])} against {metric.show(means[0])}"
+    return ""
+
+
+def _seeds(pair: Contrast) -> str:
+    """How many seeds stand behind the winner's difference, and whether its interval allows none at all."""
+    found = paired_difference(pair.base.by_seed(WINNER), pair.calibrated.by_seed(WINNER))
+    if found is None:
+        return "no seed in common"
+    if found.low is None or found.high is None:
+        return "1 seed"
+    doubt = "; the difference's interval holds 0" if found.low <= 0 <= found.high else ""
+    return f"{found.count} seeds{doubt}"
+
+
+def headline_of_runs(runs: Sequence[Run], best: Best | None) -> str:
+    """Several runs without a contrast: how many ended, and the best by a downstream score."""
+    done = sum(run.status in (Status.FINISHED, Status.EVALUATED) for run in runs)
+    text = f"{done} of {len(runs)} runs are finished"
+    if best is None:
+        return f"{text}."
+    return f"{text}; the highest {best.metric.title} is {best.metric.show(best.value)}, of {best.label}."
+
+
+def about_prediction(run: Run, found: Prediction | None) -> str:
+    """How the margin's first order was made, and how well it agrees."""
+    if found is None:
+        return ""
+    agreement = (
+        ""
+        if found.correlation is None
+        else f" Its correlation with the measured curve is {found.correlation:.2f}."
+    )
+    if found.factor is None:
+        return f"First order: learning rate times m' added up over the steps, nothing fitted.{agreement}"
+    how = f"optim={run.settings.get('optim.name')} and rc.geometry={run.settings.get('rc.geometry')}"
+    return (
+        f"First order: with {how} the dynamics do not tell the size of a step, so the dotted line adds up "
+        f"learning rate times m' of a step of unit length and is scaled by one fitted number "
+        f"({found.factor:.3g}); its shape and sign are the prediction.{agreement}"
+    )
+
+
+def about_crossings(label: str, found: Crossings) -> str:
+    """Who crossed the start, in counts."""
+    return (
+        f"{label}: of {found.pairs} probe pairs, {found.winner_ever} winners were at some probe more than "
+        f"{CROSSED} nats below their start; {found.winner_returned} of these came back and "
+        f"{found.winner_ended} ended there. {found.loser_ended} losers ended above their start."
+    )

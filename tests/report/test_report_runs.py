@@ -1,0 +1,106 @@
+"""Run folders are found and read, however far the run came."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_folders import rows, settings, write_run
+
+from rcpo.config import ConfigError
+from rcpo.report.runs import Status, find_runs, read_run, read_runs
+
+
+def test_runs_are_found_at_any_depth_and_counted_naturally(tmp_path: Path) -> None:
+    for name in ("sweep/10_b", "sweep/9_a", "sweep/lr=1/seed=1"):
+        write_run(tmp_path / name, settings(), [])
+    wandb = tmp_path / "sweep/9_a/wandb/run/files"
+    wandb.mkdir(parents=True)
+    (wandb / "config.yaml").write_text("{}")  # wandb's own, inside a run
+    found = find_runs(tmp_path / "sweep")
+    assert [str(path.relative_to(tmp_path / "sweep")) for path in found] == ["9_a", "10_b", "lr=1/seed=1"]
+    assert find_runs(tmp_path / "sweep/9_a") == [tmp_path / "sweep/9_a"]
+
+
+def test_names_are_as_long_as_they_need_to_be(tmp_path: Path) -> None:
+    for name in ("one/seed=1", "two/seed=1"):
+        write_run(tmp_path / name, settings(), [])
+    runs = read_runs([tmp_path / "one", tmp_path / "two", tmp_path / "one/seed=1"])  # given twice, read once
+    assert [run.name for run in runs] == ["one/seed=1", "two/seed=1"]
+
+
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run in .*config\.yaml"):
+        read_runs([tmp_path])
+    with pytest.raises(ConfigError, match="is no folder"):
+        read_runs([tmp_path / "nowhere"])
+
+
+def test_columns_hold_nan_where_a_value_is_null_or_absent(tmp_path: Path) -> None:
+    metrics = [
+        {"step": 0, "eval/loss": 0.5},  # an evaluation's own row is no trained step
+        {"step": 1, "loss": 0.7, "dynamics/in_band": True},
+        {"step": 2, "loss": None, "nonfinite": 1, "eval/loss": 0.25},
+    ]
+    run = read_run(write_run(tmp_path / "run", settings(), metrics), "run")
+    assert run.steps.tolist() == [1, 2]
+    np.testing.assert_array_equal(run.column("loss"), [0.7, np.nan])
+    np.testing.assert_array_equal(run.column("dynamics/in_band"), [1.0, np.nan])
+    steps, values = run.held_out("loss")
+    assert (steps.tolist(), values.tolist()) == ([0, 2], [0.5, 0.25])
+    assert run.has("loss") and not run.has("rc/alpha")
+
+
+def test_planned_steps_come_from_the_limit_or_the_pace(tmp_path: Path) -> None:
+    half = [{"step": step, "loss": 0.1, "epoch": step / 40} for step in range(1, 11)]
+    paced = read_run(write_run(tmp_path / "a", settings(), half), "a")
+    assert paced.planned_steps == 40  # ten steps took a quarter of one epoch
+    limited = read_run(write_run(tmp_path / "b", settings(train__max_steps=25), half), "b")
+    assert limited.planned_steps == 25
+    assert read_run(write_run(tmp_path / "c", settings(), []), "c").planned_steps is None
+
+
+def test_status_tells_finished_running_and_ended(tmp_path: Path) -> None:
+    done = write_run(tmp_path / "done", settings(), rows(2))
+    cut = write_run(tmp_path / "cut", settings(), rows(2), finished=False)
+    assert read_run(done, "done").status is Status.FINISHED
+    assert read_run(cut, "cut").status is Status.ENDED
+    with (cut / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert read_run(cut, "cut").status is Status.RUNNING
+    assert read_run(cut, "cut").status is Status.ENDED
+    assert (cut / ".lock").read_text() == ""  # looking leaves the lock as it was
+
+
+def test_a_model_that_was_only_evaluated_is_no_failure(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", settings(), [], {"eval/loss": 0.5}, finished=False)
+    assert read_run(folder, "run").status is Status.EVALUATED
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("Traceback\n  File x\nrcpo.config.schema.RunError: step 2 is lost\n", "step 2 is lost"),
+        ("[2026][rcpo][INFO] - refused: optim.lr=-1 is below 0\n", "optim.lr=-1 is below 0"),
+        ("Traceback\nKeyboardInterrupt\n", "KeyboardInterrupt"),
+        ("all is well\n", None),
+    ],
+)
+def test_the_log_says_why_a_run_ended(tmp_path: Path, log: str, expected: str | None) -> None:
+    folder = write_run(tmp_path / "run", settings(), rows(2), finished=False)
+    (folder / "rcpo.log").write_text(log)
+    assert read_run(folder, "run").error == expected
+
+
+def test_torn_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", settings(), rows(2))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0.')
+    (folder / "evaluation.json").write_text("{")
+    (folder / "environment.json").unlink()
+    (folder / "samples.jsonl").write_text(json.dumps({"step": 1}) + "\n[1]\n{")
+    run = read_run(folder, "run")
+    assert (run.last_step, run.evaluation, run.environment, run.samples) == (2, {}, {}, [{"step": 1}])
