@@ -42,6 +42,7 @@ def _root(
     rcpo train objective=simpo rc=on     train the packaged task, two minutes on a laptop
     rcpo evaluate run=outputs/...        evaluate what came out
     rcpo report outputs/...              show what happened, in one HTML file
+    rcpo sweep rc=off,on seed=1,2,3      many runs beside each other
     rcpo doctor                          what this machine has, and what would fail
 
     \b
@@ -139,6 +140,31 @@ def report_runs(
 
     request = Request(folders, output, markdown, None if figures is None else figures.value)
     _finish(run, request, every if watch else None)
+
+
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def sweep(ctx: typer.Context) -> None:
+    """Many runs and their comparison: means over seeds, calibration on minus off with an interval.
+
+    \b
+    Each combination is a run, a process of its own; what fails is reported and the rest goes on:
+      rcpo sweep objective=dpo,simpo rc=off,on seed=1,2,3 hydra.sweep.dir=outputs/mine
+    The same call again runs only what is missing. Several at a time, and on a cluster:
+      rcpo sweep sweep.parallel=4 ...               sweep.parallel=null: one for each GPU
+      rcpo sweep hydra/launcher=submitit_slurm ...
+    A named sweep (conf/study), with keys of your own beside or instead of its own:
+      rcpo sweep study=ema seed=1
+    A search instead of a grid, with trials that fall behind stopped:
+      rcpo sweep sweep.search=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))' objective.beta=0.1,0.5,1
+          sweep.trials=30 sweep.pruner=median eval.every=25
+    The table of a sweep that ran before, `rcpo train -m` and SLURM's included:
+      rcpo sweep compare=outputs/mine
+
+    sweep.json, sweep.md and a folder for each run are in hydra.sweep.dir.
+    """
+    from rcpo import jobs
+
+    _finish(jobs.sweep, ctx.args)
 
 
 @app.command()

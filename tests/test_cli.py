@@ -18,6 +18,8 @@ from rcpo.cli import app
 from rcpo.config import ConfigError, RunConfig, load_run_config
 from rcpo.config.composition import conf_dir
 from rcpo.jobs import commands, multirun
+from rcpo.launch.outcomes import Outcome
+from rcpo.launch.pool import Pool
 
 # two steps of supervised training from fresh weights need no packaged weights and no reference
 TINY_RUN = (
@@ -159,12 +161,13 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[RunConfi
         started.append((config, run_dir))
         return {13: 1, 75: 75}.get(config.seed, 0)
 
-    def process(run_dir: Path) -> tuple[int, bool]:
-        return train(load_run_config(run_dir), run_dir), False
+    def process(pool: Pool, run_dir: Path, *_: object) -> tuple[Outcome, bool]:
+        code = train(load_run_config(run_dir), run_dir)
+        return Outcome(code, "as the test has it" if code else None), False
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "launch", train)
-    monkeypatch.setattr(multirun, "run_process", process)
+    monkeypatch.setattr(Pool, "_wait", process)
     return started
 
 
@@ -200,7 +203,7 @@ def test_a_multirun_has_a_folder_for_each_and_goes_on_after_a_failure(
     assert len({run_dir.parent for _, run_dir in runs}) == 1
     assert runs[-1][1].name == "7_simpo_rc-on_seed-13"
     captured = capsys.readouterr()
-    assert "1_dpo_rc-off_seed-13 ended with exit code 1" in captured.err
+    assert "1_dpo_rc-off_seed-13: exit code 1: as the test has it" in captured.err
     assert "4 of 8 runs done" in captured.out
 
 

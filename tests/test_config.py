@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from rcpo.config import (
     save_run_config,
     to_container,
 )
+from rcpo.config.commands import SweepConfig, sweep_config
 from rcpo.config.composition import (
     PRIMARY,
     compose,
@@ -91,6 +94,10 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
+def command_keys() -> set[str]:
+    return {f"sweep.{field.name}" for field in dataclasses.fields(SweepConfig)}
+
+
 def test_the_defaults_of_conf_are_those_of_the_dataclasses() -> None:
     # data=sums sets the number of steps, which by itself is null: by epochs
     assert composed() == RunConfig(train=TrainConfig(max_steps=200))
@@ -117,9 +124,9 @@ def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
     assert isinstance(tree, DictConfig)
     whole = (conf_dir() / group / f"{option}.yaml").read_text().startswith("# @package _global_")
     nodes = {str(key): tree[key] for key in tree} if whole else {group: tree}
-    known = set(known_keys())
+    known = {*known_keys(), *command_keys()}
     for node, leaves in nodes.items():
-        for leaf in leaves:
+        for leaf in leaves if node not in ("hydra", "defaults") else ():
             own = node == "objective" and leaf in HYPERPARAMETER_RANGES
             assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
 
@@ -137,7 +144,7 @@ def test_every_key_of_the_dataclasses_is_in_conf() -> None:
             if isinstance(leaves, DictConfig):
                 found.update(f"{node}.{leaf}" for leaf in leaves)
     # `module` is for objectives of the user's own package
-    assert set(known_keys()) - found == {"objective.module"}
+    assert {*known_keys(), *command_keys()} - found == {"objective.module"}
 
 
 def test_a_reference_cache_that_is_off_stays_off(tmp_path: Path) -> None:
@@ -151,6 +158,21 @@ def test_a_reference_cache_that_is_off_stays_off(tmp_path: Path) -> None:
     assert not parse(OmegaConf.create({"reference": unquoted})).reference.keeps
     assert composed().reference.keeps and composed(f"reference.cache={tmp_path}").reference.keeps
     assert "is a file" in refusal(f"reference.cache={tmp_path / 'config.yaml'}")
+
+
+def test_the_keys_of_a_sweep_are_checked_and_no_part_of_a_run() -> None:
+    cfg = compose_with(shipped(), PRIMARY, ["sweep.parallel=2"])
+    assert sweep_config(cfg) == SweepConfig(parallel=2)
+    assert sweep_config(OmegaConf.create({})) == SweepConfig()
+    assert "sweep" not in user_part(cfg)
+    for override, part in (
+        ("sweep.search=optna", "did you mean optuna?"),
+        ("sweep.trials=0", "sweep.trials=0 is out of range"),
+        ("+sweep.trails=3", "did you mean sweep.trials?"),
+        ("sweep.trials=many", "sweep.trials"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            sweep_config(compose_with(shipped(), PRIMARY, [override]))
 
 
 def test_every_bound_belongs_to_a_key() -> None:

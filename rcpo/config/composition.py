@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rcpo.config.commands import COMMAND_NODES
 from rcpo.config.parsing import describe, known_keys
 from rcpo.config.schema import ConfigError
 from rcpo.config.validation import nearest, unknown_key
@@ -128,10 +129,12 @@ def compose_with(
 
 
 def user_part(cfg: DictConfig) -> DictConfig:
-    """A copy without the `hydra` node."""
+    """A copy that holds a run's keys alone: without `hydra` and the nodes of commands around a run."""
     tree = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(tree, dict)
-    return OmegaConf.create({key: value for key, value in tree.items() if key != "hydra"})
+    return OmegaConf.create(
+        {key: value for key, value in tree.items() if key != "hydra" and key not in COMMAND_NODES}
+    )
 
 
 def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
@@ -216,10 +219,10 @@ def _composed_keys(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> 
     choices = [o for o in overrides if re.match(r"[\w/]+=[^,\[({]*$", o) and "." not in o.partition("=")[0]]
     choices = [o for o in choices if hydra.config_loader.get_group_options(o.partition("=")[0])]
     try:
-        cfg = user_part(compose_with_plain(hydra, config_name, choices))
+        cfg = compose_with_plain(hydra, config_name, choices)
     except HydraException:  # the choice itself is what Hydra refuses
         return known_keys()
-    nodes = {str(key): node for key, node in cfg.items_ex(resolve=False)}
+    nodes = {str(key): node for key, node in cfg.items_ex(resolve=False) if key != "hydra"}
     leaves = [
         f"{key}.{leaf!s}" for key, node in nodes.items() if isinstance(node, DictConfig) for leaf in node
     ]

@@ -121,15 +121,15 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def validate(config: RunConfig) -> None:
     """Raises ConfigError for the first value that no run could use; checks files, imports no torch."""
     for key, known in CHOICES.items():
-        _check_choice(key, _value(config, key), known)
+        check_choice(key, _value(config, key), known)
     for key, bounds in RANGES.items():
-        _check_range(key, _value(config, key), bounds)
+        check_range(key, _value(config, key), bounds)
     for name, value in config.objective.hyperparameters.items():
         if name in HYPERPARAMETER_RANGES:
             key = f"objective.{name}"
-            _check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
+            check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
     for index, beta in enumerate(config.optim.betas):
-        _check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
+        check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
     config.train.accumulation(world_size=1)
@@ -152,14 +152,14 @@ def _number(key: str, value: Any) -> float:
     return value
 
 
-def _check_choice(key: str, value: str | None, known: tuple[str, ...]) -> None:
+def check_choice(key: str, value: str | None, known: tuple[str, ...]) -> None:
     if value is not None and value not in known:
         near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{key}={value} is not one of {', '.join(known)}{hint}")
 
 
-def _check_range(key: str, value: float | None, bounds: Range) -> None:
+def check_range(key: str, value: float | None, bounds: Range) -> None:
     if value is None:
         return
     low, high, low_allowed, high_allowed = bounds

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, parse, save_run_config, to_container
+from rcpo.config.commands import refuse_command_keys
 from rcpo.config.composition import (
     PRIMARY,
     compose_with,
@@ -21,8 +22,9 @@ from rcpo.config.composition import (
 )
 from rcpo.config.parsing import read_tree, structure
 from rcpo.jobs.folders import job_dir, refuse_other, resolved_dir
-from rcpo.jobs.multirun import multirun
-from rcpo.launch import DONE, check, configure_log, external_ranks, launch, world_size
+from rcpo.jobs.multirun import train_many
+from rcpo.jobs.show import show, shows, wants_multirun
+from rcpo.launch import check, configure_log, external_ranks, launch, world_size
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -33,13 +35,15 @@ def train(arguments: Sequence[str]) -> int:
     flags = split_arguments(arguments)
     name = flags.config_name or PRIMARY
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if _shows(flags):
-            return _show(hydra, name, flags)
+        if shows(flags):
+            return show(hydra, name, flags)
         folder = _folder_to_resume(flags.overrides)
-        if flags.multirun or _wants_multirun(hydra, name, flags.overrides):
+        several = flags.multirun or wants_multirun(hydra, name, flags.overrides)
+        refuse_command_keys(flags.overrides, allowed=("sweep",) if several else ())
+        if several:
             if folder is not None:
                 raise ConfigError("-m starts runs of their own folders: resume=auto continues each of them")
-            return multirun(hydra, name, flags.overrides)
+            return train_many(hydra, name, flags.overrides)
         if folder is not None:
             return _continue(hydra, folder, flags.overrides)
         return _single(hydra, name, flags.overrides)
@@ -56,9 +60,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     overrides = [override for override in flags.overrides if not override.startswith("run=")]
     if flags.multirun:
         raise ConfigError("command line: evaluate takes one model at a time, without -m")
+    refuse_command_keys(overrides)
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if _shows(flags):
-            return _show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
+        if shows(flags):
+            return show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
         if runs:
             run_dir = Path(runs[0])
             if (run_dir / "config.yaml").exists() and not (run_dir / "metrics.jsonl").exists():
@@ -78,40 +83,6 @@ def evaluate(arguments: Sequence[str]) -> int:
         save_run_config(config, run_dir / "evaluation" / "config.yaml")
     configure_log(run_dir, file=main_rank)
     return launch(config, run_dir if main_rank else None, "evaluate")
-
-
-def _shows(flags: argparse.Namespace) -> bool:
-    """Whether a flag asks for information, not a run; raises ConfigError for flags that contradict."""
-    if flags.experimental_rerun is not None:
-        raise ConfigError(
-            "command line: --experimental-rerun is not supported; a run's config.yaml repeats it"
-        )
-    shown = (flags.cfg is not None, flags.info is not None, flags.hydra_help, flags.shell_completion)
-    if sum((*shown, flags.multirun)) > 1:
-        raise ConfigError("command line: give one of -m, --cfg, --info, --hydra-help and --shell-completion")
-    if flags.resolve and flags.cfg is None:
-        raise ConfigError("command line: --resolve goes with --cfg job, --cfg hydra or --cfg all")
-    return any(shown)
-
-
-def _show(hydra: Hydra, name: str, flags: argparse.Namespace) -> int:
-    compose_with(hydra, name, flags.overrides)  # a refusal is explained here, before Hydra prints its own
-    with refusals_explained(hydra, name, flags.overrides):
-        if flags.cfg is not None:
-            hydra.show_cfg(name, flags.overrides, flags.cfg, flags.package, flags.resolve)
-        elif flags.info is not None:
-            hydra.show_info(flags.info, name, flags.overrides)
-        elif flags.hydra_help:
-            hydra.hydra_help(name, args_parser=flags.parser, args=flags)
-        else:
-            hydra.shell_completion(name, flags.overrides)
-    return DONE
-
-
-def _wants_multirun(hydra: Hydra, name: str, overrides: Sequence[str]) -> bool:
-    from hydra.types import RunMode
-
-    return bool(hydra.get_mode(name, list(overrides)) == RunMode.MULTIRUN)
 
 
 def _single(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
@@ -154,6 +125,6 @@ def _continue(hydra: Hydra, run_dir: Path, overrides: Sequence[str]) -> int:
 def _train_job(cfg: DictConfig) -> int:
     """Hydra's task for a single run: this process, in the folder that Hydra made."""
     run_dir = job_dir()
-    config = parse(cfg)
+    config = parse(user_part(cfg))
     save_run_config(config, run_dir / "config.yaml")
     return launch(config, run_dir)

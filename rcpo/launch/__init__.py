@@ -5,9 +5,9 @@ multirun are. torch is imported when a process is about to compute, not before.
 """
 
 from rcpo.launch.checks import check
-from rcpo.launch.local import run_process
 from rcpo.launch.logs import LOG_FILE, configure_log
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, report_refusal
+from rcpo.launch.pool import run_process
 from rcpo.launch.ranks import external_ranks, world_size
 from rcpo.launch.run import launch, run_here
 

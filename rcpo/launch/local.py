@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from rcpo.signals import STOP_SIGNALS, STOPPED
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+log = logging.getLogger(__name__)
 # seconds that the other local ranks have to leave by themselves once one has left: a checkpoint may be large
 SHUTDOWN_SECONDS = 300
 
@@ -105,12 +105,14 @@ def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
     message = _message(first)
     if REFUSED in codes:
         print(f"rcpo: {message}", file=sys.stderr)
+        log.info("refused: %s", message)
         return REFUSED
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         why = " while it was being stopped" if stopping else ""
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
         message = f"it was ended by {name}{why}{hint}"
+    log.info("rank %s failed: %s", first.local_rank, message)
     print(
         f"rcpo: rank {first.local_rank} failed (exit code {first.exitcode}): {message}; "
         f"its traceback is above and in the run's {LOG_FILE}",
@@ -124,14 +126,6 @@ def _message(failure: ProcessFailure) -> str:
     recorded = failure.error_file_data.get("message", "")
     text = recorded.get("message", "") if isinstance(recorded, dict) else recorded
     return str(text).removeprefix("ConfigError: ") or "no message"
-
-
-def run_process(run_dir: Path) -> tuple[int, bool]:
-    """Trains RUN_DIR in a process of its own: exit code, and whether a stop signal was handed on."""
-    process = subprocess.Popen(run_command(run_dir), start_new_session=True)
-    with forward_signals(lambda: [process.pid]) as received:
-        code = process.wait()
-    return (code if code in (DONE, FAILED, REFUSED, STOPPED) else FAILED), bool(received)
 
 
 def run_command(run_dir: Path, task: str = "train") -> list[str]:

@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import signal
 import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rcpo.config import ConfigError
+from rcpo.launch.logs import LOG_FILE
+from rcpo.signals import STOPPED
+from rcpo.tracking.jsonl import replace_text
 
 DONE, FAILED, REFUSED = 0, 1, 2
 # set in the environment of the ranks that `launch_workers` starts
 WORKER = "RCPO_WORKER"
 
+OUTCOME_FILE = "outcome.json"  # in the folder of a run that somebody waited for
+_RECORD = re.compile(r"\[[^]]*\]\[[^]]*\]\[[A-Z]+\] - ")  # how configure_log begins a record
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run's process ended: its exit code and, for all but 0, the reason in one line."""
+
+    code: int
+    reason: str | None = None
+
+    def write(self, run_dir: Path) -> None:
+        """Leaves it in the run's folder, for those who did not wait."""
+        replace_text(run_dir / OUTCOME_FILE, json.dumps(asdict(self), ensure_ascii=False) + "\n")
+
+
+def read_outcome(run_dir: Path) -> Outcome | None:
+    """What `Outcome.write` left in a folder; None where it left nothing."""
+    try:
+        return Outcome(**json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def outcome_of(code: int, run_dir: Path) -> Outcome:
+    """What the exit code of a run's process means, with the reason from the run's log."""
+    if code == DONE:
+        return Outcome(DONE)
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        return Outcome(FAILED, f"ended by {name}{hint}")
+    if code not in (FAILED, REFUSED, STOPPED):
+        return Outcome(FAILED, f"ended with exit code {code}")
+    reason = last_message(run_dir / LOG_FILE).removeprefix("refused: ")
+    return Outcome(code, "stopped by a signal" if code == STOPPED else reason)
+
+
+def last_message(log_file: Path) -> str:
+    """The last record of a log in one line: its message, or what a traceback ends with."""
+    try:
+        text = log_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"no {log_file.name}"
+    starts = list(_RECORD.finditer(text))
+    record = text[starts[-1].end() :].strip() if starts else text.strip()
+    lines = [line.strip() for line in record.splitlines() if line.strip()] or ["no message"]
+    return lines[-1] if "Traceback (most recent call last):" in lines else " ".join(lines)
 
 
 def report_refusal(error: ConfigError) -> None:
@@ -38,3 +95,14 @@ def tell_agent(error: BaseException) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m rcpo.launch.outcomes RUN_DIR CODE`: keeps the outcome for a script that waited."""
+    run_dir, code = Path(arguments[0]), int(arguments[1])
+    outcome_of(code, run_dir).write(run_dir)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -110,22 +110,6 @@ def test_a_stop_signal_reaches_the_ranks_and_comes_back_as_75(tmp_path: Path) ->
     assert all((tmp_path / f"saved{rank}").exists() for rank in (0, 1))
 
 
-def test_a_signal_is_handed_to_a_run_s_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = (
-        "import os, signal, sys; signal.signal(15, lambda *_: sys.exit(75)); "
-        "os.kill(os.getppid(), 15); signal.pause()"
-    )
-    monkeypatch.setattr(local, "run_command", lambda _: [sys.executable, "-c", code])
-    before = signal.getsignal(signal.SIGTERM)
-    assert local.run_process(tmp_path) == (75, True)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_an_unheard_of_exit_code_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "run_command", lambda _: [sys.executable, "-c", "import sys; sys.exit(9)"])
-    assert local.run_process(tmp_path) == (1, False)
-
-
 def test_a_folder_without_a_configuration_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

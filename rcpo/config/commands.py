@@ -1,0 +1,79 @@
+"""Keys of the commands around a run: `sweep.*` and `slurm.*`. No run's config.yaml holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rcpo.config.parsing import describe
+from rcpo.config.schema import ConfigError
+from rcpo.config.validation import Range, check_choice, check_range, unknown_key
+
+Node = TypeVar("Node")
+# the nodes and groups that a run does not know, and the commands that read them
+COMMAND_NODES = {"sweep": "rcpo sweep and rcpo train -m", "study": "rcpo sweep"}
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """How many runs at a time (`parallel` None: one a GPU), and what a search looks for (`sweep.*`)."""
+
+    parallel: int | None = 1
+    search: str = "grid"
+    trials: int = 20
+    metric: str = "eval/rewards/accuracies"
+    direction: str = "maximize"
+    sampler_seed: int = 0
+    pruner: str = "none"
+    pruner_startup: int = 5
+
+
+SWEEP_CHOICES = {
+    "search": ("grid", "optuna"),
+    "direction": ("maximize", "minimize"),
+    "pruner": ("none", "median", "hyperband"),
+}
+SWEEP_RANGES: dict[str, Range] = {
+    "parallel": (1, float("inf"), True, False),
+    "trials": (1, float("inf"), True, False),
+    "sampler_seed": (0, 2**32 - 1, True, True),
+    "pruner_startup": (0, float("inf"), True, False),
+}
+
+
+def sweep_config(cfg: DictConfig) -> SweepConfig:
+    """The validated `sweep` node of a composed configuration; raises ConfigError with key, value, remedy."""
+    config = _node(cfg, "sweep", SweepConfig())
+    for key, known in SWEEP_CHOICES.items():
+        check_choice(f"sweep.{key}", getattr(config, key), known)
+    for key, bounds in SWEEP_RANGES.items():
+        check_range(f"sweep.{key}", getattr(config, key), bounds)
+    return config
+
+
+def _node(cfg: DictConfig, name: str, default: Node) -> Node:
+    """A node's dataclass; a primary configuration of the user's own may lack the node."""
+    given = OmegaConf.select(cfg, name, default={})
+    known = {f"{name}.{field.name}" for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    for key in given:
+        if f"{name}.{key}" not in known:
+            raise ConfigError(unknown_key(f"{name}.{key}", known))
+    try:
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}.{describe(error)}") from error
+    assert isinstance(config, type(default))
+    return config
+
+
+def refuse_command_keys(overrides: Sequence[str], allowed: Sequence[str] = ()) -> None:
+    """Raises ConfigError for keys that the command at hand does not read."""
+    for override in overrides:
+        node = override.lstrip("+~").partition("=")[0].partition(".")[0]
+        if node in COMMAND_NODES and node not in allowed:
+            raise ConfigError(f"{override}: {node} is read by {COMMAND_NODES[node]} alone")

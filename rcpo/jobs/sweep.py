@@ -1,0 +1,92 @@
+"""`rcpo sweep`: many runs, by grid or by search, and what they show beside each other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from rcpo.config import ConfigError
+from rcpo.config.commands import refuse_command_keys, sweep_config
+from rcpo.config.composition import PRIMARY, hydra_session, refusals_explained, split_arguments
+from rcpo.jobs import summary
+from rcpo.jobs.multirun import compose_many, multirun, summary_code
+from rcpo.jobs.search import search
+from rcpo.jobs.show import show, shows
+from rcpo.launch import DONE
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.override_parser.types import Override
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """`rcpo sweep ARGUMENTS`: the runs that are missing, then the comparison of all.
+
+    `compare=DIR` starts nothing. Returns the exit code of the runs; raises ConfigError for what is refused
+    beforehand.
+    """
+    flags = split_arguments(arguments)
+    name = flags.config_name or PRIMARY
+    refuse_command_keys(flags.overrides, allowed=("sweep", "study"))
+    finished = [override.partition("=")[2] for override in flags.overrides if override.startswith("compare=")]
+    if finished:
+        if len(flags.overrides) > 1:
+            raise ConfigError("compare=DIR stands alone: it starts no run")
+        conclude(Path(finished[0]))
+        return DONE
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            return show(hydra, name, flags)
+        return _sweep(hydra, name, flags.overrides)
+
+
+def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
+    cfg = compose_many(hydra, name, overrides)
+    settings = sweep_config(cfg)
+    sweep_dir = Path(cfg.hydra.sweep.dir)
+    sweeps = {key: o for key, o in parsed(hydra, name, cfg, overrides).items() if o.is_sweep_override()}
+    spaces = [str(o.input_line) for o in sweeps.values() if not o.is_discrete_sweep()]
+    if spaces and settings.search == "grid":
+        raise ConfigError(f"{spaces[0]} is a space, not values: add sweep.search=optuna, or give values")
+    overrides = [*overrides, *_defaults(overrides, list(sweeps))]
+    found = None
+    if settings.search == "optuna":
+        outcomes, found = search(hydra, name, parsed(hydra, name, cfg, overrides), settings, cfg)
+    else:
+        outcomes = multirun(hydra, name, overrides, cfg)
+    conclude(sweep_dir, found)
+    return summary_code([outcome.code for outcome in outcomes.values()])
+
+
+def conclude(sweep_dir: Path, search: dict[str, object] | None = None) -> None:
+    """Compares what is in a sweep's folder: sweep.json, sweep.md and the terminal."""
+    comparison = summary.compare(sweep_dir)
+    summary.write(comparison, sweep_dir, search)
+    summary.show(comparison, Console(width=None if sys.stdout.isatty() else 160))
+    print(f"rcpo: {len(comparison.runs)} complete runs; draw them: rcpo report {sweep_dir}")
+
+
+def parsed(hydra: Hydra, name: str, cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Override]:
+    """The overrides by key, a named sweep's own (`hydra.sweeper.params`) first; the last of a key counts."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    lines = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+    with refusals_explained(hydra, name, overrides):
+        found = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(lines)
+    return {override.get_key_element(): override for override in found}
+
+
+def _defaults(overrides: Sequence[str], varied: Sequence[str]) -> list[str]:
+    """What makes a sweep one that can be called again: runs named by what varies, which continue."""
+    given = {override.partition("=")[0] for override in overrides}
+    defaults = {
+        "resume": "auto",
+        "hydra.sweep.subdir": "${rcpo_run_name:" + ",".join(varied) + "}",
+    }
+    return [f"{key}={value}" for key, value in defaults.items() if key not in given]

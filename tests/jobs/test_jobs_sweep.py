@@ -1,0 +1,190 @@
+"""`rcpo sweep`: which runs start, what is said of those that fail, and what the table holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Runs
+
+from rcpo import jobs
+from rcpo.config import ConfigError, RunConfig
+from rcpo.config.composition import conf_dir
+from rcpo.jobs.naming import run_name
+from rcpo.launch.outcomes import Outcome, read_outcome
+
+HERE = "hydra.sweep.dir=out"
+
+
+def by_seed_and_calibration(config: RunConfig) -> dict[str, float]:
+    """0.5 for the first seed, 0.1 more for each next; calibration adds 0.1, 0.2, 0.3."""
+    accuracy = 0.4 + 0.1 * config.seed + (0.1 * config.seed if config.rc.enabled else 0.0)
+    return {"eval/rewards/accuracies": accuracy, "eval/rewards/accuracies/low": 0.0}
+
+
+def record() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(Path("out", "sweep.json").read_text())
+    return loaded
+
+
+def test_means_and_paired_differences_of_a_sweep(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.value = by_seed_and_calibration
+    assert jobs.sweep(["rc=off,on", "seed=1,2,3", HERE]) == 0
+    assert runs.started == [f"rc-{rc}_seed-{seed}" for rc in ("off", "on") for seed in (1, 2, 3)]
+    found = record()
+    key = "eval/rewards/accuracies"
+    off, on = found["conditions"]
+    assert (off["label"], off["seeds"]) == ("dpo rc=off", [1, 2, 3])
+    # off: 0.5, 0.6, 0.7; on: 0.6, 0.8, 1.0; differences 0.1, 0.2, 0.3, t(2) = 4.302653
+    assert off["means"][key] == pytest.approx({"mean": 0.6, "deviation": 0.1, "count": 3})
+    assert on["means"][key] == pytest.approx({"mean": 0.8, "deviation": 0.2, "count": 3})
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    (contrast,) = found["contrasts"]
+    expected = {"mean": 0.2, "low": 0.2 - half, "high": 0.2 + half, "count": 3}
+    assert contrast["differences"][key] == pytest.approx(expected, rel=1e-6)
+    assert found["winners"] == {key: "dpo rc=on"}
+    assert [run["values"][key] for run in found["runs"]] == pytest.approx([0.5, 0.6, 0.7, 0.6, 0.8, 1.0])
+    assert not any(name.endswith("/low") for run in found["runs"] for name in run["values"])
+    said = capsys.readouterr().out
+    assert "80 % ± 20" in said and "+20 points" in said
+    text = Path("out", "sweep.md").read_text()
+    assert "| dpo rc=on | 3 | **80 % ± 20** |" in text
+    assert "| dpo | 3 | +20 points [−5, +45] |" in text
+
+
+def test_a_clear_difference_is_marked(runs: Runs) -> None:
+    runs.value = lambda config: {"eval/winner_fell": 0.5 - 0.3 * config.rc.enabled + 0.001 * config.seed}
+    jobs.sweep(["rc=off,on", "seed=1,2", HERE])
+    text = Path("out", "sweep.md").read_text()
+    assert "| dpo | 2 | **−30 points [−30, −30]** |" in text
+    # fewer pairs whose winner fell is better
+    assert record()["winners"] == {"eval/winner_fell": "dpo rc=on"}
+
+
+def test_calling_again_runs_only_what_is_missing(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    failing = Outcome(1, "RunError: the disk is full")
+    runs.value = lambda config: failing if config.seed == 2 else by_seed_and_calibration(config)
+    assert jobs.sweep(["rc=off,on", "seed=1,2", HERE]) == 1
+    assert len(runs.started) == 4
+    assert record()["incomplete"] == [
+        {"name": f"rc-{rc}_seed-2", "code": 1, "reason": failing.reason} for rc in ("off", "on")
+    ]
+    assert "| rc-on_seed-2 | 1 | RunError: the disk is full |" in Path("out", "sweep.md").read_text()
+    assert "rc-off_seed-2: exit code 1: RunError: the disk is full" in capsys.readouterr().err
+    runs.started.clear()
+    runs.value = by_seed_and_calibration
+    assert jobs.sweep(["rc=off,on", "seed=1,2,3", HERE]) == 0
+    assert runs.started == ["rc-off_seed-2", "rc-off_seed-3", "rc-on_seed-2", "rc-on_seed-3"]
+    assert record()["incomplete"] == [] and len(record()["runs"]) == 6
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(runs: Runs) -> None:
+    jobs.sweep(["seed=1,2", HERE])
+    assert jobs.sweep(["seed=1,2", "optim.lr=1e-3", HERE]) == 2
+    assert runs.started == ["seed-1", "seed-2"]
+    outcome = read_outcome(Path("out/seed-1"))
+    assert outcome is not None and "optim.lr: 0.0001 -> 0.001" in str(outcome.reason)
+
+
+def test_a_refused_run_is_in_the_table_and_the_rest_goes_on(runs: Runs) -> None:
+    assert jobs.sweep(["objective.beta=0,0.5", HERE]) == 1
+    assert runs.started == ["objective.beta-0.5"]
+    (refused,) = record()["incomplete"]
+    assert refused["code"] == 2 and "objective.beta=0 is out of range" in refused["reason"]
+
+
+def test_a_named_sweep_s_own_keys_give_way_to_the_command_line(runs: Runs) -> None:
+    assert jobs.sweep(["study=ema", "objective=ipo", "rc.ema=0.5,0.9", "seed=7", HERE]) == 0
+    assert runs.started == ["rc.ema-0.5", "rc.ema-0.9"]
+    labels = [condition["label"] for condition in record()["conditions"]]
+    assert labels == ["ipo rc.ema=0.5", "ipo rc.ema=0.9"]
+
+
+@pytest.mark.parametrize(("study", "count"), [("ema", 2 * 4 * 3), ("objectives", 25 * 2 * 3), ("seeds", 20)])
+def test_named_sweeps_have_all_their_runs(study: str, count: int, runs: Runs) -> None:
+    from rcpo.config.composition import PRIMARY, hydra_session
+    from rcpo.jobs.multirun import compose_many
+    from rcpo.jobs.sweep import parsed
+
+    with hydra_session() as hydra:
+        cfg = compose_many(hydra, PRIMARY, [f"study={study}"])
+        sweeps = [o for o in parsed(hydra, PRIMARY, cfg, []).values() if o.is_sweep_override()]
+    values = {o.get_key_element(): list(o.sweep_string_iterator()) for o in sweeps}
+    assert math.prod(map(len, values.values())) == count
+    known = {file.stem for file in (conf_dir() / "objective").glob("*.yaml")} - {"sft"}
+    assert set(values.get("objective", known)) <= known
+    if study == "objectives":
+        assert set(values["objective"]) == known
+
+
+def test_two_at_a_time(runs: Runs) -> None:
+    assert jobs.sweep(["seed=1,2,3", "sweep.parallel=2", HERE]) == 0
+    assert sorted(runs.started) == ["seed-1", "seed-2", "seed-3"]
+
+
+def test_a_finished_sweep_is_compared_again_without_a_run(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.train(["-m", "seed=1,2", HERE])
+    runs.started.clear()
+    assert jobs.sweep(["compare=out"]) == 0
+    assert runs.started == [] and "2 complete runs" in capsys.readouterr().out
+    for arguments, part in (
+        (["compare=nowhere"], "holds no runs"),
+        (["compare=out", "seed=1"], "stands alone"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            jobs.sweep(arguments)
+
+
+def test_keys_of_a_sweep_are_refused_where_nothing_reads_them(runs: Runs) -> None:
+    for arguments in (["sweep.parallel=2"], ["study=ema"], ["study=ema", "-m", "seed=1,2"]):
+        with pytest.raises(ConfigError, match="is read by rcpo sweep"):
+            jobs.train(arguments)
+    with pytest.raises(ConfigError, match="is read by rcpo sweep"):
+        jobs.evaluate(["sweep.trials=2"])
+    with pytest.raises(ConfigError, match="did you mean ema"):
+        jobs.sweep(["study=emas"])
+    with pytest.raises(ConfigError, match=r"did you mean sweep\.parallel\?"):
+        jobs.sweep(["sweep.paralel=2"])
+
+
+def test_names_of_runs() -> None:
+    assert run_name({"objective": "dpo", "rc.ema": "0.9"}) == "objective-dpo_rc.ema-0.9"
+    assert run_name({"model.path": "/a b/c"}) == "model.path--a-b-c"
+    assert run_name({}) == "run"
+    long = [run_name({"data.path": "x" * 300 + end}) for end in "ab"]
+    assert len(set(long)) == 2 and all(len(name) < 200 for name in long)
+
+
+def test_a_summary_needs_no_torch() -> None:
+    program = "import sys, rcpo.jobs.summary; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_real_sweep_with_a_failing_run_called_twice(tmp_path: Path) -> None:
+    keys = ["objective=sft", "model.init=random", "train.max_steps=2", "train.batch_size=4"]
+    keys += ["train.micro_batch_size=4", "reference.track=false", "eval.max_examples=4"]
+    keys += ["eval.generate_examples=0", "wandb.mode=disabled", "sweep.parallel=2", "hydra.sweep.dir=out"]
+    command = [sys.executable, "-m", "rcpo.cli", "sweep", "optim.lr=1e-4,1e38", *keys]
+    environment = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[2])}
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert first.returncode == 1, first.stderr
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [run["name"] for run in found["runs"]] == ["optim.lr-0.0001"]
+    (failed,) = found["incomplete"]
+    assert failed["name"] == "optim.lr-1e+38" and failed["code"] == 1 and "finite" in failed["reason"]
+    assert (tmp_path / "out" / "optim.lr-1e+38" / "console.log").is_file()
+    complete = tmp_path / "out" / "optim.lr-0.0001" / "finished.json"
+    before = complete.stat().st_mtime_ns
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert second.returncode == 1 and complete.stat().st_mtime_ns == before
+    assert "optim.lr-0.0001: complete before" in second.stdout
