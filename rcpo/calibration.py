@@ -28,7 +28,12 @@ def _alone(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DisentanglementBand:
-    """The incentive ratios that lower the loser without lowering the winner."""
+    """The incentive ratios that lower the loser without lowering the winner.
+
+    >>> band = DisentanglementBand(center=2.0, cosine=0.5)
+    >>> band.lower, band.upper, 1.5 in band, 0.9 in band
+    (1.0, 4.0, True, False)
+    """
 
     center: float
     cosine: float
@@ -49,7 +54,12 @@ class DisentanglementBand:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Incentives and score geometry of one batch: batch means over all ranks and micro-batches."""
+    """Incentives and score geometry of one batch: batch means over all ranks and micro-batches.
+
+    >>> dynamics = Dynamics(1.0, 2.0, ScoreGeometry(norm_chosen=1.0, norm_rejected=2.0, cosine=0.5))
+    >>> dynamics.incentive_ratio, dynamics.band
+    (0.5, DisentanglementBand(center=2.0, cosine=0.5))
+    """
 
     incentive_chosen: float
     incentive_rejected: float
@@ -93,6 +103,11 @@ class DynamicsMeter:
     pairs, and the sides' summed scores (2, …). Where responses are not paired the sides may differ in length:
     incentives are then per (n_w + n_l)/2 and scores per response of their own side, so that d·s stays each
     side's part of the loss's gradient.
+
+    >>> meter = DynamicsMeter()
+    >>> meter.observe((torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])), torch.tensor([[[4.0]], [[6.0]]]))
+    >>> meter.collect().scores
+    ScoreGeometry(norm_chosen=2.0, norm_rejected=3.0, cosine=1.0)
     """
 
     def __init__(self) -> None:
@@ -131,6 +146,11 @@ class RewardCalibrator:
     incentive (or score) is not positive on some side says nothing about r (or r*): those averages and α stay
     as they are and `skipped` counts it. α is clamped to [1/alpha_max, alpha_max] (None: not), counted in
     `clamped`.
+
+    >>> calibrator = RewardCalibrator(ema=0.0)
+    >>> calibrator.update(Dynamics(1.0, 4.0, ScoreGeometry(norm_chosen=1.0, norm_rejected=4.0, cosine=0.5)))
+    >>> round(calibrator.alpha, 6)  # sqrt(r*/r) = sqrt(4 ÷ ¼)
+    4.0
     """
 
     def __init__(self, *, ema: float = 0.9, alpha_max: float | None = 10.0) -> None:
@@ -205,6 +225,12 @@ class StepCalibration:
     `update="step"`: the global batch's statistics, reduced once in `end`, set the α of the next step.
     `update="microbatch"` (the published way): each micro-batch's, averaged over the ranks, set the α that the
     same micro-batch uses. Without a calibrator it only measures. `reduce` sums a tensor over all ranks.
+
+    >>> calibrator = RewardCalibrator(ema=0.0)
+    >>> step = StepCalibration(calibrator)
+    >>> step.observe((torch.ones(1), torch.full((1,), 4.0)), torch.tensor([[[1.0]], [[4.0]]]))
+    >>> step.end()["rc/alpha"], round(calibrator.alpha, 6)  # what this step used, what the next one will
+    (1.0, 4.0)
     """
 
     def __init__(

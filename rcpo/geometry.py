@@ -27,6 +27,10 @@ class Sketch:
 
     E‖S G‖² = ‖G‖², inner products are unbiased, and S is linear, so sketches add up over micro-batches and
     ranks (Charikar, Chen & Farach-Colton 2002). With `size` None or ≥ V it is the identity.
+
+    >>> sketch = Sketch(vocabulary=6, size=2)
+    >>> sketch.scores(torch.full((1, 6), 1 / 6), torch.tensor([3]), slope=None).shape
+    torch.Size([1, 2])
     """
 
     def __init__(self, vocabulary: int, size: int | None, seed: int = 0) -> None:
@@ -81,7 +85,11 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class ScoreGeometry:
-    """Norms of the winner's and loser's scores and the cosine between them."""
+    """Norms of the winner's and loser's scores and the cosine between them.
+
+    >>> ScoreGeometry.of(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    ScoreGeometry(norm_chosen=5.0, norm_rejected=2.0, cosine=0.8)
+    """
 
     norm_chosen: float
     norm_rejected: float
@@ -121,6 +129,11 @@ def head_scores(
     """G = Σ_t c_t ((e_y − p) ⊙ f′) hᵀ of one side: the gradient of Σ_t c_t log p(y_t) by the head's weight.
 
     hidden (N, D), weight (V, D), labels (N,), coefficients (N,) → (V, D), or the sketch S G (k, D).
+
+    >>> hidden, head = torch.tensor([[1.0, 0.0]]), torch.zeros(2, 2)  # p is even: (e_y − p) hᵀ = ±½ hᵀ
+    >>> head_scores(hidden, head, torch.tensor([0]), torch.ones(1))
+    tensor([[ 0.5000,  0.0000],
+            [-0.5000,  0.0000]])
     """
     head, sketch = shape or HeadShape(), sketch or Sketch(len(weight), None)
     chunk = max(1, CHUNK_ELEMENTS // len(weight))

@@ -18,6 +18,11 @@ def incentives(objective: Objective, logps: PairLogps) -> tuple[Tensor, Tensor]:
 
     The chosen mean log-prob of `nll_coef` is a multiple of z_w and counts into d_w. d_l is 0 for an
     objective without a rejected side.
+
+    >>> from rcpo.objectives import get_objective
+    >>> even = torch.zeros(1)
+    >>> incentives(get_objective("dpo", beta=1.0), PairLogps(even, even, even, even))  # β σ(0) on both sides
+    (tensor([0.5000]), tensor([0.5000]))
     """
     with torch.enable_grad():
         chosen = logps.chosen.detach().requires_grad_()

@@ -108,6 +108,10 @@ def token_logps(
 
     `hidden` (N, D) are the final hidden states that predict `labels` (N,) through the head `weight` (V, D).
     Gradients flow to hidden, weight and bias; the scores carry none. `chunk` is in tokens.
+
+    >>> logps, _ = token_logps(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
+    >>> logps  # log ¼
+    tensor([-1.3863])
     """
     assert hidden.shape == (len(labels), weight.shape[1]), (hidden.shape, labels.shape, weight.shape)
     tokens = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])

@@ -65,7 +65,15 @@ _REGISTRY: dict[str, Specification] = {}
 def register(
     name: str, *, reduction: str, needs_reference: bool, **properties: Any
 ) -> Callable[[Loss], Loss]:
-    """Decorator that makes a loss function selectable as `objective=NAME`; see `Specification`."""
+    """Decorator that makes a loss function selectable as `objective=NAME`; see `Specification`.
+
+    >>> @register("shy_hinge", reduction="mean", needs_reference=False)
+    ... def shy_hinge(logps: PairLogps, *, gamma: float = 1.0) -> Tensor:
+    ...     return (gamma - (logps.chosen - logps.losers)).relu()
+    >>> get_objective("shy_hinge")(PairLogps(torch.tensor([-1.0]), torch.tensor([-1.5])))
+    tensor([0.5000])
+    >>> del _REGISTRY["shy_hinge"]
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"objective {name}: reduction={reduction!r}; choose one of {', '.join(REDUCTIONS)}")
 
@@ -133,7 +141,11 @@ class RunningMean:
 
 
 class Objective:
-    """An objective with its hyper-parameters bound: `PairLogps` → losses (B,)."""
+    """An objective with its hyper-parameters bound: `PairLogps` → losses (B,).
+
+    >>> get_objective("ipo", tau=0.2)
+    ipo(tau=0.2, reduction=mean, nll_coef=0.0)
+    """
 
     def __init__(
         self, spec: Specification, reduction: str, nll_coef: float, hyperparameters: dict[str, Any]
@@ -220,6 +232,11 @@ def get_objective(
     """The objective `name` with hyper-parameters, e.g. `get_objective("simpo", beta=2.0, gamma=1.0)`.
 
     Raises ValueError for an unknown name, reduction or hyper-parameter.
+
+    >>> objective = get_objective("dpo", beta=1.0)
+    >>> even = torch.zeros(2)
+    >>> objective(PairLogps(even, even, even, even))  # −log σ(0) = log 2
+    tensor([0.6931, 0.6931])
     """
     spec = specification(name, module)
     reduction = reduction or spec.reduction

@@ -22,6 +22,11 @@ class PairLogps:
     tokens, 0 where unpaired data has none on that side. `chosen_means` is the chosen responses' mean log-prob
     a token, needed by `nll_coef` on summed log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses
     under prompts of other pairs (kto's K).
+
+    >>> chosen, rejected, reference = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([-1.5])
+    >>> logps = PairLogps(chosen, rejected, ref_chosen=reference, ref_rejected=reference)
+    >>> logps.chosen_logratios, logps.rejected_logratios
+    (tensor([0.5000]), tensor([-0.5000]))
     """
 
     chosen: Tensor
@@ -103,6 +108,16 @@ class TokenBatch:
     counts response tokens, `weights` (B,) is 1 for a pair and 0 for a filler that evens out the ranks' last
     batch. `ref_logps` (N,) are the reference's log-probs of the same tokens. `num_tokens` counts what the
     model's body computes for real pairs: neither padding nor fillers, a shared prompt once.
+
+    >>> one = torch.tensor([[5, 6, 7]])  # a prompt of one token, a response of two; no rejected side
+    >>> batch = TokenBatch(
+    ...     input_ids=one, attention_mask=torch.ones_like(one), position_ids=torch.arange(3)[None],
+    ...     predictors=torch.tensor([0, 1]), labels=torch.tensor([6, 7]), sequences=torch.tensor([0, 0]),
+    ...     lengths=torch.tensor([2]), weights=torch.ones(1), indices=torch.tensor([0]),
+    ...     example_ids=["a"], sides=1,
+    ... )
+    >>> batch.num_pairs
+    1
     """
 
     input_ids: Tensor

@@ -92,9 +92,7 @@ def test_bad_rows_are_refused_with_their_line_or_dropped_and_counted(tmp_path: P
 
 def test_a_split_that_loses_every_pair_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", pairs(5))
-    with pytest.raises(
-        ConfigError, match=r"in 5 rows: 5 prompt leaves no room.*x.jsonl:1\)"
-    ):
+    with pytest.raises(ConfigError, match=r"in 5 rows: 5 prompt leaves no room.*x.jsonl:1\)"):
         load(path=path, max_length=2, on_bad="drop")
     with pytest.raises(ConfigError, match=r"no usable example in 0 rows"):
         load(path=write(tmp_path / "empty.jsonl", []))
