@@ -15,19 +15,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rcpo import distributed
 from rcpo.config import ConfigError, EngineConfig, RunConfig
 from rcpo.geometry import Sketch
-from rcpo.models import Policy, load_model, policy_inputs
+from rcpo.models import Policy, policy_inputs
 from rcpo.types import TokenBatch
 
 if not torch.cuda.is_available():
@@ -112,21 +108,6 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optim
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / rest)))
 
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def read_model(folder: Path, config: RunConfig, init: str) -> PreTrainedModel:
-    """`load_model` for this engine: under ZeRO-3 each layer is split over the ranks as it is read.
-
-    No rank then holds the whole model, and all of them call together. Fresh weights are made whole on each.
-    """
-    if config.engine.stage != 3 or init == "random":
-        return load_model(folder, config, init=init)
-    alive = HfDeepSpeedConfig(deepspeed_config(config, training=False))  # transformers refers to it weakly
-    try:
-        return load_model(folder, config, init=init)
-    finally:
-        unset_hf_deepspeed_config()
-        del alive
 
 
 class Engine:
@@ -219,9 +200,14 @@ class Engine:
         return float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()) if gradients else 0.0
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The whole model's weights, gathered; None on the ranks other than 0 under ZeRO-3."""
+        """The whole model's weights, gathered; None on the ranks other than 0 under ZeRO-3.
+
+        Of a model with adapters, ZeRO-3 gathers those that are trained.
+        """
         if self._engine.zero_optimization_partition_weights():
-            gathered = self._engine._zero3_consolidated_16bit_state_dict()
+            gathered = self._engine._zero3_consolidated_16bit_state_dict(
+                exclude_frozen_parameters=self.policy.adapted
+            )
             return None if gathered is None else _strip(gathered)
         return _strip(self._engine.module.state_dict())
 

@@ -7,15 +7,41 @@ cache (`folder`), and so does a machine without a network. Nothing here imports 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rcpo.config import ConfigError
+from rcpo.config.model_checks import holds_adapter, is_hub_name
 
 _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _SAFE, _PICKLED, _CODE = ["*.safetensors"], ["*.bin"], ["*.py"]
 # other formats of the same weights: repositories keep them in folders of their own, Mistral's as consolidated
 _IGNORED = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model is made of: a base model's folder, `init` its weights or fresh ones, an adapter on it."""
+
+    base: Path
+    init: str = "pretrained"
+    adapter: Path | None = None
+
+
+def source(key: str, name: str, find: Callable[[str, str], Path]) -> Source:
+    """A model by folder or name, or an adapter and the base model that it names; `find` looks for each.
+
+    Raises ConfigError where either cannot be had.
+    """
+    found = find(key, name)
+    if not holds_adapter(found):
+        return Source(found)
+    base = json.loads((found / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not base:
+        raise ConfigError(f"{key}={name} is an adapter that does not name its base model")
+    return Source(find(f"the base model of {key}", base), adapter=found)
 
 
 def own_folder(source: str) -> Path | None:
@@ -41,6 +67,8 @@ def fetch(
     own = own_folder(source)
     if own is not None:
         return own
+    if not is_hub_name(source):
+        raise ConfigError(f"{key}={source} is not a folder")
     wanted = [*_TEXTS, *_SAFE, *(_CODE if code else [])]
     found = _snapshot(key, source, revision, wanted)
     if pickle and not any(found.glob("*.safetensors")):
@@ -49,11 +77,13 @@ def fetch(
 
 
 def check_weights(key: str, folder: Path, *, pickle: bool) -> None:
-    """Raises ConfigError where a model's folder lacks weights, or has only those that are not to be read."""
-    if _whole(key, folder, "model.safetensors"):
+    """Raises ConfigError where a folder lacks its model's or adapter's weights, or has only pickled ones."""
+    adapter = holds_adapter(folder)
+    safe = "adapter_model.safetensors" if adapter else "model.safetensors"
+    if _whole(key, folder, safe):
         return
-    if not _whole(key, folder, "pytorch_model.bin"):
-        raise ConfigError(f"{key}={folder} holds no weights (model.safetensors); were they all copied?")
+    if not _whole(key, folder, "adapter_model.bin" if adapter else "pytorch_model.bin"):
+        raise ConfigError(f"{key}={folder} holds no weights ({safe}); were they all copied?")
     if not pickle:
         raise ConfigError(
             f"{key}={folder} has its weights only as pickles (*.bin), and loading one can run any program; "

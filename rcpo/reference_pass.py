@@ -10,27 +10,34 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from rcpo import distributed, hub
+from rcpo import distributed
 from rcpo.caching import cache_folder
 from rcpo.config import RunConfig
 from rcpo.data.store import PairDataset
-from rcpo.engine import Engine, read_model
-from rcpo.models import Policy, model_folder
+from rcpo.engine import Engine
+from rcpo.hub import Source
+from rcpo.models import Policy
 from rcpo.reference import keys
 from rcpo.reference.cache import Cache, Say, Wanted
 from rcpo.reference.entry import Sink
 from rcpo.reference.rows import Reference, Rows, StoredReference
+from rcpo.start import read_model, recalls_start, reference_source
 from rcpo.types import TokenBatch
 
 PROGRESS_EVERY = 30.0  # seconds
+Acting = Callable[[], AbstractContextManager[None]]
+"""Makes the policy act as another one, inside."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +59,19 @@ class ScoredData:
 class ReferencePass:
     """Made before the policy goes under its engine, which may take the weights apart.
 
-    `folder` is that of the model which is the reference, None where it is the policy, before its first step.
+    `other` is the model that is the reference, loaded beside the policy; None where the policy itself is:
+    before its first step, or acting as its start (adapters off, or a copy of those that it started from).
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, final: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, policy: Policy, start: Source, final: Path | None) -> None:
         self._config = config
-        self._init = config.model.init if config.reference.path is None else "pretrained"
-        self._start = model_folder(config.model)
-        self.folder: Path | None = None
-        if config.reference.path is not None:
-            self.folder = hub.folder("reference.path", config.reference.path)
-        elif final is not None or config.reference.mode == "model":
-            self.folder = self._start
+        self._start = start
+        self.other = reference_source(config)
+        self._acting: Acting = nullcontext
+        if recalls_start(config, final):
+            self._acting = partial(_starting_adapters, policy.model)
+        elif self.other is None and (final is not None or config.reference.mode == "model"):
+            self.other = start
         self._attention = str(policy.model.config._attn_implementation)
 
     def prepare(self, engine: Engine, data: list[ScoredData], say: Say) -> list[Reference]:
@@ -73,10 +81,10 @@ class ReferencePass:
         this, so the reference is never the trained policy, cached or not.
         """
         if self._config.reference.mode == "model":
-            score = _score(Engine(self._load(), self._config))
-            return [score] * len(data)
+            held = engine if self.other is None else Engine(self._load(), self._config)
+            return [_score(held, self._acting)] * len(data)
         cache = Cache(cache_folder(self._config.reference.cache), say)
-        scorer = _Scorer(engine, None if self.folder is None else self._load)
+        scorer = _Scorer(engine, self._acting, None if self.other is None else self._load)
         own = self._own_ingredients(cache)
         references: list[Reference] = []
         for part in data:
@@ -94,8 +102,8 @@ class ReferencePass:
         return references
 
     def _load(self) -> Policy:
-        assert self.folder is not None
-        model = read_model(self.folder, self._config, self._init)
+        assert self.other is not None
+        model = read_model(self.other, self._config)
         model.requires_grad_(False)
         return Policy(model)
 
@@ -104,16 +112,12 @@ class ReferencePass:
         if not distributed.is_main():
             return distributed.broadcast_object(None)
         config = self._config
-        folder, fresh = self.folder or self._start, self._init == "random"
         ingredients = {
             "format": str(keys.FORMAT),
-            "weights": (
-                keys.fresh_hash(folder, config.seed, cache.memo)
-                if fresh
-                else keys.weights_hash(folder, cache.memo)
-            ),
-            "tokenizer": keys.tokenizer_hash(self._start, cache.memo),
+            "weights": keys.source_hash(self.other or self._start, config.seed, cache.memo),
+            "tokenizer": keys.tokenizer_hash(self._start.base, cache.memo),
             "dtype": config.train.dtype,
+            "quantization": str(config.adapter.quantization),
             # these decide which kernels run, and so the last digits
             "attention": self._attention,
             "device": distributed.device().type,
@@ -124,10 +128,11 @@ class ReferencePass:
 
 
 class _Scorer:
-    """The engine that scores: the policy's, or another model's that `load` gets at its first use."""
+    """The engine that scores: the policy's, acting as it has to, or one that `load` gets when needed."""
 
-    def __init__(self, engine: Engine, load: Callable[[], Policy] | None) -> None:
+    def __init__(self, engine: Engine, acting: Acting, load: Callable[[], Policy] | None) -> None:
         self._policy_engine = engine
+        self.acting = acting
         self._load = load
         self._own: Engine | None = None
 
@@ -160,7 +165,7 @@ class _Fill:
         self._say = say
 
     def __call__(self, sink: Sink | None) -> None:
-        score = _score(self._scorer.engine(self._config))
+        score = _score(self._scorer.engine(self._config), self._scorer.acting)
         done, spoken = 0, time.monotonic()
         for batch in self._data.batches():
             own = list(self._rows.pieces(batch, score(batch)))
@@ -194,11 +199,17 @@ def check_start(engine: Engine, reference: Reference, batch: TokenBatch) -> None
         )
 
 
-def _score(engine: Engine) -> Reference:
+def _score(engine: Engine, acting: Acting = nullcontext) -> Reference:
     engine.eval()
 
     def score(batch: TokenBatch) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), acting():
             return engine.score(batch)[0].detach()
 
     return score
+
+
+def _starting_adapters(model: PreTrainedModel) -> AbstractContextManager[None]:
+    from rcpo.models.adapters import starting_adapters  # peft takes two seconds to import
+
+    return starting_adapters(model)

@@ -21,12 +21,13 @@ from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.records import SFT, UNPAIRED
 from rcpo.data.store import PairDataset
 from rcpo.dynamics import check_geometry
-from rcpo.engine import Engine, read_model
-from rcpo.models import Policy, load_config, load_tokenizer, model_folder
+from rcpo.engine import Engine
+from rcpo.models import load_config, load_tokenizer
 from rcpo.objectives import Objective, get_objective
 from rcpo.reference.cache import Say
 from rcpo.reference_pass import ReferencePass, ScoredData, check_start
 from rcpo.scoring import Scorer
+from rcpo.start import find_start, load_policy
 from rcpo.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class Session:
         self._training = training
         self.objective = build_objective(config)
         distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
-        folder = final or model_folder(config.model)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder, config.model)
+        self.start = find_start(config, run_dir)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.base, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
         refuse_kind(self.objective, self.datasets.train.kind)
         if self.datasets.template is not None:  # final/ generates as it was trained
@@ -56,14 +57,14 @@ class Session:
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         config.train.accumulation(distributed.world_size())
-        policy = Policy(read_model(folder, config, "pretrained" if final else config.model.init))
+        policy = load_policy(config, self.start, final)
         if config.train.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
         wanted = self.objective.needs_reference or self.tracks_reference
-        self._reference = ReferencePass(config, policy, final) if wanted else None
+        self._reference = ReferencePass(config, policy, self.start, final) if wanted else None
         scoring = [policy.model.config]
-        if self._reference is not None and self._reference.folder is not None:
-            scoring.append(load_config(self._reference.folder, config.model))
+        if self._reference is not None and self._reference.other is not None:
+            scoring.append(load_config(self._reference.other.base, config.model))
         self.layout = choose_layout(config.data.layout, scoring)
         log.info("layout of the rows: %s", self.layout)
         self.engine = Engine(policy, config, self.total_steps if training else None)

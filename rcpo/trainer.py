@@ -28,6 +28,7 @@ from rcpo.nonfinite import NonFiniteWatch
 from rcpo.runfolder import FINISHED_FILE, finished_state, locked
 from rcpo.session import Session
 from rcpo.signals import STOPPED, StopRequest
+from rcpo.start import MERGED, write_merged
 from rcpo.tracking import Tracker, write_environment
 from rcpo.tracking.jsonl import replace_text
 from rcpo.types import TokenBatch
@@ -172,7 +173,7 @@ class Trainer:
         self.watch.load_state_dict(state["nonfinite"])
 
     def save_final(self) -> None:
-        """`final/`: weights and tokenizer in the hub's format, loadable with transformers alone."""
+        """`final/`: weights, or the adapter, and tokenizer in the hub's format, which transformers loads."""
         weights = self.engine.state_dict()
         if distributed.is_main():
             final = self.session.run_dir / FINAL
@@ -180,6 +181,8 @@ class Trainer:
             shutil.rmtree(scratch, ignore_errors=True)
             self.engine.policy.model.save_pretrained(scratch, state_dict=weights)
             self.session.tokenizer.save_pretrained(scratch)
+            if self.config.adapter.save_merged:
+                write_merged(self.session.start.base, scratch, scratch / MERGED, self.config)
             shutil.rmtree(final, ignore_errors=True)
             scratch.rename(final)
             state = json.dumps(self.state_dict(), allow_nan=False)

@@ -115,7 +115,7 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
     config.train.micro_batch_size = settings.get("micro") or size.pairs // settings.get("processes", 1)
     config.engine.stage, config.optim.lr = settings.get("stage", 0), 1e-6
     if settings.get("frozen_head"):
-        load = rcpo.session.read_model
+        load = rcpo.start.read_model
 
         def frozen(*args: Any) -> Any:
             model = load(*args)
@@ -123,7 +123,7 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
                 embeddings.requires_grad_(False)
             return model
 
-        rcpo.session.read_model = frozen
+        rcpo.start.read_model = frozen
     distributed.initialize()
     session = Session(config, folder, training=True)
     session.prepare_reference(lambda line: None)

@@ -175,6 +175,15 @@ def test_the_keys_of_a_sweep_are_checked_and_no_part_of_a_run() -> None:
             sweep_config(compose_with(shipped(), PRIMARY, [override]))
 
 
+def test_an_adapter_s_folder_is_no_model_but_may_be_a_reference(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    message = refusal("model=local", f"model.path={tmp_path}")
+    assert f"model.path={tmp_path} holds an adapter" in message
+    assert f"adapter=lora adapter.path={tmp_path}" in message
+    assert composed("adapter=lora", f"adapter.path={tmp_path}").adapter.path == str(tmp_path)
+    assert composed(f"reference.path={tmp_path}").reference.path == str(tmp_path)
+
+
 def test_every_bound_belongs_to_a_key() -> None:
     assert set(CHOICES) | set(RANGES) <= set(known_keys())
 
@@ -285,6 +294,17 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["model=local", "model.path=."], ["model.path=. holds no config.json"]),
         (["reference.path=/nowhere"], ["reference.path=/nowhere"]),
         (["resume=nowhere"], ["resume=nowhere", "auto"]),
+        # adapters
+        (["adapter=qlora", "engine=zero3"], ["nf4", "engine.stage=3", "engine=zero2"]),
+        (["adapter.quantization=nf4"], ["unknown key adapter.quantization"]),
+        (["+adapter.quantization=nf4"], ["adapter.quantization=nf4", "adapter=qlora"]),
+        (["adapter=lora", "adapter.quantization=int3"], ["adapter.quantization=int3", "nf4"]),
+        (["adapter=lora", "adapter.merge=true"], ["adapter.merge=true", "adapter.path=DIR"]),
+        (["adapter=lora", "model.init=random"], ["model.init=random", "adapter=none"]),
+        (["adapter=lora", "adapter.path=."], ["adapter.path=. holds no adapter_config.json"]),
+        (["adapter=lora", "adapter.r=0"], ["adapter.r=0", "at least 1"]),
+        (["adapter=lora", "adapter.dropout=0.1"], ["unknown key adapter.dropout"]),
+        (["adapter=loras"], ["adapter=loras", "did you mean lora?"]),
     ],
 )
 def test_what_no_run_could_use_is_refused_by_name(overrides: list[str], parts: list[str]) -> None:

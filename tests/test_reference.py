@@ -19,6 +19,7 @@ from rcpo import distributed, reference_pass
 from rcpo.config import ObjectiveConfig, RunConfig
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
+from rcpo.hub import Source
 from rcpo.reference.entry import HEADER
 from rcpo.reference.rows import Rows, StoredReference
 from rcpo.session import Session
@@ -237,8 +238,8 @@ def test_another_reference_is_loaded_once_and_freed(
     loaded: list[weakref.ref[torch.nn.Module]] = []
     load = reference_pass.read_model
 
-    def remember(folder: Path, config: RunConfig, init: str) -> torch.nn.Module:
-        found = load(folder, config, init)
+    def remember(source: Source, config: RunConfig) -> torch.nn.Module:
+        found = load(source, config)
         loaded.append(weakref.ref(found))
         return found
 

@@ -20,6 +20,7 @@ from tiny import tiny_llama
 
 from rcpo import caching
 from rcpo.caching import Lock, cache_folder
+from rcpo.hub import Source
 from rcpo.reference import keys
 from rcpo.reference.cache import Cache, Fill, Wanted
 from rcpo.reference.entry import HEADER, Damaged, Sink, Stored
@@ -307,21 +308,21 @@ def test_weights_count_and_their_remembered_hash_is_honest(tmp_path: Path) -> No
     model, memo = Path(tiny_llama(tmp_path / "model")), tmp_path / "memo"
     weights = model / "model.safetensors"
     old = time.time() - 60
-    first = keys.weights_hash(model, memo)
-    assert first == keys.weights_hash(model, None)
+    first = keys.source_hash(Source(model), 1, memo)
+    assert first == keys.source_hash(Source(model), 1, None)
     assert not memo.exists()  # just written: a change within the clock's grain would not show
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     os.utime(weights, (old, old))  # size and, as far as a user can, times are those of a file at rest
-    second = keys.weights_hash(model, memo)
+    second = keys.source_hash(Source(model), 1, memo)
     assert second != first
     content[-1] ^= 1
     weights.write_bytes(content)
     os.utime(weights, (old, old))
-    assert keys.weights_hash(model, memo) == first
+    assert keys.source_hash(Source(model), 1, memo) == first
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
-    assert keys.weights_hash(model, memo) != first
+    assert keys.source_hash(Source(model), 1, memo) != first
 
 
 def test_a_hash_is_remembered_for_a_file_at_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,30 +342,32 @@ def test_a_hash_is_remembered_for_a_file_at_rest(tmp_path: Path, monkeypatch: py
 
 
 def test_an_adapter_and_its_base_model_count(tmp_path: Path) -> None:
-    base, model = Path(tiny_llama(tmp_path / "base")), Path(tiny_llama(tmp_path / "model"))
-    plain = keys.weights_hash(model, None)
-    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    adapted = keys.weights_hash(model, None)
-    (model / "adapter_model.safetensors").write_bytes(b"1")
-    more = keys.weights_hash(model, None)
-    content = bytearray((base / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (base / "model.safetensors").write_bytes(content)
-    assert len({plain, adapted, more, keys.weights_hash(model, None)}) == 4
+    base, adapter = Path(tiny_llama(tmp_path / "base")), tmp_path / "adapter"
+    adapter.mkdir()
+    found = [keys.source_hash(Source(base), 1, None)]
+    for name, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"1")):
+        (adapter / name).write_bytes(content)
+        found.append(keys.source_hash(Source(base, adapter=adapter), 1, None))
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    found.append(keys.source_hash(Source(base, adapter=adapter), 1, None))
+    assert len(set(found)) == 4
 
 
 def test_the_tokenizer_counts(tmp_path: Path) -> None:
     model = Path(tiny_llama(tmp_path / "model"))
-    before, weights = keys.tokenizer_hash(model, None), keys.weights_hash(model, None)
+    before, weights = keys.tokenizer_hash(model, None), keys.source_hash(Source(model), 1, None)
     path = model / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
     assert keys.tokenizer_hash(model, None) != before
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert len({keys.tokenizer_hash(model, None), before}) == 2
-    assert keys.weights_hash(model, None) == weights
+    assert keys.source_hash(Source(model), 1, None) == weights
 
 
 def test_fresh_weights_are_known_by_seed_and_architecture(tmp_path: Path) -> None:
     small, large = Path(tiny_llama(tmp_path / "small")), Path(tiny_llama(tmp_path / "large", hidden=64))
-    found = [keys.fresh_hash(folder, seed, None) for folder in (small, large) for seed in (1, 2)]
-    assert len(set(found)) == 4 and keys.fresh_hash(small, 1, tmp_path / "memo") == found[0]
+    sources = [Source(small, "random"), Source(large, "random")]
+    found = [keys.source_hash(source, seed, None) for source in sources for seed in (1, 2)]
+    assert len(set(found)) == 4 and keys.source_hash(sources[0], 1, tmp_path / "memo") == found[0]

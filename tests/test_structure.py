@@ -33,6 +33,7 @@ ROWS: list[list[str]] = [
     ],
     [
         "engine",
+        "start",
         "reference_pass",
         "scoring",
         "dynamics",

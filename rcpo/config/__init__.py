@@ -6,6 +6,7 @@ Nothing here imports torch; Hydra is imported when something is composed.
 from rcpo.config.data import DataConfig, SourceConfig
 from rcpo.config.parsing import load_run_config, parse, save_run_config, to_container
 from rcpo.config.schema import (
+    AdapterConfig,
     CalibrationConfig,
     CheckpointConfig,
     ConfigError,
@@ -25,6 +26,7 @@ from rcpo.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "CalibrationConfig",
     "CheckpointConfig",
     "ConfigError",

@@ -131,6 +131,24 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class AdapterConfig:
+    """What is trained: all weights (`none`), or low-rank adapters on frozen ones (`lora`).
+
+    `path` is an adapter to go on training, or with `merge` one to put into the weights before new ones are
+    made. `quantization` nf4 keeps the frozen weights in 4 bits. `save_merged` writes final/merged as well.
+    """
+
+    name: str = "none"
+    r: int = 8
+    alpha: int = 16
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    path: str | None = None
+    merge: bool = False
+    quantization: str | None = None
+    save_merged: bool = False
+
+
+@dataclass(kw_only=True)
 class ReferenceConfig:
     """The reference policy: `path` None is the starting policy.
 
@@ -217,6 +235,7 @@ class RunConfig:
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config.data_checks import check_data
+from rcpo.config.model_checks import check_models
 from rcpo.config.schema import ConfigError, RunConfig
 
 CHOICES = {
@@ -23,6 +24,8 @@ CHOICES = {
     "rc.geometry": ("head", "parameters"),
     "model.attention": ("eager", "sdpa", "flash_attention_2"),
     "model.init": ("pretrained", "random"),
+    "adapter.name": ("none", "lora"),
+    "adapter.quantization": ("nf4",),
     "reference.mode": ("model", "precompute"),
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
@@ -52,6 +55,8 @@ RANGES = {
     "rc.alpha_max": (1, math.inf, True, False),
     "rc.sketch": (1, math.inf, True, False),
     "rc.sketch_seed": (0, 2**32 - 1, True, True),
+    "adapter.r": (1, math.inf, True, False),
+    "adapter.alpha": (1, math.inf, True, False),
     "dynamics.every": (0, math.inf, True, False),
     "log.every": (1, math.inf, True, False),
     "data.train_examples": (1, math.inf, True, False),
@@ -136,6 +141,7 @@ def validate(config: RunConfig) -> None:
     _check_combinations(config)
     _check_scorer(config)
     check_data(config.data)
+    check_models(config)
     _check_files(config)
 
 
@@ -217,43 +223,8 @@ def _check_scorer(config: RunConfig) -> None:
 
 
 def _check_files(config: RunConfig) -> None:
-    if config.model.name != "tiny" and config.model.path is None:
-        raise ConfigError(
-            f"model={config.model.name} needs model.path: a folder in the hub's format, or a name on the hub"
-        )
-    for key in ("model.path", "reference.path"):
-        source = _value(config, key)
-        if source is not None:
-            _check_model(key, source)
     cache = config.reference.cache
     if config.reference.keeps and cache is not None and Path(cache).expanduser().is_file():
         raise ConfigError(f"reference.cache={cache} is a file; give a folder, null (the user's own) or off")
     if config.resume not in (None, "auto") and not Path(config.resume).is_dir():
         raise ConfigError(f"resume={config.resume} is not a folder; give null, auto or a run's folder")
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether a text can be a repository's name on the hub: `owner/name` or `name`."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
-
-
-def _check_model(key: str, source: str) -> None:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        check_model_folder(key, folder)
-    elif not is_hub_name(source):
-        raise ConfigError(f"{key}={source} is not a folder, and cannot be a name on the hub (owner/name)")
-
-
-def check_model_folder(key: str, folder: Path) -> None:
-    """Raises ConfigError where a folder does not hold a model's configuration."""
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{key}={folder} holds an adapter, not a model: give its base model as {key}, and "
-            f"adapter=lora adapter.path={folder}"
-        )
-    raise ConfigError(
-        f"{key}={folder} holds no config.json; give a model folder as save_pretrained writes it"
-    )

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rcpo import distributed
 from rcpo.config import ConfigError, RunConfig
+from rcpo.config.model_checks import holds_adapter
 from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
 from rcpo.evaluation.summary import describe, summary_table
 from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
@@ -28,13 +29,14 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
     where nothing is held out.
     """
     trained = (run_dir / "metrics.jsonl").exists()
-    whole = trained and (run_dir / FINAL / "config.json").is_file()
+    final = run_dir / FINAL
+    whole = trained and ((final / "config.json").is_file() or holds_adapter(final))
     saved = checkpoints(run_dir) if config.eval.checkpoints == "all" else []
     if trained and not (whole or saved):
         raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
     if config.eval.kl_examples:
         config.reference.mode = "model"  # it has to score what the policy says, which no cache holds
-    session = Session(config, run_dir, training=False, final=run_dir / FINAL if whole else None)
+    session = Session(config, run_dir, training=False, final=final if whole else None)
     if session.datasets.evaluation is None:
         raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")
     session.prepare_reference(say)

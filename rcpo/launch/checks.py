@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 from rcpo import hub
 from rcpo.config import ConfigError, RunConfig
-from rcpo.config.validation import check_model_folder
+from rcpo.config.model_checks import check_folder
 from rcpo.launch.ranks import external_ranks
 
 
@@ -20,6 +21,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """
     config.train.accumulation(world_size)
     _check_objective(config)
+    _check_installed(config)
     _fetch_models(config)
     import torch
 
@@ -43,14 +45,32 @@ def _fetch_models(config: RunConfig) -> None:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()  # rank 0 shows them
-    revisions = {"model.path": (model.path, model.revision), "reference.path": (config.reference.path, None)}
-    for key, (source, revision) in revisions.items():
-        if source is None:
-            continue
+
+    def fetch(key: str, source: str) -> Path:
+        revision = model.revision if key == "model.path" else None
         folder = hub.fetch(key, source, revision, pickle=model.allow_pickle, code=model.trust_remote_code)
-        check_model_folder(key, folder)
+        check_folder(key, folder)
         if key != "model.path" or model.init == "pretrained":
             hub.check_weights(key, folder, pickle=model.allow_pickle)
+        return folder
+
+    for key, source in (("model.path", model.path), ("adapter.path", config.adapter.path)):
+        if source is not None:
+            fetch(key, source)
+    if config.reference.path is not None:
+        hub.source("reference.path", config.reference.path, fetch)
+
+
+def _check_installed(config: RunConfig) -> None:
+    """Packages of extras that the configuration needs."""
+    wanted = []
+    if config.adapter.quantization is not None:
+        wanted.append(("adapter.quantization", "bitsandbytes", "rcpo[qlora]"))
+    if config.model.attention == "flash_attention_2":
+        wanted.append(("model.attention=flash_attention_2", "flash_attn", "flash-attn"))
+    for key, module, package in wanted:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{key} needs {module}, which is not installed: pip install '{package}'")
 
 
 def _check_objective(config: RunConfig) -> None:

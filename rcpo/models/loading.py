@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +13,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
-from rcpo import hub
+from rcpo import distributed, hub
 from rcpo.config import ConfigError, ModelConfig, RunConfig
 
 disable_progress_bar()  # the weights load in a second, on every rank
+# imported by peft, it says on every CPU that a kernel of another package is not there
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,10 +65,13 @@ def load_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
     return found
 
 
-def load_model(folder: Path, config: RunConfig, *, init: str = "pretrained") -> PreTrainedModel:
+def load_model(
+    folder: Path, config: RunConfig, *, init: str = "pretrained", quantization: str | None = None
+) -> PreTrainedModel:
     """The causal language model in a folder, with every dropout off, so that a policy equals itself.
 
     `init` is `pretrained`, or `random` for fresh weights from the run's seed in the folder's architecture.
+    With `quantization` nf4 the weights of all linear layers but the head are held in 4 bits.
     Raises ConfigError for weights that are missing or not to be read, and a model that is not known.
     """
     settings = config.model
@@ -81,6 +89,7 @@ def load_model(folder: Path, config: RunConfig, *, init: str = "pretrained") -> 
                 dtype=dtype,
                 trust_remote_code=settings.trust_remote_code,
                 use_safetensors=None if settings.allow_pickle else True,
+                **({} if quantization is None else _in_four_bits(quantization, dtype)),
             )
         else:
             torch.manual_seed(config.seed)
@@ -92,7 +101,21 @@ def load_model(folder: Path, config: RunConfig, *, init: str = "pretrained") -> 
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else, in evaluation mode, bitsandbytes packs the weights for good for a kernel of CPUs that
+            # rounds to bf16 and has no gradient
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _in_four_bits(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": distributed.device()}}
 
 
 def _turn_off_dropout(config: PreTrainedConfig) -> None:

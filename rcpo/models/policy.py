@@ -69,6 +69,11 @@ class Policy(nn.Module):
             )
 
     @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, and the model itself is frozen."""
+        return bool(self.model._hf_peft_config_loaded)
+
+    @property
     def vocabulary(self) -> int:
         """V, the head's rows."""
         return int(self.model.get_output_embeddings().out_features)

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rcpo.caching import file_hash
+from rcpo.hub import Source
 
 FORMAT = 1  # raise where rcpo computes other numbers from the same ingredients
-WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.index.json", "adapter_config.json")
+WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.index.json", "*.py")
+ADAPTER = ("adapter_config.json", "adapter_model.*")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "chat_template*",
@@ -28,29 +30,24 @@ def entry_key(ingredients: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def weights_hash(folder: Path, memo: Path | None) -> str:
-    """Of a model folder's configuration, weights and adapter, an adapter's base model included.
+def source_hash(source: Source, seed: int, memo: Path | None) -> str:
+    """Of a model's configuration and weights, or the seed of fresh ones, and of the adapter on it.
 
     `memo` is the folder that remembers the hashes of files, None to hash all of them.
     """
-    files = _matching(folder, WEIGHTS)
-    digest = hashlib.sha256(_files_hash(files, memo).encode())
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base and Path(base).is_dir() and Path(base).resolve() != folder.resolve():
-            digest.update(weights_hash(Path(base), memo).encode())
-    return digest.hexdigest()
+    if source.init == "random":
+        base = f"seed {seed} {file_hash(source.base / 'config.json', memo)}"
+    else:
+        base = _files_hash(_matching(source.base, WEIGHTS), memo)
+    if source.adapter is None:
+        return base
+    adapter = _files_hash(_matching(source.adapter, ADAPTER), memo)
+    return hashlib.sha256(f"{base} {adapter}".encode()).hexdigest()
 
 
 def tokenizer_hash(folder: Path, memo: Path | None) -> str:
     """Of the tokenizer's files in a model folder."""
     return _files_hash(_matching(folder, TOKENIZER), memo)
-
-
-def fresh_hash(folder: Path, seed: int, memo: Path | None) -> str:
-    """Of fresh weights: they follow from the architecture and the seed."""
-    return f"seed {seed} {file_hash(folder / 'config.json', memo)}"
 
 
 def positions_hash(positions: np.ndarray | None) -> str:

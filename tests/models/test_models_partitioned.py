@@ -16,8 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rcpo import distributed
 from rcpo.config import RunConfig
-from rcpo.engine import Engine, read_model
+from rcpo.engine import Engine
+from rcpo.hub import Source
 from rcpo.models import Policy
+from rcpo.start import read_model
 
 WORKER = str(Path(__file__).parents[1] / "workers" / "partitioned_loading.py")
 
@@ -62,7 +64,7 @@ def test_one_rank_reads_the_same_weights(tmp_path: Path) -> None:
     for stage in (0, 3):
         config = RunConfig()
         config.engine.stage = stage
-        policy = Engine(Policy(read_model(folder, config, "pretrained")), config).policy
+        policy = Engine(Policy(read_model(Source(folder), config)), config).policy
         ids = torch.arange(1, 9)[None]
         inputs = ids, torch.ones_like(ids), torch.arange(8)[None], torch.arange(7), ids[0, 1:]
         with torch.no_grad():

@@ -15,8 +15,10 @@ import torch
 
 from rcpo import distributed
 from rcpo.config import RunConfig
-from rcpo.engine import Engine, read_model
+from rcpo.engine import Engine
+from rcpo.hub import Source
 from rcpo.models import Policy, load_model
+from rcpo.start import read_model
 
 
 def anonymous() -> int:
@@ -51,7 +53,7 @@ def main() -> None:
     load_model(folder.parent / "small", config)  # so that modules and their code are in memory already
     peak = Peak()
     peak.start()
-    model = read_model(folder, config, "pretrained")
+    model = read_model(Source(folder), config)
     took = peak.end()
     sizes = [getattr(p, "ds_numel", p.numel()) * 4 for p in model.parameters()]
     engine = Engine(Policy(model), config)
