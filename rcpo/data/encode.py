@@ -133,11 +133,10 @@ class Encoder:
                 "the data holds messages, and the tokenizer has no chat template; name one: data.template="
                 "chatml|gemma|llama3|mistral|plain|zephyr, or a Jinja file"
             )
-        prompt = template.prompt(row.prompt, row.tools)
+        prompt = template.prompt(row)
         chosen, rejected = (
-            None if answer is None else template.response(prompt, row.prompt, answer, row.tools)
+            None if answer is None else template.response(prompt, row, answer)
             for answer in (row.chosen, row.rejected)
-            if not isinstance(answer, str)
         )
         return True, row, TextPair(name, prompt, chosen, rejected)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rcpo.data.conversations import (
@@ -27,7 +28,8 @@ from rcpo.data.conversations import (
 from rcpo.data.records import PAIRS, SFT, UNPAIRED, BadRow, Content, Message, Row
 
 FIELDS = (
-    "prompt", "chosen", "rejected", "completion", "label", "messages", "text", "system", "tools"
+    "prompt", "chosen", "rejected", "completion", "label", "messages", "text", "system", "tools",
+    "chat_template_kwargs",
 )  # fmt: skip
 _ALIASES = {"messages": "conversations"}  # ShareGPT's name
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -58,7 +60,7 @@ def read_row(row: Any, columns: Mapping[str, str]) -> Row:
     else:
         raise BadRow("no field 'chosen', 'completion', 'messages' or 'text'")
     prompt, chosen, rejected = _alike(_with_system(prompt, fields), chosen, rejected)
-    found = Row(kind, prompt, chosen, rejected, _tools(fields))
+    found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields))
     _refuse_unusable(found, needs_prompt="text" not in fields or kind != SFT)
     return found
 
@@ -73,7 +75,7 @@ def as_conversation(row: Row) -> Row:
     prompt = parse_prompt(row.prompt)
     read = parse_response if row.prompt.endswith(TURN) else _said_by_assistant
     chosen, rejected = (None if text is None else read(str(text)) for text in (row.chosen, row.rejected))
-    return Row(row.kind, prompt, chosen, rejected, row.tools)
+    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _said_by_assistant(text: str) -> list[Message]:
@@ -195,6 +197,14 @@ def _tools(fields: dict[str, Any]) -> list[Any] | None:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("field 'tools' is not a list of objects")
     return tools or None
+
+
+def _options(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """What the row's template is to read besides, as TRL has it; Arrow gives every row the keys of all."""
+    options = fields.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise BadRow("field 'chat_template_kwargs' is not an object")
+    return {name: value for name, value in (options or {}).items() if value is not None} or None
 
 
 def _refuse_unusable(row: Row, *, needs_prompt: bool) -> None:

@@ -49,11 +49,11 @@ def _chat_ids(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, row: Row) ->
     found = tokenizer.apply_chat_template(
         template.with_system(row.prompt),
         tools=row.tools,
-        chat_template=template.source if row.tools is None else template.tool_source,
+        chat_template=template.source_for(row),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
-        **template.options,
+        **{**template.options, **(row.options or {})},
     )
     return list(found)
 

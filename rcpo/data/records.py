@@ -21,7 +21,8 @@ class BadRow(ValueError):
 class Row:
     """One row in the one form that all others are brought to; a response is None where there is none.
 
-    Either all parts are text, or all are messages. `tools` are the functions a template describes.
+    Either all parts are text, or all are messages. `tools` are the functions that a template describes,
+    `options` what it reads besides.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Row:
     chosen: Content | None
     rejected: Content | None
     tools: list[Any] | None = None
+    options: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

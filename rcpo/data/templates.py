@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcpo.config import ConfigError
-from rcpo.data.records import BadRow, Message
+from rcpo.data.records import SFT, BadRow, Content, Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 OWN = "tokenizer"  # data.template: the tokenizer's own, for rows of text too
 _QUESTION: Message = {"role": "user", "content": "What is a probe?"}
 _OTHER: Message = {"role": "user", "content": "Another question"}
-_ANSWER = "probed-answer"
+_WORDS = "probed-answer"
+_ANSWER: Message = {"role": "assistant", "content": _WORDS}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ChatTemplate:
     `special` tokens and `options` that it may read, `system` a system message for conversations without one.
 
     `closing` is what follows an answer, of which `ending` is kept: all up to the first special token, the
-    end of the turn. `tail` is what follows the last question: the end of its turn and the generation prompt.
+    end of the turn, if it `ends` with one. `tail` is what follows the last question: the end of
+    its turn and the generation prompt.
     """
 
     name: str
@@ -43,20 +45,19 @@ class ChatTemplate:
     system: str | None
     closing: str = ""
     ending: str = ""
+    ends: bool = False
     tail: str = ""
 
-    def prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+    def prompt(self, row: Row) -> str:
         """What generation is given; raises BadRow where the template refuses the conversation."""
-        return self._render(self.with_system(messages), tools, generate=True)
+        return self._render(self.with_system(_messages(row.prompt)), row, generate=True)
 
-    def response(
-        self, prompt: str, messages: Sequence[Message], answer: Sequence[Message], tools: list[Any] | None
-    ) -> str:
-        """The text that follows `prompt`, the rendered `messages`, up to and with the end of the turn.
+    def response(self, prompt: str, row: Row, answer: Content) -> str:
+        """The text of an answer to a row's rendered `prompt`, up to and with the end of the turn.
 
         Raises BadRow where the template renders the answer elsewhere than where generation would begin.
         """
-        whole = self._render([*self.with_system(messages), *answer], tools, generate=False)
+        whole = self.conversation(row, answer)
         if not whole.startswith(prompt):
             raise BadRow("the template renders the answer elsewhere than where generation would begin")
         if not whole.endswith(self.closing) or len(whole) < len(prompt) + len(self.closing):
@@ -66,28 +67,42 @@ class ChatTemplate:
             raise BadRow("the template leaves the response empty")
         return text + self.ending
 
+    def conversation(self, row: Row, answer: Content) -> str:
+        """A row's prompt and an answer to it, as the template renders them together."""
+        return self._render(
+            [*self.with_system(_messages(row.prompt)), *_messages(answer)], row, generate=False
+        )
+
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation behind the template's system message, unless it has its own."""
         if self.system is None or messages[0]["role"] == "system":
             return list(messages)
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _render(self, messages: list[Message], tools: list[Any] | None, *, generate: bool) -> str:
+    def _render(self, messages: list[Message], row: Row, *, generate: bool) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        source = self.source if tools is None else self.tool_source
         try:
             [text], _ = render_jinja_template(
                 [messages],
-                tools=tools,
-                chat_template=source,
+                tools=row.tools,
+                chat_template=self.source_for(row),
                 add_generation_prompt=generate,
-                **{**self.special, **self.options},
+                **{**self.special, **self.options, **(row.options or {})},
             )
         except (TemplateError, TypeError) as error:  # what it raises itself, and text that is no text
             raise BadRow(f"the chat template refuses the conversation: {error}") from error
         return str(text)
+
+    def source_for(self, row: Row) -> str:
+        """The Jinja text for a row, with tools or without."""
+        return self.source if row.tools is None else self.tool_source
+
+
+def _messages(content: Content) -> list[Message]:
+    assert not isinstance(content, str), "text has no template"
+    return content
 
 
 def find_template(
@@ -144,20 +159,22 @@ def _choices() -> str:
 def _probed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The template with its closing, ending and tail, read off a question with a known answer."""
     try:
-        prompt, other = template.prompt([_QUESTION]), template.prompt([_OTHER])
-        answer = [{"role": "assistant", "content": _ANSWER}]
-        whole = template._render([*template.with_system([_QUESTION]), *answer], None, generate=False)
+        prompt, other = (
+            template.prompt(Row(SFT, [question], None, None)) for question in (_QUESTION, _OTHER)
+        )
+        whole = template.conversation(Row(SFT, [_QUESTION], None, None), [_ANSWER])
     except BadRow as problem:
         raise ConfigError(f"data.template ({template.name}): {problem}") from problem
-    if not whole.startswith(prompt) or _ANSWER not in whole[len(prompt) :]:
+    if not whole.startswith(prompt) or _WORDS not in whole[len(prompt) :]:
         raise ConfigError(
             f"data.template ({template.name}) renders an answer elsewhere than where generation would begin: "
             f"after {prompt[-40:]!r} it goes on {whole[max(0, len(prompt) - 40) :][:80]!r}; "
             "set what it reads in data.template_options (as enable_thinking: false), or give another template"
         )
-    closing = whole.rpartition(_ANSWER)[2]
+    closing = whole.rpartition(_WORDS)[2]
     tail = prompt[len(prompt) - _common_suffix(prompt, other) :]
-    return replace(template, closing=closing, ending=_ending(closing, tokenizer), tail=tail)
+    ending, ends = _ending(closing, tokenizer)
+    return replace(template, closing=closing, ending=ending, ends=ends, tail=tail)
 
 
 def _common_suffix(one: str, other: str) -> int:
@@ -165,14 +182,13 @@ def _common_suffix(one: str, other: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _ending(closing: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`closing` up to and with its first special token: nothing after it is ever generated.
-
-    Without a special token, its white space at the end goes: the end-of-sequence token follows.
+def _ending(closing: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """`closing` up to and with its first special token, after which nothing is ever generated, and whether
+    there is one. Without, its white space at the end goes: the end-of-sequence token follows.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = [(closing.find(token), -len(token)) for token in special if token and token in closing]
     if not ends:
-        return closing.rstrip()
+        return closing.rstrip(), False
     start, length = min(ends)
-    return closing[: start - length]
+    return closing[: start - length], True

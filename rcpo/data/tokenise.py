@@ -55,8 +55,8 @@ class PairTokeniser:
         """The same for pairs that `template` rendered."""
         other = copy.copy(self)
         other._templated = True
-        [other._tail, ending] = self.ids([template.tail, "a" + template.ending])
-        other._ends_itself = ending[-1] in self._special
+        other._ends_itself = template.ends
+        [other._tail] = self.ids([template.tail])
         if self._anchors:
             other._anchors = [(template.tail, other._tail), *self._anchors]
         return other
