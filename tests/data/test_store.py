@@ -74,6 +74,7 @@ def test_rows_of_several_stores() -> None:
     assert dataset.lengths.tolist() == [[1, 1, 1]] * 3
     everything = PairDataset(stores)
     assert [example.id for example in everything] == ["00", "01", "02", "10", "11", "12"]
+    assert PairDataset(stores, rows=np.arange(6)).fingerprint == everything.fingerprint
     orders = [PairDataset(stores, rows=np.array(rows)) for rows in ([0, 1], [1, 0], [0, 4])]
     assert len({other.fingerprint for other in [*orders, dataset, everything]}) == 5
     assert everything.prompts.tolist() == [everything.prompts[0]] * 3 + [everything.prompts[3]] * 3
