@@ -21,25 +21,41 @@ if TYPE_CHECKING:
 WIDTH = 9.0  # inches
 ROW = 1.75
 
-MAIN: tuple[Panel, ...] = (panels.sides, panels.ratio)
 MASS_COLOURS = (theme.WINNER, theme.LOSER, theme.INK, theme.MUTED)
 MASS_STYLES = ("-", "-", (0, (4, 2)), (0, (1, 1.5)))
-ALL: tuple[Panel, ...] = (*MAIN, panels.alpha, panels.margins, panels.cosine, panels.in_band)
+
+
+def main_panels(runs: Sequence[Run]) -> list[Panel]:
+    """The two that say most, as far as the runs measured what they show."""
+    return [panels.sides, *([panels.ratio] if _any(runs, "dynamics/score_cosine") else [])]
+
+
+def all_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Every panel that the runs measured something for, the main ones first."""
+    chosen = main_panels(runs)
+    chosen += [panels.alpha] if _any(runs, "rc/alpha") else []
+    chosen += [panels.margins] if _any(runs, "logps/rejected") else []
+    return chosen + ([panels.cosine, panels.in_band] if _any(runs, "dynamics/score_cosine") else [])
+
+
+def _any(runs: Sequence[Run], key: str) -> bool:
+    return any(run.has(key) for run in runs)
 
 
 def dynamics_of_run(runs: Sequence[Run]) -> Figure:
     """The panels of one condition: the two main ones wide, the others beside each other."""
-    calibrated = any(run.has("rc/alpha") for run in runs)
-    others = ALL[2:] if calibrated else (panels.margins, panels.cosine, panels.in_band)
-    rows = 2 + (len(others) + 1) // 2
+    main, chosen = len(main_panels(runs)), all_panels(runs)
+    others = len(chosen) - main
+    rows = main + (others + 1) // 2
     figure = _figure(rows, top=0.42)
     figure.subplots_adjust(wspace=0.2)
-    grid = figure.add_gridspec(rows, 2, height_ratios=[1.25, 1.25] + [1] * (rows - 2))
-    places = [grid[0, :], grid[1, :], *(grid[2 + i // 2, i % 2] for i in range(len(others)))]
-    if len(others) % 2:  # the last panel has its row to itself
+    grid = figure.add_gridspec(rows, 2, height_ratios=[1.25] * main + [1] * (rows - main))
+    places = [grid[row, :] for row in range(main)]
+    places += [grid[main + index // 2, index % 2] for index in range(others)]
+    if others % 2:  # the last panel has its row to itself
         places[-1] = grid[rows - 1, :]
     width = stretch(runs)
-    for place, panel in zip(places, (*MAIN, *others)):
+    for place, panel in zip(places, chosen):
         axes = figure.add_subplot(place, sharex=figure.axes[0] if figure.axes else None)
         panel(axes, runs, width)
         _finish(axes)

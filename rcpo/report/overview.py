@@ -60,6 +60,9 @@ def overview(rows: Sequence[Row], metrics: Sequence[Metric]) -> Figure:
         _values(axes, rows, metric.key, theme.INK, 100 if metric.unit == "share" else 1)
         axes.set_title(metric.title.capitalize())
         axes.set_xlabel("percent" if metric.unit == "share" else metric.unit)
+        if metric.unit == "share":
+            left, right = axes.get_xlim()
+            axes.set_xlim(max(left, -4), min(right, 104))
     grid[0].set_yticks(range(len(rows)), [row.label for row in rows])
     grid[0].set_ylim(len(rows) - 0.4, -0.6)
     _legend(figure, height)

@@ -188,10 +188,11 @@ def _at_a_glance(found: Sequence[Condition]) -> list[Block]:
 
 
 def _side_by_side(groups: Sequence[Group]) -> list[Block]:
-    count = sum(len(group.columns) for group in groups) * len(figures.ALL)
-    chosen = figures.ALL if count <= MANY_PANELS else figures.MAIN
+    everything = [run for group in groups for column in group.columns for run in column.runs]
+    count = sum(len(group.columns) for group in groups) * len(figures.all_panels(everything))
+    few = count <= MANY_PANELS
     blocks: list[Block] = []
-    if chosen is figures.MAIN:
+    if not few:
         blocks.append(Paragraph("The two main panels of each condition; `rcpo report` of one run shows all."))
     for group in groups:
         runs = [run for column in group.columns for run in column.runs]
@@ -201,7 +202,8 @@ def _side_by_side(groups: Sequence[Group]) -> list[Block]:
         width = stretch(runs)
         several = "Thin lines are runs, bold ones their mean. " if len(runs) > len(group.columns) else ""
         caption = f"{_points(width)} {several}Diamonds are held out. {'' if blocks else HOW_TO_READ}"
-        if chosen is figures.ALL:
+        chosen = figures.all_panels(runs) if few else figures.main_panels(runs)
+        if few:
             caption += " " + words.about_prediction(runs[0], predict_margin(runs[0], width))
         blocks.append(
             Picture(f"training-{group.slug}", figures.side_by_side(columns, chosen), caption.strip())

@@ -15,6 +15,7 @@ from rcpo.comparison import (
     spread,
 )
 from rcpo.evaluation.summary import ROWS, interval
+from rcpo.report import words
 from rcpo.report.document import Table
 from rcpo.report.runs import Run, natural
 
@@ -178,7 +179,7 @@ def of_runs(runs: Sequence[Run]) -> Table:
         (
             run.name,
             run.status.value,
-            f"{run.last_step:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else ""),
+            words.progress(run),
             *(metric.show(summary.values.get(metric.key)) for metric in metrics),
             run.error or "",
         )

@@ -30,19 +30,21 @@ class Best:
 def headline_of_run(run: Run) -> str:
     """One sentence on a run: where it stands, or what became of winner and loser."""
     if run.status is Status.RUNNING:
-        return f"Training, step {_progress(run)}: {_standing(run)}."
+        return f"Training, step {progress(run)}: {_standing(run)}."
     if run.status is Status.ENDED:
         reason = f": {run.error.rstrip('.')}" if run.error else ""
-        return f"Ended early, at step {_progress(run)}{reason}."
+        return f"Ended early, at step {progress(run)}{reason}."
     if "nonfinite" in run.evaluation:
-        return f"Finished after {run.last_step} steps, and what came out has values that are not finite."
+        return f"Finished after {run.last_step:,} steps, and what came out has values that are not finite."
     if run.evaluation:
         return describe(run.evaluation)
-    return f"Finished after {run.last_step} steps, not evaluated; {_standing(run)}."
+    return f"Finished after {run.last_step:,} steps, not evaluated; {_standing(run)}."
 
 
-def _progress(run: Run) -> str:
-    return f"{run.last_step} of {run.planned_steps}" if run.planned_steps else str(run.last_step)
+def progress(run: Run) -> str:
+    """The last step, and of how many, as far as there are more to come."""
+    last, planned = run.last_step, run.planned_steps
+    return f"{last:,} of {planned:,}" if planned and planned != last else f"{last:,}"
 
 
 def _standing(run: Run) -> str:
