@@ -25,10 +25,13 @@ from rcpo.report.runs import (
     read_runs,
 )
 from rcpo.report.sections import document_of
-from rcpo.runfolder import FINISHED_FILE
+from rcpo.runfolder import FINISHED_FILE, is_locked
 from rcpo.tracking.jsonl import replace_text
 
 WATCHED = (CONFIG, METRICS, EVALUATION, ENVIRONMENT, SAMPLES, PROBES, FINISHED_FILE)
+
+
+QUIET = 120.0  # seconds: longer than the next run of a sweep takes to log its first step
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,30 @@ def report(request: Request) -> Path:
     return page
 
 
-def watch(request: Request, seconds: float) -> Path:
-    """Rewrites the report whenever a run's files change, until no run is being trained.
+def watch(request: Request, seconds: float, quiet: float = QUIET) -> Path:
+    """Rewrites the report whenever a run's files change, until training is over.
 
-    The page reloads itself every `seconds`; the last one written does not. Waits for a first run.
+    The page reloads itself every `seconds`; the last one written does not. Waits for a first run. A run is
+    over when it is finished; a sweep, whose next run may be starting, when for `quiet` seconds no run trained
+    and no file changed.
     """
     seen: object = None
+    changed = time.monotonic()
+    runs: list[Run] = []
     while True:
-        running = True
         if (now := _fingerprint(request.folders)) and now != seen:
-            seen = now
+            seen, changed = now, time.monotonic()
             _, runs = _write(request, seconds)
-            running = any(run.status is Status.RUNNING for run in runs)
-        if seen and not running:
+        if runs and _is_over(request.folders, runs, time.monotonic() - changed > quiet):
             return report(request)
         time.sleep(seconds)
+
+
+def _is_over(folders: Sequence[Path], runs: Sequence[Run], calm: bool) -> bool:
+    alone = len(runs) == len(folders) and all((folder / CONFIG).exists() for folder in folders)
+    if alone and all(run.status is Status.FINISHED for run in runs):
+        return True
+    return calm and not any(is_locked(run.folder) for run in runs)
 
 
 def _write(request: Request, refresh: float | None) -> tuple[Path, list[Run]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -30,6 +31,7 @@ Column = NDArray[np.float64]
 
 CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "evaluation.json"
 ENVIRONMENT, SAMPLES = "environment.json", "samples.jsonl"
+STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))(?::\s*(.*))?$")
 
@@ -159,7 +161,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str) -> Run:
     """Reads a run's folder; raises ConfigError where its config.yaml cannot be read."""
     rows = read_rows(folder / METRICS)
-    status = _status(folder, bool(rows))
+    error = _last_error(folder / "rcpo.log")
+    status = _status(folder, bool(rows), error)
     return Run(
         name=name,
         folder=folder,
@@ -169,16 +172,21 @@ def read_run(folder: Path, name: str) -> Run:
         environment=read_object(folder / ENVIRONMENT),
         samples=read_lines(folder / SAMPLES),
         status=status,
-        error=_last_error(folder / "rcpo.log") if status is Status.ENDED else None,
+        error=error if status is Status.ENDED else None,
     )
 
 
-def _status(folder: Path, trained: bool) -> Status:
+def _status(folder: Path, trained: bool, error: str | None) -> Status:
     if (folder / FINISHED_FILE).exists():
         return Status.FINISHED
     if is_locked(folder):
         return Status.RUNNING
-    return Status.EVALUATED if not trained and (folder / EVALUATION).exists() else Status.ENDED
+    if trained or error is not None:
+        return Status.ENDED
+    if (folder / EVALUATION).exists():
+        return Status.EVALUATED
+    age = time.time() - (folder / CONFIG).stat().st_mtime
+    return Status.RUNNING if age < STARTING else Status.ENDED
 
 
 def _last_error(log: Path) -> str | None:

@@ -93,7 +93,7 @@ def headline_of_contrasts(pairs: Sequence[Contrast]) -> str:
     """One sentence on all contrasts: the clearest one, and how many of them agree."""
     measured = [pair for pair in pairs if _means(pair) is not None]
     if not measured:
-        return f"{len(pairs)} comparisons without and with calibration; none has held-out log-ratios yet."
+        return "Runs without and with calibration; none has held-out log-ratios on both sides yet."
     kept = [pair for pair in measured if _kept_what_fell(pair)]
     first = max(kept or measured, key=_gain)
     said = f"{_verdict(first)} ({first.label}, {_seeds(first)})."

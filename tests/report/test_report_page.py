@@ -155,7 +155,8 @@ CASES = {
 def test_any_run_gives_a_page_alone_and_among_others(tmp_path: Path) -> None:
     for name, metrics in CASES.items():
         alpha = any("rc/alpha" in row for row in metrics)
-        write_run(tmp_path / "all" / name, settings(rc=alpha), metrics, finished=name != "no step")
+        run = write_run(tmp_path / "all" / name, settings(rc=alpha), metrics, finished=name != "no step")
+        os.utime(run / "config.yaml", (0, 0))
         _, page = page_of(tmp_path / "all" / name)
         assert page.counts["svg"] == (0 if name == "no step" else 1), name
         assert not re.search(r"\bnan\b|\binf\b", page.words), name
@@ -222,6 +223,21 @@ def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) ->
     watching.join(20)
     assert not watching.is_alive()
     assert "Finished after 2 steps" in page.read_text() and "reload" not in page.read_text()
+
+
+def test_a_watched_sweep_ends_when_nothing_more_comes(tmp_path: Path) -> None:
+    write_run(tmp_path / "sweep" / "0", settings(), rows(2))
+    watching = threading.Thread(
+        target=watch, args=(Request([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 3}, daemon=True
+    )
+    watching.start()
+    _wait_for(tmp_path / "sweep" / "report.html", "Finished after 2 steps")
+    write_run(
+        tmp_path / "sweep" / "1", settings(seed=2), rows(2)
+    )  # the next run, before it was quiet for long
+    _wait_for(tmp_path / "sweep" / "report.html", "2 of 2 runs are finished")
+    watching.join(20)
+    assert not watching.is_alive()
 
 
 def _wait_for(page: Path, text: str) -> None:

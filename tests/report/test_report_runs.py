@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_status_tells_finished_running_and_ended(tmp_path: Path) -> None:
         assert read_run(cut, "cut").status is Status.RUNNING
     assert read_run(cut, "cut").status is Status.ENDED
     assert (cut / ".lock").read_text() == ""  # looking leaves the lock as it was
+
+
+def test_a_run_that_was_just_configured_is_starting_until_its_log_says_otherwise(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", settings(), [], finished=False)
+    assert read_run(folder, "run").status is Status.RUNNING
+    (folder / "rcpo.log").write_text("Traceback\nImportError: no module\n")
+    assert read_run(folder, "run").status is Status.ENDED
+    (folder / "rcpo.log").unlink()
+    os.utime(folder / "config.yaml", (0, 0))
+    assert read_run(folder, "run").status is Status.ENDED
 
 
 def test_a_model_that_was_only_evaluated_is_no_failure(tmp_path: Path) -> None:
