@@ -40,10 +40,9 @@ def sides(axes: Axes, runs: Sequence[Run], width: int) -> None:
     axes.set_ylabel(unit_of(runs))
     if related:
         _level(axes, 0.0, SMALL)
-    for side, colour in (("chosen", theme.WINNER), ("rejected", theme.LOSER)):
+    for side, label, colour in (("chosen", "winner", theme.WINNER), ("rejected", "loser", theme.LOSER)):
         key = f"{names}/{side}"
-        label = "winner" if side == "chosen" else "loser"
-        _curves(axes, _lines(runs, key, width), colour, label)
+        _curves(axes, _lines(runs, key, width), width, colour, label)
         for run in runs:
             _held_out(axes, run, key, colour)
 
@@ -60,43 +59,25 @@ def ratio(axes: Axes, runs: Sequence[Run], width: int) -> None:
     """The incentive ratio over the shaded band with its centre; after calibration too, where there is one."""
     axes.set_title("Incentive ratio and the band")
     axes.set_ylabel("d_w / d_l, log scale")
-    centre = _geometric(runs, "dynamics/band_center", width)
+    centre = _mean_of(runs, "dynamics/band_center", width, geometric=True)
     if not len(centre.steps):
         _say(axes, "not measured")
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    before = _geometric(runs, "dynamics/incentive_ratio", width)
-    after = _geometric(runs, "rc/calibrated_ratio", width)
-    _band(axes, centre, _mean(runs, "dynamics/score_cosine", width), [before, after])
-    axes.plot(
-        centre.steps, centre.values, color=theme.MUTED, linewidth=1, label="centre r*", **dots(centre.values)
-    )
-    dashes = (0, (4, 2)) if len(after.steps) else "-"
-    label = "r, before calibration" if len(after.steps) else "r"
-    axes.plot(
-        before.steps,
-        before.values,
-        color=theme.INK,
-        linewidth=1.4,
-        linestyle=dashes,
-        label=label,
-        **dots(before.values),
-    )
-    if len(after.steps):
-        _curves(
-            axes,
-            _lines(runs, "rc/calibrated_ratio", width, geometric=True),
-            theme.CALIBRATED,
-            "α² r",
-            geometric=True,
-        )
+    before = _mean_of(runs, "dynamics/incentive_ratio", width, geometric=True)
+    calibrated = _lines(runs, "rc/calibrated_ratio", width, geometric=True)
+    after = mean_line(calibrated, width, geometric=True)
+    _band(axes, centre, _mean_of(runs, "dynamics/score_cosine", width), [before, after])
+    _draw(axes, centre, theme.MUTED, "centre r*", linewidth=1)
+    _draw_before(axes, before, "r, before calibration" if calibrated else "r", calibrated)
+    _curves(axes, calibrated, width, theme.CALIBRATED, "α² r", geometric=True)
 
 
 def _band(axes: Axes, centre: Line, cosine: Line, others: Sequence[Line]) -> None:
     """ρ r* to r*/ρ; open to the edge of the panel where ρ ≤ 0."""
-    rho = np.interp(centre.steps, cosine.steps, cosine.values) if len(cosine.steps) else np.zeros(0)
+    rho = np.interp(centre.steps, cosine.steps, cosine.values)
     known = np.concatenate([centre.values, *(line.values for line in others)])
     known = known[np.isfinite(known)]
     low, high = known.min() / BEYOND, known.max() * BEYOND
@@ -107,11 +88,8 @@ def _band(axes: Axes, centre: Line, cosine: Line, others: Sequence[Line]) -> Non
         upper = np.where(rho > 0, centre.values / rho, high) + unknown
     steps = centre.steps
     if len(steps) == 1:  # a single point has no area
-        steps, lower, upper = (
-            np.array([steps[0] - 0.5, steps[0] + 0.5]),
-            np.repeat(lower, 2),
-            np.repeat(upper, 2),
-        )
+        steps = np.array([steps[0] - 0.5, steps[0] + 0.5])
+        lower, upper = np.repeat(lower, 2), np.repeat(upper, 2)
     axes.fill_between(steps, lower, upper, color=theme.BAND, alpha=0.28, linewidth=0, label="band")
 
 
@@ -123,31 +101,25 @@ def alpha(axes: Axes, runs: Sequence[Run], width: int) -> None:
     lines = _lines(runs, "rc/alpha", width, geometric=True)
     if not lines:
         _say(axes, "no calibration: α = 1")
-    _curves(axes, lines, theme.CALIBRATED, "α", geometric=True)
+    _curves(axes, lines, width, theme.CALIBRATED, "α", geometric=True)
 
 
 def margins(axes: Axes, runs: Sequence[Run], width: int) -> None:
-    """The margin's change, measured on each step's batch and predicted to first order."""
+    """The margin, measured on each step's batch and predicted to first order from where it began."""
     axes.set_title("Margin: measured and first order")
     axes.set_ylabel(unit_of(runs))
-    _level(axes, 0.0, SMALL)
-    _curves(axes, of_runs(runs, margin, width), theme.INK, "measured")
+    measured = of_runs(runs, margin, width)
+    begun = 0.0
+    if any(run.has("logratios/chosen") for run in runs):
+        _level(axes, 0.0, SMALL)
+    elif measured:
+        begun = mean_line(measured, width).values[0]
+    _curves(axes, measured, width, theme.INK, "measured")
     predicted = [(run, predict_margin(run, width)) for run in runs]
-    lines = [binned(run.steps, found.change, width) for run, found in predicted if found is not None]
-    if lines and not any(run.has("logratios/chosen") for run in runs):
-        start = mean_line(of_runs(runs, margin, width)).values[0]
-        lines = [Line(line.steps, line.values + start) for line in lines]
+    lines = [binned(run.steps, begun + found.change, width) for run, found in predicted if found is not None]
     if lines:
-        mean = mean_line(lines)
-        axes.plot(
-            mean.steps,
-            mean.values,
-            color=theme.CALIBRATED,
-            linewidth=1.8,
-            linestyle=(0, (1, 1.5)),
-            label="first order",
-            **dots(mean.values),
-        )
+        style = (0, (1, 1.5))
+        _draw(axes, mean_line(lines, width), theme.CALIBRATED, "first order", linewidth=1.8, linestyle=style)
 
 
 def cosine(axes: Axes, runs: Sequence[Run], width: int) -> None:
@@ -158,7 +130,7 @@ def cosine(axes: Axes, runs: Sequence[Run], width: int) -> None:
     lines = _lines(runs, "dynamics/score_cosine", width)
     if not lines:
         _say(axes, "not measured")
-    _curves(axes, lines, theme.INK, "ρ")
+    _curves(axes, lines, width, theme.INK, "ρ")
 
 
 def in_band(axes: Axes, runs: Sequence[Run], width: int) -> None:
@@ -171,28 +143,10 @@ def in_band(axes: Axes, runs: Sequence[Run], width: int) -> None:
     if not before and not after:
         _say(axes, "not measured")
     if before:
-        mean = mean_line(before)
-        style = (0, (4, 2)) if after else "-"
         label = "before calibration" if after else "r in the band"
-        axes.plot(
-            mean.steps,
-            mean.values,
-            color=theme.INK,
-            linewidth=1.4,
-            linestyle=style,
-            label=label,
-            **dots(mean.values),
-        )
+        _draw_before(axes, mean_line(before, width), label, after)
     if after:
-        mean = mean_line(after)
-        axes.plot(
-            mean.steps,
-            mean.values,
-            color=theme.CALIBRATED,
-            linewidth=1.8,
-            label="calibrated",
-            **dots(mean.values),
-        )
+        _draw(axes, mean_line(after, width), theme.CALIBRATED, "calibrated", linewidth=1.8)
 
 
 def _lines(
@@ -201,23 +155,29 @@ def _lines(
     return of_runs(runs, lambda run: run.column(key) * scale, width, geometric=geometric)
 
 
-def _geometric(runs: Sequence[Run], key: str, width: int) -> Line:
-    return mean_line(_lines(runs, key, width, geometric=True), geometric=True)
+def _mean_of(runs: Sequence[Run], key: str, width: int, *, geometric: bool = False) -> Line:
+    return mean_line(_lines(runs, key, width, geometric=geometric), width, geometric=geometric)
 
 
-def _mean(runs: Sequence[Run], key: str, width: int) -> Line:
-    return mean_line(_lines(runs, key, width))
-
-
-def _curves(axes: Axes, lines: Sequence[Line], colour: str, label: str, *, geometric: bool = False) -> None:
+def _curves(
+    axes: Axes, lines: Sequence[Line], width: int, colour: str, label: str, *, geometric: bool = False
+) -> None:
     """The runs thin, their mean in bold; one run alone in bold."""
     if not lines:
         return
     if len(lines) > 1:
         for line in lines:
             axes.plot(line.steps, line.values, color=colour, linewidth=0.7, alpha=0.45)
-    mean = mean_line(lines, geometric=geometric)
-    axes.plot(mean.steps, mean.values, color=colour, linewidth=1.8, label=label, **dots(mean.values))
+    _draw(axes, mean_line(lines, width, geometric=geometric), colour, label, linewidth=1.8)
+
+
+def _draw_before(axes: Axes, line: Line, label: str, after: Sequence[Line]) -> None:
+    """What was there before calibration: dashed where there is something after it."""
+    _draw(axes, line, theme.INK, label, linewidth=1.4, linestyle=(0, (4, 2)) if after else "-")
+
+
+def _draw(axes: Axes, line: Line, colour: str, label: str, **style: Any) -> None:
+    axes.plot(line.steps, line.values, color=colour, label=label, **style, **dots(line.values))
 
 
 def dots(values: Column) -> dict[str, Any]:

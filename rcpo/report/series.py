@@ -59,15 +59,18 @@ def of_runs(
     return [line for line in lines if not np.isnan(line.values).all()]
 
 
-def mean_line(lines: Sequence[Line], *, geometric: bool = False) -> Line:
-    """The mean over runs at each step, of the runs that came so far (lines have a common stretch)."""
+def mean_line(lines: Sequence[Line], width: int = 1, *, geometric: bool = False) -> Line:
+    """The mean over runs in each stretch of `width` steps, of the runs that came so far."""
     if len(lines) == 1:
         return lines[0]
-    steps = np.unique(np.concatenate([line.steps for line in lines])) if lines else np.zeros(0)
-    table = np.full((len(lines), len(steps)), np.nan)
-    for row, line in zip(table, lines, strict=True):
-        row[np.searchsorted(steps, line.steps)] = line.values
+    every = np.concatenate([line.steps for line in lines]) if lines else np.zeros(0)
+    places = np.unique((every - 1) // width)
+    table = np.full((2, len(lines), len(places)), np.nan)
+    for row, line in enumerate(lines):
+        own = np.searchsorted(places, (line.steps - 1) // width)
+        table[0, row, own], table[1, row, own] = line.steps, line.values
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a step that no run knows stays NaN
-        values = np.exp(np.nanmean(np.log(table), axis=0)) if geometric else np.nanmean(table, axis=0)
-    return Line(steps, values)
+        warnings.simplefilter("ignore", RuntimeWarning)  # a stretch that no run knows stays NaN
+        steps, values = np.nanmean(table[0], axis=0), table[1]
+        means = np.exp(np.nanmean(np.log(values), axis=0)) if geometric else np.nanmean(values, axis=0)
+    return Line(steps, means)

@@ -49,6 +49,12 @@ def test_the_mean_over_runs_goes_on_where_one_has_ended() -> None:
     assert mean_line([]).values.tolist() == []
 
 
+def test_a_stretch_that_a_run_has_only_begun_is_the_same_stretch() -> None:
+    full, begun = Line(np.array([3.0, 8.0]), np.array([1.0, 2.0])), Line(np.array([1.0]), np.array([3.0]))
+    mean = mean_line([full, begun], 5)
+    assert mean.steps.tolist() == [2.0, 8.0] and mean.values.tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize(("last", "width"), [(0, 1), (1, 1), (50, 1), (51, 2), (200, 5), (2000, 50)])
 def test_a_line_has_at_most_fifty_points(tmp_path: Path, last: int, width: int) -> None:
     metrics = [{"step": last, "loss": 0.5}] if last else []
