@@ -22,6 +22,7 @@ from rcpo import distributed
 from rcpo.checkpoint import Checkpoint, Checkpoints
 from rcpo.config import ConfigError, RunConfig, to_container
 from rcpo.config.changes import changes, refuse_changes, refuse_other_run
+from rcpo.divergence import DivergenceWatch
 from rcpo.dynamics import StepDynamics
 from rcpo.metrics import StepSums, pair_values, peak_memory
 from rcpo.nonfinite import NonFiniteWatch
@@ -51,6 +52,8 @@ class Trainer:
         self.engine = session.engine
         self.dynamics = StepDynamics(session.config, session.objective, session.engine)
         self.watch = NonFiniteWatch(session.run_dir, session.config.train)
+        tokens = float(session.datasets.train.lengths[:, 1].mean())
+        self.divergence = DivergenceWatch(session.config, tokens)
         self.checkpoints = Checkpoints(session.run_dir, session.config.checkpoint.keep)
         self.step = 0
         self.stopping = False  # some rank was asked to stop: the same on all of them
@@ -127,6 +130,8 @@ class Trainer:
         every, save_every = self.config.eval.every, self.config.checkpoint.every
         while self.step < self.session.total_steps and not self.stopping:
             row = self.train_step()
+            for line in self.divergence.look(row):
+                tracker.warning(line)
             finished = self.step == self.session.total_steps
             if evaluate is not None and (finished or (every and self.step % every == 0)):
                 self.engine.eval()

@@ -29,6 +29,7 @@ ROWS: list[list[str]] = [
         "runfolder",
         "tracking",
         "metrics",
+        "divergence",
         "reference",
     ],
     [

@@ -58,6 +58,9 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     ]
     flags = parser.parse_intermixed_args(safe)
     flags.overrides = [_plain_switch(override) for override in flags.overrides]
+    for override in flags.overrides:
+        if override.startswith("="):
+            raise ConfigError(f"{override!r}: no key before the sign; overrides are KEY=VALUE")
     _refuse_repeats(flags.overrides)
     flags.parser = parser
     return flags

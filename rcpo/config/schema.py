@@ -115,6 +115,18 @@ class LogConfig:
 
 
 @dataclass(kw_only=True)
+class WatchConfig:
+    """When a run that may be diverging is spoken of, once for each sign; nothing is changed by it.
+
+    `winner` is how many nats a token the winner may lose against the reference (None: any), `patience` the
+    steps in a row after which a certain accuracy with a growing margin, or a clamped α, is a sign.
+    """
+
+    winner: float | None = 0.3
+    patience: int = 50
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The policy: `path` is a folder in the hub's format or a name on the hub, None the packaged `tiny`.
 
@@ -234,6 +246,7 @@ class RunConfig:
     rc: CalibrationConfig = field(default_factory=CalibrationConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

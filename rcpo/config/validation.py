@@ -59,6 +59,8 @@ RANGES = {
     "adapter.alpha": (1, math.inf, True, False),
     "dynamics.every": (0, math.inf, True, False),
     "log.every": (1, math.inf, True, False),
+    "watch.winner": (0, math.inf, False, False),
+    "watch.patience": (1, math.inf, True, False),
     "data.train_examples": (1, math.inf, True, False),
     "data.eval_fraction": (0, 1, True, False),
     "data.max_examples": (1, math.inf, True, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,8 @@ from rcpo.config import RunConfig
 from rcpo.tracking.display import Display, open_display
 from rcpo.tracking.jsonl import JsonLines, Scalar, clean_row, truncate_after
 from rcpo.tracking.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_LINE = (
@@ -78,6 +81,11 @@ class Tracker:
         if self._outputs is not None:
             self._outputs.display.message(text)
 
+    def warning(self, text: str) -> None:
+        """A line for the terminal, the log and wandb's alerts."""
+        if self._outputs is not None:
+            self._outputs.warning(text)
+
     def flush(self) -> None:
         """Have everything logged so far on disk, an evaluation that waits for its row too."""
         if self._outputs is not None:
@@ -140,6 +148,12 @@ class _Outputs:
             self._pending = None
         self._flush_pending()
         self._pending = (step, values)
+
+    def warning(self, text: str) -> None:
+        log.info("warning: %s", text)
+        self.display.message(f"warning: {text}")
+        if self._wandb is not None:
+            self._wandb.alert(text)
 
     def flush(self) -> None:
         self._flush_pending()

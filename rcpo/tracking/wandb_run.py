@@ -64,6 +64,10 @@ class WandbRun:
             }
         )
 
+    def alert(self, text: str) -> None:
+        """A warning, shown on the run's page and sent where the user lets wandb send alerts."""
+        self._run.alert(title="rcpo", text=text)
+
     def close(self, exit_code: int) -> None:
         """Finish the run; wandb shows it as failed for a code other than 0.
 

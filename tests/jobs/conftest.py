@@ -46,9 +46,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Runs]:
     """Every run of this test is of no time, in an empty folder; log handlers are then as before."""
     found = Runs()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        Pool, "_wait", lambda pool, run_dir, slot, given_up: found.process(run_dir, given_up)
-    )
+    monkeypatch.setattr(Pool, "_wait", lambda pool, run_dir, slot, given_up: found.process(run_dir, given_up))
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield found

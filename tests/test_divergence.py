@@ -1,0 +1,60 @@
+"""One warning for each sign, when it is due and not before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rcpo.config import RunConfig
+from rcpo.divergence import DivergenceWatch
+
+
+def watch(reduction: str = "mean", tokens: float = 1.0, **settings: Any) -> DivergenceWatch:
+    config = RunConfig()
+    config.objective.reduction = reduction
+    config.watch.patience = 3
+    for key, value in settings.items():
+        setattr(config.watch, key, value)
+    return DivergenceWatch(config, tokens)
+
+
+def said(rows: list[dict[str, Any]], judge: DivergenceWatch) -> list[str]:
+    return [line for step, row in enumerate(rows, 1) for line in judge.look({"step": step, **row})]
+
+
+@pytest.mark.parametrize(
+    ("reduction", "tokens", "first"),
+    [("mean", 20.0, -0.31), ("sum", 20.0, -6.2), ("importance", 20.0, -0.31)],
+)
+def test_a_falling_winner_is_said_once(reduction: str, tokens: float, first: float) -> None:
+    # 0.3 nats a token: for sums over 20 tokens that is 6 nats
+    rows = [{"logratios/chosen": value} for value in (0.1, first * 0.96, first, 2 * first)]
+    lines = said(rows, watch(reduction, tokens))
+    assert len(lines) == 1 and lines[0].startswith("step 3: the winner lost 0.31 nats a token")
+    assert not said(rows, watch(reduction, tokens, winner=None))
+
+
+def test_certainty_with_a_growing_margin() -> None:
+    right = [{"rewards/accuracies": 1.0, "rewards/margins": margin} for margin in (1.0, 1.5, 1.9, 2.0, 9.0)]
+    lines = said(right, watch())
+    assert len(lines) == 1 and lines[0].startswith("step 4: every pair has been right for 4 steps")
+    broken = [*right[:2], {"rewards/accuracies": 0.9, "rewards/margins": 2.0}, *right[3:]]
+    assert not said(broken, watch())  # the streak starts again, at a margin of 2
+    still = [{"rewards/accuracies": 1.0, "rewards/margins": 1.0}] * 9
+    assert not said(still, watch())
+
+
+def test_alpha_at_its_clamp() -> None:
+    at = [{"rc/alpha": 10.0}] * 2
+    assert not said([*at, {"rc/alpha": 9.0}, *at], watch())
+    lines = said([*at, {"rc/alpha": 0.1}, *at], watch())
+    assert len(lines) == 1 and lines[0].startswith("step 3: α has been at its clamp (0.1) for 3 steps")
+    free = watch()
+    free._alpha_max = None
+    assert not said([{"rc/alpha": 88.0}] * 9, free)
+
+
+def test_values_that_are_missing_say_nothing() -> None:
+    row = {"logratios/chosen": None, "rewards/accuracies": None, "rewards/margins": None, "rc/alpha": None}
+    assert not said([row, {}] * 5, watch())
