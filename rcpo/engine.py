@@ -58,9 +58,15 @@ def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    # said even where nothing is clipped: DeepSpeed's own default clips at 1
-    settings["gradient_clipping"] = (config.train.max_grad_norm if training else None) or 0.0
+    # said even where DeepSpeed clips nothing: its own default clips at 1
+    clips = training and not _plain(config) and config.train.max_grad_norm is not None
+    settings["gradient_clipping"] = config.train.max_grad_norm if clips else 0.0
     return settings
+
+
+def _plain(config: RunConfig) -> bool:
+    """Whether DeepSpeed leaves the optimizer bare: gradient norm and clipping are then the engine's own."""
+    return config.engine.stage == 0 and config.train.dtype == "fp32"
 
 
 def _zero(engine: EngineConfig, training: bool) -> dict[str, Any]:
@@ -86,6 +92,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: RunConfig) -> torch.
         return torch.optim.AdamW(
             parameters, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=True,  # one pass over weights and moments: a quarter of the time of the default on a CPU
         )  # fmt: skip
     return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
 
@@ -141,8 +148,11 @@ class Engine:
             config.eval.parameters_geometry and not training
         )
         self._forward = self._engine.module if by_parameters else self._engine
-        # only here DeepSpeed leaves the optimizer bare and knows no gradient norm
-        self._plain = config.engine.stage == 0 and config.train.dtype == "fp32"
+        self._plain = _plain(config)
+        if self._plain and distributed.world_size() == 1:
+            # nothing to reduce; DeepSpeed would still copy all gradients to one buffer and back
+            self._engine.enable_backward_allreduce = False
+        self._max_norm = config.train.max_grad_norm
 
     @property
     def policy(self) -> Policy:
@@ -190,14 +200,20 @@ class Engine:
             return Update(norm, bool(self._engine.was_step_applied()))
         norm = self._plain_norm()
         if math.isfinite(norm):
+            if self._max_norm is not None and norm > self._max_norm:
+                torch._foreach_mul_(self._gradients(), self._max_norm / (norm + 1e-6))
             self._engine.step()
         else:
             self._engine.zero_grad()
         return Update(norm, math.isfinite(norm))
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.trainable if p.grad is not None]
+
     def _plain_norm(self) -> float:
-        gradients = [p.grad.double() for p in self.trainable if p.grad is not None]
-        return float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()) if gradients else 0.0
+        # rows in fp32, then fp64: millions of elements in fp32 are off by 1e-3, copies in fp64 are large
+        norms = [torch.linalg.vector_norm(gradient, dim=-1).double() for gradient in self._gradients()]
+        return float(torch.stack([norm.square().sum() for norm in norms]).sum().sqrt()) if norms else 0.0
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """The whole model's weights, gathered; None on the ranks other than 0 under ZeRO-3.
