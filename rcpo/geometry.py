@@ -21,6 +21,9 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**25
 """Logits alive at once (128 MiB in fp32): large enough for efficient products at any vocabulary."""
 
+BLOCK_ELEMENTS = 2**22
+"""Of these, as many at a time go through the softmax, and are still in the cache at its next pass."""
+
 
 class Sketch:
     """CountSketch S (k, V) of the vocabulary axis, one signed 1 a column: token v goes to bucket v mod k.
@@ -47,21 +50,22 @@ class Sketch:
             self._signs = self._signs.to(like)
         return self._signs
 
-    def scores(self, probabilities: Tensor, labels: Tensor, slope: Tensor | None) -> Tensor:
-        """S ((e_y − p) ⊙ slope) for each token: (N, V), (N,) → (N, k). Reads the softmax once."""
-        signs = self.signs(probabilities)
-        weighted = probabilities if slope is None else probabilities * slope
-        rows = torch.arange(len(labels), device=labels.device)
-        hit = signs[labels] if slope is None else signs[labels] * slope[rows, labels]
+    def scores(self, excess: Tensor) -> Tensor:
+        """S ((e_y − p) ⊙ f′) of each token, from `excess_` (N, V), which is minus that: (N, k)."""
         if self.exact:
-            scores = -weighted
-        else:
-            scores = probabilities.new_zeros(len(labels), self.size)
-            for start in range(0, self.vocabulary, self.size):
-                block = weighted[:, start : start + self.size]
-                scores[:, : block.shape[1]].addcmul_(block, signs[start : start + self.size], value=-1)
-        scores[rows, labels % self.size] += hit
+            return -excess
+        signs = self.signs(excess)
+        scores = excess.new_zeros(len(excess), self.size)
+        for start in range(0, self.vocabulary, self.size):
+            block = excess[:, start : start + self.size]
+            scores[:, : block.shape[1]].addcmul_(block, signs[start : start + self.size], value=-1)
         return scores
+
+
+def excess_(probabilities: Tensor, labels: Tensor, slope: Tensor | None) -> Tensor:
+    """(p − e_y) ⊙ f′, minus the gradient of log p(y) by the logits: (N, V), (N,) → (N, V), in place of p."""
+    probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return probabilities if slope is None else probabilities.mul_(slope)
 
 
 @dataclass(frozen=True)
@@ -71,16 +75,17 @@ class HeadShape:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits (N, V) in fp32 or better and, with a cap, their derivative by the uncapped ones / scale."""
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits (N, V) in fp32 or better; outside autograd, as they are changed in place."""
         logits = torch.nn.functional.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is None:
-            return logits, None
-        squashed = torch.tanh(logits / self.softcap)
-        return squashed * self.softcap, 1 - squashed.square()
+            logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """f′, the capped logits' derivative by the uncapped ones, from the capped; None without a cap."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square()
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,10 @@ def head_scores(
     with torch.no_grad():
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            logits, slope = head.logits(hidden[part], weight, bias)
-            scores = sketch.scores(torch.softmax(logits, dim=-1), labels[part], slope) * head.scale
-            total += outer_scores(hidden[part], scores, coefficients[part])
+            logits = head.logits(hidden[part], weight, bias)
+            excess = excess_(torch.softmax(logits, dim=-1), labels[part], head.slope(logits))
+            scores = sketch.scores(excess)
+            total += head.scale * outer_scores(hidden[part], scores, coefficients[part])
     return total
 
 

@@ -1,9 +1,10 @@
 """Token log-probs straight from hidden states, a chunk of logits at a time, and their reductions to z.
 
 Only response positions reach the head, so N is the number of response tokens. The log-softmax runs in fp32
-(in fp64 for fp64 inputs). Where all logits fit into one chunk their softmax is kept for the backward pass;
-else each chunk is computed again there, so never more than a chunk of logits is alive. The head geometry's
-sketch (`rcpo.geometry`) is read off the same softmax.
+(in fp64 for fp64 inputs), in place of the logits. Where all of them fit into one chunk it is kept for the
+backward pass; else each chunk is computed again there (as gradient checkpointing does; Wijmans et al. 2024,
+arXiv 2411.09009, for the head), so never more than a chunk of logits is alive. The head geometry's sketch
+(`rcpo.geometry`) is read off the same softmax.
 
 Axes: N response tokens, S sequences, D hidden, V vocabulary, k sketch.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpo.geometry import CHUNK_ELEMENTS, HeadShape, Sketch, outer_scores
+from rcpo.geometry import BLOCK_ELEMENTS, CHUNK_ELEMENTS, HeadShape, Sketch, excess_, outer_scores
 from rcpo.types import PairLogps, TokenBatch
 
 
@@ -33,65 +34,68 @@ class _FusedLogps(torch.autograd.Function):
         chunk: int,
         sketch: Sketch | None,
     ) -> tuple[Tensor, Tensor | None]:
-        wants_gradient = any(ctx.needs_input_grad[:3])
-        keep = wants_gradient and len(labels) <= chunk
-        precision = torch.promote_types(hidden.dtype, torch.float32)
-        logps = torch.empty(len(labels), dtype=precision, device=hidden.device)
-        scores = None if sketch is None else logps.new_empty(len(labels), sketch.size)
-        kept: tuple[Tensor | None, Tensor | None] = (None, None)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
-            logits, slope = shape.logits(hidden[part], weight, bias)
-            log_softmax = torch.log_softmax(logits, dim=-1)
-            del logits
-            logps[part] = log_softmax.gather(1, labels[part, None]).squeeze(1)
-            if keep or scores is not None:
-                probabilities = log_softmax.exp_()
-                if scores is not None and sketch is not None:
-                    scores[part] = sketch.scores(probabilities, labels[part], slope)
-                kept = (probabilities, slope) if keep else kept
+        count = len(labels)
+        keep = any(ctx.needs_input_grad[:3]) and count <= chunk
+        logps = hidden.new_empty(count, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        scores = None if sketch is None else logps.new_empty(count, sketch.size)
+        kept = None
+        for start in range(0, count, chunk):
+            logits = shape.logits(hidden[start : start + chunk], weight, bias)
+            for rows in _blocks(*logits.shape):
+                part = slice(start + rows.start, start + rows.stop)
+                log_softmax = torch.log_softmax(logits[rows], dim=-1)
+                logps[part] = log_softmax.gather(1, labels[part, None]).squeeze(1)
+                if keep or scores is not None:
+                    excess = excess_(log_softmax.exp_(), labels[part], shape.slope(logits[rows]))
+                    if scores is not None and sketch is not None:
+                        scores[part] = sketch.scores(excess)
+                    if keep:
+                        logits[rows] = excess
+            kept = logits if keep else None
         if scores is not None:
             if shape.scale != 1.0:
                 scores *= shape.scale
             ctx.mark_non_differentiable(scores)
-        ctx.save_for_backward(hidden, weight, bias, labels, *kept)
+        ctx.save_for_backward(hidden, weight, bias, labels, kept)
         ctx.shape, ctx.chunk = shape, chunk
         return logps, scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, probabilities, slope = ctx.saved_tensors
+        hidden, weight, bias, labels, kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         shape: HeadShape = ctx.shape
+        coefficients = -shape.scale * grad_logps[:, None]  # (N, 1), for the smaller factor of each product
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias else None
         for start in range(0, len(labels), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            softmax = probabilities
-            if softmax is None:
-                logits, slope = shape.logits(hidden[part], weight, bias)
-                softmax = torch.softmax(logits, dim=-1)
-                del logits
-            scaled = grad_logps[part, None] * shape.scale
-            grad_logits = softmax * -scaled
-            grad_logits.scatter_add_(1, labels[part, None], scaled)
-            if slope is not None:
-                grad_logits *= slope
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(weight.dtype)
+            excess = kept
+            if excess is None:
+                excess = shape.logits(hidden[part], weight, bias)
+                for rows in _blocks(*excess.shape):
+                    softmax = torch.softmax(excess[rows], dim=-1)
+                    excess[rows] = excess_(softmax, labels[part][rows], shape.slope(excess[rows]))
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+                grad_hidden[part] = (excess.to(weight.dtype) @ weight) * coefficients[part]
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), hidden[part].to(grad_weight.dtype))
+                grad_weight.addmm_(excess.T, hidden[part] * coefficients[part])
+            if grad_bias is not None:
+                grad_bias.addmv_(excess.T, coefficients[part, 0])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *[None] * 4,
         )
+
+
+def _blocks(count: int, vocabulary: int) -> list[slice]:
+    """Rows of (count, vocabulary) that go through the softmax together."""
+    size = max(1, BLOCK_ELEMENTS // vocabulary)
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def token_logps(

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from rcpo import geometry
 from rcpo.calibration import DynamicsMeter, RewardCalibrator
-from rcpo.geometry import HeadShape, ScoreGeometry, Sketch, head_scores, outer_scores, parameter_scores
+from rcpo.geometry import (
+    HeadShape,
+    ScoreGeometry,
+    Sketch,
+    excess_,
+    head_scores,
+    outer_scores,
+    parameter_scores,
+)
 from rcpo.incentives import incentives
 from rcpo.logps import token_logps
 from rcpo.objectives import Objective, Specification, get_objective
@@ -31,9 +39,8 @@ def labels_of(tokens: int, vocabulary: int, seed: int = 0) -> Tensor:
 
 
 def matrix_of(sketch: Sketch) -> Tensor:
-    """S (k, V), read off one token at a time: without probabilities the score of label v is S e_v."""
-    nothing = torch.zeros(sketch.vocabulary, sketch.vocabulary, dtype=torch.float64)
-    return sketch.scores(nothing, torch.arange(sketch.vocabulary), None).T
+    """S (k, V), read off one token at a time: where only −e_v is in excess, the score is S e_v."""
+    return sketch.scores(-torch.eye(sketch.vocabulary, dtype=torch.float64)).T
 
 
 # --- Head scores --------------------------------------------------------------------------------------------
@@ -136,11 +143,8 @@ def test_token_scores_are_linear(size: int, seed: int, tokens: int, slopes: bool
     p, labels = torch.softmax(draw(seed, tokens, V), -1), labels_of(tokens, V, seed)
     slope = draw(seed + 1, tokens, V).sigmoid() if slopes else None
     exact = (torch.eye(V, dtype=torch.float64)[labels] - p) * (1 if slope is None else slope)
-    before = p.clone()
-    torch.testing.assert_close(
-        sketch.scores(p, labels, slope), exact @ matrix_of(sketch).T, rtol=1e-12, atol=1e-14
-    )
-    assert torch.equal(p, before)  # the softmax is needed again in the backward pass
+    ours = sketch.scores(excess_(p, labels, slope))
+    torch.testing.assert_close(ours, exact @ matrix_of(sketch).T, rtol=1e-12, atol=1e-14)
 
 
 def test_the_sketch_is_unbiased() -> None:

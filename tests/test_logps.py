@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rcpo import logps as module
 from rcpo.geometry import HeadShape, Sketch
 from rcpo.logps import pair_logps, sequence_logps, token_logps, token_weights
 from rcpo.types import TokenBatch
@@ -23,6 +24,12 @@ SHAPES = [
     HeadShape(scale=1.8, softcap=2.0),
 ]
 CHUNKS = [None, 7, 6, 3, 1]  # 7 = N: the softmax is kept; 6 and 3 leave a remainder of 1
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of V go through the softmax together: chunks of 7 and 3 leave a block of one."""
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2 * V)
 
 
 def head(
