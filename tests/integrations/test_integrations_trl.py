@@ -146,7 +146,8 @@ def test_the_same_run_as_rcpos(tmp_path: Path, objective: str) -> None:
     final = load_file(run / "final" / "model.safetensors")
     for name, value in trainer.model.state_dict().items():
         if name in final:
-            torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-5)
+            # steps of 5e-4, whose rounding AdamW magnifies where a gradient is small; ours is the fused one
+            torch.testing.assert_close(final[name], value, rtol=1e-5, atol=5e-5)
 
 
 LOSSES: list[tuple[list[str], dict[str, Any]]] = [
