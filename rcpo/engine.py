@@ -5,17 +5,15 @@ It knows forward, backward, step and gathered weights; batches, objectives and c
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +22,14 @@ from rcpo import distributed
 from rcpo.config import ConfigError, EngineConfig, RunConfig
 from rcpo.geometry import Sketch
 from rcpo.models import Policy, policy_inputs
+from rcpo.pieces import Saved, collect, find_pieces, publish, restore
 from rcpo.types import TokenBatch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
 
 import deepspeed
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.WARNING)
 # An operator for inference alone, which DeepSpeed would compile at the first start on a CPU and look at in
@@ -42,6 +37,9 @@ deepspeed_logger.setLevel(logging.WARNING)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed calls collectives by names that PyTorch is renaming: a warning for each call, on each rank
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+# what moves in DeepSpeed's loss scalers for fp16, of which each has some
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
@@ -139,10 +137,6 @@ class Engine:
                 dist_init_required=False,
             )
         policy.examine_head()
-        self._files = ShardFiles()
-        self._engine.checkpoint_engine = self._files
-        # not wanted: converters that unpickle anything, and an error on rank 0 alone where the disk is full
-        self._engine._copy_recovery_script = lambda folder: None
         # DeepSpeed's own forward forbids the plain autograd that the parameters' geometry is made of
         by_parameters = config.rc.geometry == "parameters" or (
             config.eval.parameters_geometry and not training
@@ -229,7 +223,7 @@ class Engine:
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Gives the policy these weights, by their names in it; frozen ones may be left out. Collective."""
-        known = dict(self.policy.state_dict(keep_vars=True))
+        known = dict(self.policy.named_parameters())
         lacking = [name for name, value in known.items() if value.requires_grad and name not in weights]
         unknown = weights.keys() - known.keys()
         if lacking or unknown:
@@ -244,22 +238,47 @@ class Engine:
                     ):
                         value.copy_(weights[name])
 
-    def save_checkpoint(self, folder: str, tag: str) -> dict[str, Written]:
-        """Writes this rank's shards to folder/tag; returns its files by path. Collective.
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's share of fp32 weights and optimizer state, as views, by labels of `rcpo.pieces`."""
+        pieces = find_pieces(self._engine)
+        if not self._engine.zero_optimization():  # all ranks hold everything
+            share = distributed.rank(), distributed.world_size()
+            pieces = [piece.share(*share) for piece in pieces]
+        return collect(pieces, self._engine.basic_optimizer)
 
-        Raises OSError on the rank that could not write; the others do not wait for it.
+    def record(self) -> dict[str, Any]:
+        """What goes with `tensors`, ready for JSON: the count of applied updates, the loss scaler's state in
+        fp16, the parameters' shapes.
         """
-        self._files.begin()
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
-        if self._files.failure is not None:
-            raise self._files.failure
-        return self._files.written
+        scaler = self._scaler
+        scale = None if scaler is None else {key: getattr(scaler, key, None) for key in SCALER_STATE}
+        named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named}
+        return {"updates": self._engine.lr_scheduler.last_epoch, "loss_scale": scale, "shapes": shapes}
 
-    def load_checkpoint(self, folder: str, tag: str) -> None:
-        """Restores weights, optimizer and schedule. Collective; raises ConfigError for a foreign file."""
-        path, _ = self._engine.load_checkpoint(folder, tag=tag)
-        if path is None:
-            raise ConfigError(f"resume: DeepSpeed found no checkpoint in {folder}/{tag}")
+    def restore(self, saved: Saved, record: dict[str, Any] | None = None) -> None:
+        """Takes over `tensors` of whatever ranks and stage; a new engine their `record` too. Collective.
+
+        Raises ConfigError for a parameter that is not in them.
+        """
+        restore(find_pieces(self._engine), self._engine.basic_optimizer, saved)
+        publish(self._engine)
+        if record is None:
+            return
+        for _ in range(record["updates"]):  # a schedule is a function of their count
+            self._engine.lr_scheduler.step()
+        if self._scaler is not None and record["loss_scale"] is not None:
+            for key, value in record["loss_scale"].items():
+                if hasattr(self._scaler, key):
+                    setattr(self._scaler, key, value)
+
+    @property
+    def _scaler(self) -> Any:
+        """What holds the loss scale, which only fp16 has."""
+        if not self._engine.fp16_enabled():
+            return None
+        optimizer = self._engine.optimizer
+        return optimizer.loss_scaler if self._engine.zero_optimization() else optimizer.loss_scale_config
 
 
 @dataclass(frozen=True)
@@ -268,82 +287,6 @@ class Update:
 
     grad_norm: float
     applied: bool
-
-
-@dataclass(frozen=True)
-class Written:
-    """A file's size in bytes and SHA-256."""
-
-    size: int
-    sha256: str
-
-
-# what DeepSpeed's checkpoints hold beside tensors and plain values; nothing else is unpickled
-ALLOWED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-
-
-class _HashingFile:
-    """A file opened for writing that hashes what passes; torch hides the errors, so it keeps the first."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self.failure: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        if self.failure is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self.failure = error
-        self._hash.update(data)
-        self._size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """torch calls it; the file is flushed when it is whole."""
-
-    def result(self) -> Written:
-        return Written(self._size, self._hash.hexdigest())
-
-
-class ShardFiles(TorchCheckpointEngine):
-    """DeepSpeed's access to checkpoint files: hashed and synced when written, never executed when read."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.begin()
-
-    def begin(self) -> None:
-        """Forgets what was written before."""
-        self.written: dict[str, Written] = {}
-        self.failure: OSError | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Writes one file; a failure is kept, not raised: the other ranks wait in DeepSpeed's barrier."""
-        try:
-            with open(path, "wb", buffering=1 << 20) as file:
-                hashing = _HashingFile(file)
-                torch.save(state_dict, hashing)  # type: ignore[arg-type]
-                if hashing.failure is not None:
-                    raise hashing.failure
-                file.flush()
-                os.fsync(file.fileno())
-            self.written[path] = hashing.result()
-        except OSError as error:
-            self.failure = self.failure or OSError(error.errno, error.strerror, path)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads one file with the allowed classes only; raises ConfigError for any other."""
-        try:
-            with torch.serialization.safe_globals(ALLOWED_CLASSES):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ConfigError(
-                f"{path} is refused: it holds more than tensors and DeepSpeed's own records, "
-                f"and loading that could run any program ({str(error).splitlines()[0]})"
-            ) from error
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

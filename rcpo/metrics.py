@@ -24,6 +24,9 @@ NAMES = (
     "logratios/rejected",
 )
 
+# what ranks tell each other at the end of a step: asked to stop, a checkpoint is due, one is on the disk
+VOTES = ("stop", "save", "written")
+
 
 def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
     """The per-pair values behind the logged means, as far as objective and reference define them.
@@ -50,8 +53,8 @@ class StepSums:
     """Adds up a rank's micro-batches; `means` reduces once over all ranks."""
 
     def __init__(self) -> None:
-        own = ("loss", "real_tokens", "slots", "pairs", "nonfinite", "stop")
-        self._sums = dict.fromkeys((*own, *NAMES, *map(_count, NAMES)), 0.0)
+        own = ("loss", "real_tokens", "slots", "pairs", "nonfinite")
+        self._sums = dict.fromkeys((*own, *VOTES, *NAMES, *map(_count, NAMES)), 0.0)
 
     def computed(self, tokens: int, slots: int) -> None:
         """What a forward pass computed: real `tokens`, and `slots`, padding and fillers included."""
@@ -75,18 +78,19 @@ class StepSums:
         self._sums["nonfinite"] += not finite
         return finite
 
-    def ask_to_stop(self) -> None:
-        """Rides on the step's reduction: every rank learns that one was asked to stop."""
-        self._sums["stop"] = 1.0
+    def vote(self, name: str) -> None:
+        """One of `VOTES` from this rank: it rides on the step's reduction, so every rank learns of it."""
+        assert name in VOTES, name
+        self._sums[name] = 1.0
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The loss, the mean of each name that the objective defines, the padded share of what was computed;
-        in total `pairs` and `real_tokens`, `nonfinite` micro-batches, and `stop`, the ranks asked to.
+        in total `pairs` and `real_tokens`, `nonfinite` micro-batches, and the ranks that gave each vote.
         """
         total = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
         sums = dict(zip(self._sums, total.tolist(), strict=True))
         means = {name: sums[name] / sums[_count(name)] for name in NAMES if sums[_count(name)]}
-        totals = {name: sums[name] for name in ("loss", "pairs", "real_tokens", "nonfinite", "stop")}
+        totals = {name: sums[name] for name in ("loss", "pairs", "real_tokens", "nonfinite", *VOTES)}
         return {**totals, "padded_share": 1 - sums["real_tokens"] / sums["slots"], **means}
 
 

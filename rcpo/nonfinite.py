@@ -19,6 +19,10 @@ from rcpo.types import PairLogps, TokenBatch
 FOLDER = "nonfinite"
 
 
+class NonFinite(RunError):
+    """A step ended the run, on all ranks."""
+
+
 class NonFiniteWatch:
     """Keeps a step's pairs until the step is judged; counts the steps whose numbers were not finite."""
 
@@ -44,7 +48,7 @@ class NonFiniteWatch:
     def judge(self, bad: bool, row: dict[str, Any]) -> None:
         """Closes a step; `bad` and `row` are the same on all ranks. Collective where `bad`.
 
-        Raises RunError, after writing the record, where the run is to stop.
+        Raises NonFinite, after writing the record, where the run is to stop.
         """
         seen, self._seen = self._seen, []
         if not bad:
@@ -60,9 +64,9 @@ class NonFiniteWatch:
             replace_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         what = f"the loss or gradient of step {row['step']} is not finite; its examples are in {path}"
         if not self.skips:
-            raise RunError(f"{what}; no weight was changed by it (train.on_nonfinite=skip leaves it out)")
+            raise NonFinite(f"{what}; no weight was changed by it (train.on_nonfinite=skip leaves it out)")
         if self.in_a_row > self.limit:
-            raise RunError(f"{what}; more than train.max_nonfinite={self.limit} such steps in a row")
+            raise NonFinite(f"{what}; more than train.max_nonfinite={self.limit} such steps in a row")
 
     def metrics(self) -> dict[str, int]:
         """The count for a metrics row, where steps may be skipped."""

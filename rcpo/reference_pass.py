@@ -32,8 +32,12 @@ from rcpo.reference import keys
 from rcpo.reference.cache import Cache, Say, Wanted
 from rcpo.reference.entry import Sink
 from rcpo.reference.rows import Reference, Rows, StoredReference
+from rcpo.signals import Stopped
 from rcpo.start import read_model, recalls_start, reference_source
 from rcpo.types import TokenBatch
+
+Stop = Callable[[], bool]
+"""Whether this rank was asked to end the run."""
 
 PROGRESS_EVERY = 30.0  # seconds
 Acting = Callable[[], AbstractContextManager[None]]
@@ -74,8 +78,8 @@ class ReferencePass:
             self.other = start
         self._attention = str(policy.model.config._attn_implementation)
 
-    def prepare(self, engine: Engine, data: list[ScoredData], say: Say) -> list[Reference]:
-        """The reference of each dataset. Collective.
+    def prepare(self, engine: Engine, data: list[ScoredData], say: Say, stop: Stop) -> list[Reference]:
+        """The reference of each dataset. Collective; raises Stopped where `stop` says so on any rank.
 
         `engine` holds the policy with its starting weights: a resumed run loads its checkpoint only after
         this, so the reference is never the trained policy, cached or not.
@@ -95,7 +99,7 @@ class ReferencePass:
                 "sides": str(part.sides),
                 "layout": part.layout,
             }
-            fill = _Fill(part, rows, scorer, self._config, say)
+            fill = _Fill(part, rows, scorer, self._config, say, stop)
             values, check = cache.fetch(Wanted(part.name, ingredients, rows.total), fill)
             references.append(StoredReference(rows, values, check))
         scorer.close()
@@ -157,22 +161,27 @@ class _Scorer:
 class _Fill:
     """Scores a dataset, each rank its share, and hands all values to rank 0's sink batch by batch."""
 
-    def __init__(self, data: ScoredData, rows: Rows, scorer: _Scorer, config: RunConfig, say: Say) -> None:
+    def __init__(
+        self, data: ScoredData, rows: Rows, scorer: _Scorer, config: RunConfig, say: Say, stop: Stop
+    ) -> None:
         self._data = data
         self._rows = rows
         self._scorer = scorer
         self._config = config
         self._say = say
+        self._stop = stop
 
     def __call__(self, sink: Sink | None) -> None:
         score = _score(self._scorer.engine(self._config), self._scorer.acting)
         done, spoken = 0, time.monotonic()
         for batch in self._data.batches():
             own = list(self._rows.pieces(batch, score(batch)))
-            gathered = distributed.gather_objects(own)
+            gathered = distributed.gather_objects((self._stop(), own))
+            if any(stop for stop, _ in gathered):
+                raise Stopped("stopped while the reference was computed, before the first step")
             if sink is None:
                 continue
-            for place, values in (piece for part in gathered for piece in part):
+            for place, values in (piece for _, part in gathered for piece in part):
                 sink.write(place, values)
                 done += len(values)
             if time.monotonic() - spoken > PROGRESS_EVERY:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo import distributed
 from rcpo.attention import choose_layout
+from rcpo.caching import cache_folder
 from rcpo.config import ConfigError, RunConfig
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
@@ -24,10 +25,11 @@ from rcpo.dynamics import check_geometry
 from rcpo.engine import Engine
 from rcpo.models import load_config, load_tokenizer
 from rcpo.objectives import Objective, get_objective
-from rcpo.reference.cache import Say
-from rcpo.reference_pass import ReferencePass, ScoredData, check_start
+from rcpo.reference.cache import Cache, Say
+from rcpo.reference.keys import source_hash
+from rcpo.reference_pass import ReferencePass, ScoredData, Stop, check_start
 from rcpo.scoring import Scorer
-from rcpo.start import find_start, load_policy
+from rcpo.start import find_start, load_policy, reference_source
 from rcpo.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -84,16 +86,30 @@ class Session:
         """Whether the reference is a model at hand, which can score what was not in the data."""
         return self.config.reference.mode == "model" and self.heldout.reference is not None
 
-    def prepare_reference(self, say: Say = log.info) -> None:
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Hashes of what a run that goes on has to find unchanged, by names for people. Collective."""
+        config = self.config
+        found = {"the training examples": self.datasets.train.fingerprint}
+        if distributed.is_main():
+            memo = Cache(cache_folder(config.reference.cache), log.info).memo
+            found["the model it starts from"] = source_hash(self.start, config.seed, memo)
+            reference = reference_source(config)
+            if reference is not None:
+                found["the reference model"] = source_hash(reference, config.seed, memo)
+        return distributed.broadcast_object(found)
+
+    def prepare_reference(self, say: Say = log.info, stop: Stop = lambda: False) -> None:
         """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero.
 
         A resumed run calls it before it loads its checkpoint: the policy then still has the weights that it
         started from, and they are the reference. `say` takes lines for the user, on rank 0. Collective.
+        Raises Stopped on all ranks where `stop` says on any that the run is to end.
         """
         if self._reference is None:
             return
         data = self._scored_data()
-        references = self._reference.prepare(self.engine, data, say)
+        references = self._reference.prepare(self.engine, data, say, stop)
         self._reference = None
         for part, reference in zip(data, references):
             scorer = self.scorer if part.dataset is self.datasets.train else self.heldout

@@ -11,6 +11,10 @@ STOPPED = 75  # the exit code of a run that a signal stopped, with its checkpoin
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+class Stopped(Exception):
+    """A signal ended the run; the message says where."""
+
+
 class StopRequest:
     """Remembers, while entered, that this process got a stop signal; the training loop asks it each step.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,22 +18,21 @@ from typing import Any
 import torch
 
 from rcpo import distributed
-from rcpo.checkpoint import Checkpoint, Checkpoints
+from rcpo.checkpoint import Checkpoint
 from rcpo.config import ConfigError, RunConfig, to_container
-from rcpo.config.changes import changes, refuse_changes, refuse_other_run
 from rcpo.divergence import DivergenceWatch
 from rcpo.dynamics import StepDynamics
-from rcpo.metrics import StepSums, pair_values, peak_memory
-from rcpo.nonfinite import NonFiniteWatch
-from rcpo.runfolder import FINISHED_FILE, finished_state, locked
+from rcpo.final import FINAL, save_best, save_model
+from rcpo.metrics import VOTES, StepSums, pair_values, peak_memory
+from rcpo.nonfinite import NonFinite, NonFiniteWatch
+from rcpo.resume import find_checkpoint, is_complete, other_layout, refuse_other_contents
+from rcpo.runfolder import FINISHED_FILE, locked
+from rcpo.saving import BestStep, CheckpointWriter
 from rcpo.session import Session
-from rcpo.signals import STOPPED, StopRequest
-from rcpo.start import MERGED, write_merged
+from rcpo.signals import STOPPED, Stopped, StopRequest
 from rcpo.tracking import Tracker, write_environment
 from rcpo.tracking.jsonl import replace_text
 from rcpo.types import TokenBatch
-
-FINAL = "final"
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +52,10 @@ class Trainer:
         self.watch = NonFiniteWatch(session.run_dir, session.config.train)
         tokens = float(session.datasets.train.lengths[:, 1].mean())
         self.divergence = DivergenceWatch(session.config, tokens)
-        self.checkpoints = Checkpoints(session.run_dir, session.config.checkpoint.keep)
+        self.checkpoints = CheckpointWriter(session.run_dir, session.config)
+        self.best = BestStep(session.config.checkpoint)
         self.step = 0
-        self.stopping = False  # some rank was asked to stop: the same on all of them
+        self.votes = dict.fromkeys(VOTES, 0)  # ranks that gave each in the last step: the same on all of them
         self._stop = stop
 
     def _batch_weight(self, indices: list[int]) -> float:
@@ -79,10 +78,9 @@ class Trainer:
         for place, positions in enumerate(micro):
             batch = session.collate(session.datasets.train, positions)
             self._micro_step(batch, scale, place == len(micro) - 1, sums)
-        if self._stop:
-            sums.ask_to_stop()
+        self._vote(sums)
         means = sums.means(distributed.reduce_sum)
-        self.stopping = means.pop("stop") > 0
+        self.votes = {name: int(means.pop(name)) for name in VOTES}
         bad = means.pop("nonfinite") > 0
         if self.objective.state is not None:
             self.objective.state.step(distributed.reduce_sum, keep=not bad)
@@ -125,71 +123,99 @@ class Trainer:
             loss = scored.logps.sum() * 0.0
         self.engine.backward(loss, last=last)
 
+    def _vote(self, sums: StepSums) -> None:
+        if self._stop:
+            sums.vote("stop")
+        if distributed.is_main() and self.checkpoints.clock.due:
+            sums.vote("save")
+        if self.checkpoints.written:
+            sums.vote("written")
+
     def run(self, tracker: Tracker, evaluate: Evaluate | None) -> None:
         """All remaining steps, with evaluations and checkpoints, until the end or a stop signal."""
-        every, save_every = self.config.eval.every, self.config.checkpoint.every
-        while self.step < self.session.total_steps and not self.stopping:
-            row = self.train_step()
+        every = self.config.eval.every
+        self.checkpoints.clock.start()
+        while not self.finished and not self.stopping:
+            row = self._attempt()
             for line in self.divergence.look(row):
                 tracker.warning(line)
-            finished = self.step == self.session.total_steps
-            if evaluate is not None and (finished or (every and self.step % every == 0)):
+            improved = False
+            if evaluate is not None and (self.finished or (every and self.step % every == 0)):
                 self.engine.eval()
-                tracker.evaluation(self.step, evaluate(self.session))
-            if finished or (self.step - 1) % self.config.log.every == 0:
+                values = evaluate(self.session)
+                tracker.evaluation(self.step, values)
+                improved = self.best.improved(self.step, values)
+            if self.finished or (self.step - 1) % self.config.log.every == 0:
                 tracker.log(row)
-            if (self.stopping and not finished) or (save_every and self.step % save_every == 0):
+            if self.votes["written"] == distributed.world_size():
+                self.checkpoints.finish()
+            if improved or self._save_due():
                 self.save(tracker)
+        self.checkpoints.finish()
+
+    def _attempt(self) -> dict[str, Any]:
+        """A step; where it ends the run, what was being saved is saved."""
+        try:
+            return self.train_step()
+        except NonFinite:
+            self.checkpoints.finish()
+            raise
+
+    def _save_due(self) -> bool:
+        every = self.config.checkpoint.every
+        if self.votes["save"] or (every and self.step % every == 0):
+            return True
+        return self.stopping and not self.finished
+
+    @property
+    def stopping(self) -> bool:
+        """Whether some rank was asked to stop."""
+        return self.votes["stop"] > 0
 
     @property
     def finished(self) -> bool:
         return self.step >= self.session.total_steps
 
-    def save(self, tracker: Tracker) -> Path:
-        """Saves a checkpoint after this step; its metrics are on disk before. Collective."""
+    def save(self, tracker: Tracker) -> None:
+        """Starts to save a checkpoint after this step; its metrics are on disk before. Collective."""
         tracker.flush()
-        return self.checkpoints.save(self.engine, self.step, self.state_dict())
+        self.checkpoints.save(self.engine, self.state_dict(), self.best.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed's shards do not hold, ready for JSON; the same on all ranks."""
-        state, data = self.objective.state, self.session.datasets.train
+        """What is not in the engine, ready for JSON; the same on all ranks."""
+        state = self.objective.state
         return {
             "step": self.step,
             "examples_seen": self.session.batches.examples_seen(self.step),
-            "data": data.fingerprint,
+            "contents": self.session.contents,
             "world_size": distributed.world_size(),
             "config": to_container(self.config),
             "dynamics": self.dynamics.state_dict(),
             "objective": None if state is None else state.state_dict(),
             "nonfinite": self.watch.state_dict(),
+            "best": self.best.state_dict(),
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continues after a checkpoint. Collective; raises ConfigError where the data are others."""
-        state = checkpoint.state
-        if state["data"] != self.session.datasets.train.fingerprint:
-            found = ["the training examples (by their content)"]
-            refuse_changes(found, str(checkpoint.folder), self.config)
+        """Continues after a checkpoint of the same data and models. Collective."""
         checkpoint.load(self.engine)
+        state = checkpoint.state
         self.step = state["step"]
         self.dynamics.load_state_dict(state["dynamics"])
         if self.objective.state is not None and state["objective"] is not None:
             self.objective.state.load_state_dict(state["objective"])
         self.watch.load_state_dict(state["nonfinite"])
+        self.best.load_state_dict(state["best"])
 
-    def save_final(self) -> None:
-        """`final/`: weights, or the adapter, and tokenizer in the hub's format, which transformers loads."""
-        weights = self.engine.state_dict()
+    def save_final(self, say: Callable[[str], None]) -> None:
+        """`final/`, and `best/` where `checkpoint.best` is set; then the run is complete. Collective."""
+        save_model(self.session, FINAL)
+        if self.best.step is not None:
+            taken = save_best(
+                self.session, self.checkpoints.place(self.best.step), self.best.step == self.step
+            )
+            say(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
         if distributed.is_main():
-            final = self.session.run_dir / FINAL
-            scratch = final.with_name(f".{FINAL}.new")
-            shutil.rmtree(scratch, ignore_errors=True)
-            self.engine.policy.model.save_pretrained(scratch, state_dict=weights)
-            self.session.tokenizer.save_pretrained(scratch)
-            if self.config.adapter.save_merged:
-                write_merged(self.session.start.base, scratch, scratch / MERGED, self.config)
-            shutil.rmtree(final, ignore_errors=True)
-            scratch.rename(final)
             state = json.dumps(self.state_dict(), allow_nan=False)
             replace_text(self.session.run_dir / FINISHED_FILE, state + "\n")
         distributed.barrier()
@@ -207,6 +233,8 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
             return 0
         checkpoint = find_checkpoint(config, run_dir)
         session = Session(config, run_dir, training=True)
+        if checkpoint is not None:
+            refuse_other_contents(checkpoint, session)
         if distributed.is_main():
             write_environment(run_dir / "environment.json")
             report = json.dumps(session.datasets.report.as_dict(), indent=2)
@@ -214,54 +242,38 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
         resume_step = None if checkpoint is None else checkpoint.step
         is_main, total = distributed.is_main(), session.total_steps
         with Tracker(run_dir, config, total, is_main, resume_step=resume_step) as tracker:
-            for line in session.datasets.report.lines():
-                tracker.message(line)
-            session.prepare_reference(tracker.message)
-            trainer = Trainer(session, stop)
-            if checkpoint is not None:  # only now: the reference is the policy that training started from
-                trainer.resume(checkpoint)
-                tracker.message(f"continues after step {trainer.step}, from {checkpoint.folder}")
-            trainer.run(tracker, evaluate)
-            if not trainer.finished:
-                tracker.message(f"stopped after step {trainer.step}; resume={run_dir} continues")
+            try:
+                _train(session, checkpoint, tracker, evaluate, stop)
+            except Stopped as stopped:
+                tracker.message(str(stopped))
                 tracker.close(STOPPED)
                 return STOPPED
-            trainer.save_final()
     return 0
 
 
-def is_complete(config: RunConfig, run_dir: Path) -> bool:
-    """Whether the folder's run came to its end as configured. Collective.
-
-    Raises ConfigError where it ended otherwise and left no checkpoint to go on from.
-    """
-    state = distributed.broadcast_object(finished_state(run_dir))
-    if state is None:
-        return False
-    found = changes(state["config"], config)
-    if found and not Checkpoints(run_dir, config.checkpoint.keep).exist():
-        raise ConfigError(
-            f"resume={config.resume}: the run in {run_dir} came to its end and left no checkpoint to go on "
-            f"from with {'; '.join(found)}"
-        )
-    return not found
-
-
-def find_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint | None:
-    """The verified checkpoint that a run continues from; None for a fresh start. Collective.
-
-    Raises ConfigError where it belongs to a run of another configuration, number of processes or stage, and
-    where a fresh run would write over it.
-    """
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
-    if config.resume is None:
-        if checkpoints.exist():
-            raise ConfigError(f"{run_dir} holds checkpoints; resume=auto continues them")
-        return None
-    checkpoint = checkpoints.newest(_warn)
-    if checkpoint is not None:
-        refuse_other_run(checkpoint.state, str(checkpoint.folder), config, distributed.world_size())
-    return checkpoint
+def _train(
+    session: Session,
+    checkpoint: Checkpoint | None,
+    tracker: Tracker,
+    evaluate: Evaluate | None,
+    stop: StopRequest,
+) -> None:
+    """From a loaded session to `final/`; raises Stopped, saying where, on all ranks."""
+    for line in session.datasets.report.lines():
+        tracker.message(line)
+    if any(distributed.gather_objects(bool(stop))):
+        raise Stopped("stopped before the first step")
+    session.prepare_reference(tracker.message, stop.__bool__)
+    trainer = Trainer(session, stop)
+    if checkpoint is not None:  # only now: the reference is the policy that training started from
+        trainer.resume(checkpoint)
+        if (layout := other_layout(checkpoint, session.config)) is not None:
+            tracker.message(layout)
+        tracker.message(f"continues after step {trainer.step}, from {checkpoint.folder}")
+    trainer.run(tracker, evaluate)
+    if not trainer.finished:
+        raise Stopped(f"stopped after step {trainer.step}; resume={session.run_dir} continues")
+    trainer.save_final(tracker.message)
 
 
 @contextmanager
@@ -283,8 +295,3 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 def _say(line: str) -> None:
     if distributed.is_main():
         print(line, flush=True)
-
-
-def _warn(line: str) -> None:
-    if distributed.is_main():
-        log.warning(line)

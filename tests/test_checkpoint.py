@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -14,11 +16,14 @@ import pytest
 import torch
 from tiny import sums_file, tiny_llama
 
-from rcpo import distributed, trainer
-from rcpo.checkpoint import Checkpoints, first_problem
+from rcpo import distributed, resume
+from rcpo.checkpoint import checkpoint_tensors, first_problem
+from rcpo.checkpoint import newest as newest_checkpoint
 from rcpo.config import ConfigError, RunConfig, RunError, to_container
-from rcpo.config.changes import changes, refuse_changes
+from rcpo.config.changes import changes, refuse_changes, refuse_other_run
+from rcpo.pieces import find_pieces
 from rcpo.runfolder import locked, refuse_locked, stored_state
+from rcpo.saving import CheckpointWriter
 from rcpo.session import Session
 from rcpo.trainer import Trainer
 
@@ -56,19 +61,21 @@ def saved(trained: Trainer, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def save(trained: Trainer, run_dir: Path, step: int, keep: int = 2) -> Path:
-    return Checkpoints(run_dir, keep).save(trained.engine, step, {**trained.state_dict(), "step": step})
+def save(trained: Trainer, run_dir: Path, step: int, kept: tuple[int, ...] = ()) -> None:
+    writer = CheckpointWriter(run_dir, trained.config)
+    writer.save(trained.engine, {**trained.state_dict(), "step": step}, kept)
+    writer.finish()
 
 
 def newest(run_dir: Path) -> tuple[int | None, list[str]]:
     """The step that a run in the folder would continue from, and what it says."""
     said: list[str] = []
-    found = Checkpoints(run_dir, 2).newest(said.append)
+    found = newest_checkpoint(run_dir, said.append)
     return None if found is None else found.step, said
 
 
 def shard(run_dir: Path, step: int) -> Path:
-    return max((run_dir / "checkpoints" / f"step-{step}" / "engine").iterdir(), key=os.path.getsize)
+    return max((run_dir / "checkpoints" / f"step-{step}" / "tensors").iterdir(), key=os.path.getsize)
 
 
 def test_a_checkpoint_lists_all_its_files_with_their_hashes(saved: Path) -> None:
@@ -89,6 +96,35 @@ def test_the_last_ones_stay(trained: Trainer, saved: Path) -> None:
     assert names == ["latest", "step-10", "step-2"]
 
 
+def test_a_kept_step_stays_as_long_as_it_is_kept(trained: Trainer, saved: Path) -> None:
+    for step in (3, 4):
+        save(trained, saved, step, kept=(1,))
+    assert sorted(entry.name for entry in (saved / "checkpoints").glob("step-*")) == [
+        "step-1", "step-3", "step-4",
+    ]  # fmt: skip
+    save(trained, saved, 5, kept=(4,))
+    assert sorted(entry.name for entry in (saved / "checkpoints").glob("step-*")) == ["step-4", "step-5"]
+
+
+def test_writing_goes_on_beside_training_from_a_copy(trained: Trainer, tmp_path: Path) -> None:
+    weight = next(trained.engine.policy.parameters())
+    before = weight.detach().clone()
+    writer = CheckpointWriter(tmp_path, trained.config)
+    writer.save(trained.engine, trained.state_dict())
+    assert writer.pending and not (tmp_path / "checkpoints" / "step-1").exists()
+    with torch.no_grad():
+        for held in find_pieces(trained.engine._engine):
+            held.holder.add_(1)
+    writer.finish()
+    with torch.no_grad():
+        for held in find_pieces(trained.engine._engine):
+            held.holder.sub_(1)
+    assert not writer.pending and newest(tmp_path) == (1, [])
+    saved = checkpoint_tensors(tmp_path / "checkpoints" / "step-1")
+    name = next(name for name, p in trained.engine.policy.named_parameters() if p is weight)
+    assert torch.equal(saved.values(name, "fp32", 0, weight.numel()), before.flatten())
+
+
 def test_a_step_taken_again_replaces_its_checkpoint(trained: Trainer, saved: Path) -> None:
     shard(saved, 2).write_bytes(b"old")
     save(trained, saved, 2)
@@ -106,11 +142,11 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-KINDS = [(truncate, name) for name in ("engine", "state.json", "manifest.json")]
+KINDS = [(truncate, name) for name in ("tensors", "state.json", "manifest.json")]
 KINDS += [
-    (flip_a_bit, "engine"),
+    (flip_a_bit, "tensors"),
     (flip_a_bit, "state.json"),
-    (Path.unlink, "engine"),
+    (Path.unlink, "tensors"),
     (Path.unlink, "manifest.json"),
 ]
 
@@ -120,7 +156,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_used(
     damage: Any, name: str, saved: Path
 ) -> None:
     folder = saved / "checkpoints" / "step-2"
-    damage(shard(saved, 2) if name == "engine" else folder / name)
+    damage(shard(saved, 2) if name == "tensors" else folder / name)
     step, said = newest(saved)
     assert step == 1
     assert len(said) == 1 and str(folder) in said[0] and "damaged" in said[0]
@@ -168,19 +204,18 @@ class Program:
 def test_a_program_in_a_checkpoint_is_refused_unexecuted(trained: Trainer, saved: Path) -> None:
     victim = saved / "executed"
     target = shard(saved, 2)
-    state = torch.load(target, weights_only=False)
-    torch.save({**state, "extra": Program(victim)}, target)
+    torch.save({"extra": Program(victim)}, target)
     manifest = saved / "checkpoints" / "step-2" / "manifest.json"  # whoever writes it writes its hash too
     record = json.loads(manifest.read_text())
     digest = subprocess.run(["sha256sum", target], capture_output=True, text=True).stdout.split()[0]
-    record["files"][f"engine/{target.name}"] = {"size": target.stat().st_size, "sha256": digest}
+    record["files"][f"tensors/{target.name}"] = {"size": target.stat().st_size, "sha256": digest}
     manifest.write_text(json.dumps(record))
-    found = Checkpoints(saved, 2).newest(lambda _: None)
+    found = newest_checkpoint(saved, lambda _: None)
     assert found is not None and found.step == 2
     with pytest.raises(ConfigError, match="is refused"):
         found.load(trained.engine)
     assert not victim.exists()
-    torch.load(target, weights_only=False)  # it is armed
+    torch.load(io.BytesIO(target.read_bytes()), weights_only=False)  # it is armed
     assert victim.exists()
 
 
@@ -189,7 +224,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that two checkpoints do not fit on."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(mounted)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(mounted)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs to be root, with the right to mount")
     yield mounted
@@ -213,17 +248,29 @@ def test_random_states_survive_json() -> None:
     assert json.loads(json.dumps(distributed.rng_state())) == before
 
 
-def test_another_number_of_processes_or_stage_is_refused(config: RunConfig, saved: Path) -> None:
+def test_other_ranks_and_stages_go_on_and_it_is_said(config: RunConfig, saved: Path) -> None:
     other = RunConfig(**{**vars(config), "engine": type(config.engine)(stage=2)})
-    with pytest.raises(ConfigError, match=r"1 process.* engine.stage=1.* engine.stage=2"):
-        trainer.find_checkpoint(other, saved)
-    assert trainer.find_checkpoint(config, saved) is not None
+    found = resume.find_checkpoint(other, saved)
+    assert found is not None
+    assert "by 1 process(es) with engine.stage=1; 1 with engine.stage=2" in (
+        resume.other_layout(found, other) or ""
+    )
+    assert resume.other_layout(found, config) is None
+
+
+def test_published_calibration_is_refused_on_another_number_of_ranks(config: RunConfig, saved: Path) -> None:
+    state = {**(stored_state(saved) or {}), "world_size": 2}
+    refuse_other_run(state, "outputs/x", config, 1)
+    other = RunConfig(**{**vars(config), "rc": type(config.rc)(enabled=True, update="microbatch")})
+    state["config"] = to_container(other)
+    with pytest.raises(ConfigError, match="processes: 2 -> 1"):
+        refuse_other_run(state, "outputs/x", other, 1)
 
 
 def test_a_fresh_run_does_not_write_over_checkpoints(config: RunConfig, saved: Path) -> None:
     fresh = RunConfig(**{**vars(config), "resume": None})
     with pytest.raises(ConfigError, match="resume=auto"):
-        trainer.find_checkpoint(fresh, saved)
+        resume.find_checkpoint(fresh, saved)
 
 
 def test_changes_are_shown_key_by_key_and_refused() -> None:
@@ -253,22 +300,24 @@ def test_a_key_that_an_old_checkpoint_lacks_had_its_default() -> None:
 def test_a_run_that_ended_is_complete_and_not_taken_again(
     config: RunConfig, trained: Trainer, tmp_path: Path
 ) -> None:
-    assert not trainer.is_complete(config, tmp_path)
+    assert not resume.is_complete(config, tmp_path)
     (tmp_path / "finished.json").write_text(json.dumps(trained.state_dict()))
-    assert trainer.is_complete(config, tmp_path)
+    assert resume.is_complete(config, tmp_path)
     longer = RunConfig(**{**vars(config), "seed": 5, "resume_changed": "allow"})
     with pytest.raises(ConfigError, match="left no checkpoint to go on from with seed: 1 -> 5"):
-        trainer.is_complete(longer, tmp_path)
+        resume.is_complete(longer, tmp_path)
     save(trained, tmp_path, 1)
-    assert not trainer.is_complete(longer, tmp_path)
+    assert not resume.is_complete(longer, tmp_path)
 
 
-def test_other_data_are_refused(trained: Trainer, saved: Path) -> None:
-    found = Checkpoints(saved, 2).newest(lambda _: None)
+def test_other_data_and_another_model_are_refused(trained: Trainer, saved: Path) -> None:
+    found = newest_checkpoint(saved, lambda _: None)
     assert found is not None
-    found.state["data"] = "another fingerprint"
-    with pytest.raises(ConfigError, match="training examples"):
-        trained.resume(found)
+    for what in ("the training examples", "the model it starts from"):
+        contents = {**found.state["contents"], what: "another hash"}
+        other = dataclasses.replace(found, state={**found.state, "contents": contents})
+        with pytest.raises(ConfigError, match=what):
+            resume.refuse_other_contents(other, trained.session)
 
 
 def test_the_stored_configuration_is_that_of_the_run(config: RunConfig, saved: Path) -> None:

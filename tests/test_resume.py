@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,47 +17,87 @@ from tiny import sums_file, tiny_llama
 
 WORKER = str(Path(__file__).parent / "workers" / "resume.py")
 
-# stages × optimizers × precisions, and what has a state of its own: the calibration and bco's mean
+CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+
+# stages × optimizers × precisions, and what has a state of its own: the calibration and bco's mean; 7 steps
+# of 2 an epoch, continued after step 3 in the middle of an epoch, or after 2 at its end
 CASES: list[dict[str, Any]] = [
-    {"stage": 0, "reference": "model"},
-    {"stage": 1},
+    {"stage": 0, "reference": "model", "stops": [2]},
+    {"stage": 1, "stops": [2, 3]},
     {"stage": 2, "objective": "bco"},
     {"stage": 3, "rc": "microbatch"},
     {"stage": 0, "rc": "off", "micro": 8, "optimizer": "sgd"},
     {"stage": 2, "optimizer": "sgd"},
     {"stage": 3, "dtype": "bf16", "reference": "model"},
+    {"stage": 0, "dtype": "bf16"},
 ]
 
 
 def interrupted(folder: Path, ranks: int, cases: list[dict[str, Any]]) -> dict[str, str]:
     """Runs the cases in one group of real processes: what differs, by case."""
-    model, pairs, output = folder / "model", folder / "pairs.jsonl", folder / "result.json"
-    tiny_llama(model)
-    sums_file(pairs, 24)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    arguments = [str(model), str(pairs), str(output), json.dumps(cases)]
-    subprocess.run([*launcher, WORKER, *arguments], check=True, capture_output=True, timeout=280)
+    output = folder / "result.json"
+    work("compare", folder, ranks, output, cases)
     result: dict[str, str] = json.loads(output.read_text())
     return result
 
 
+def work(what: str, folder: Path, ranks: int, output: Path, cases: list[dict[str, Any]]) -> None:
+    """Runs the worker on so many ranks."""
+    model, pairs = folder / "model", folder / "pairs.jsonl"
+    if not model.exists():
+        tiny_llama(model)
+        sums_file(pairs, 24)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    arguments = [what, str(model), str(pairs), str(output), json.dumps(cases)]
+    subprocess.run([*launcher, WORKER, *arguments], check=True, capture_output=True, timeout=280)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
 @pytest.mark.slow
-@pytest.mark.serial
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_bit_is_the_same_after_two_interruptions(tmp_path: Path, ranks: int) -> None:
-    # 7 steps of 2 an epoch, continued after steps 2 (an epoch's end) and 3 (the middle of one)
-    result = interrupted(tmp_path, ranks, CASES)
+def test_every_bit_is_the_same_after_interruptions(tmp_path: Path) -> None:
+    result = interrupted(tmp_path, 1, CASES)
     assert len(result) == len(CASES)
     assert not {name: problems for name, problems in result.items() if problems}
 
 
+@pytest.mark.slow
+@pytest.mark.serial
+def test_every_bit_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    result = interrupted(tmp_path, 2, [case for case in CASES if case.get("optimizer") != "sgd"])
+    assert len(result) == 6
+    assert not {name: problems for name, problems in result.items() if problems}
+
+
 def test_one_case_of_them(tmp_path: Path) -> None:
-    assert interrupted(tmp_path, 1, [{"stage": 1, "objective": "bco"}]) == {"stage=1 objective=bco": ""}
+    case = {"stage": 1, "objective": "bco", "stops": [2, 3]}
+    assert list(interrupted(tmp_path, 1, [case]).values()) == [""]
 
 
-CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
+@pytest.mark.slow
+@pytest.mark.serial
+def test_other_ranks_and_stages_continue_the_same_run(tmp_path: Path) -> None:
+
+    common = {"objective": "bco"}
+    first = [{"name": "whole", "stop": 7, **common}]
+    for ranks, stop, shift in ((1, 3, 0), (2, 5, 1), (1, 7, 3)):
+        runs = [{"name": f"{n}", "stop": stop, "stage": (n + shift) % 4, **common} for n in range(4)]
+        work("train", tmp_path, ranks, tmp_path, first + runs)
+        first = []
+    expected = rows_of(tmp_path / "whole")
+    for stage in range(4):
+        found = rows_of(tmp_path / f"{stage}")
+        assert [row["step"] for row in found] == list(range(1, 8))
+        for name in ("loss", "grad_norm", "rc/alpha", "examples_seen", "learning_rate", "epoch"):
+            for row, base in zip(found, expected, strict=True):
+                relative = 1e-5 if name == "grad_norm" else 1e-6  # it is 2 here
+                close = math.isclose(row[name], base[name], rel_tol=relative, abs_tol=1e-6)
+                assert close, (stage, name, row["step"], row[name] - base[name])
 
 
 class Runs:
@@ -90,8 +131,7 @@ class Runs:
             time.sleep(0.01)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+        return rows_of(self.folder / name)
 
 
 def ended(program: subprocess.Popen[str], code: int) -> str:

@@ -9,7 +9,7 @@ from rcpo.config.parsing import to_container
 from rcpo.config.schema import ConfigError, RunConfig
 
 # What a run shows, keeps and where it runs: none of it touches a weight. Data files are compared by content.
-FREE_NODES = ("log", "eval", "checkpoint", "wandb", "launch", "dynamics", "watch")
+FREE_NODES = ("log", "eval", "checkpoint", "wandb", "launch", "engine", "dynamics", "watch")
 FREE_KEYS = (
     "resume",
     "resume_changed",
@@ -59,12 +59,11 @@ def refuse_changes(found: list[str], where: str, config: RunConfig) -> None:
 
 
 def refuse_other_run(state: Mapping[str, Any], where: str, config: RunConfig, processes: int) -> None:
-    """Raises ConfigError where a run of `processes` ranks cannot continue a checkpoint's `state`."""
-    then = state["world_size"], state["config"]["engine"]["stage"]
-    if then != (processes, config.engine.stage):
-        raise ConfigError(
-            f"resume={config.resume}: {where} was written by {then[0]} process(es) with engine.stage="
-            f"{then[1]}, and DeepSpeed's shards fit no other; this run has {processes} with engine.stage="
-            f"{config.engine.stage}"
-        )
-    refuse_changes(changes(state["config"], config), where, config)
+    """Raises ConfigError where a run of `processes` ranks is not the one that a checkpoint's `state` is of.
+
+    The ranks' number may change, except where a result depends on what one micro-batch of each rank holds.
+    """
+    found = changes(state["config"], config)
+    if config.rc.enabled and config.rc.update == "microbatch" and state["world_size"] != processes:
+        found.append(f"launch.processes: {state['world_size']} -> {processes} (rc.update=microbatch)")
+    refuse_changes(found, where, config)

@@ -25,9 +25,7 @@ def check_models(config: RunConfig) -> None:
         if folder.is_dir():
             check_folder(key, folder)
         elif not is_hub_name(source):
-            raise ConfigError(
-                f"{key}={source} is not a folder, and cannot be a name on the hub (owner/name)"
-            )
+            raise ConfigError(f"{key}={source} is not a folder, and cannot be a name on the hub (owner/name)")
     _check_adapter(config)
 
 

@@ -220,10 +220,18 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """`every` N steps (0: only when a signal stops the run); the last `keep` stay on disk."""
+    """`every` N steps and every `minutes` (0: not), and when a signal stops the run; the last `keep` stay.
+
+    `best` names a held-out metric whose best checkpoint, by `best_mode` max or min, stays too. `background`
+    False writes while training waits; None: where the optimizer is offloaded, for want of memory.
+    """
 
     every: int = 0
+    minutes: float = 10.0
     keep: int = 2
+    best: str | None = None
+    best_mode: str = "max"
+    background: bool | None = None
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,13 @@ from rcpo.config.data_checks import check_data
 from rcpo.config.model_checks import check_models
 from rcpo.config.schema import ConfigError, RunConfig
 
+# the held-out means that an evaluation while training may have
+BEST_METRICS = (
+    *("eval/loss", "eval/rewards/chosen", "eval/rewards/rejected", "eval/rewards/margins"),
+    *("eval/rewards/accuracies", "eval/logps/chosen", "eval/logps/rejected", "eval/logps/accuracies"),
+    *("eval/logratios/chosen", "eval/logratios/rejected", "eval/winner_fell", "eval/exact_match"),
+)
+
 CHOICES = {
     "resume_changed": ("refuse", "allow"),
     "train.on_nonfinite": ("stop", "skip"),
@@ -33,6 +40,8 @@ CHOICES = {
     "data.layout": ("auto", "shared", "separate"),
     "eval.scorer": ("number", "text", "pattern"),
     "eval.checkpoints": ("final", "all"),
+    "checkpoint.best": BEST_METRICS,
+    "checkpoint.best_mode": ("max", "min"),
     "wandb.mode": ("online", "offline", "disabled"),
 }
 
@@ -76,6 +85,7 @@ RANGES = {
     "eval.max_new_tokens": (1, math.inf, True, False),
     "eval.kl_examples": (0, math.inf, True, False),
     "checkpoint.every": (0, math.inf, True, False),
+    "checkpoint.minutes": (0, math.inf, True, False),
     "checkpoint.keep": (1, math.inf, True, False),
 }
 
@@ -208,6 +218,10 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"objective.nll_coef={objective.nll_coef:g} is not defined for objective.reduction=importance; "
             "set it to 0 or choose another reduction"
+        )
+    if config.checkpoint.best is not None and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.best={config.checkpoint.best} goes by evaluations while training; set eval.every=N"
         )
 
 

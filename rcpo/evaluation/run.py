@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from rcpo import distributed
+from rcpo.checkpoint import checkpoint_weights
 from rcpo.config import ConfigError, RunConfig
 from rcpo.config.model_checks import holds_adapter
 from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
@@ -16,7 +17,6 @@ from rcpo.evaluation.summary import describe, summary_table
 from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
 from rcpo.session import Session
 from rcpo.tracking.jsonl import clean_row, write_lines
-from rcpo.weights import checkpoint_weights
 
 FINAL = "final"
 CHECKPOINTS = "checkpoints.jsonl"

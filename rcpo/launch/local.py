@@ -107,16 +107,15 @@ def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
         print(f"rcpo: {message}", file=sys.stderr)
         log.info("refused: %s", message)
         return REFUSED
+    end = f"; its traceback is in the run's {LOG_FILE}"
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         why = " while it was being stopped" if stopping else ""
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        message = f"it was ended by {name}{why}{hint}"
+        message, end = f"it was ended by {name}{why}{hint}", ""
     log.info("rank %s failed: %s", first.local_rank, message)
     print(
-        f"rcpo: rank {first.local_rank} failed (exit code {first.exitcode}): {message}; "
-        f"its traceback is above and in the run's {LOG_FILE}",
-        file=sys.stderr,
+        f"rcpo: rank {first.local_rank} failed (exit code {first.exitcode}): {message}{end}", file=sys.stderr
     )
     return FAILED
 

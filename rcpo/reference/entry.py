@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rcpo.caching import new_file, sync_folder, write_all
+from rcpo.config import RunError
 
 HEADER = 4096
 SUFFIX = ".logps"
@@ -44,9 +45,9 @@ class Stored:
         self.values: np.ndarray = np.zeros(0, VALUES) if mapped is None else mapped
 
     def check(self) -> None:
-        """Raises RuntimeError where the file was written to since it was opened; deleting it does no harm."""
+        """Raises RunError where the file was written to since it was opened; deleting it does no harm."""
         if self._status() != self._state:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.path} was changed while this run reads its reference log-probs from it; delete the "
                 "file and start the run again (resume=auto continues it)"
             )

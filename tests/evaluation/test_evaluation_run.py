@@ -13,10 +13,10 @@ import torch
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from rcpo.checkpoint import checkpoint_weights
 from rcpo.config import ConfigError, RunConfig
 from rcpo.evaluation.run import evaluate_run
 from rcpo.runfolder import checkpoint_folders
-from rcpo.weights import checkpoint_weights
 
 
 def rcpo(*arguments: str) -> None:

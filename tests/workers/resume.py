@@ -1,20 +1,25 @@
-"""Interrupted and uninterrupted runs in one process group; each rank compares them bit for bit.
+"""Runs in parts, in one process group.
 
-Usage: resume.py MODEL PAIRS OUTPUT CASES; CASES is a JSON list of objects with the keys of `configuration`.
+resume.py compare MODEL PAIRS OUTPUT CASES: interrupted and uninterrupted ones, compared bit for bit on each
+rank; CASES is a JSON list of objects with the keys of `configuration`, and `stops`. OUTPUT gets what differs.
+resume.py train MODEL PAIRS FOLDER RUNS: each of RUNS, objects with `name`, `stop` and such keys, goes on from
+what FOLDER/name holds to the step `stop` and leaves a checkpoint there.
 PAIRS is a JSONL file of 24 pairs and the batch 16: an epoch is two steps, the second one short.
 """
 
 import json
+import random
 import shutil
 import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rcpo import distributed
-from rcpo.checkpoint import Checkpoints
+from rcpo.checkpoint import newest
 from rcpo.config import ObjectiveConfig, RunConfig
 from rcpo.session import Session
 from rcpo.tracking import Tracker
@@ -57,25 +62,36 @@ def configuration(
     return config
 
 
-def run(config: RunConfig, folder: Path, stops: list[int]) -> dict[str, torch.Tensor] | None:
-    """Trains to each stop in a new session that continues the last one's checkpoint; the final weights."""
-    for stop in stops:
-        checkpoints = Checkpoints(folder, keep=2)
-        found = checkpoints.newest(print)
-        session = Session(config, folder, training=True)
-        session.prepare_reference()
-        trainer = Trainer(session)
-        if found is not None:
-            trainer.resume(found)
-        resume_step = None if found is None else found.step
-        with Tracker(folder, config, STEPS, distributed.is_main(), resume_step=resume_step) as tracker:
-            while trainer.step < stop:
-                tracker.log(trainer.train_step())
-            if stop != stops[-1]:
-                trainer.save(tracker)
-                if stop % 2:  # steps after the checkpoint that a crash loses
-                    tracker.log(trainer.train_step())
-    return trainer.engine.state_dict()
+def part(config: RunConfig, folder: Path, stop: int, lost: int = 0, *, save: bool = True) -> Trainer:
+    """Trains to a stop in a new session that continues the folder's newest checkpoint; `lost` more steps
+    come after the checkpoint that it leaves, as before a crash."""
+    found = newest(folder, print)
+    session = Session(config, folder, training=True)
+    session.prepare_reference()
+    trainer = Trainer(session)
+    if found is not None:
+        trainer.resume(found)
+    resume_step = None if found is None else found.step
+    with Tracker(folder, config, STEPS, distributed.is_main(), resume_step=resume_step) as tracker:
+        while trainer.step < stop:
+            tracker.log(trainer.train_step() | draws())
+        if save:
+            trainer.save(tracker)
+            trainer.checkpoints.finish()
+        for _ in range(lost):
+            tracker.log(trainer.train_step() | draws())
+    return trainer
+
+
+def draws() -> dict[str, float]:
+    """Numbers from each generator, which this rank has used more often the higher it is."""
+    for _ in range(1 + distributed.rank()):
+        drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+    return {
+        f"draw {rank} {place}": x
+        for rank, xs in enumerate(distributed.gather_objects(drawn))
+        for place, x in enumerate(xs)
+    }
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -83,11 +99,14 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
-def compare(config: RunConfig, folder: Path) -> str:
-    """What differs between the two runs on any rank; empty if nothing."""
+def compare(config: RunConfig, folder: Path, stops: list[int]) -> str:
+    """What differs on any rank between a run and one that was interrupted at `stops`; empty if nothing."""
     folder.mkdir(exist_ok=True)
     whole, parts = folder / "whole", folder / "parts"
-    expected, weights = run(config, whole, [STEPS]), run(config, parts, [2, 3, STEPS])
+    expected = part(config, whole, STEPS, save=False).engine.state_dict()
+    for stop in stops:
+        part(config, parts, stop, lost=stop % 2)
+    weights = part(config, parts, STEPS, save=False).engine.state_dict()
     problems = []
     if weights is not None and expected is not None:
         problems = [name for name, value in expected.items() if not torch.equal(value, weights[name])]
@@ -102,16 +121,26 @@ def compare(config: RunConfig, folder: Path) -> str:
     return ", ".join(chain.from_iterable(distributed.gather_objects(problems)))
 
 
-def main() -> None:
-    model, pairs, output, cases = sys.argv[1:]
-    distributed.initialize()
+def compare_all(model: str, pairs: str, output: str, cases: list[dict[str, Any]]) -> None:
     results = {}
-    for case in json.loads(cases):
-        config = configuration(model, pairs, **case)
+    for case in cases:
         name = " ".join(f"{key}={value}" for key, value in case.items())
-        results[name] = compare(config, Path(output).with_suffix(""))
+        stops = case.pop("stops", [3])
+        results[name] = compare(configuration(model, pairs, **case), Path(output).with_suffix(""), stops)
     if distributed.is_main():
         Path(output).write_text(json.dumps(results, indent=1))
+
+
+def train_all(model: str, pairs: str, folder: str, runs: list[dict[str, Any]]) -> None:
+    for case in runs:
+        name, stop = case.pop("name"), case.pop("stop")
+        part(configuration(model, pairs, **case), Path(folder) / name, stop)
+
+
+def main() -> None:
+    what, model, pairs, output, text = sys.argv[1:]
+    distributed.initialize()
+    {"compare": compare_all, "train": train_all}[what](model, pairs, output, json.loads(text))
     distributed.shutdown()
 
 

@@ -1,0 +1,43 @@
+"""What a run ends with: weights, or the adapter, and tokenizer in the hub's format, for transformers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rcpo import distributed
+from rcpo.checkpoint import checkpoint_tensors, verify
+from rcpo.session import Session
+from rcpo.start import MERGED, write_merged
+
+FINAL, BEST = "final", "best"
+
+
+def save_model(session: Session, name: str) -> None:
+    """The policy of this moment, in a folder of the run that is whole or not there. Collective."""
+    weights = session.engine.state_dict()
+    if distributed.is_main():
+        folder = session.run_dir / name
+        scratch = folder.with_name(f".{name}.new")
+        shutil.rmtree(scratch, ignore_errors=True)
+        session.engine.policy.model.save_pretrained(scratch, state_dict=weights)
+        session.tokenizer.save_pretrained(scratch)
+        if session.config.adapter.save_merged:
+            write_merged(session.start.base, scratch, scratch / MERGED, session.config)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    distributed.barrier()
+
+
+def save_best(session: Session, checkpoint: Path, is_last: bool) -> str | None:
+    """`best/` from a checkpoint, whose weights the policy has afterwards. Collective.
+
+    Returns why not, where the checkpoint is damaged. `is_last`: it has the policy's weights anyway.
+    """
+    if not is_last:
+        problem = verify(checkpoint)
+        if problem is not None:
+            return f"best/ is not written: {checkpoint} is damaged: {problem}"
+        session.engine.restore(checkpoint_tensors(checkpoint))
+    save_model(session, BEST)
+    return None
