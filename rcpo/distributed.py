@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)
 BROADCAST_ELEMENTS = 1 << 22  # a piece of an array on the device
 
 
@@ -28,8 +27,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize() -> None:
-    """Joins the process group that the launcher's environment describes; alone where there is none."""
+def initialize(timeout_minutes: float = 30) -> None:
+    """Joins the process group that the launcher's environment describes; alone where there is none.
+
+    A collective operation that some rank does not join within the time fails on the others.
+    """
     if dist.is_initialized():
         return
     where = device()
@@ -39,7 +41,7 @@ def initialize() -> None:
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
         return
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     store = dist.HashStore()  # type: ignore[attr-defined]
@@ -126,7 +128,10 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read when the first matrix is multiplied
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers asks for it
         torch.use_deterministic_algorithms(True)
 
 

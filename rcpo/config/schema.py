@@ -190,10 +190,14 @@ class EngineConfig:
 
 @dataclass(kw_only=True)
 class LaunchConfig:
-    """`processes` started on this machine; an external launcher's count takes precedence."""
+    """`processes` started on this machine; an external launcher's count takes precedence.
+
+    A rank that the others wait for longer than `timeout_minutes` ends the run.
+    """
 
     processes: int = 1
     deterministic: bool = False
+    timeout_minutes: float = 30.0
 
 
 @dataclass(kw_only=True)

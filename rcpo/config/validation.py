@@ -78,6 +78,7 @@ RANGES = {
     "data.max_prompt_length": (1, math.inf, True, False),
     "engine.stage": (0, 3, True, True),
     "launch.processes": (1, math.inf, True, False),
+    "launch.timeout_minutes": (0, math.inf, False, False),
     "eval.every": (0, math.inf, True, False),
     "eval.batch_size": (1, math.inf, True, False),
     "eval.max_examples": (1, math.inf, True, False),

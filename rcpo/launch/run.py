@@ -68,7 +68,7 @@ def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
             export_ranks(ranks, os.environ)
         from rcpo import distributed
 
-        distributed.initialize()
+        distributed.initialize(config.launch.timeout_minutes)
         folder = Path(distributed.broadcast_object(None if run_dir is None else str(run_dir)))
         if distributed.is_main():
             print(f"{task.__name__}: {folder}", flush=True)
