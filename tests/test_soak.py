@@ -1,4 +1,4 @@
-"""The fault campaign's short form: `scripts/soak` with few kills."""
+"""The fault campaign's short form."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-SOAK = Path(__file__).resolve().parents[1] / "scripts" / "soak"
+SOAK = Path(__file__).resolve().parents[1] / "scripts" / "soak_main.py"
 
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_kills_at_random_moments_lose_nothing() -> None:
-    command = [sys.executable, str(SOAK), "--kills", "6", "--seed", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def test_no_fault_loses_anything() -> None:
+    command = [sys.executable, str(SOAK), "--kills", "4", "--faults", "--steps", "12", "--seed", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "moments killed                        6" in result.stdout
+    table = {line[:48].strip(): line[48:] for line in result.stdout.splitlines()}
+    assert table["moments killed"] == "4" and table["checkpoints lost"] == "0"
