@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rcpo.report import panels, theme
 from rcpo.report.panels import Panel, dots
-from rcpo.report.probes import CROSSED, MASSES, Probes, fan, pooled
+from rcpo.report.probes import MASSES, Probes, crossed_share, fan, mean_over_pairs, pooled
 from rcpo.report.runs import Run
 from rcpo.report.series import Line, mean_line, stretch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WIDTH = 9.0  # inches
 ROW = 1.75
 
+SIDE_COLOURS = {"winner": theme.WINNER, "loser": theme.LOSER}
 MASS_COLOURS = (theme.WINNER, theme.LOSER, theme.INK, theme.MUTED)
 MASS_STYLES = ("-", "-", (0, (4, 2)), (0, (1, 1.5)))
 
@@ -79,46 +80,62 @@ def side_by_side(columns: Sequence[tuple[str, Sequence[Run]]], chosen: Sequence[
     return figure
 
 
-def fans(columns: Sequence[tuple[str, Sequence[Probes]]], unit: str) -> Figure:
-    """How the probe pairs spread: quantiles of each side, and how many crossed; a column a condition."""
-    figure = _figure(3)
-    grid = figure.subplots(3, len(columns), sharex=True, sharey="row", squeeze=False)
-    for column, (_, probes) in zip(grid.T, columns):
-        for axes, side, colour in zip(column, ("winner", "loser"), (theme.WINNER, theme.LOSER)):
-            _fan(axes, *pooled(probes, side), colour)
-            axes.set_title(f"{side.capitalize()}s of the probe pairs")
-            axes.set_ylabel(unit)
+def fans(columns: Sequence[tuple[str, Sequence[Probes]]], unit: str, *, full: bool = True) -> Figure:
+    """How the probe pairs spread: quantiles of each side, and how many crossed; a column a condition.
+
+    Winners alone where it is not to be `full`.
+    """
+    sides = [side for side in ("winner", "loser") if any(each.knows(side) for _, p in columns for each in p)]
+    rows = [*sides, "crossed"] if full else sides[:1]
+    figure = _figure(len(rows))
+    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
+    for line, row in zip(grid, rows):
+        for axes, (_, probes) in zip(line, columns):
+            if row == "crossed":
+                _crossed(axes, probes, sides)
+            else:
+                _fan(axes, probes, row, unit)
+            if axes is not line[0]:
+                axes.set_ylabel("")
             _finish(axes)
-        _crossed(column[2], probes)
-        _finish(column[2])
-    for row in grid[:, 1:]:
-        for axes in row:
-            axes.set_ylabel("")
     _head(figure, grid, [title for title, _ in columns])
     return figure
 
 
-def _fan(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
+def _fan(axes: Axes, probes: Sequence[Probes], side: str, unit: str) -> None:
+    steps, values = pooled(probes, side)
+    colour = SIDE_COLOURS[side]
     lowest, low, middle, high, highest = fan(values)
+    axes.set_title(f"{side.capitalize()}s of the probe pairs")
+    axes.set_ylabel(unit)
     axes.axhline(0, color=theme.MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.fill_between(steps, lowest, highest, color=colour, alpha=0.15, linewidth=0, label="5 to 95 %")
     axes.fill_between(steps, low, high, color=colour, alpha=0.3, linewidth=0, label="25 to 75 %")
     axes.plot(steps, middle, color=colour, linewidth=1.8, label="median", **dots(middle))
 
 
-def _crossed(axes: Axes, probes: Sequence[Probes]) -> None:
+def _crossed(axes: Axes, probes: Sequence[Probes], sides: Sequence[str]) -> None:
     axes.set_title("Pairs that crossed")
     axes.set_ylabel("percent of pairs")
     axes.set_ylim(-4, 104)
-    steps, winners = pooled(probes, "winner")
-    _, losers = pooled(probes, "loser")
-    disordered = np.concatenate([each.disordered[np.isin(each.steps, steps)] for each in probes], axis=1)
-    for share, colour, label in (
-        ((winners < -CROSSED).mean(axis=1), theme.WINNER, "winner below start"),
-        ((losers > CROSSED).mean(axis=1), theme.LOSER, "loser above start"),
-        (np.nanmean(disordered, axis=1), theme.INK, "loser likelier"),
-    ):
-        axes.plot(steps, 100 * share, color=colour, linewidth=1.5, label=label, **dots(share))
+    for side in sides:
+        steps, values = pooled(probes, side)
+        share = 100 * crossed_share(values, side)
+        label = "winner below start" if side == "winner" else "loser above start"
+        axes.plot(steps, share, color=SIDE_COLOURS[side], linewidth=1.5, label=label, **dots(share))
+    if len(sides) == 2:
+        steps, values = pooled(probes, "disordered")
+        share = 100 * mean_over_pairs(values)
+        style = (0, (4, 2))
+        axes.plot(
+            steps,
+            share,
+            color=theme.INK,
+            linewidth=1.2,
+            linestyle=style,
+            label="loser likelier",
+            **dots(share),
+        )
 
 
 def masses(columns: Sequence[tuple[str, Sequence[Probes]]]) -> Figure:

@@ -38,8 +38,13 @@ class Probes:
 
     @cached_property
     def changes(self) -> dict[str, Table]:
-        """How far both sides are from the reference, or from the first probe without one, (S, E)."""
-        return {"winner": self._change("chosen"), "loser": self._change("rejected")}
+        """How far each side is from the reference, or from the first probe without one, in nats (S, E).
+
+        Beside `winner` and `loser`, `disordered` is 1 where the loser is likelier than the winner, else 0.
+        """
+        winner, loser = self.columns["chosen_logps"], self.columns["rejected_logps"]
+        below = np.where(np.isnan(winner - loser), np.nan, (winner < loser).astype(np.float64))
+        return {"winner": self._change("chosen"), "loser": self._change("rejected"), "disordered": below}
 
     def _change(self, side: str) -> Table:
         if self.has(f"{side}_logratios"):
@@ -47,11 +52,9 @@ class Probes:
         values = self.columns[f"{side}_logps"]
         return values - values[0]
 
-    @property
-    def disordered(self) -> Table:
-        """1 where the loser is likelier than the winner, else 0, (S, E)."""
-        below = self.columns["chosen_logps"] < self.columns["rejected_logps"]
-        return np.where(np.isnan(self.columns["chosen_logps"]), np.nan, below.astype(np.float64))
+    def knows(self, side: str) -> bool:
+        """Whether any pair has that side."""
+        return self.has("chosen_logps" if side == "winner" else "rejected_logps")
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,24 @@ def pooled(probes: Sequence[Probes], side: str) -> tuple[Column, Table]:
 
 
 def fan(values: Table) -> Table:
-    """The `QUANTILES` over pairs at each step, (5, S)."""
-    return np.nanquantile(values, QUANTILES, axis=1)
+    """The `QUANTILES` over pairs at each step, (5, S); NaN where no pair is known."""
+    known = ~np.isnan(values).all(axis=1)
+    quantiles = np.full((len(QUANTILES), len(values)), np.nan)
+    quantiles[:, known] = np.nanquantile(values[known], QUANTILES, axis=1)
+    return quantiles
+
+
+def crossed_share(values: Table, side: str) -> Column:
+    """Of the pairs that are known at each step, the share that is `CROSSED` beyond its start: (S,)."""
+    beyond = values < -CROSSED if side == "winner" else values > CROSSED
+    return mean_over_pairs(np.where(np.isnan(values), np.nan, beyond.astype(np.float64)))
+
+
+def mean_over_pairs(values: Table) -> Column:
+    """Means over the pairs that are known at each step, (S,); NaN where none is."""
+    known = ~np.isnan(values)
+    counts = known.sum(axis=1)
+    return np.where(counts > 0, np.where(known, values, 0.0).sum(axis=1) / np.maximum(counts, 1), np.nan)
 
 
 def crossings(probes: Sequence[Probes]) -> Crossings:

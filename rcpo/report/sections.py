@@ -15,7 +15,7 @@ from rcpo.report.series import stretch
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 ACROSS = [BY_KEY["eval/logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
-MANY_PANELS = 48  # beyond it a condition shows its two main panels: a page is made in seconds
+FEW = 8  # conditions that are shown in full; more show what says most, so that a page is made in seconds
 
 HOW_TO_READ = (
     "The winner should stay at 0, the loser fall. While the ratio r is in the band, a small step neither "
@@ -70,8 +70,8 @@ def _points(width: int) -> str:
     return "Each point is a step." if width == 1 else f"Each point is the mean of {width} steps."
 
 
-def _pair_by_pair(columns: Sequence[Column], name: str = "") -> list[Block]:
-    """The probe set of the columns that have one."""
+def _pair_by_pair(columns: Sequence[Column], name: str = "", *, full: bool = True) -> list[Block]:
+    """The probe set of the columns that have one; winners alone where it is not to be `full`."""
     followed = [(column.title, probes_of(column.runs)) for column in columns]
     followed = [(title, probes) for title, probes in followed if probes]
     if not followed:
@@ -80,8 +80,8 @@ def _pair_by_pair(columns: Sequence[Column], name: str = "") -> list[Block]:
     caption = "The probe pairs at each probe. " + " ".join(
         words.about_crossings(title, crossings(probes)) for title, probes in followed
     )
-    blocks: list[Block] = [Picture(f"{name}pairs", figures.fans(followed, unit), caption)]
-    if _have_masses([each for _, probes in followed for each in probes]):
+    blocks: list[Block] = [Picture(f"{name}pairs", figures.fans(followed, unit, full=full), caption)]
+    if full and _have_masses([each for _, probes in followed for each in probes]):
         caption = (
             "Where the probability goes: log-probs of whole answers, means over probe prompts. A winner and "
             "a loser that fall together hand their mass to other answers, such as the greedy one."
@@ -188,12 +188,12 @@ def _at_a_glance(found: Sequence[Condition]) -> list[Block]:
 
 
 def _side_by_side(groups: Sequence[Group]) -> list[Block]:
-    everything = [run for group in groups for column in group.columns for run in column.runs]
-    count = sum(len(group.columns) for group in groups) * len(figures.all_panels(everything))
-    few = count <= MANY_PANELS
+    few = _are_few(groups)
     blocks: list[Block] = []
     if not few:
-        blocks.append(Paragraph("The two main panels of each condition; `rcpo report` of one run shows all."))
+        blocks.append(
+            Paragraph("The two main panels of each condition; the report of a single run shows all.")
+        )
     for group in groups:
         runs = [run for column in group.columns for run in column.runs]
         if not any(run.last_step for run in runs):
@@ -212,7 +212,13 @@ def _side_by_side(groups: Sequence[Group]) -> list[Block]:
 
 
 def _probes_of_groups(groups: Sequence[Group]) -> list[Block]:
-    return [block for group in groups for block in _pair_by_pair(group.columns, f"{group.slug}-")]
+    full = _are_few(groups)
+    parts = [_pair_by_pair(group.columns, f"{group.slug}-", full=full) for group in groups]
+    return [block for part in parts for block in part]
+
+
+def _are_few(groups: Sequence[Group]) -> bool:
+    return sum(len(group.columns) for group in groups) <= FEW
 
 
 def _downstream(found: Sequence[Condition]) -> list[Block]:

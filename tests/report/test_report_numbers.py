@@ -12,7 +12,7 @@ import pytest
 from report_folders import rows, settings, write_run
 
 from rcpo.report.dynamics import margin, margin_rate, predict_margin
-from rcpo.report.probes import Crossings, crossings, fan, pooled, read_probes
+from rcpo.report.probes import Crossings, crossed_share, crossings, fan, pooled, read_probes
 from rcpo.report.runs import Run, read_run
 from rcpo.report.series import Line, binned, mean_line, stretch
 
@@ -150,7 +150,10 @@ def test_pairs_that_crossed_are_counted(tmp_path: Path, reference: bool) -> None
     assert found is not None and found.steps.tolist() == [0, 10, 20]
     expected = Crossings(pairs=3, winner_ever=2, winner_ended=1, winner_returned=1, loser_ended=1)
     assert crossings([found]) == expected
-    assert found.disordered.sum(axis=1).tolist() == [0, 1, 0]  # −1.2 < −0.5 at step 10 only
+    steps, disordered = pooled([found], "disordered")
+    assert (disordered.sum(axis=1) == [0, 1, 0]).all() and steps.tolist() == [0, 10, 20]  # −1.2 < −0.5
+    assert crossed_share(found.changes["winner"], "winner").tolist() == pytest.approx([0, 2 / 3, 1 / 3])
+    assert crossed_share(found.changes["loser"], "loser").tolist() == pytest.approx([0, 1 / 3, 1 / 3])
     assert found.has("greedy_mass") and not found.has("chosen_mass")
 
 
@@ -162,6 +165,12 @@ def test_fans_are_quantiles_over_the_pairs_of_all_runs(tmp_path: Path) -> None:
     assert steps.tolist() == [0, 10] and values.shape == (2, 5)
     # at step 10: −0.5 −0.2 0.1 0.3 0.5
     assert fan(values)[:, 1].tolist() == pytest.approx([-0.44, -0.2, 0.1, 0.3, 0.46])
+
+
+def test_pairs_that_are_not_known_are_left_out_of_shares_and_fans() -> None:
+    values = np.array([[-1.0, NAN, 0.0], [NAN, NAN, NAN]])
+    np.testing.assert_array_equal(crossed_share(values, "winner"), [0.5, NAN])
+    np.testing.assert_array_equal(fan(values)[2], [-0.5, NAN])
 
 
 def test_missing_torn_or_foreign_probes_are_none(tmp_path: Path) -> None:
