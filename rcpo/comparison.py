@@ -206,7 +206,8 @@ def labelled(settings: Sequence[Mapping[str, Any]], among: Sequence[str] | None 
 def _said(key: str, value: Any) -> str:
     if key == CALIBRATED:
         return "rc=on" if value else "rc=off"
-    return f"{key.removeprefix('objective.')}={'null' if value is None else value}"
+    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{key.removeprefix('objective.')}={shown}"
 
 
 def _identity(settings: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rcpo.comparison import Condition, Contrast, Metric
 from rcpo.report import theme
@@ -49,16 +50,16 @@ def overview(rows: Sequence[Row], metrics: Sequence[Metric]) -> Figure:
     A small dot is a run, a large one the mean of its condition.
     """
     count = 1 + len(metrics)
-    height = ROW * len(rows) + 1.35
+    height = ROW * len(rows) + 1.5
     figure = new_figure(height)
     ratios = [2.0, *([1.0] * len(metrics))]
     left = min(0.35, 0.03 + 0.011 * max(len(row.label) for row in rows))
-    figure.subplots_adjust(left=left, right=0.98, top=1 - 0.72 / height, bottom=0.52 / height, wspace=0.12)
+    figure.subplots_adjust(left=left, right=0.98, top=1 - 0.87 / height, bottom=0.52 / height, wspace=0.12)
     grid = figure.subplots(1, count, sharey=True, squeeze=False, width_ratios=ratios)[0]
     _log_ratios(grid[0], rows)
     for axes, metric in zip(grid[1:], metrics):
         _values(axes, rows, metric.key, theme.INK, 100 if metric.unit == "share" else 1)
-        axes.set_title(metric.title.capitalize())
+        axes.set_title(metric.title.capitalize().replace(" ", "\n", 1))
         axes.set_xlabel("percent" if metric.unit == "share" else metric.unit)
         if metric.unit == "share":
             left, right = axes.get_xlim()
@@ -101,6 +102,7 @@ def _values(axes: Axes, rows: Sequence[Row], key: str, colour: str, scale: float
             means.append(values.mean())
         if len(means) == 2:
             axes.plot(means, [place, place], color=colour, linewidth=1.6, alpha=0.5, zorder=1)
+    axes.xaxis.set_major_locator(MaxNLocator(6 if key in dict(LOG_RATIOS) else 3))
     axes.tick_params(axis="y", left=False)
     axes.grid(axis="y", visible=False)
 
