@@ -105,6 +105,22 @@ def evaluate(ctx: typer.Context) -> None:
     _finish(jobs.evaluate, ctx.args)
 
 
+@app.command(name="data", context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def show_data(ctx: typer.Context) -> None:
+    """Show a dataset as the model will see it, and train nothing. Arguments are those of train.
+
+    \b
+      rcpo data data=ultrafeedback model=qwen2.5-7b
+      rcpo data model=local model.path=DIR data=pairs data.path=pairs.jsonl data.template=chatml show=5
+
+    Examples with prompt and learned tokens in colour (show=3 of them), the template and its special tokens,
+    lengths, what is cut or dropped, and what is both trained on and held out.
+    """
+    from rcpo.preview import preview
+
+    _finish(preview, ctx.args)
+
+
 class FigureFormat(StrEnum):
     """Formats of figure files."""
 

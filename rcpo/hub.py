@@ -76,6 +76,12 @@ def fetch(
     return found
 
 
+def tokenizer_folder(key: str, source: str, revision: str | None = None) -> Path:
+    """The folder of a model's tokenizer and configuration, downloaded without weights if need be."""
+    own = own_folder(source)
+    return own if own is not None else _snapshot(key, source, revision, _TEXTS)
+
+
 def check_weights(key: str, folder: Path, *, pickle: bool) -> None:
     """Raises ConfigError where a folder lacks its model's or adapter's weights, or has only pickled ones."""
     adapter = holds_adapter(folder)

@@ -21,6 +21,7 @@ ROWS: list[list[str]] = [
         "config",
         "distributed",
         "caching",
+        "visible",
         "attention",
         "data",
         "hub",
@@ -36,7 +37,7 @@ ROWS: list[list[str]] = [
         *("pieces", "tensorfiles", "engine", "start", "reference_pass", "scoring", "dynamics", "session"),
         *("checkpoint", "saving", "final", "resume", "nonfinite", "trainer"),
     ],
-    ["evaluation", "comparison", "report", "launch", "jobs", "planner", "integrations", "doctor"],
+    ["evaluation", "comparison", "report", "launch", "jobs", "planner", "integrations", "preview", "doctor"],
     ["cli", "__main__"],
 ]
 ORDER = {module: place for place, module in enumerate(module for row in ROWS for module in row)}

@@ -76,32 +76,46 @@ class TokenCache:
         """Where hashes of files are remembered."""
         return None if self._folder is None else self._folder / "hashes"
 
-    def fetch(self, wanted: Wanted) -> tuple[TokenStore, Meta]:
+    def fetch(self, make: Callable[[], Wanted]) -> tuple[TokenStore, Meta]:
         """The tokens wanted and what became of the rows, the same on every rank. Collective.
 
-        Raises ConfigError where rows are bad and not to be dropped, and for a source that cannot be read.
+        `make` looks for the source; it is called where tokens may have to be made. Raises ConfigError on
+        every rank where rows are bad and not to be dropped, and for a source that cannot be read.
         """
         found: tuple[TokenStore, Meta] | None = None
-        problem: str | None = None
+        problem = key = None
         if distributed.is_main():
-            try:
-                found = self._fetch(wanted)
-            except ConfigError as error:
-                problem = str(error)
-            problem = distributed.broadcast_object((True, problem))[1]
+            found, problem = self._try(make)
+            key = None if found is None else found[1].key
+            distributed.broadcast_object((True, problem, key))
         else:
             done = False
             while not done:
-                done, problem = distributed.broadcast_object(None)
+                done, problem, key = distributed.broadcast_object(None)
             if problem is None:
-                try:
-                    found = self._fetch(wanted)
-                except ConfigError as error:
-                    problem = str(error)
+                found = self._look(key)
+                if found is None:
+                    found, problem = self._try(make)
         problems = [text for text in distributed.gather_objects(problem) if text is not None]
         if problems or found is None:
             raise ConfigError(problems[0])
         return found
+
+    def _try(self, make: Callable[[], Wanted]) -> tuple[tuple[TokenStore, Meta] | None, str | None]:
+        """The tokens, or why there are none: the other ranks have to hear of it."""
+        try:
+            return self._fetch(make()), None
+        except ConfigError as error:
+            return None, str(error)
+
+    def _look(self, key: str | None) -> tuple[TokenStore, Meta] | None:
+        """What rank 0 has kept, where this rank sees it."""
+        if self._folder is None or key is None:
+            return None
+        try:
+            return open_tokens(self._folder / "tokens" / key, key, verify=False)
+        except (Damaged, OSError):  # another machine's folder
+            return None
 
     def _fetch(self, wanted: Wanted) -> tuple[TokenStore, Meta]:
         meta = wanted.meta()
@@ -195,7 +209,7 @@ class TokenCache:
         """Rank 0 tells the ranks that wait in `fetch` that it is alive."""
         if distributed.is_main() and time.monotonic() - self._beaten > HEARTBEAT:
             self._beaten = time.monotonic()
-            distributed.broadcast_object((False, None))
+            distributed.broadcast_object((False, None, None))
 
     def _say_main(self, text: str) -> None:
         if distributed.is_main():

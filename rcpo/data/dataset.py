@@ -147,11 +147,13 @@ class _Loader:
 
     def _load(self, spec: SourceSpec) -> TokenStore:
         config = self._config
-        source = find_source(spec, self._cache.memo)
-        wanted = Wanted(
-            source, self._encoder, self._check, config.max_examples, config.workers, config.on_bad == "drop"
-        )
-        store, meta = self._cache.fetch(wanted)
+        drop = config.on_bad == "drop"
+
+        def make() -> Wanted:
+            source = find_source(spec, self._cache.memo)
+            return Wanted(source, self._encoder, self._check, config.max_examples, config.workers, drop)
+
+        store, meta = self._cache.fetch(make)
         self._report.counts.update(meta.counts)
         for reason, (place, count) in meta.bad.items():
             self._report.dropped[reason] += count

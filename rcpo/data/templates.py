@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.config import ConfigError
 from rcpo.data.records import SFT, BadRow, Content, Message, Row
+from rcpo.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +93,9 @@ class ChatTemplate:
                 **{**self.special, **self.options, **(row.options or {})},
             )
         except (TemplateError, TypeError) as error:  # what it raises itself, and text that is no text
-            raise BadRow(f"the chat template refuses the conversation: {error}") from error
+            # a template may quote the data, which is no text to print as it is
+            reason = visible(str(error), lines=False)[:200]
+            raise BadRow(f"the chat template refuses the conversation: {reason}") from error
         return str(text)
 
     def source_for(self, row: Row) -> str:
