@@ -1,7 +1,7 @@
 """A source's tokens as files: written a piece at a time, checked, and mapped, so that ranks share one copy.
 
 A folder holds `tokens` (int32), `offsets`, `numbers` (int64) and `prompts` (uint64), little-endian, and
-`meta.json`, which says what they are and holds their checksums.
+`meta.json`, which says what they are and holds their checksums; its own is its last line.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class TokenWriter:
             return _store(self.meta, arrays)
         self.close()
         text = json.dumps(asdict(self.meta), ensure_ascii=True, indent=1)
-        (self._folder / META).write_text(text, encoding="ascii")
+        (self._folder / META).write_text(f"{text}\n{_text_hash(text)}", encoding="ascii")
         return open_tokens(self._folder, self.meta.key, verify=False)[0]
 
     def close(self) -> None:
@@ -114,11 +114,10 @@ def open_tokens(folder: Path, key: str, *, verify: bool) -> tuple[TokenStore, Me
 
     Raises FileNotFoundError where there is none, Damaged where it is not whole or not this one.
     """
-    text = (folder / META).read_bytes()
-    try:
-        meta = Meta(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise Damaged("its meta.json is not readable") from error
+    text, _, checksum = (folder / META).read_text(encoding="latin-1").rpartition("\n")
+    if checksum != _text_hash(text):
+        raise Damaged("the checksum of its meta.json is wrong")
+    meta = Meta(**json.loads(text))
     if meta.key != key or set(meta.arrays) != set(ARRAYS):
         raise Damaged("its meta.json is that of something else")
     arrays = {name: _mapped(folder / name, name, meta.arrays[name], verify=verify) for name in ARRAYS}
@@ -136,6 +135,10 @@ def _mapped(path: Path, name: str, known: Sequence[Any], *, verify: bool) -> np.
     if verify and _hash(path) != checksum:
         raise Damaged(f"the checksum of {name} is wrong")
     return np.memmap(path, ARRAYS[name], "r") if size else np.zeros(0, ARRAYS[name])
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("latin-1")).hexdigest()
 
 
 def _hash(path: Path) -> str:
