@@ -20,3 +20,9 @@ def _shown(character: str, *, lines: bool) -> str:
     if (character == "\n" and lines) or unicodedata.category(character) not in _HIDDEN:
         return character
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first: libraries quote bytes of the files that they cannot read."""
+    lines = str(error).strip().splitlines()
+    return visible(lines[0], lines=False) if lines else type(error).__name__

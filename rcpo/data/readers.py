@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rcpo.config import ConfigError
 from rcpo.data.formats import FIELDS
 from rcpo.data.records import BadRow
+from rcpo.visible import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +63,7 @@ def read_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Piece]:
     try:
         yield from reader(path, columns)
     except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def kind(path: Path) -> str:
@@ -165,7 +166,9 @@ def _csv(path: Path, _: Sequence[str]) -> Iterator[Piece]:
                 yield Piece([number for number, _ in some], [row for _, row in some])
         except (csv.Error, UnicodeDecodeError) as error:
             # a quote that never ends or another encoding: where rows begin is not known any more
-            raise ConfigError(f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {error}; mend it") from error
+            raise ConfigError(
+                f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {first_line(error)}; mend it"
+            ) from error
 
 
 def _csv_row(header: list[str], values: list[str], line: int) -> tuple[int, dict[str, Any] | BadRow]:
@@ -183,7 +186,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
         wanted = [name for name in file.schema_arrow.names if name in known(columns)]
         yield from arrow_pieces(file.iter_batches(ROWS, columns=wanted))
     except pa.ArrowException as error:
-        raise ConfigError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+        raise ConfigError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
 
 def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
@@ -201,7 +204,7 @@ def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
                 batches = iter(pa.ipc.open_stream(mapped))
             yield from arrow_pieces(batches, columns)
     except pa.ArrowException as error:
-        raise ConfigError(f"{path} cannot be read as Arrow: {_first_line(error)}") from error
+        raise ConfigError(f"{path} cannot be read as Arrow: {first_line(error)}") from error
 
 
 def arrow_pieces(batches: Iterator[pa.RecordBatch], columns: Sequence[str] | None = None) -> Iterator[Piece]:
@@ -222,18 +225,24 @@ def known(columns: Sequence[str]) -> set[str]:
 
 
 def _from_arrow(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:
-    try:
+    """The rows of a batch, looked through first: borders that lie outside it would end the process."""
+    if _problem(batch) is None:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for row in range(batch.num_rows):
-            try:
-                yield batch.slice(row, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield BadRow("invalid UTF-8")
+        return
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        problem = _problem(row)
+        yield row.to_pylist()[0] if problem is None else problem
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _problem(batch: pa.RecordBatch) -> BadRow | None:
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        return BadRow("invalid UTF-8" if "UTF8" in str(error) else "broken Arrow data")
+    return None
 
 
 _READERS: dict[str, Reader] = {

@@ -16,6 +16,7 @@ from rcpo.caching import file_hash
 from rcpo.config import ConfigError
 from rcpo.config.data import SourceSpec
 from rcpo.data.readers import ROWS, Piece, arrow_pieces, kind, read_file
+from rcpo.visible import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,7 +39,7 @@ class Part:
         try:
             yield from arrow_pieces(_batches(self.dataset), columns)
         except (OSError, ValueError) as error:  # a connection that breaks, a damaged file of the hub
-            raise ConfigError(f"{self.place} cannot be read: {error}") from error
+            raise ConfigError(f"{self.place} cannot be read: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _builder(path: str, spec: SourceSpec) -> Any:
     except (ConnectionError, TimeoutError) as error:
         raise _unreachable(spec, error) from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{spec.key('path')}={spec.path}: {_first_line(error)}") from error
+        raise ConfigError(f"{spec.key('path')}={spec.path}: {first_line(error)}") from error
 
 
 def _on_hub(spec: SourceSpec) -> Source:
@@ -148,7 +149,7 @@ def _on_hub(spec: SourceSpec) -> Source:
     except (ConnectionError, TimeoutError) as error:
         raise _unreachable(spec, error) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{spec.key('path')}={spec.path}: {_first_line(error)}") from error
+        raise ConfigError(f"{spec.key('path')}={spec.path}: {first_line(error)}") from error
     # the builder's hash follows the files' revision on the hub
     fixed = [spec.path, builder.config.name, spec.data_dir, spec.split, builder.hash, _origin(builder)]
     place = f"{spec.path} {spec.split}"
@@ -172,10 +173,6 @@ def _batches(dataset: Any) -> Iterator[pa.RecordBatch]:
 def _unreachable(spec: SourceSpec, error: Exception) -> ConfigError:
     return ConfigError(
         f"{spec.key('path')}={spec.path} is no file or folder here, and the hub cannot be reached "
-        f"({_first_line(error)}). Fetch it where there is a network, `hf download {spec.path} --repo-type "
+        f"({first_line(error)}). Fetch it where there is a network, `hf download {spec.path} --repo-type "
         f"dataset --local-dir DIR`, and give {spec.key('path')}=DIR"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.config import ConfigError
 from rcpo.data.records import SFT, BadRow, Content, Message, Row
-from rcpo.visible import visible
+from rcpo.visible import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError) as error:  # what it raises itself, and text that is no text
             # a template may quote the data, which is no text to print as it is
-            reason = visible(str(error), lines=False)[:200]
+            reason = first_line(error)[:200]
             raise BadRow(f"the chat template refuses the conversation: {reason}") from error
         return str(text)
 
@@ -149,7 +149,7 @@ def _source(wanted: str) -> str:
         try:
             return Path(wanted).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.template={wanted} cannot be read: {error}") from error
+            raise ConfigError(f"data.template={wanted} cannot be read: {first_line(error)}") from error
     if wanted not in named_templates():
         raise ConfigError(f"data.template={wanted}: there is no such template; " + _choices())
     return (resources.files("rcpo") / "assets" / "templates" / f"{wanted}.jinja").read_text(encoding="utf-8")
