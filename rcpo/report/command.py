@@ -14,6 +14,7 @@ from rcpo.report.document import Document
 from rcpo.report.probes import FILE as PROBES
 from rcpo.report.render import save_picture, to_html, to_markdown
 from rcpo.report.runs import (
+    CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     EVALUATION,
@@ -28,7 +29,7 @@ from rcpo.report.sections import document_of
 from rcpo.runfolder import FINISHED_FILE, is_locked
 from rcpo.tracking.jsonl import replace_text
 
-WATCHED = (CONFIG, METRICS, EVALUATION, ENVIRONMENT, SAMPLES, PROBES, FINISHED_FILE)
+WATCHED = (CONFIG, METRICS, EVALUATION, CHECKPOINTS, ENVIRONMENT, SAMPLES, PROBES, FINISHED_FILE)
 
 
 QUIET = 120.0  # seconds: longer than the next run of a sweep takes to log its first step

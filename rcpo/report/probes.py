@@ -22,6 +22,13 @@ MASSES = {
     "ref_greedy_mass": "starting policy's greedy answer",
 }
 
+ANSWERS = {
+    "greedy_length": "greedy answers, tokens",
+    "greedy_repetition": "greedy answers, repeated 4-grams",
+    "sample_length": "drawn answers, tokens",
+    "sample_repetition": "drawn answers, repeated 4-grams",
+}
+
 Table = NDArray[np.float64]
 
 
@@ -87,7 +94,8 @@ def read_probes(folder: Path) -> Probes | None:
     examples, example_of = np.unique(table["example_id"].to_numpy(), return_inverse=True)
     columns = {}
     for name in names:
-        if pa.types.is_floating(table.schema.field(name).type):
+        kind = table.schema.field(name).type
+        if pa.types.is_floating(kind) or (pa.types.is_integer(kind) and name != "step"):
             grid = np.full((len(steps), len(examples)), np.nan)
             grid[step_of, example_of] = table[name].to_numpy().astype(np.float64)
             columns[name] = grid
@@ -125,6 +133,16 @@ def mean_over_pairs(values: Table) -> Column:
     known = ~np.isnan(values)
     counts = known.sum(axis=1)
     return np.where(counts > 0, np.where(known, values, 0.0).sum(axis=1) / np.maximum(counts, 1), np.nan)
+
+
+def first_and_last(probes: Sequence[Probes], key: str) -> tuple[float, float] | None:
+    """Means over pairs and runs at the first and the last probe that has the column; None without any."""
+    ends = []
+    for each in probes:
+        means = mean_over_pairs(each.columns[key]) if key in each.columns else np.zeros(0)
+        known = means[~np.isnan(means)]
+        ends += [(known[0], known[-1])] if len(known) else []
+    return (float(np.mean([a for a, _ in ends])), float(np.mean([b for _, b in ends]))) if ends else None
 
 
 def crossings(probes: Sequence[Probes]) -> Crossings:

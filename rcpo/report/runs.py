@@ -31,6 +31,7 @@ Column = NDArray[np.float64]
 
 CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "evaluation.json"
 ENVIRONMENT, SAMPLES = "environment.json", "samples.jsonl"
+CHECKPOINTS = "evaluation/checkpoints.jsonl"
 STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))(?::\s*(.*))?$")
@@ -53,6 +54,7 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     rows: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
     evaluation: dict[str, float]
     environment: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -84,8 +86,9 @@ class Run:
         return any(row.get(key) is not None for row in self._trained)
 
     def held_out(self, key: str) -> tuple[Column, Column]:
-        """Steps and values of `eval/key` taken during training, each of shape (M,)."""
-        found = [(row["step"], row[f"eval/{key}"]) for row in self.rows if row.get(f"eval/{key}") is not None]
+        """Steps and values of `eval/key`, taken during training or of checkpoints, each of shape (M,)."""
+        records = [row for row in [*self.rows, *self.checkpoints] if row.get(f"eval/{key}") is not None]
+        found = sorted({row["step"]: row[f"eval/{key}"] for row in records}.items())
         steps, values = zip(*found, strict=True) if found else ((), ())
         return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
 
@@ -168,6 +171,7 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         settings=read_settings(folder / CONFIG),
         rows=rows,
+        checkpoints=read_rows(folder / CHECKPOINTS),
         evaluation=read_evaluation(folder / EVALUATION),
         environment=read_object(folder / ENVIRONMENT),
         samples=read_lines(folder / SAMPLES),

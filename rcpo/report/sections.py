@@ -87,7 +87,7 @@ def _pair_by_pair(columns: Sequence[Column], name: str = "", *, full: bool = Tru
             "a loser that fall together hand their mass to other answers, such as the greedy one."
         )
         blocks.append(Picture(f"{name}masses", figures.masses(followed), caption))
-    return blocks
+    return [*blocks, *tables.of_answers(followed)]
 
 
 def _have_masses(probes: Sequence[Probes]) -> bool:

@@ -17,6 +17,7 @@ from rcpo.comparison import (
 from rcpo.evaluation.summary import ROWS, interval
 from rcpo.report import words
 from rcpo.report.document import Table
+from rcpo.report.probes import ANSWERS, Probes, first_and_last
 from rcpo.report.runs import Run, natural
 
 HARNESS = "eval/harness/"
@@ -169,6 +170,21 @@ def present(metrics: Sequence[Metric], found: Sequence[Condition]) -> list[Metri
     """The metrics, each once, that some run of the conditions has."""
     keys = {key for condition in found for run in condition.runs for key in run.values}
     return [metric for metric in dict.fromkeys(metrics) if metric.key in keys]
+
+
+def of_answers(columns: Sequence[tuple[str, Sequence[Probes]]]) -> list[Table]:
+    """Length and repetition of the answers to the probe prompts, first and last; a column a condition."""
+    rows = []
+    for key, title in ANSWERS.items():
+        unit = "share" if key.endswith("repetition") else ""
+        form = Metric(key, title, unit).show if unit else "{:.1f}".format
+        found = [first_and_last(probes, key) for _, probes in columns]
+        if any(found):
+            rows.append(
+                (title, *("–" if ends is None else f"{form(ends[0])} → {form(ends[1])}" for ends in found))
+            )
+    caption = "Answers to the probe prompts: at the first and at the last probe."
+    return [Table(("mean over prompts", *(title for title, _ in columns)), rows, caption)] if rows else []
 
 
 def of_runs(runs: Sequence[Run]) -> Table:

@@ -12,7 +12,7 @@ import pytest
 from report_folders import rows, settings, write_run
 
 from rcpo.report.dynamics import margin, margin_rate, predict_margin
-from rcpo.report.probes import Crossings, crossed_share, crossings, fan, pooled, read_probes
+from rcpo.report.probes import Crossings, crossed_share, crossings, fan, first_and_last, pooled, read_probes
 from rcpo.report.runs import Run, read_run
 from rcpo.report.series import Line, binned, mean_line, stretch
 
@@ -127,6 +127,7 @@ def probes(
             "chosen_logratios": winners[step][pair] if reference else None,
             "rejected_logratios": losers[step][pair] if reference else None,
             "greedy_mass": None if step else -0.5,
+            "greedy_length": None if step == 1 else 4 + 2 * pair + step,
         }
         for step in range(len(winners))
         for pair in range(len(winners[0]))
@@ -134,7 +135,8 @@ def probes(
     folder.mkdir(exist_ok=True)
     schema = pa.schema(
         [("step", pa.int64()), ("example_id", pa.string())]
-        + [(name, pa.float64()) for name in records[0] if name not in ("step", "example_id")]
+        + [("greedy_length", pa.int32())]
+        + [(name, pa.float64()) for name in records[0] if name not in ("step", "example_id", "greedy_length")]
     )
     pq.write_table(pa.Table.from_pylist(records, schema), folder / "probes.parquet")
     return folder
@@ -155,6 +157,8 @@ def test_pairs_that_crossed_are_counted(tmp_path: Path, reference: bool) -> None
     assert crossed_share(found.changes["winner"], "winner").tolist() == pytest.approx([0, 2 / 3, 1 / 3])
     assert crossed_share(found.changes["loser"], "loser").tolist() == pytest.approx([0, 1 / 3, 1 / 3])
     assert found.has("greedy_mass") and not found.has("chosen_mass")
+    assert first_and_last([found], "greedy_length") == (6.0, 8.0)  # 4, 6, 8 and two steps later 6, 8, 10
+    assert first_and_last([found], "sample_length") is None
 
 
 def test_fans_are_quantiles_over_the_pairs_of_all_runs(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def test_columns_hold_nan_where_a_value_is_null_or_absent(tmp_path: Path) -> Non
     np.testing.assert_array_equal(run.column("dynamics/in_band"), [1.0, np.nan])
     steps, values = run.held_out("loss")
     assert (steps.tolist(), values.tolist()) == ([0, 2], [0.5, 0.25])
+    (run.folder / "evaluation").mkdir()
+    later = [{"step": 1, "eval/loss": 0.375}, {"step": 2, "eval/loss": 0.125}, {"step": 0, "eval/kl": 0.1}]
+    (run.folder / "evaluation/checkpoints.jsonl").write_text("".join(json.dumps(row) + "\n" for row in later))
+    steps, values = read_run(run.folder, "run").held_out("loss")
+    assert (steps.tolist(), values.tolist()) == ([0, 1, 2], [0.5, 0.375, 0.125])
     assert run.has("loss") and not run.has("rc/alpha")
 
 
