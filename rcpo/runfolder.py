@@ -25,6 +25,7 @@ LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"  # in a checkpoint: the run's own state
 FINISHED_FILE = "finished.json"  # the same, of a run that came to its end
+OUTCOME_FILE = "outcome.json"  # exit code and reason of a run that somebody waited for
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where it was built
 _NAME = re.compile(r"step-(\d+)")
 

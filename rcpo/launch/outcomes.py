@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rcpo.config import ConfigError
 from rcpo.launch.logs import LOG_FILE
+from rcpo.runfolder import OUTCOME_FILE
 from rcpo.signals import STOPPED
 from rcpo.tracking.jsonl import replace_text
 
@@ -20,7 +21,6 @@ DONE, FAILED, REFUSED = 0, 1, 2
 # set in the environment of the ranks that `launch_workers` starts
 WORKER = "RCPO_WORKER"
 
-OUTCOME_FILE = "outcome.json"  # in the folder of a run that somebody waited for
 _RECORD = re.compile(r"\[[^]]*\]\[[^]]*\]\[[A-Z]+\] - ")  # how configure_log begins a record
 
 log = logging.getLogger(__name__)

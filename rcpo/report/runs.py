@@ -19,6 +19,7 @@ from rcpo.comparison import STEPS_IN_BAND, RunSummary, share_in_band
 from rcpo.config.schema import ConfigError
 from rcpo.runfolder import (
     FINISHED_FILE,
+    OUTCOME_FILE,
     is_locked,
     read_evaluation,
     read_lines,
@@ -164,7 +165,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str) -> Run:
     """Reads a run's folder; raises ConfigError where its config.yaml cannot be read."""
     rows = read_rows(folder / METRICS)
-    error = _last_error(folder / "rcpo.log")
+    error = read_object(folder / OUTCOME_FILE).get("reason") or _last_error(folder / "rcpo.log")
     status = _status(folder, bool(rows), error)
     return Run(
         name=name,

@@ -12,6 +12,7 @@ import pytest
 from report_folders import rows, settings, write_run
 
 from rcpo.config import ConfigError
+from rcpo.launch.outcomes import Outcome
 from rcpo.report.runs import Status, find_runs, read_run, read_runs
 
 
@@ -109,6 +110,13 @@ def test_the_log_says_why_a_run_ended(tmp_path: Path, log: str, expected: str | 
     folder = write_run(tmp_path / "run", settings(), rows(2), finished=False)
     (folder / "rcpo.log").write_text(log)
     assert read_run(folder, "run").error == expected
+
+
+def test_who_waited_for_a_run_knows_how_it_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", settings(), rows(2), finished=False)
+    (folder / "rcpo.log").write_text("Traceback\nRuntimeError: of an earlier try\n")
+    Outcome(1, "ended by SIGKILL").write(folder)
+    assert read_run(folder, "run").error == "ended by SIGKILL"
 
 
 def test_torn_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
