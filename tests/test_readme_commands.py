@@ -1,0 +1,111 @@
+"""Every `rcpo` command of the README runs, made small: one step, few examples, one seed.
+
+What would download a model, or wants a cluster, is composed in its place (`--cfg job`, `--dry-run`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import sums_file, tiny_llama
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SMALL = {
+    "train.max_steps": "1",
+    "train.batch_size": "8",
+    "train.micro_batch_size": "4",
+    "data.train_examples": "32",
+    "eval.max_examples": "8",
+    "eval.generate_examples": "2",
+    "wandb.mode": "disabled",
+}
+# Their weights are on the hub: the configuration alone can be tried.
+DOWNLOADED = re.compile(
+    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard)"
+)
+
+
+def commands() -> list[str]:
+    """The lines of bash blocks that call rcpo, continuations joined, comments left out, each once."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if words[:1] in (["rcpo"], ["./scripts/rcpo"]):
+                found.append(shlex.join(words[1:]))
+    return sorted(set(found))
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with one seed, one objective, two trials and few steps."""
+    words = [re.sub(r"^(seed|objective)=(\w+)(,\w+)+$", r"\1=\2", word) for word in words]
+    words = [re.sub(r"^sweep\.trials=\d+$", "sweep.trials=2", word) for word in words]
+    if any(DOWNLOADED.search(word) for word in words):
+        return [*words, "--cfg", "job"]
+    if words[0] == "submit" and words[1] != "status":
+        return [*words, "--dry-run"]
+    given = {word.partition("=")[0] for word in words}
+    if words[0] in ("report", "doctor", "submit") or "compare" in given:
+        return words
+    kept = [word for word in words if word.partition("=")[0] not in SMALL]
+    fitting = [key for key in SMALL if key != "data.train_examples" or "data=pairs" not in words]
+    return [*kept, *(f"{key}={SMALL[key]}" for key in fitting)]
+
+
+def rcpo(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """One call in a folder, which is also importable from there."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "rcpo.cli", *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=250
+    )
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's commands name: models, data, a run, an adapter, an objective of one's own."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("my-model", "A", "B"):
+        tiny_llama(folder / name)
+    pairs = Path(sums_file(folder / "pairs.jsonl", 60))
+    (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(pairs.read_bytes()))
+    python, yaml = (
+        re.findall(rf"```{kind}\n# (\S+)\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml")
+    )
+    for name, text in [*python, *yaml]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, more in (("my-run", ["checkpoint.every=1"]), ("sft", ["objective=sft", "adapter=lora"])):
+        words = small(["train", f"hydra.run.dir=outputs/{name}", *more])
+        result = rcpo(folder, words)
+        assert result.returncode == 0, result.stderr
+    shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / "mine" / "0")
+    return folder
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) > 10 and "train objective=simpo rc=on" in commands()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands())
+def test_the_command_runs(workspace: Path, command: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(workspace, folder)
+    if "compare=" not in command:  # there it is what another command made
+        shutil.rmtree(folder / "outputs" / "mine")
+    result = rcpo(folder, small(shlex.split(command)))
+    assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-1500:]
