@@ -163,14 +163,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Reads a run's folder; raises ConfigError where its config.yaml cannot be read."""
+    """Reads a run's folder; a run whose config.yaml cannot be read has no settings, and that as its error."""
     rows = read_rows(folder / METRICS)
     error = read_object(folder / OUTCOME_FILE).get("reason") or _last_error(folder / "rcpo.log")
+    settings: dict[str, Any] = {}
+    try:
+        settings = read_settings(folder / CONFIG)
+    except ConfigError as problem:
+        error = str(problem)
     status = _status(folder, bool(rows), error)
     return Run(
         name=name,
         folder=folder,
-        settings=read_settings(folder / CONFIG),
+        settings=settings,
         rows=rows,
         checkpoints=read_rows(folder / CHECKPOINTS),
         evaluation=read_evaluation(folder / EVALUATION),

@@ -121,14 +121,10 @@ def _of_runs(runs: Sequence[Run], title: str) -> Document:
 
 @dataclass(frozen=True)
 class Group:
-    """Columns that are shown beside each other."""
+    """Columns that are shown beside each other; `name` is its figures', no other group's."""
 
-    label: str
+    name: str
     columns: Sequence[Column]
-
-    @property
-    def slug(self) -> str:
-        return "".join(letter if letter.isalnum() else "-" for letter in self.label.lower())
 
 
 def _groups(rows: Sequence[overview.Row], runs: dict[str, Run]) -> list[Group]:
@@ -137,22 +133,31 @@ def _groups(rows: Sequence[overview.Row], runs: dict[str, Run]) -> list[Group]:
     def column(title: str, condition: Condition) -> Column:
         return Column(title, [runs[run.name] for run in condition.runs])
 
-    found, alone = [], []
+    labels: list[str] = []
+    found: list[list[Column]] = []
+    alone: list[Column] = []
     for row in rows:
         if row.base is not None and row.calibrated is not None:
-            sides = [
-                column(f"{row.label} without calibration", row.base),
-                column(f"{row.label} with calibration", row.calibrated),
-            ]
-            found.append(Group(row.label, sides))
+            labels.append(row.label)
+            sides = {"without calibration": row.base, "with calibration": row.calibrated}
+            found.append([column(f"{row.label} {how}", condition) for how, condition in sides.items()])
         else:
             condition = row.base or row.calibrated
             assert condition is not None
             alone.append(column(condition.label, condition))
     for place in range(0, len(alone), 2):
-        columns = alone[place : place + 2]
-        found.append(Group(" and ".join(each.title for each in columns), columns))
-    return found
+        found.append(alone[place : place + 2])
+        labels.append(" and ".join(each.title for each in found[-1]))
+    return [Group(name, columns) for name, columns in zip(_file_names(labels), found)]
+
+
+def _file_names(labels: Sequence[str]) -> list[str]:
+    """Short names of letters, digits and dashes, no two alike."""
+    names: list[str] = []
+    for label in labels:
+        name = "".join(letter if letter.isalnum() else "-" for letter in label.lower())[:60]
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
 
 
 def _status(runs: Sequence[Run]) -> str:
@@ -206,14 +211,14 @@ def _side_by_side(groups: Sequence[Group]) -> list[Block]:
         if few:
             caption += " " + words.about_prediction(runs[0], predict_margin(runs[0], width))
         blocks.append(
-            Picture(f"training-{group.slug}", figures.side_by_side(columns, chosen), caption.strip())
+            Picture(f"training-{group.name}", figures.side_by_side(columns, chosen), caption.strip())
         )
     return blocks
 
 
 def _probes_of_groups(groups: Sequence[Group]) -> list[Block]:
     full = _are_few(groups)
-    parts = [_pair_by_pair(group.columns, f"{group.slug}-", full=full) for group in groups]
+    parts = [_pair_by_pair(group.columns, f"{group.name}-", full=full) for group in groups]
     return [block for part in parts for block in part]
 
 

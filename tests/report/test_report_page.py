@@ -160,8 +160,18 @@ def test_any_run_gives_a_page_alone_and_among_others(tmp_path: Path) -> None:
         _, page = page_of(tmp_path / "all" / name)
         assert page.counts["svg"] == (0 if name == "no step" else 1), name
         assert not re.search(r"\bnan\b|\binf\b", page.words), name
+    (write_run(tmp_path / "all" / "torn", settings(), rows(2)) / "config.yaml").write_text("a: [")
     _, page = page_of(tmp_path / "all")
-    assert "9 runs: 8 finished, 1 ended early" in page.words
+    assert "10 runs: 9 finished, 1 ended early" in page.words
+
+
+def test_figures_of_like_labels_have_names_of_their_own(tmp_path: Path) -> None:
+    for index, objective in enumerate(("a/b", "a?b", "a_" + 300 * "b", "a_" + 300 * "b" + "c") * 2):
+        write_run(tmp_path / str(index), settings(objective, rc=index > 3), rows(2))
+    report(Request([tmp_path], figures="svg"))
+    files = [path.name for path in (tmp_path / "report_figures").glob("training-*")]
+    assert len(files) == 4 and max(map(len, files)) < 100
+    assert max(Page((tmp_path / "report.html").read_text()).ids.values()) == 1
 
 
 def test_two_runs_are_shown_beside_each_other_in_the_folder_that_holds_both(tmp_path: Path) -> None:

@@ -123,8 +123,12 @@ def test_torn_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", settings(), rows(2))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 0.')
+    (folder / "config.yaml").write_text("a: [")
     (folder / "evaluation.json").write_text("{")
     (folder / "environment.json").unlink()
     (folder / "samples.jsonl").write_text(json.dumps({"step": 1}) + "\n[1]\n{")
     run = read_run(folder, "run")
     assert (run.last_step, run.evaluation, run.environment, run.samples) == (2, {}, {}, [{"step": 1}])
+    assert run.settings == {} and run.status is Status.FINISHED
+    (folder / "finished.json").unlink()
+    assert "config.yaml cannot be read" in str(read_run(folder, "run").error)
