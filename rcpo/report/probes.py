@@ -85,7 +85,8 @@ def read_probes(folder: Path) -> Probes | None:
 
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid):
+        table.validate(full=True)  # damage that is not looked for would end the process
+    except (OSError, pa.ArrowException):
         return None
     names = set(table.column_names)
     if not table.num_rows or not {"step", "example_id", "chosen_logps", "rejected_logps"} <= names:
