@@ -66,13 +66,12 @@ class StepSums:
 
         Returns whether everything added was finite.
         """
-        loss = float(losses.detach().double().sum())
-        finite = math.isfinite(loss)
+        totals = [value.detach().double().sum() for value in (losses, *values.values())]
+        loss, *others = torch.stack(totals).tolist()  # one wait for the device, not one for each
+        finite = math.isfinite(loss) and all(map(math.isfinite, others))
         self._sums["loss"] += loss
         self._sums["pairs"] += len(losses)
-        for name, value in values.items():
-            total = float(value.detach().double().sum())
-            finite = finite and math.isfinite(total)
+        for (name, value), total in zip(values.items(), others, strict=True):
             self._sums[name] += total
             self._sums[_count(name)] += len(value)
         self._sums["nonfinite"] += not finite

@@ -141,10 +141,11 @@ class TokenBatch:
         return len(self.weights)
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch on another device; copies do not block where the memory is pinned."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        """The batch on another device; on a GPU the copies run beside its work, from pinned memory."""
+
+        def move(value: Tensor) -> Tensor:
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: move(v) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
