@@ -1,12 +1,14 @@
 """Measures rcpo side by side with its peers; writes outputs/bench/results.json and results.md.
 
-    scripts/bench [--pairs FILE] [--full] [--only peers,calibration,vocabulary,lengths,phases]
+    scripts/bench [--pairs FILE] [--full] [--only peers,calibration,vocabulary,lengths,epochs,phases,start]
 
 peers        rcpo (rc=on) and TRL's DPOTrainer: same model, tokens, batches and order; reference precomputed
 calibration  a step without dynamics, with them, with rc=on, and calibrated the published way
 vocabulary   peak memory from V = 8k to 128k, head frozen and trained
 lengths      sequence lengths and prompt shares, in both layouts of rows
+epochs       time of a token where an epoch has 64 to 2,048 pairs of data
 phases       where a step's time goes; with 1 process and with 2, ZeRO 0 and 3
+start        from the command to the end of the first step; the packaged model
 
 Each side is a process of its own and takes a step when it is asked to, so that the sides alternate and share
 whatever else the machine does; medians over the steps, and of the ratios step by step. Memory is the
@@ -18,93 +20,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import torch
 from bench_inputs import Size, prepare
+from bench_side import ROOT, Json, Side, machine, summary
 
-ROOT = Path(__file__).resolve().parents[1]
-
-Json = dict[str, Any]
 MB = 1e6
-
-
-class Side:
-    """One side: its processes, asked together for each step."""
-
-    def __init__(
-        self, folder: Path, size: Size, side: str = "rcpo", processes: int = 1, **settings: Any
-    ) -> None:
-        threads = settings.setdefault("threads", max(1, len(os.sched_getaffinity(0)) // processes))
-        settings |= {"side": side, "folder": str(folder), "size": asdict(size), "processes": processes}
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "TQDM_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_WAIT_POLICY": "passive",  # threads that wait do not take the other side's turn
-        }
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        if not torch.cuda.is_available():
-            environment.setdefault("DS_ACCELERATOR", "cpu")
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment |= address | {"WORLD_SIZE": str(processes)}
-        self._log = folder / f"{side}-{os.urandom(4).hex()}.log"
-        self._processes = []
-        for rank in range(processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            with self._log.open("ab") as log:
-                process = subprocess.Popen(
-                    [sys.executable, str(ROOT / "scripts" / "bench_worker.py"), json.dumps(settings)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                    env=environment | own,
-                )  # fmt: skip
-            self._processes.append(process)
-        self.ready = self._answers()[0]
-
-    def _answers(self) -> list[Json]:
-        answers = []
-        for process in self._processes:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                lines = "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
-                self.close()
-                raise SystemExit(f"bench: a side ended; its log {self._log} ends with\n{lines}")
-            answers.append(json.loads(line))
-        return answers
-
-    def step(self, number: int, variant: str = "rc") -> Json:
-        """Takes one step; the slowest process's time and phases, the largest one's memory."""
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"step": number, "variant": variant}) + "\n")
-            process.stdin.flush()
-        answers = self._answers()
-        slowest = max(answers, key=lambda answer: answer["seconds"])
-        return slowest | {"peak": max(answer["peak"] for answer in answers)}
-
-    def close(self) -> None:
-        for process in self._processes:
-            if process.stdin:
-                process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 class Bench:
@@ -287,6 +216,60 @@ class Bench:
         self.table("Where a step's time goes (rc=on); of two processes the slower one",
                    ["processes", "ZeRO", "step, s", "peak, MB", *names], rows)  # fmt: skip
 
+    def epochs(self) -> None:
+        """64 pairs, once, 8 and 32 times an epoch; a small model, so that what is beside it shows."""
+        size = replace(self.size, vocabulary=8192, hidden=64, layers=2, heads=2, length=256)
+        pairs = 64
+        steps = pairs // size.pairs
+        source = prepare(self.work / "epochs", size, steps, None)
+        sides = {}
+        for copies in (1, 8, 32) if self.arguments.full else (1, 8):
+            folder = shutil.copytree(source, self.work / f"epochs-{copies}")
+            (folder / "pairs.jsonl").write_text((source / "pairs.jsonl").read_text() * copies)
+            sides[copies] = Side(folder, size, variants=["rc"])
+        times: dict[int, list[float]] = {copies: [] for copies in sides}
+        draw = random.Random(0)
+        for part in range(-1, max(sides)):  # 16 steps each in turn, until the longest epoch is over
+            for copies in draw.sample(list(sides), len(sides)):
+                answers = [sides[copies].step((part + 1) * steps + step) for step in range(steps)]
+                if part >= 0:
+                    seconds = sum(answer["seconds"] for answer in answers)
+                    times[copies].append(1e3 * seconds / sum(answer["tokens"] for answer in answers))
+        rows, result = [], []
+        for copies, side in sides.items():
+            side.close()
+            count, own = pairs * copies, median(times[copies])
+            ratio = median(mine / base for mine, base in zip(times[copies], times[1]))
+            passed = 1e3 * side.ready["reference_seconds"] / count
+            result.append({"pairs": count, "milliseconds": own, "ratio": ratio,
+                           "reference_milliseconds": passed})  # fmt: skip
+            rows.append([f"{count:,}", f"{own:.4f}", f"{ratio:.3f}", f"{passed:.2f}"])
+        self.results["epochs"] = result
+        self.table("Time of a token against an epoch's data",
+                   ["pairs", "ms a token", "× of 64 pairs", "reference pass, ms a pair"], rows)  # fmt: skip
+
+    def start(self) -> None:
+        """The default run with nothing cached, and again."""
+        rows, result = [], {}
+        environment = os.environ | {"RCPO_CACHE": str(self.work / "start-cache"), "OMP_NUM_THREADS": "1",
+                                    "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}  # fmt: skip
+        for name in ("nothing cached", "reference cached"):
+            folder = self.work / "start" / name.split()[0]
+            command = [sys.executable, "-m", "rcpo.cli", "train", f"hydra.run.dir={folder}"]
+            began, metrics = time.perf_counter(), folder / "metrics.jsonl"
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       env=environment)  # fmt: skip
+            while not (metrics.exists() and metrics.stat().st_size):
+                time.sleep(0.02)
+                if process.poll() is not None:
+                    raise SystemExit(f"bench: {' '.join(command)} ended with {process.returncode}")
+            result[name] = time.perf_counter() - began
+            process.terminate()
+            process.wait()
+            rows.append([name, f"{result[name]:.1f}"])
+        self.results["start"] = result
+        self.table("`rcpo train` to the end of its first step", ["", "seconds"], rows)
+
     def write(self) -> None:
         """results.json and results.md, after each measurement."""
         out = Path(self.arguments.out)
@@ -300,40 +283,7 @@ class Bench:
         (out / "results.md").write_text("\n".join([note, *self.tables]), encoding="utf-8")
 
 
-def summary(answers: list[Json], base: list[Json]) -> Json:
-    """Medians of a side; a ratio is the median over steps of its time by the base's in the same step.
-
-    The processor's seconds tell more than the clock's where other processes use the same cores.
-    """
-
-    def ratio(key: str) -> float:
-        return median(own[key] / other[key] for own, other in zip(answers, base, strict=True))
-
-    fastest = min(own["seconds"] for own in answers)
-    return {
-        "seconds": median(own["seconds"] for own in answers),
-        "fastest": fastest,
-        "ratio": ratio("seconds"),
-        "cpu_seconds": median(own["cpu_seconds"] for own in answers),
-        "cpu_ratio": ratio("cpu_seconds"),
-        "fastest_ratio": fastest / min(other["seconds"] for other in base),
-        "peak": max(own["peak"] for own in answers),
-        "all_seconds": [own["seconds"] for own in answers],
-    }
-
-
-def machine() -> Json:
-    """What the numbers depend on, and nothing that names the machine."""
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-PARTS = ("peers", "calibration", "vocabulary", "lengths", "phases")
+PARTS = ("peers", "calibration", "vocabulary", "lengths", "epochs", "phases", "start")
 
 
 def main() -> int:

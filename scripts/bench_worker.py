@@ -126,7 +126,9 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         rcpo.start.read_model = frozen
     distributed.initialize()
     session = Session(config, folder, training=True)
+    began = time.perf_counter()
     session.prepare_reference(lambda line: None)
+    passed = time.perf_counter() - began
     trainer = Trainer(session)
     phases = Phases()
     if settings.get("phases"):
@@ -137,7 +139,8 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         kind = PublishedCalibration if name == "published" else StepDynamics
         variants[name] = kind(config, session.objective, session.engine)
     parameters = sum(p.numel() for p in session.engine.policy.parameters())
-    channel.answer(ready=True, parameters=parameters, layout=session.layout, **memory())
+    channel.answer(ready=True, parameters=parameters, layout=session.layout,
+                   reference_seconds=passed, **memory())  # fmt: skip
     reset_peak()
     engine: Any = session.engine
     forward = engine._forward
@@ -151,13 +154,14 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         with phases("other"):
             row = trainer.train_step()
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
-        channel.answer(seconds=seconds, cpu_seconds=cpu, loss=row["loss"], alpha=row.get("rc/alpha"),
-                       phases=phases.seconds, **memory())  # fmt: skip
+        tokens = round(row["tokens_per_second"] * row["step_seconds"])
+        channel.answer(seconds=seconds, cpu_seconds=cpu, tokens=tokens, loss=row["loss"],
+                       alpha=row.get("rc/alpha"), phases=phases.seconds, **memory())  # fmt: skip
 
 
 def watch_phases(phases: Phases, trainer: Any) -> None:
     """The phases of a step of rcpo; collectives are waited for where they are started."""
-    import rcpo.models
+    import rcpo.models.policy
     from rcpo.dynamics import StepDynamics
     from rcpo.geometry import Sketch
     from rcpo.logps import _FusedLogps
@@ -167,7 +171,7 @@ def watch_phases(phases: Phases, trainer: Any) -> None:
     phases.wrap(trainer.engine, "score", "forward")
     phases.wrap(trainer.engine, "backward", "backward")
     phases.wrap(trainer.engine, "step", "optimizer")
-    phases.wrap(rcpo.models, "token_logps", "head")
+    phases.wrap(rcpo.models.policy, "token_logps", "head")
     phases.wrap(_FusedLogps, "backward", "head")
     phases.wrap(Sketch, "scores", "geometry")
     phases.wrap(StepDynamics, "__call__", "geometry")

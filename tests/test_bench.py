@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY = ["--vocabulary", "300", "--hidden", "16", "--layers", "1", "--heads", "2", "--length", "48"]
 
 
-def bench(out: Path, only: str) -> dict[str, dict[str, object]]:
+def bench(out: Path, only: str) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPTS / "bench_main.py"), "--steps", "2", "--warmup", "1", *TINY]
     result = subprocess.run(
         [*command, "--only", only, "--out", str(out)], capture_output=True, text=True, timeout=240
@@ -38,6 +39,18 @@ def test_four_variants_see_the_same_batches(tmp_path: Path) -> None:
     for row in found.values():
         assert len(row["all_seconds"]) == 2 and min(row["all_seconds"]) > 0
         assert row["peak"] > 50e6  # a Python process with torch has more
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> None:
+    found = bench(tmp_path, "phases,epochs")
+    for row in found["phases"]:
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=0.15)  # medians, of each phase its own
+        assert row["shares"]["head"] > 0 and row["shares"]["geometry"] > 0 and row["shares"]["optimizer"] > 0
+        assert (row["shares"]["communication"] > 0) == (row["processes"] > 1)
+    assert [row["pairs"] for row in found["epochs"]] == [64, 512]
+    assert found["epochs"][0]["ratio"] == 1 and found["epochs"][1]["milliseconds"] > 0
 
 
 @pytest.mark.slow
