@@ -35,23 +35,22 @@ class _FusedLogps(torch.autograd.Function):
         sketch: Sketch | None,
     ) -> tuple[Tensor, Tensor | None]:
         count = len(labels)
-        keep = any(ctx.needs_input_grad[:3]) and count <= chunk
+        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+        ctx.frozen = needs_hidden and not any(needs_head)  # then the gradient by h needs no second pass
+        keep = any(needs_head) and count <= chunk
+        differentiate = keep or ctx.frozen or sketch is not None
         logps = hidden.new_empty(count, dtype=torch.promote_types(hidden.dtype, torch.float32))
         scores = None if sketch is None else logps.new_empty(count, sketch.size)
-        kept = None
+        kept = torch.empty_like(hidden) if ctx.frozen else None
         for start in range(0, count, chunk):
-            logits = shape.logits(hidden[start : start + chunk], weight, bias)
-            for rows in _blocks(*logits.shape):
-                part = slice(start + rows.start, start + rows.stop)
-                log_softmax = torch.log_softmax(logits[rows], dim=-1)
-                logps[part] = log_softmax.gather(1, labels[part, None]).squeeze(1)
-                if keep or scores is not None:
-                    excess = excess_(log_softmax.exp_(), labels[part], shape.slope(logits[rows]))
-                    if scores is not None and sketch is not None:
-                        scores[part] = sketch.scores(excess)
-                    if keep:
-                        logits[rows] = excess
-            kept = logits if keep else None
+            part = slice(start, start + chunk)
+            logits = shape.logits(hidden[part], weight, bias)
+            own = None if scores is None else scores[part]
+            logps[part] = _score(logits, labels[part], shape, sketch, own, differentiate=differentiate)
+            if kept is not None and ctx.frozen:
+                kept[part] = logits.to(weight.dtype) @ weight
+            elif keep:
+                kept = logits
         if scores is not None:
             if shape.scale != 1.0:
                 scores *= shape.scale
@@ -67,6 +66,8 @@ class _FusedLogps(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         shape: HeadShape = ctx.shape
         coefficients = -shape.scale * grad_logps[:, None]  # (N, 1), for the smaller factor of each product
+        if ctx.frozen:
+            return (kept * coefficients).to(hidden.dtype), *[None] * 6
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias else None
@@ -75,9 +76,7 @@ class _FusedLogps(torch.autograd.Function):
             excess = kept
             if excess is None:
                 excess = shape.logits(hidden[part], weight, bias)
-                for rows in _blocks(*excess.shape):
-                    softmax = torch.softmax(excess[rows], dim=-1)
-                    excess[rows] = excess_(softmax, labels[part][rows], shape.slope(excess[rows]))
+                _score(excess, labels[part], shape, None, None, differentiate=True)
             if grad_hidden is not None:
                 grad_hidden[part] = (excess.to(weight.dtype) @ weight) * coefficients[part]
             if grad_weight is not None:
@@ -92,10 +91,30 @@ class _FusedLogps(torch.autograd.Function):
         )
 
 
-def _blocks(count: int, vocabulary: int) -> list[slice]:
-    """Rows of (count, vocabulary) that go through the softmax together."""
-    size = max(1, BLOCK_ELEMENTS // vocabulary)
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+def _score(
+    logits: Tensor,
+    labels: Tensor,
+    shape: HeadShape,
+    sketch: Sketch | None,
+    scores: Tensor | None,
+    *,
+    differentiate: bool,
+) -> Tensor:
+    """log p(y) (n,) of a chunk of logits (n, V), with their sketched scores written to `scores` (n, k).
+
+    With `differentiate` the logits become (p − e_y) ⊙ f′. Rows that fit into the cache are done together.
+    """
+    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    logps = logits.new_empty(len(logits))
+    for first in range(0, len(logits), size):
+        rows = slice(first, first + size)
+        log_softmax = torch.log_softmax(logits[rows], dim=-1)
+        logps[rows] = log_softmax.gather(1, labels[rows, None]).squeeze(1)
+        if differentiate:
+            logits[rows] = excess_(log_softmax.exp_(), labels[rows], shape.slope(logits[rows]))
+            if scores is not None and sketch is not None:
+                scores[rows] = sketch.scores(logits[rows])
+    return logps
 
 
 def token_logps(
