@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rcpo import distributed
 from rcpo.checkpoint import checkpoint_tensors, verify
+from rcpo.hub import Source
 from rcpo.session import Session
 from rcpo.start import MERGED, write_merged
 
@@ -23,7 +24,7 @@ def save_model(session: Session, name: str) -> None:
         session.engine.policy.model.save_pretrained(scratch, state_dict=weights)
         session.tokenizer.save_pretrained(scratch)
         if session.config.adapter.save_merged:
-            write_merged(session.start.base, scratch, scratch / MERGED, session.config)
+            write_merged(Source(session.start.base, adapter=scratch), scratch / MERGED, session.config)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     distributed.barrier()

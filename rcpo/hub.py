@@ -29,6 +29,12 @@ class Source:
     init: str = "pretrained"
     adapter: Path | None = None
 
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer: an adapter may have been trained with a template of its own."""
+        own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return self.adapter if own and self.adapter is not None else self.base
+
 
 def source(key: str, name: str, find: Callable[[str, str], Path]) -> Source:
     """A model by folder or name, or an adapter and the base model that it names; `find` looks for each.

@@ -12,7 +12,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,9 +227,13 @@ def get_objective(
     reduction: str | None = None,
     nll_coef: float = 0.0,
     module: str | None = None,
+    optional: Collection[str] = (),
     **hyperparameters: Any,
 ) -> Objective:
     """The objective `name` with hyper-parameters, e.g. `get_objective("simpo", beta=2.0, gamma=1.0)`.
+
+    The reduction `average` is the objective's own if that is an average over tokens, else the mean. The
+    hyper-parameters named in `optional` are left out where the objective does not have them.
 
     Raises ValueError for an unknown name, reduction or hyper-parameter.
 
@@ -240,11 +244,15 @@ def get_objective(
     """
     spec = specification(name, module)
     reduction = reduction or spec.reduction
+    if reduction == "average":
+        reduction = "mean" if spec.reduction == "sum" else spec.reduction
     if reduction not in REDUCTIONS:
         raise ValueError(f"objective.reduction={reduction!r}; choose one of {', '.join(REDUCTIONS)}")
     if nll_coef and reduction == "importance":
         raise ValueError("objective.nll_coef is not defined for objective.reduction=importance; set it to 0")
     defaults = spec.hyperparameters
+    for key in [key for key in optional if key not in defaults]:
+        hyperparameters.pop(key, None)
     for key in hyperparameters:
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1)

@@ -119,7 +119,7 @@ class ReferencePass:
         ingredients = {
             "format": str(keys.FORMAT),
             "weights": keys.source_hash(self.other or self._start, config.seed, cache.memo),
-            "tokenizer": keys.tokenizer_hash(self._start.base, cache.memo),
+            "tokenizer": keys.tokenizer_hash(self._start.tokenizer, cache.memo),
             "dtype": config.train.dtype,
             "quantization": str(config.adapter.quantization),
             # these decide which kernels run, and so the last digits

@@ -51,7 +51,7 @@ class Session:
         self.objective = build_objective(config)
         distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
         self.start = find_start(config, run_dir)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.base, config.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.tokenizer, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
         refuse_kind(self.objective, self.datasets.train.kind)
         if self.datasets.template is not None:  # final/ generates as it was trained
@@ -228,6 +228,7 @@ def build_objective(config: RunConfig) -> Objective:
             settings.name,
             reduction=settings.reduction,
             nll_coef=settings.nll_coef,
+            optional=settings.optional,
             module=settings.module,
             **settings.hyperparameters,
         )

@@ -36,7 +36,7 @@ def find_start(config: RunConfig, run_dir: Path) -> Source:
     if distributed.is_main() and not target.is_dir():
         scratch = run_dir / f".{START}.new"
         shutil.rmtree(scratch, ignore_errors=True)
-        write_merged(base, given, scratch, config)
+        write_merged(Source(base, adapter=given), scratch, config)
         scratch.rename(target)
     distributed.barrier()
     return Source(target)
@@ -106,9 +106,10 @@ def read_model(source: Source, config: RunConfig) -> PreTrainedModel:
     return model
 
 
-def write_merged(base: Path, adapter: Path, target: Path, config: RunConfig) -> None:
-    """Writes a base model with an adapter added to its weights, in training's precision, and a tokenizer."""
+def write_merged(source: Source, target: Path, config: RunConfig) -> None:
+    """Writes a model with its adapter added to its weights, in training's precision, and its tokenizer."""
     from rcpo.models.adapters import merge_adapter
 
-    merge_adapter(load_model(base, config), adapter).save_pretrained(target)
-    load_tokenizer(base, config.model).save_pretrained(target)
+    assert source.adapter is not None
+    merge_adapter(load_model(source.base, config), source.adapter).save_pretrained(target)
+    load_tokenizer(source.tokenizer, config.model).save_pretrained(target)

@@ -70,13 +70,15 @@ class OptimConfig:
 class ObjectiveConfig:
     """The objective by name; `module` is imported before the look-up (a user's own package).
 
-    `reduction` None is the objective's own. `hyperparameters` are the keys of its YAML beside the other four.
+    `reduction` None is the objective's own. `hyperparameters` are the keys of its YAML beside the others;
+    those named in `optional` are left out where the objective does not have them, for presets that fit any.
     """
 
     name: str = "dpo"
     module: str | None = None
     reduction: str | None = "sum"
     nll_coef: float = 0.0
+    optional: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=lambda: {"beta": 0.1, "epsilon": 0.0})
 
 

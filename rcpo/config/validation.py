@@ -26,7 +26,7 @@ CHOICES = {
     "train.dtype": ("fp32", "bf16", "fp16"),
     "optim.name": ("adamw", "sgd"),
     "optim.schedule": ("linear", "cosine", "constant"),
-    "objective.reduction": ("sum", "mean", "importance"),
+    "objective.reduction": ("sum", "mean", "importance", "average"),
     "rc.update": ("step", "microbatch"),
     "rc.geometry": ("head", "parameters"),
     "model.attention": ("eager", "sdpa", "flash_attention_2"),

@@ -90,6 +90,7 @@ def _check_objective(config: RunConfig) -> None:
             module=wanted.module,
             reduction=wanted.reduction,
             nll_coef=wanted.nll_coef,
+            optional=wanted.optional,
             **wanted.hyperparameters,
         )
     except (ValueError, ImportError) as error:

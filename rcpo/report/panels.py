@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 Panel = Callable[["Axes", Sequence[Run], int], None]
 BEYOND = 6.0  # how far the ratio's axis reaches past its lines: where ρ is small the band is as good as open
 SMALL = 0.01  # nats: less than this is drawn as the nothing that it is
-UNITS = {"mean": "nats a token", "sum": "nats a response", "importance": "nats, weighted tokens"}
+UNITS = {
+    "mean": "nats a token",
+    "average": "nats a token",
+    "sum": "nats a response",
+    "importance": "nats, weighted tokens",
+}
 
 
 def unit_of(runs: Sequence[Run]) -> str:
