@@ -19,7 +19,7 @@ from tiny import sums_file, tiny_llama
 
 from rcpo import hub
 from rcpo.config import ConfigError
-from rcpo.config.validation import is_hub_name
+from rcpo.config.model_checks import is_hub_name
 
 COMMIT = "0123456789" * 4
 
