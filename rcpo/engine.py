@@ -250,8 +250,7 @@ class Engine:
         """What goes with `tensors`, ready for JSON: the count of applied updates, the loss scaler's state in
         fp16, the parameters' shapes.
         """
-        scaler = self._scaler
-        scale = None if scaler is None else {key: getattr(scaler, key, None) for key in SCALER_STATE}
+        scale = scaler_state(self._scaler) if self._engine.fp16_enabled() else None
         named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named}
         return {"updates": self._engine.lr_scheduler.last_epoch, "loss_scale": scale, "shapes": shapes}
@@ -267,16 +266,12 @@ class Engine:
             return
         for _ in range(record["updates"]):  # a schedule is a function of their count
             self._engine.lr_scheduler.step()
-        if self._scaler is not None and record["loss_scale"] is not None:
-            for key, value in record["loss_scale"].items():
-                if hasattr(self._scaler, key):
-                    setattr(self._scaler, key, value)
+        if self._engine.fp16_enabled() and record["loss_scale"] is not None:
+            set_scaler_state(self._scaler, record["loss_scale"])
 
     @property
     def _scaler(self) -> Any:
-        """What holds the loss scale, which only fp16 has."""
-        if not self._engine.fp16_enabled():
-            return None
+        """What holds the loss scale in fp16."""
         optimizer = self._engine.optimizer
         return optimizer.loss_scaler if self._engine.zero_optimization() else optimizer.loss_scale_config
 
@@ -287,6 +282,17 @@ class Update:
 
     grad_norm: float
     applied: bool
+
+
+def scaler_state(scaler: Any) -> dict[str, Any]:
+    """What moves in one of DeepSpeed's loss scalers, ready for JSON."""
+    return {key: getattr(scaler, key) for key in SCALER_STATE if hasattr(scaler, key)}
+
+
+def set_scaler_state(scaler: Any, state: dict[str, Any]) -> None:
+    """Restores it, as far as the scaler of another stage has the same."""
+    for key in state.keys() & vars(scaler).keys():
+        setattr(scaler, key, state[key])
 
 
 def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from rcpo import distributed
 from rcpo.checkpoint import FORMAT, MANIFEST, TENSORS
 from rcpo.config import CheckpointConfig, ConfigError, RunConfig, RunError
+from rcpo.config.validation import BEST_METRICS
 from rcpo.engine import Engine
 from rcpo.runfolder import CHECKPOINTS, STATE_FILE, checkpoint_folders
 from rcpo.tensorfiles import Written, hash_file, write_tensors
@@ -80,7 +81,7 @@ class BestStep:
         if self._metric is None:
             return False
         if self._metric not in values:
-            names = ", ".join(sorted(name for name in values if name.count("/") < 3))
+            names = ", ".join(name for name in BEST_METRICS if name in values)
             raise ConfigError(
                 f"checkpoint.best={self._metric} is not measured in this run; there are: {names}"
             )
@@ -109,15 +110,17 @@ class _Part(Thread):
         super().__init__(name="checkpoint", daemon=True)
         self.path = path
         self.written: Written | None = None
-        self.problem: str | None = None
+        self.problem: str | None = "its writer failed"
         self._tensors = tensors
 
     def run(self) -> None:
         try:
-            self.written = write_tensors(self.path, self._tensors)
+            self.path.parent.mkdir(exist_ok=True)  # a network's folder may not show here yet
+            self.written, self.problem = write_tensors(self.path, self._tensors), None
         except OSError as error:
             self.problem = error.strerror
-        self._tensors = {}
+        finally:
+            self._tensors = {}
 
 
 @dataclass(frozen=True)

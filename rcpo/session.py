@@ -54,6 +54,11 @@ class Session:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.tokenizer, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
         refuse_kind(self.objective, self.datasets.train.kind)
+        if training and config.checkpoint.best is not None and self.datasets.evaluation is None:
+            raise ConfigError(
+                f"checkpoint.best={config.checkpoint.best}: nothing is held out; set data.eval_path, or "
+                "data.eval_fraction above 0"
+            )
         if self.datasets.template is not None:  # final/ generates as it was trained
             self.tokenizer.chat_template = self.datasets.template.source
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)

@@ -233,6 +233,7 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
             return 0
         checkpoint = find_checkpoint(config, run_dir)
         session = Session(config, run_dir, training=True)
+        log.info("hashed now, for a checkpoint may be in a hurry: %s", session.contents)
         if checkpoint is not None:
             refuse_other_contents(checkpoint, session)
         if distributed.is_main():

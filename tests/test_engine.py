@@ -71,3 +71,28 @@ def test_gradients_are_clipped_at_the_given_norm_or_not_at_all(tmp_path: Path, s
     assert rows["2.0"]["moved"] == pytest.approx(2.0, rel=1e-4)
     assert rows["0.5"]["moved"] == pytest.approx(0.5, rel=1e-4)
     assert {row["grad_norm"] for row in rows.values()} == {norm}  # what is logged is the norm before
+
+
+def test_a_restored_loss_scaler_goes_on_like_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    from rcpo.engine import scaler_state, set_scaler_state
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # rank 0 says more
+
+    def new() -> loss_scaler.DynamicLossScaler:
+        return loss_scaler.DynamicLossScaler(
+            init_scale=2**16, scale_window=3, min_scale=1, delayed_shift=2,
+            consecutive_hysteresis=False, raise_error_at_min_scale=False, dtype=torch.half,
+        )  # fmt: skip
+
+    first, other = new(), new()
+    for overflow in (True, True, False, False):
+        first.update_scale(overflow)
+    set_scaler_state(other, json.loads(json.dumps(scaler_state(first))))
+    scales = []
+    for overflow in (False, False, True, False, True, False, False, False, False):
+        first.update_scale(overflow)
+        other.update_scale(overflow)
+        scales.append((first.cur_scale, other.cur_scale))
+    assert all(a == b for a, b in scales) and len({a for a, _ in scales}) > 1
