@@ -7,6 +7,7 @@ checkpoint gets its name, at the end of a later step, by all ranks together.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,8 @@ from rcpo.engine import Engine
 from rcpo.runfolder import CHECKPOINTS, STATE_FILE, checkpoint_folders
 from rcpo.tensorfiles import Written, hash_file, write_tensors
 from rcpo.tracking.jsonl import replace_text
+
+log = logging.getLogger(__name__)
 
 LATEST = "latest"
 SHARE = 0.05  # of the time between two checkpoints that training may be held up by them
@@ -175,7 +178,9 @@ class CheckpointWriter:
         self._pending = _Pending(step, state, distributed.rng_state(), kept, part)
         if not self._background:
             self.finish()
-        self.clock.saved(time.monotonic() - began)
+        waited = time.monotonic() - began
+        log.info("checkpoint of step %d: training waited %.3f s for it", step, waited)
+        self.clock.saved(waited)
 
     @property
     def pending(self) -> bool:
