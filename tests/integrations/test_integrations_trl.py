@@ -126,7 +126,7 @@ def test_the_same_run_as_rcpos(tmp_path: Path, objective: str) -> None:
         *(sys.executable, "-m", "rcpo.cli", "train", *overrides[objective], "rc=on", "model=local"),
         *(f"model.path={sums_model(tmp_path)}", "data=pairs", f"data.path={tmp_path / 'pairs.jsonl'}"),
         *(f"data.eval_path={tmp_path / 'pairs.jsonl'}", f"train.max_steps={steps}", "train.batch_size=8"),
-        *("train.micro_batch_size=8", "optim.lr=5e-4", "wandb.mode=disabled", f"hydra.run.dir={run}"),
+        *("train.micro_batch_size=8", "optim.lr=2e-4", "wandb.mode=disabled", f"hydra.run.dir={run}"),
         *("eval.max_examples=8", "eval.generate_examples=1"),
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=250)
@@ -137,7 +137,7 @@ def test_the_same_run_as_rcpos(tmp_path: Path, objective: str) -> None:
     order = chain.from_iterable(batches.indices(step) for step in range(steps))
     trainer = build(
         tmp_path, [rows[i] for i in order], RewardCalibrationConfig(), max_steps=steps, beta=0.1,
-        loss_type=[objective], max_length=None, learning_rate=5e-4,
+        loss_type=[objective], max_length=None, learning_rate=2e-4, optim="adamw_torch_fused",
     )  # fmt: skip
     trainer.train()
     names = ("loss", "rc/alpha", "dynamics/incentive_chosen", "dynamics/score_cosine")
@@ -146,8 +146,7 @@ def test_the_same_run_as_rcpos(tmp_path: Path, objective: str) -> None:
     final = load_file(run / "final" / "model.safetensors")
     for name, value in trainer.model.state_dict().items():
         if name in final:
-            # steps of 5e-4, whose rounding AdamW magnifies where a gradient is small; ours is the fused one
-            torch.testing.assert_close(final[name], value, rtol=1e-5, atol=5e-5)
+            torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-5)
 
 
 LOSSES: list[tuple[list[str], dict[str, Any]]] = [
