@@ -147,7 +147,7 @@ class Session:
             self._sides(dataset),
             positions,
             self.layout,
-            lambda: self._batches(dataset, everything),
+            lambda: self.batches_at(dataset, everything),
         )
 
     def collate(self, dataset: PairDataset, indices: list[int]) -> TokenBatch:
@@ -189,18 +189,19 @@ class Session:
         return row_lengths(dataset.lengths[:, 0], dataset.response_lengths(sides), self.layout)
 
     def eval_batches(self, dataset: PairDataset, limit: int | None = None) -> Iterator[TokenBatch]:
-        """This rank's share of a dataset, both sides of each pair; as many batches on every rank.
-
-        The longest pairs come first: neighbours in length share a batch.
-        """
+        """This rank's share of a dataset, or of its first `limit` examples; see `batches_at`."""
         count = len(dataset) if limit is None else min(limit, len(dataset))
-        return self._batches(dataset, np.arange(count))
+        return self.batches_at(dataset, np.arange(count))
 
     def _sides(self, dataset: PairDataset) -> int:
         """Responses of an example that are scored outside training: both of each pair where there are two."""
         return max(self.objective.sides, 2 if (dataset.lengths[:, 2] > 0).all() else 1)
 
-    def _batches(self, dataset: PairDataset, positions: np.ndarray) -> Iterator[TokenBatch]:
+    def batches_at(self, dataset: PairDataset, positions: np.ndarray) -> Iterator[TokenBatch]:
+        """This rank's share of the examples at `positions`, both sides of each, in as many batches as any.
+
+        The longest pairs come first: neighbours in length share a batch.
+        """
         sides = self._sides(dataset)
         ranks, size = distributed.world_size(), self.config.eval.batch_size
         longest_first = np.argsort(-self._row_lengths(dataset, sides)[positions], kind="stable")

@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 
 Evaluate = Callable[[Session], dict[str, Any]]
 """Held-out evaluation of a session's policy: values with names `eval/…`."""
+Observe = Callable[[int, Tracker], None]
+"""Called with 0 before the first step, then after each one, on all ranks."""
+MakeObserver = Callable[[Session, int | None], Observe]
+"""Makes one while the policy has its starting weights; gets the step that a resumed run continues after."""
 
 
 class Trainer:
@@ -131,8 +135,10 @@ class Trainer:
         if self.checkpoints.written:
             sums.vote("written")
 
-    def run(self, tracker: Tracker, evaluate: Evaluate | None) -> None:
+    def run(self, tracker: Tracker, evaluate: Evaluate | None, observe: Observe | None = None) -> None:
         """All remaining steps, with evaluations and checkpoints, until the end or a stop signal."""
+        if observe is not None and self.step == 0:
+            observe(0, tracker)
         every = self.config.eval.every
         self.checkpoints.clock.start()
         while not self.finished and not self.stopping:
@@ -147,6 +153,8 @@ class Trainer:
                 improved = self.best.improved(self.step, values)
             if self.finished or (self.step - 1) % self.config.log.every == 0:
                 tracker.log(row)
+            if observe is not None:
+                observe(self.step, tracker)
             if self.votes["written"] == distributed.world_size():
                 self.checkpoints.finish()
             if improved or self._save_due():
@@ -221,7 +229,12 @@ class Trainer:
         distributed.barrier()
 
 
-def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) -> int:
+def train(
+    config: RunConfig,
+    run_dir: Path,
+    evaluate: Evaluate | None = None,
+    make_observer: MakeObserver | None = None,
+) -> int:
     """Runs, or continues, a configuration in its folder; returns the process's exit code.
 
     Raises ConfigError for a folder in use or a checkpoint of another run, RunError for what ends a run.
@@ -244,7 +257,7 @@ def train(config: RunConfig, run_dir: Path, evaluate: Evaluate | None = None) ->
         is_main, total = distributed.is_main(), session.total_steps
         with Tracker(run_dir, config, total, is_main, resume_step=resume_step) as tracker:
             try:
-                _train(session, checkpoint, tracker, evaluate, stop)
+                _train(session, checkpoint, tracker, evaluate, make_observer, stop)
             except Stopped as stopped:
                 tracker.message(str(stopped))
                 tracker.close(STOPPED)
@@ -257,6 +270,7 @@ def _train(
     checkpoint: Checkpoint | None,
     tracker: Tracker,
     evaluate: Evaluate | None,
+    make_observer: MakeObserver | None,
     stop: StopRequest,
 ) -> None:
     """From a loaded session to `final/`; raises Stopped, saying where, on all ranks."""
@@ -265,13 +279,15 @@ def _train(
     if any(distributed.gather_objects(bool(stop))):
         raise Stopped("stopped before the first step")
     session.prepare_reference(tracker.message, stop.__bool__)
+    resume_step = None if checkpoint is None else checkpoint.step
+    observe = None if make_observer is None else make_observer(session, resume_step)
     trainer = Trainer(session, stop)
     if checkpoint is not None:  # only now: the reference is the policy that training started from
         trainer.resume(checkpoint)
         if (layout := other_layout(checkpoint, session.config)) is not None:
             tracker.message(layout)
         tracker.message(f"continues after step {trainer.step}, from {checkpoint.folder}")
-    trainer.run(tracker, evaluate)
+    trainer.run(tracker, evaluate, observe)
     if not trainer.finished:
         raise Stopped(f"stopped after step {trainer.step}; resume={session.run_dir} continues")
     trainer.save_final(tracker.message)

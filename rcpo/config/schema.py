@@ -225,6 +225,19 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class ProbeConfig:
+    """`size` examples (0: none) followed through training `every` N steps.
+
+    Every `generate_every` steps (0: never) they are answered too; `samples` of the prompts are shown.
+    """
+
+    size: int = 16
+    every: int = 25
+    generate_every: int = 200
+    samples: int = 4
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """`every` N steps and every `minutes` (0: not), and when a signal stops the run; the last `keep` stay.
 
@@ -269,5 +282,6 @@ class RunConfig:
     resume_changed: str = "refuse"
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

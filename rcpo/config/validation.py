@@ -85,6 +85,10 @@ RANGES = {
     "eval.generate_examples": (0, math.inf, True, False),
     "eval.max_new_tokens": (1, math.inf, True, False),
     "eval.kl_examples": (0, math.inf, True, False),
+    "probe.size": (0, math.inf, True, False),
+    "probe.every": (1, math.inf, True, False),
+    "probe.generate_every": (0, math.inf, True, False),
+    "probe.samples": (0, math.inf, True, False),
     "checkpoint.every": (0, math.inf, True, False),
     "checkpoint.minutes": (0, math.inf, True, False),
     "checkpoint.keep": (1, math.inf, True, False),
@@ -223,6 +227,11 @@ def _check_combinations(config: RunConfig) -> None:
     if config.checkpoint.best is not None and not config.eval.every:
         raise ConfigError(
             f"checkpoint.best={config.checkpoint.best} goes by evaluations while training; set eval.every=N"
+        )
+    if config.probe.generate_every % config.probe.every:
+        raise ConfigError(
+            f"probe.generate_every={config.probe.generate_every} is not a multiple of probe.every="
+            f"{config.probe.every}: answers are made at some of the probes"
         )
 
 

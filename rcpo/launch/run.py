@@ -24,6 +24,7 @@ def train(config: RunConfig, run_dir: Path) -> int:
     """The trainer with its held-out evaluation, imported when they are needed."""
     from rcpo import trainer
     from rcpo.evaluation.heldout import evaluate_in_training
+    from rcpo.evaluation.probes import Probe
     from rcpo.evaluation.run import show
 
     last: dict[str, Any] = {}
@@ -33,7 +34,7 @@ def train(config: RunConfig, run_dir: Path) -> int:
         last.update(evaluate_in_training(session))
         return last
 
-    code = trainer.train(config, run_dir, held_out)
+    code = trainer.train(config, run_dir, held_out, Probe if config.probe.size else None)
     show(last)
     return code
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,6 +75,11 @@ class Tracker:
         """
         if self._outputs is not None:
             self._outputs.evaluation(step, clean_row(values))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Answers of a step as a table in wandb, with the columns of the first row."""
+        if self._outputs is not None:
+            self._outputs.samples(step, rows)
 
     def message(self, text: str) -> None:
         """A line for the terminal."""
@@ -154,6 +159,10 @@ class _Outputs:
         self.display.message(f"warning: {text}")
         if self._wandb is not None:
             self._wandb.alert(text)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._wandb is not None and rows:
+            self._wandb.table(step, rows)
 
     def flush(self) -> None:
         self._flush_pending()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from rcpo.config import ConfigError, RunConfig, to_container
 from rcpo.tracking.jsonl import Scalar
@@ -51,6 +51,7 @@ class WandbRun:
                 "run `wandb login`, or use wandb.mode=offline or wandb.mode=disabled"
             ) from error
         self._teardown = wandb.teardown
+        self._make_table = wandb.Table
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -67,6 +68,12 @@ class WandbRun:
     def alert(self, text: str) -> None:
         """A warning, shown on the run's page and sent where the user lets wandb send alerts."""
         self._run.alert(title="rcpo", text=text)
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send rows of the same keys as the table `samples` of a step."""
+        columns = list(rows[0])
+        data = [[row[column] for column in columns] for row in rows]
+        self._run.log({"step": step, "samples": self._make_table(columns=columns, data=data)})
 
     def close(self, exit_code: int) -> None:
         """Finish the run; wandb shows it as failed for a code other than 0.

@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from tiny import sums_file, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo.checkpoint import checkpoint_weights
 from rcpo.config import ConfigError, RunConfig
 from rcpo.evaluation.run import evaluate_run
 from rcpo.runfolder import checkpoint_folders
+
+KEYS = ("prompt", "chosen")
 
 
 def rcpo(*arguments: str) -> None:
@@ -49,7 +52,8 @@ def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     rcpo(
         "train", *inputs, "objective=dpo", "objective.reduction=mean", "optim.lr=1e-2", "engine=zero3",
         "launch.processes=2", "train.max_steps=4", "train.batch_size=8", "train.micro_batch_size=4",
-        "checkpoint.every=2", "eval.every=2", "eval.batch_size=5", f"hydra.run.dir={folder}",
+        "checkpoint.every=2", "eval.every=2", "eval.batch_size=5", "eval.max_new_tokens=6",
+        "probe.size=5", "probe.every=2", "probe.generate_every=4", f"hydra.run.dir={folder}",
     )  # fmt: skip
     return folder
 
@@ -83,6 +87,27 @@ def test_every_checkpoint_on_one_process_and_on_two(trained: Path) -> None:
     assert [row["logps/chosen"] for row in examples[0]] == pytest.approx(
         [row["logps/chosen"] for row in examples[1]], rel=1e-5
     )
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_probes_of_two_ranks_under_zero3(trained: Path) -> None:
+    """The last rows against the final weights, on one process; five examples over two ranks and fillers."""
+    model = AutoModelForCausalLM.from_pretrained(trained / "final")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "final")
+    rows = [row for row in parquet.read_table(trained / "probes.parquet").to_pylist() if row["step"] == 4]
+    samples = {line["example_id"]: line for line in lines(trained / "samples.jsonl") if line["step"] == 4}
+    assert len({row["example_id"] for row in rows}) == 5 and len(samples) == 4
+    for row in rows:
+        if (line := samples.get(row["example_id"])) is None:
+            continue
+        prompt, chosen = (tokenizer(line[key], add_special_tokens=False)["input_ids"] for key in KEYS)
+        ids = torch.tensor([[tokenizer.bos_token_id, *prompt, *chosen, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logps = torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])
+        assert row["chosen_mass"] == pytest.approx(float(logps[len(prompt) :].sum()), abs=1e-3)
+        assert row["chosen_logps"] == pytest.approx(row["chosen_mass"] / row["chosen_length"], abs=1e-5)
+        assert row["greedy_length"] <= 6 and row["ref_greedy_mass"] < 0
 
 
 @pytest.mark.slow

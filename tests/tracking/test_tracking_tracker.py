@@ -141,6 +141,7 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
         tracker.log({"step": 1, "loss": 0.5, "dynamics/in_band": True, "dynamics/band_upper": None})
         tracker.evaluation(2, {"eval/loss": 0.25})
         tracker.log({"step": 2, "loss": math.nan})
+        tracker.samples(2, [{"prompt": "1+1=", "text": "2"}, {"prompt": "1+2=", "text": "4"}])
     time.sleep(1.1)  # wandb names a run's folder by the second
     with (
         pytest.raises(SystemExit),
@@ -155,11 +156,17 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
         if record.WhichOneof("record_type") == "history"
     ]
     logged = [{key: value for key, value in items.items() if not key.startswith("_")} for items in history]
+    table = next(items for items in logged if "samples" in items)
+    logged.remove(table)
     assert logged == [
         {"step": 1, "loss": 0.5, "dynamics/in_band": 1},
         {"step": 2, "eval/loss": 0.25, "nonfinite": 1},
         {"step": 2, "loss": 0.25},
     ]
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
+    written = json.loads(file.read_text())
+    assert table["step"] == 2 and written["columns"] == ["prompt", "text"]
+    assert written["data"] == [["1+1=", "2"], ["1+2=", "4"]]
     identity = (tmp_path / "wandb_id.txt").read_text().strip()
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {identity} and {run.project for run in runs} == {"rcpo-tests"}
