@@ -31,7 +31,7 @@ def decoding_of(session: Session, dataset: PairDataset) -> Decoding:
     """How this session's answers to a dataset's prompts are made and where they end."""
     pad = session.tokenizer.pad_token_id
     assert isinstance(pad, int)
-    longest = int(dataset.lengths[:, 1].max())
+    longest = int(dataset.lengths[:, 1].max()) or int(dataset.lengths[:, 2].max())
     return Decoding(
         max_new_tokens=session.config.eval.max_new_tokens or min(longest, MOST_TOKENS),
         stop_ids=stop_ids(session.tokenizer, session.engine.policy.model, dataset),
@@ -49,7 +49,7 @@ def stop_ids(
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = Counter(example.chosen[-1] for example in dataset[:256])
+    ends = Counter((example.chosen or example.rejected)[-1] for example in dataset[:256])
     token, count = ends.most_common(1)[0]
     if token in special and 2 * count > ends.total():
         found.add(token)

@@ -143,8 +143,9 @@ def answer_prompts(session: Session, dataset: PairDataset) -> dict[str, dict[str
     scorer = scorer_of(config, session.datasets.checker)
     if scorer is None or config.generate_examples == 0:
         return {}
-    chosen = {tuple(example.prompt): example.chosen for example in reversed(dataset)}
+    chosen = {tuple(example.prompt): example.chosen for example in reversed(dataset) if example.chosen}
     prompts = distinct_prompts(dataset, config.generate_examples)
+    prompts = [prompt for prompt in prompts if tuple(prompt) in chosen]
     answers = answer(session, prompts, decoding_of(session, dataset), [None] * len(prompts))
     texts = zip(
         text_of(session, prompts),

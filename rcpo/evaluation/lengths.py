@@ -27,11 +27,13 @@ def by_length(scores: PreferenceScores) -> dict[str, float]:
     The edges are powers of two (1-1, 2-3, 4-7, 8-15, …), the same for all runs, so that runs can be compared;
     a bucket without a pair is left out.
     """
-    columns = {name: values for name, values in preference_columns(scores).items() if name in METRICS}
+    names = [name for name in METRICS if scores.paired or not name.endswith("rejected")]
+    everything = preference_columns(scores)
+    columns = {name: everything[name] for name in names if name in everything}
     buckets = np.frexp(scores.chosen_lengths)[1] - 1  # exactly floor(log2 n)
     record: dict[str, float] = {}
-    for bucket in np.unique(buckets).tolist():
-        inside = buckets == bucket
+    for bucket in np.unique(buckets[scores.has_chosen]).tolist():
+        inside = scores.has_chosen & (buckets == bucket)
         record |= _figures(f"{PREFIX}{2**bucket}-{2 ** (bucket + 1) - 1}", columns, inside)
     return record
 

@@ -32,7 +32,8 @@ class PreferenceScores:
     z_l in the objective's reduction, `*_logratios` u_w and u_l (None where there is no reference to compare
     with), `*_rewards` βu (βz without a reference), `*_lengths` response tokens, `*_incentives` d_w and d_l.
     The rejected side is None for data without one; `losses` and `*_incentives` for an objective whose loss is
-    not a mean over pairs.
+    not a mean over pairs. In unpaired data an example lacks one side: its length is 0, its other values say
+    nothing.
     """
 
     example_ids: Sequence[str]
@@ -60,6 +61,21 @@ class PreferenceScores:
 
     def __len__(self) -> int:
         return len(self.example_ids)
+
+    @property
+    def has_chosen(self) -> NDArray[np.bool_]:
+        """Which examples have a chosen response, (B,)."""
+        return self.chosen_lengths > 0
+
+    @property
+    def has_rejected(self) -> NDArray[np.bool_]:
+        """Which examples have a rejected response, (B,)."""
+        return np.zeros(len(self), bool) if self.rejected_lengths is None else self.rejected_lengths > 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether all examples have all sides that there are."""
+        return bool(self.has_chosen.all() and (self.rejected_lengths is None or self.has_rejected.all()))
 
     def _columns(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -94,17 +110,19 @@ def preference_columns(scores: PreferenceScores) -> dict[str, Floats]:
     """Per-pair values, each (B,), whose means are the metrics; names without `eval/`, as in metrics.jsonl.
 
     An accuracy counts the pairs whose chosen side is strictly ahead, as TRL does: a tie is a miss, so the
-    rewards' accuracy of an untouched policy is 0. `winner_fell` is the share of pairs with u_w < 0.
+    rewards' accuracy of an untouched policy is 0. `winner_fell` is the share of pairs with u_w < 0. What
+    compares both sides is left out of unpaired data.
     """
+    pairs = scores.paired
     values: dict[str, Floats | None] = {
         "loss": scores.losses,
         "rewards/chosen": scores.chosen_rewards,
         "rewards/rejected": scores.rejected_rewards,
-        "rewards/margins": _difference(scores.chosen_rewards, scores.rejected_rewards),
-        "rewards/accuracies": _ahead(scores.chosen_rewards, scores.rejected_rewards),
+        "rewards/margins": _difference(scores.chosen_rewards, scores.rejected_rewards) if pairs else None,
+        "rewards/accuracies": _ahead(scores.chosen_rewards, scores.rejected_rewards) if pairs else None,
         "logps/chosen": scores.chosen_logps,
         "logps/rejected": scores.rejected_logps,
-        "logps/accuracies": _ahead(scores.chosen_logps, scores.rejected_logps),
+        "logps/accuracies": _ahead(scores.chosen_logps, scores.rejected_logps) if pairs else None,
         "logratios/chosen": scores.chosen_logratios,
         "logratios/rejected": scores.rejected_logratios,
         "winner_fell": _negative(scores.chosen_logratios),
@@ -128,8 +146,26 @@ def _negative(values: Floats | None) -> Floats | None:
 
 
 def preference_metrics(scores: PreferenceScores, seed: int, resamples: int = RESAMPLES) -> dict[str, float]:
-    """The flat record of held-out means with their intervals, and `eval/examples`, the number of pairs."""
-    return {"eval/examples": len(scores), **means_with_intervals(preference_columns(scores), seed, resamples)}
+    """The flat record of held-out means with their intervals, and `eval/examples`, the number of pairs.
+
+    In unpaired data the mean of a side is over the examples that have it.
+    """
+    columns = preference_columns(scores)
+    record: dict[str, float] = {"eval/examples": len(scores)}
+    if scores.paired:
+        return record | means_with_intervals(columns, seed, resamples)
+    for name, values in columns.items():
+        rows = rows_with(scores, name)
+        if rows.any():
+            record |= means_with_intervals({name: values[rows]}, seed, resamples)
+    return record
+
+
+def rows_with(scores: PreferenceScores, name: str) -> NDArray[np.bool_]:
+    """The examples that a column is about, (B,): those with the side that it names."""
+    if name.endswith(("chosen", "winner_fell")):
+        return scores.has_chosen
+    return scores.has_rejected if name.endswith("rejected") else np.ones(len(scores), bool)
 
 
 def means_with_intervals(
@@ -188,14 +224,16 @@ def write_examples(
         "lengths/chosen": scores.chosen_lengths,
         "lengths/rejected": scores.rejected_lengths,
     }
-    present = {name: values for name, values in columns.items() if values is not None}
+    present = {
+        name: (values, rows_with(scores, name)) for name, values in columns.items() if values is not None
+    }
     extra = answers or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(
         path,
         (
             {"id": identity, "source": scores.sources[row], "index": int(scores.indices[row])}
-            | clean_row({name: values[row] for name, values in present.items()})
+            | clean_row({name: values[row] for name, (values, rows) in present.items() if rows[row]})
             | dict(extra.get(identity, {}))
             for row, identity in enumerate(scores.example_ids)
         ),

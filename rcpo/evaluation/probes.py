@@ -114,10 +114,12 @@ class Probe:
             values["incentive_chosen"], values["incentive_rejected"] = incentives(objective, pairs)
         columns = {name: value.tolist() for name, value in values.items() if value is not None}
         positions = batch.indices[real].tolist()
-        return {
-            position: {name: column[row] for name, column in columns.items()}
-            for row, position in enumerate(positions)
-        }
+        rows = [{name: column[row] for name, column in columns.items()} for row in range(len(positions))]
+        for row in rows:  # unpaired data have one side
+            lacking = [side for side in ("chosen", "rejected") if row.get(f"{side}_length") == 0]
+            for name in [name for name in row for side in lacking if side in name]:
+                del row[name]
+        return dict(zip(positions, rows, strict=True))
 
     def _generate(self, step: int, measured: Mapping[int, Row], tracker: Tracker) -> None:
         """Adds what the policy answers now, and what it gives the answers of now and of the start."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rcpo.evaluation.lengths import by_length
 from rcpo.evaluation.preference import (
     PreferenceScores,
     bootstrap_interval,
@@ -190,3 +191,28 @@ def test_examples_file_is_keyed_by_id(tmp_path: Path) -> None:
         "answer": "17 – süß",
         "correct": True,
     }
+
+
+def test_unpaired_examples_count_for_the_side_that_they_have() -> None:
+    """a and b wanted, c unwanted: the winner's means are over a and b, the loser's over c alone."""
+    scores = replace(
+        three(), chosen_lengths=np.array([3, 4, 0]), rejected_lengths=np.array([0, 0, 9]), losses=None
+    )
+    found = preference_metrics(scores, seed=1)
+    means = {name: value for name, value in found.items() if not name.endswith(("/low", "/high"))}
+    assert means == pytest.approx(
+        {
+            "eval/examples": 3,
+            "eval/rewards/chosen": -0.25,  # (−1 + 0.5) / 2
+            "eval/rewards/rejected": -1.5,
+            "eval/logps/chosen": -1.5,
+            "eval/logps/rejected": -5.0,
+            "eval/logratios/chosen": -0.125,
+            "eval/logratios/rejected": -0.75,
+            "eval/winner_fell": 0.5,
+        }
+    )
+    buckets = by_length(scores)
+    assert buckets["eval/by_length/2-3/logratios/chosen"] == -0.5
+    assert buckets["eval/by_length/4-7/examples"] == 1
+    assert not any(name.endswith("rejected") or "accuracies" in name for name in buckets)
