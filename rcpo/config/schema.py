@@ -206,6 +206,9 @@ class LaunchConfig:
 class EvalConfig:
     """Held-out evaluation: `every` N steps (0: only at the end), None examples: all of them.
 
+    `tasks` are lm-evaluation-harness's: NAME, NAME@SHOTS or a YAML file, `limit` documents of each (None:
+    all), `task_batch_size` requests at a time, by the tokenizer's template with `chat_template`;
+    `preferences` false leaves out all that is about pairs.
     `max_new_tokens` None is the longest chosen response's. `scorer` says how an answer is checked: number,
     text, pattern (`answer_pattern`), None as the data's own task does. `kl_examples` prompts are answered for
     the KL to a reference that is held as a model. `checkpoints` final or all, `parameters_geometry` the
@@ -222,6 +225,11 @@ class EvalConfig:
     kl_examples: int = 128
     checkpoints: str = "final"
     parameters_geometry: bool = False
+    preferences: bool = True
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    task_batch_size: int = 8
+    chat_template: bool = False
 
 
 @dataclass(kw_only=True)

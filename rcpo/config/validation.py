@@ -85,6 +85,8 @@ RANGES = {
     "eval.generate_examples": (0, math.inf, True, False),
     "eval.max_new_tokens": (1, math.inf, True, False),
     "eval.kl_examples": (0, math.inf, True, False),
+    "eval.limit": (1, math.inf, True, False),
+    "eval.task_batch_size": (1, math.inf, True, False),
     "probe.size": (0, math.inf, True, False),
     "probe.every": (1, math.inf, True, False),
     "probe.generate_every": (0, math.inf, True, False),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from rcpo import distributed
 from rcpo.checkpoint import checkpoint_weights
 from rcpo.config import ConfigError, RunConfig
 from rcpo.config.model_checks import holds_adapter
+from rcpo.evaluation.harness import Harness, flat_record, write_results
 from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
-from rcpo.evaluation.summary import describe, summary_table
+from rcpo.evaluation.summary import describe, summary_table, task_table
+from rcpo.hub import Source
+from rcpo.models import load_model, load_tokenizer
 from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
 from rcpo.session import Session
+from rcpo.start import find_start
 from rcpo.tracking.jsonl import clean_row, write_lines
 
 FINAL = "final"
@@ -25,23 +31,38 @@ CHECKPOINTS = "checkpoints.jsonl"
 def evaluate_run(config: RunConfig, run_dir: Path) -> int:
     """Evaluates what the configuration asks for; returns the exit code. Collective.
 
-    Raises ConfigError where the run has no final weights, or no checkpoint where those are asked for, and
-    where nothing is held out.
+    Raises ConfigError where the run has no final weights, or no checkpoint where those are asked for, where
+    nothing is held out, and for tasks that cannot be run.
     """
+    settings = config.eval
+    if not (settings.preferences or settings.tasks):
+        raise ConfigError("nothing to evaluate: eval.preferences=false, and eval.tasks is empty")
     trained = (run_dir / "metrics.jsonl").exists()
     final = run_dir / FINAL
     whole = trained and ((final / "config.json").is_file() or holds_adapter(final))
-    saved = checkpoints(run_dir) if config.eval.checkpoints == "all" else []
+    saved = checkpoints(run_dir) if settings.checkpoints == "all" else []
     if trained and not (whole or saved):
         raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
+    harness = Harness.prepare(config) if settings.tasks else None
+    if settings.preferences:
+        evaluate_pairs(config, run_dir, final if whole else None, saved, unfinished=trained and not whole)
+    if harness is not None:
+        evaluate_tasks(harness, run_dir, final if whole else None)
+    return 0
+
+
+def evaluate_pairs(
+    config: RunConfig, run_dir: Path, final: Path | None, saved: list[tuple[int, Path]], *, unfinished: bool
+) -> None:
+    """evaluation.json for `final`, or the configured model where the run is not `unfinished`; checkpoints."""
     if config.eval.kl_examples:
         config.reference.mode = "model"  # it has to score what the policy says, which no cache holds
-    session = Session(config, run_dir, training=False, final=final if whole else None)
+    session = Session(config, run_dir, training=False, final=final)
     if session.datasets.evaluation is None:
         raise ConfigError("nothing is held out; set data.eval_path, or data.eval_fraction above 0")
     session.prepare_reference(say)
     record = None
-    if whole or not trained:
+    if not unfinished:
         restore_objective(session, finished_state(run_dir))
         record = evaluate(session, parameters_geometry=config.eval.parameters_geometry)
         if distributed.is_main():
@@ -49,7 +70,37 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
         show(record)
     if saved:
         evaluate_checkpoints(session, saved, record)
-    return 0
+    session.engine.close()
+    gc.collect()  # the engine refers to itself, and what comes next may load the model anew
+
+
+def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
+    """The harness's tasks on the whole model, an adapter merged into it; adds to evaluation.json."""
+    config = harness.config
+    start = find_start(config, run_dir)
+    if final is None:
+        source = start
+    else:
+        source = Source(start.base, adapter=final) if holds_adapter(final) else Source(final)
+    tokenizer = load_tokenizer(final or start.base, config.model)
+    results = harness.run(source, tokenizer, lambda: load_whole(config, source))
+    for spec, reason in harness.skipped.items():
+        say(f"left out: {spec} ({reason})")
+    record = flat_record(results)
+    if distributed.is_main():
+        write_results(run_dir / FOLDER, results)
+        merge_record(run_dir, record, kept=("eval/",))
+        Console().print(task_table(record))
+
+
+def load_whole(config: RunConfig, source: Source) -> PreTrainedModel:
+    """The model without rcpo around it, in training's precision, its adapter added to its weights."""
+    model = load_model(source.base, config, init=source.init)
+    if source.adapter is None:
+        return model
+    from rcpo.models.adapters import merge_adapter
+
+    return merge_adapter(model, source.adapter)
 
 
 def restore_objective(session: Session, state: dict[str, Any] | None) -> None:

@@ -133,6 +133,20 @@ def summary_table(values: Mapping[str, float | None]) -> Table:
     return table
 
 
+def task_table(values: Mapping[str, float | None]) -> Table:
+    """The harness's metrics with their standard errors, from `eval/harness/TASK/METRIC`."""
+    table = Table(title="lm-evaluation-harness", title_justify="left")
+    for title in ("task", "metric", "value"):
+        table.add_column(title, justify="right" if title == "value" else "left")
+    for name, value in values.items():
+        if name.endswith("/stderr") or value is None:
+            continue
+        _, _, task, metric = name.split("/", 3)
+        error = values.get(f"{name}/stderr")
+        table.add_row(task, metric, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return table
+
+
 def _title(values: Mapping[str, float | None]) -> str:
     count = _value(values, "examples")
     return "Held-out evaluation" if count is None else f"Held-out evaluation on {int(count):,} pairs"
