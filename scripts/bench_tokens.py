@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,6 +29,7 @@ from rcpo.data.readers import read_file
 from rcpo.data.records import BadRow
 
 BATCH = 1000
+ALONE = 20_000  # pairs that the tokenizer alone is measured on
 SEED = 1
 
 
@@ -83,7 +85,8 @@ def made_up(count: int = 3000) -> list[dict[str, str]]:
 
 def texts_of(folder: Path, share: int, shares: int) -> list[str]:
     with (folder / "pairs.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for number, line in enumerate(file) if number % shares == share]
+        lines = enumerate(islice(file, ALONE))
+        rows = [json.loads(line) for number, line in lines if number % shares == share]
     return [row[name] for row in rows for name in ("prompt", "chosen", "rejected")]
 
 
@@ -95,7 +98,7 @@ def alone(folder: Path, way: str, share: int, shares: int) -> None:
     backend.encode_batch_fast(texts[:200], add_special_tokens=False)
     print("ready", flush=True)
     sys.stdin.readline()
-    began, tokens = time.perf_counter(), 0
+    began, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
         if way == "transformers":
@@ -103,7 +106,8 @@ def alone(folder: Path, way: str, share: int, shares: int) -> None:
         else:
             found = [one.ids for one in backend.encode_batch_fast(part, add_special_tokens=False)]
         tokens += sum(map(len, found))
-    print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - began}))
+    seconds = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    print(json.dumps({"tokens": tokens, **seconds}))
 
 
 def load(folder: Path, template: str | None, examples: int) -> None:
@@ -117,14 +121,19 @@ def load(folder: Path, template: str | None, examples: int) -> None:
         max_length=2048, max_prompt_length=1024, template=template, max_examples=examples,
     )  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), cpu_seconds()
     train = load_datasets(config, tokenizer, SEED).train
     seconds = time.perf_counter() - began
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     tokens = int(train.lengths.sum())
-    result = {"pairs": len(train), "tokens": tokens, "seconds": seconds}
+    result = {"pairs": len(train), "tokens": tokens, "seconds": seconds, "cpu": cpu_seconds() - cpu}
     print(json.dumps(result | {"own_mib": own / 1024, "largest_worker_mib": workers / 1024}))
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it waited for, its workers."""
+    return sum(os.times()[:4])
 
 
 def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -133,8 +142,8 @@ def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **environment})
 
 
-def rate_alone(folder: Path, way: str, processes: int) -> float:
-    """Tokens a second of all processes together, which start at the same time."""
+def rate_alone(folder: Path, way: str, processes: int) -> tuple[float, float]:
+    """Tokens a second of all processes together, which start at the same time, and tokens a core's second."""
     parallel = "true" if processes == 1 else "false"
     started = [
         run("--folder", str(folder), "--alone", way, "--share", f"{share}/{processes}",
@@ -144,7 +153,9 @@ def rate_alone(folder: Path, way: str, processes: int) -> float:
     for process in started:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     results = list(results_of(started))
-    return sum(result["tokens"] for result in results) / max(result["seconds"] for result in results)
+    tokens = sum(result["tokens"] for result in results)
+    cpu = sum(result["cpu"] for result in results)
+    return tokens / max(result["seconds"] for result in results), tokens / cpu
 
 
 def results_of(started: list[subprocess.Popen[str]]) -> Iterator[dict[str, float]]:
@@ -176,12 +187,13 @@ def main() -> None:
     if not (folder / "pairs.jsonl").exists():
         make(folder, given.pairs, given.source)
     cores = os.cpu_count() or 1
-    best = 0.0
+    best, best_cpu = 0.0, 0.0
     for way in ("transformers", "tokenizers"):
         for processes in {1, cores}:
-            rate = rate_alone(folder, way, processes)
-            best = max(best, rate)
-            print(f"the tokenizer alone ({way}, {processes} process(es)): {rate:,.0f} tokens/s", flush=True)
+            rate, rate_cpu = rate_alone(folder, way, processes)
+            best, best_cpu = max(best, rate), max(best_cpu, rate_cpu)
+            told = f"{rate:,.0f} tokens/s, {rate_cpu:,.0f} a core's second"
+            print(f"the tokenizer alone ({way}, {processes} process(es)): {told}", flush=True)
     options = [] if given.template is None else ["--template", given.template]
     for pairs in (given.pairs // 4, given.pairs):
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -190,11 +202,13 @@ def main() -> None:
             process = run("--folder", str(folder), "--load", str(pairs), *options)
             result = json.loads(process.communicate()[0].splitlines()[-1])
             whole = time.perf_counter() - began
-            rate = result["tokens"] / result["seconds"]
+            rate, rate_cpu = result["tokens"] / result["seconds"], result["tokens"] / result["cpu"]
+            told = f", {rate:,.0f} tokens/s, {rate / best:.0%} of the best alone"
+            told += f", {rate_cpu:,.0f} a core's second, {rate_cpu / best_cpu:.0%}"
             print(
                 f"{start} start, {result['pairs']:,} pairs, {result['tokens']:,} tokens: "
                 f"{result['seconds']:.1f} s ({whole:.1f} s with imports)"
-                + (f", {rate:,.0f} tokens/s, {rate / best:.0%} of the best alone" if start == "first" else "")
+                + (told if start == "first" else "")
                 + f"; memory +{result['own_mib']:.0f} MiB, a worker {result['largest_worker_mib']:.0f} MiB",
                 flush=True,
             )
