@@ -51,10 +51,12 @@ def make(folder: Path, pairs: int, source: Path | None) -> None:
     )
     whole.save_pretrained(folder / "tokenizer")
     draw = random.Random(SEED)
+    texts = texts if source is not None else made_up(pairs)
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for number in range(pairs):
             row = dict(draw.choice(texts))
-            row["prompt"] = f"{number}: {row['prompt']}"  # no two are the same
+            if source is not None:  # real texts are there more than once: their beginnings are not
+                row["prompt"] = f"{draw.choice(texts)['prompt']} {number} {row['prompt']}"
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -80,7 +82,7 @@ def made_up(count: int = 3000) -> list[dict[str, str]]:
     def text(length: int) -> str:
         return " ".join(sentence(draw.randint(5, 20)) for _ in range(length))
 
-    return [{"prompt": text(8), "chosen": text(4), "rejected": text(5)} for _ in range(count)]
+    return [{"prompt": text(10), "chosen": text(5), "rejected": text(6)} for _ in range(count)]
 
 
 def texts_of(folder: Path, share: int, shares: int) -> list[str]:

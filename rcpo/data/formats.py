@@ -31,6 +31,7 @@ FIELDS = (
     "prompt", "chosen", "rejected", "completion", "label", "messages", "text", "system", "tools",
     "chat_template_kwargs",
 )  # fmt: skip
+_KNOWN = frozenset(FIELDS)
 _ALIASES = {"messages": "conversations"}  # ShareGPT's name
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -83,7 +84,7 @@ def _said_by_assistant(text: str) -> list[Message]:
 
 
 def _fields(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    fields = {name: row[name] for name in FIELDS if name in row and name not in columns}
+    fields = {name: value for name, value in row.items() if name in _KNOWN and name not in columns}
     for name, alias in _ALIASES.items():
         if name not in row and alias in row:
             fields[name] = row[alias]
@@ -166,8 +167,8 @@ def _text(value: Any, name: str) -> str:
 
 def _alike(*parts: Content | None) -> tuple[Any, Any, Any]:
     """All parts as messages where one of them is: text beside messages is what its side said."""
-    if all(isinstance(part, str) or part is None for part in parts):
-        prompt, chosen, rejected = parts
+    prompt, chosen, rejected = parts
+    if not (isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list)):
         return prompt, chosen, rejected
     roles = ("user", "assistant", "assistant")
     prompt, chosen, rejected = (
@@ -189,6 +190,8 @@ def _with_system(prompt: Content, fields: dict[str, Any]) -> Content:
 def _tools(fields: dict[str, Any]) -> list[Any] | None:
     """The functions as they are; Arrow files hold them as JSON text, for their parameters differ in type."""
     tools = fields.get("tools")
+    if tools is None:
+        return None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -202,9 +205,11 @@ def _tools(fields: dict[str, Any]) -> list[Any] | None:
 def _options(fields: dict[str, Any]) -> dict[str, Any] | None:
     """What the row's template is to read besides, as TRL has it; Arrow gives every row the keys of all."""
     options = fields.get("chat_template_kwargs")
-    if options is not None and not isinstance(options, dict):
+    if options is None:
+        return None
+    if not isinstance(options, dict):
         raise BadRow("field 'chat_template_kwargs' is not an object")
-    return {name: value for name, value in (options or {}).items() if value is not None} or None
+    return {name: value for name, value in options.items() if value is not None} or None
 
 
 def _refuse_unusable(row: Row, *, needs_prompt: bool) -> None:

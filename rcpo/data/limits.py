@@ -51,4 +51,4 @@ class Limits:
         room = self.max_length - prompt
         if room < 1:
             raise UnusablePair("prompt leaves no room for a response within data.max_length")
-        return ids[:room]
+        return ids if len(ids) <= room else ids[:room]

@@ -83,8 +83,9 @@ class PairTokeniser:
         """
         if self._templated:
             return self.ids(texts)
-        opening = self._opening
-        prompts = [ids if ids[: len(opening)] == opening else opening + ids for ids in self.ids(texts)]
+        opening, prompts = self._opening, self.ids(texts)
+        if opening:
+            prompts = [ids if ids[: len(opening)] == opening else opening + ids for ids in prompts]
         return [ids if ids or text else [self._separator] for ids, text in zip(prompts, texts, strict=True)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
@@ -97,6 +98,8 @@ class PairTokeniser:
 
     def cut_prompt(self, ids: list[int]) -> list[int]:
         """A prompt within the limits; what opens it and, with a template, what opens the answer stay."""
+        if self.limits.max_prompt_length is None or len(ids) <= self.limits.max_prompt_length:
+            return ids
         opening = self._opening if ids[: len(self._opening)] == self._opening else []
         tail = self._tail if self._tail and ids[-len(self._tail) :] == self._tail else []
         return self.limits.cut_prompt(ids, len(opening), len(tail))
@@ -139,6 +142,8 @@ class PairTokeniser:
         )
         if chosen == rejected:
             raise UnusablePair("both responses have the same tokens within data.max_length")
+        if prompt is whole.prompt and chosen is whole.chosen and rejected is whole.rejected:
+            return whole
         tally.cut("prompts", len(whole.prompt) - len(prompt))
         tally.cut("responses", len(whole.chosen) - len(chosen))
         tally.cut("responses", len(whole.rejected) - len(rejected))
