@@ -44,9 +44,7 @@ def test_every_completion_counts_once_and_each_side_has_its_own_means(tmp_path: 
     assert steps[0]["dynamics/incentive_rejected"] == pytest.approx(0.1 * 4 * 0.75 / 8, rel=1e-4)
     assert steps[1]["rc/alpha"] != 1
     record = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert (
-        record["eval/examples"] == 5 and record["eval/rewards/chosen"] > record["eval/rewards/rejected"]
-    )
+    assert record["eval/examples"] == 5 and record["eval/rewards/chosen"] > record["eval/rewards/rejected"]
     assert "eval/rewards/accuracies" not in record
     examples = [json.loads(line) for line in (tmp_path / "run/evaluation/examples.jsonl").open()]
     assert [row.get("rewards/rejected") is None for row in examples] == [True] * 3 + [False] * 2
