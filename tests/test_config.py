@@ -126,7 +126,8 @@ def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
     nodes = {str(key): tree[key] for key in tree} if whole else {group: tree}
     known = {*known_keys(), *command_keys()}
     for node, leaves in nodes.items():
-        for leaf in leaves if node not in ("hydra", "defaults") else ():
+        assert node in ("hydra", "defaults", "sweep") or node in known, node
+        for leaf in leaves if node not in ("hydra", "defaults") and isinstance(leaves, DictConfig) else ():
             own = node == "objective" and leaf in HYPERPARAMETER_RANGES
             assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
 
