@@ -223,8 +223,8 @@ class Trainer:
                 self.session, self.checkpoints.place(self.best.step), self.best.step == self.step
             )
             say(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
+        state = json.dumps(self.state_dict(), allow_nan=False)  # of all ranks: it may have to gather
         if distributed.is_main():
-            state = json.dumps(self.state_dict(), allow_nan=False)
             replace_text(self.session.run_dir / FINISHED_FILE, state + "\n")
         distributed.barrier()
 
