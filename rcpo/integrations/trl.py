@@ -88,13 +88,15 @@ class _Calibrated(_Trainer):
     def __init__(self, *args: Any, rc: RewardCalibrationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rc = rc
+        self.calibrator: RewardCalibrator | None = None
         if rc is None:
             return
         self._policy = _causal_model(self.accelerator.unwrap_model(self.model))
         self._shape = head_shape(self._policy)
         vocabulary = int(self._policy.get_output_embeddings().out_features)
         self._sketch = Sketch(vocabulary, rc.sketch, rc.sketch_seed)
-        self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max) if rc.enabled else None
+        if rc.enabled:
+            self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max)
         self._statistics = StepCalibration(self.calibrator, update=rc.update, reduce=self._sum_over_ranks)
         self._factor = Factor()
         self._verified = False
@@ -152,7 +154,7 @@ class _Calibrated(_Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's `train`; a resumed run continues with the calibration that its checkpoint holds."""
-        if self.rc is not None and self.calibrator is not None and resume_from_checkpoint:
+        if self.calibrator is not None and resume_from_checkpoint:
             folder = resume_from_checkpoint
             if not isinstance(folder, str | os.PathLike):
                 folder = get_last_checkpoint(self.args.output_dir)

@@ -80,6 +80,7 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "truncation": {"max_length": 12},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
+    "checkpoints": {"save_strategy": "steps", "save_steps": 1},
     "adapter": {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
     "messages": {"messages": True},
 }
