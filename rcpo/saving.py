@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from rcpo import distributed
+from rcpo.caching import sync_folder
 from rcpo.checkpoint import FORMAT, MANIFEST, TENSORS
 from rcpo.config import CheckpointConfig, ConfigError, RunConfig, RunError
 from rcpo.config.validation import BEST_METRICS
@@ -227,14 +227,14 @@ class CheckpointWriter:
         files[STATE_FILE] = asdict(hash_file(scratch / STATE_FILE))
         manifest = {"format": FORMAT, "step": step, "files": files}
         replace_text(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _sync(scratch / TENSORS)
-        _sync(scratch)
+        sync_folder(scratch / TENSORS)
+        sync_folder(scratch)
         old = place.with_name(f".{place.name}.old")
         if place.exists():  # a run that went back takes this step again
             shutil.rmtree(old, ignore_errors=True)
             place.rename(old)
         scratch.rename(place)
-        _sync(self.folder)
+        sync_folder(self.folder)
         replace_text(self.folder / LATEST, place.name + "\n")
         shutil.rmtree(old, ignore_errors=True)
         for number, superseded in checkpoint_folders(self.run_dir)[self._keep :]:
@@ -266,12 +266,3 @@ def _empty(folder: Path) -> None:
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     (folder / TENSORS).mkdir(parents=True)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
