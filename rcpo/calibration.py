@@ -243,11 +243,6 @@ class StepCalibration:
         self._reduce = reduce
         self._meter = DynamicsMeter()
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was observed since the last `end`."""
-        return self._meter.empty
-
     def observe(self, incentives: tuple[Tensor, Tensor], scores: Tensor) -> None:
         """A micro-batch, as `DynamicsMeter.observe` takes it; a rank without responses joins the sums too."""
         if self.by_microbatch and self.calibrator is not None:
