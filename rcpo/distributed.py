@@ -32,6 +32,9 @@ def initialize(timeout_minutes: float = 30) -> None:
 
     A collective operation that some rank does not join within the time fails on the others.
     """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, whoever made the group
     if dist.is_initialized():
         return
     where = device()
@@ -40,12 +43,11 @@ def initialize(timeout_minutes: float = 30) -> None:
     else:
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if alone:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        return
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def shutdown() -> None:
