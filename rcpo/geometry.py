@@ -32,7 +32,7 @@ class Sketch:
     ranks (Charikar, Chen & Farach-Colton 2002). With `size` None or ≥ V it is the identity.
 
     >>> sketch = Sketch(vocabulary=6, size=2)
-    >>> sketch.scores(torch.full((1, 6), 1 / 6), torch.tensor([3]), slope=None).shape
+    >>> sketch.scores(excess_(torch.full((1, 6), 1 / 6), torch.tensor([3]), slope=None)).shape
     torch.Size([1, 2])
     """
 
