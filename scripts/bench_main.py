@@ -1,9 +1,10 @@
 """Measures rcpo side by side with its peers; writes outputs/bench/results.json and results.md.
 
-    scripts/bench [--pairs FILE] [--full] [--only peers,calibration,vocabulary,lengths,epochs,phases,start]
+    scripts/bench [--pairs FILE] [--full] [--only peers,calibration,trl,vocabulary,…]
 
 peers        rcpo (rc=on) and TRL's DPOTrainer: same model, tokens, batches and order; reference precomputed
 calibration  a step without dynamics, with them, with rc=on, and calibrated the published way
+trl          TRL's DPOTrainer and CalibratedDPOTrainer: what calibration costs there
 vocabulary   peak memory from V = 8k to 128k, head frozen and trained
 lengths      sequence lengths and prompt shares, in both layouts of rows
 epochs       time of a token where an epoch has 64 to 2,048 pairs of data
@@ -132,6 +133,25 @@ class Bench:
             more = [f"{100 * (own[key] - 1):+.1f} %" for key in ("ratio", "cpu_ratio")]
             rows.append([name, f"{own['seconds']:.3f}", f"{own['cpu_seconds']:.3f}", *more])
         self.table("What calibration costs", ["", "step, s", "processor, s", "step", "processor"], rows)
+
+    def trl(self) -> None:
+        """TRL's own trainer with calibration and without, on the same batches."""
+        folder = self.inputs(self.size)
+        sides = {
+            "CalibratedDPOTrainer": Side(folder, self.size, "trl", threads=1, rc=True),
+            "DPOTrainer": Side(folder, self.size, "trl", threads=1),
+        }
+        found = self.alternate({name: side.step for name, side in sides.items()})
+        for side in sides.values():
+            side.close()
+        result = {name: summary(answers, found["DPOTrainer"]) for name, answers in found.items()}
+        self.results["trl"] = result
+        rows = []
+        for name, own in result.items():
+            more = [f"{100 * (own[key] - 1):+.1f} %" for key in ("ratio", "cpu_ratio")]
+            rows.append([name, f"{own['seconds']:.2f}", f"{own['cpu_seconds']:.2f}", *more])
+        header = ["", "step, s", "processor, s", "step", "processor"]
+        self.table("What calibration costs in TRL", header, rows)
 
     def vocabulary(self) -> None:
         """A small body, so that the head is what is seen; logits of every size fill more than a chunk."""
@@ -283,7 +303,7 @@ class Bench:
         (out / "results.md").write_text("\n".join([note, *self.tables]), encoding="utf-8")
 
 
-PARTS = ("peers", "calibration", "vocabulary", "lengths", "epochs", "phases", "start")
+PARTS = ("peers", "calibration", "trl", "vocabulary", "lengths", "epochs", "phases", "start")
 
 
 def main() -> int:

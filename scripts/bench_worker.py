@@ -185,15 +185,21 @@ def watch_phases(phases: Phases, trainer: Any) -> None:
 def serve_trl(settings: Json, channel: Channel) -> None:
     """TRL's DPOTrainer on the same tokens in the same order, fp32, reference precomputed.
 
-    Its defaults are kept but for what costs time on a CPU: checkpointing of activations (on by default) and
-    bf16 autocast (on by default, which rcpo's fp32 is not to be compared with). The fused, chunked head is
-    TRL's own default; padding_free falls back by itself to padding in this version.
+    With the setting `rc` it is CalibratedDPOTrainer. TRL's defaults are kept but for what costs time on a
+    CPU: checkpointing of activations (on by default) and bf16 autocast (on by default, which rcpo's fp32 is
+    not to be compared with). The fused, chunked head is TRL's own default; padding_free falls back by itself
+    to padding in this version.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
+    from rcpo.integrations.trl import CalibratedDPOTrainer, RewardCalibrationConfig
+
     folder, size = Path(settings["folder"]), settings["size"]
+    kind, calibration = DPOTrainer, {}
+    if settings.get("rc"):
+        kind, calibration = CalibratedDPOTrainer, {"rc": RewardCalibrationConfig()}
     rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text(encoding="utf-8").splitlines()]
     micro = settings.get("micro") or size["pairs"]
     arguments = DPOConfig(
@@ -206,7 +212,7 @@ def serve_trl(settings: Json, channel: Channel) -> None:
         dataloader_num_workers=0, use_cpu=True,
     )  # fmt: skip
 
-    class InOrder(DPOTrainer):
+    class InOrder(kind):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # already tokens, rcpo's
 
@@ -239,6 +245,7 @@ def serve_trl(settings: Json, channel: Channel) -> None:
     trainer = InOrder(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"), callbacks=[OnRequest()],
+        **calibration,
     )  # fmt: skip
     trainer.train()
 

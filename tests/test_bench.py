@@ -58,6 +58,7 @@ def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> N
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the bench extra")
 def test_both_sides_compute_the_same_losses(tmp_path: Path) -> None:
     """DPO from the same weights on the same tokens: log 2 at first, then nearly so at a tiny rate."""
-    found = bench(tmp_path, "peers")["peers"]
-    ours, theirs = found["rcpo rc=on"]["losses"], found["TRL"]["losses"]
+    results = bench(tmp_path, "peers,trl")
+    ours, theirs = (results["peers"][name]["losses"] for name in ("rcpo rc=on", "TRL"))
     assert ours == pytest.approx(theirs, abs=2e-3)
+    assert results["trl"]["DPOTrainer"]["ratio"] == 1 and results["trl"]["CalibratedDPOTrainer"]["ratio"] > 0
