@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny import sums_file, tiny_llama
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ SMALL = {
 }
 # Their weights are on the hub: the configuration alone can be tried.
 DOWNLOADED = re.compile(
-    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard)"
+    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard|eval\.tasks=\[hellaswag)"
 )
 
 
@@ -82,6 +83,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_llama(folder / name)
     pairs = Path(sums_file(folder / "pairs.jsonl", 60))
     (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(pairs.read_bytes()))
+    Dataset.from_json(str(pairs)).to_parquet(folder / "pairs.parquet")
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copyfile(pairs, folder / name)
+    data = folder / "OWNER" / "NAME" / "data"  # a folder with the hub's names stands in for the hub
+    data.mkdir(parents=True)
+    for split in ("train_prefs", "test_prefs"):
+        shutil.copyfile(folder / "pairs.parquet", data / f"{split}-00000-of-00001.parquet")
     python, yaml = (
         re.findall(rf"```{kind}\n# (\S+)\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml")
     )
@@ -92,7 +100,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = small(["train", f"hydra.run.dir=outputs/{name}", *more])
         result = rcpo(folder, words)
         assert result.returncode == 0, result.stderr
-    shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / "mine" / "0")
+    for sweep in ("mine", "dpo", "simpo"):
+        shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / sweep / "0")
     return folder
 
 
@@ -105,7 +114,9 @@ def test_there_are_commands() -> None:
 def test_the_command_runs(workspace: Path, command: str, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(workspace, folder)
-    if "compare=" not in command:  # there it is what another command made
-        shutil.rmtree(folder / "outputs" / "mine")
-    result = rcpo(folder, small(shlex.split(command)))
+    words = small(shlex.split(command))
+    for word in words:
+        if word.startswith("hydra.sweep.dir="):  # what others read, this one makes
+            shutil.rmtree(folder / word.partition("=")[2])
+    result = rcpo(folder, words)
     assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-1500:]
