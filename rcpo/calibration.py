@@ -128,8 +128,10 @@ class DynamicsMeter:
     def collect(self, reduce: Reduce = _alone) -> Dynamics:
         """The dynamics of everything observed since the last call, over all ranks; then starts anew."""
         assert self._sums is not None and self._scores is not None, "nothing was observed"
-        d_w, d_l, *counts = reduce(self._sums).tolist()
-        scores = reduce(self._scores)
+        words = _in_words(self._sums, self._scores.dtype)
+        total = reduce(torch.cat([self._scores.flatten(), words.flatten()]))
+        scores = total[: self._scores.numel()].view_as(self._scores)
+        d_w, d_l, *counts = total[self._scores.numel() :].view_as(words).double().sum(0).tolist()
         self._sums = self._scores = None
         n_w, n_l = (max(count, 1.0) for count in counts)
         pairs = max(sum(counts) / 2, 1.0)
@@ -272,6 +274,15 @@ class StepCalibration:
             "rc/skipped": self.calibrator.skipped,
             "rc/clamped": self.calibrator.clamped,
         }
+
+
+def _in_words(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in fp64 (n,) as sums of three in `dtype`, exactly: (3, n). One message holds them and scores."""
+    words = []
+    for _ in range(3):
+        words.append(sums.to(dtype))
+        sums = sums - words[-1].double()
+    return torch.stack(words)
 
 
 def average_logs(dynamics: Dynamics | None, reduce: Reduce) -> Dynamics | None:

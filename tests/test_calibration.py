@@ -285,6 +285,23 @@ def test_norms_are_of_the_mean_score_and_not_means_of_norms() -> None:
     assert meter.collect() == dynamics(1, 1, 0, 1, 0.0)  # the winner's scores cancel
 
 
+@pytest.mark.parametrize("pairs", [1, 50])
+def test_a_step_takes_one_reduction_of_a_size_that_the_batch_does_not_change(pairs: int) -> None:
+    # two sides of k·D scores; d_w, d_l and two counts, in three words of fp32 each
+    sizes = []
+    meter = DynamicsMeter()
+    meter.observe((torch.rand(pairs), torch.rand(pairs)), torch.rand(2, 32, 8))
+    meter.collect(lambda tensor: sizes.append(tensor.nbytes) or tensor)
+    assert sizes == [4 * (2 * 32 * 8 + 3 * 4)]
+
+
+def test_sums_are_reduced_in_fp64_beside_scores_in_fp32() -> None:
+    meter = DynamicsMeter()
+    incentive = torch.tensor([1 / 3, 1e-9], dtype=torch.float64)
+    meter.observe((incentive, 2 * incentive), torch.ones(2, 4))
+    assert meter.collect().incentive_chosen == (1 / 3 + 1e-9) / 2  # fp32 would be off by 1e-8
+
+
 @given(data=st.data(), pairs=st.integers(1, 12), seed=st.integers(0, 2**31))
 def test_any_split_of_a_batch_gives_the_same_dynamics(data: st.DataObject, pairs: int, seed: int) -> None:
     """Into micro-batches, and over two ranks whose sums are added: the same r, norms, ρ and so the same α."""
