@@ -277,7 +277,7 @@ class StepCalibration:
 
 
 def _in_words(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in fp64 (n,) as sums of three in `dtype`, exactly: (3, n). One message holds them and scores."""
+    """Numbers in fp64 (n,) as sums of three in `dtype`, exactly: (3, n). A message holds them and scores."""
     words = []
     for _ in range(3):
         words.append(sums.to(dtype))
