@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
 
 import deepspeed
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -40,6 +41,29 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", Fu
 
 # what moves in DeepSpeed's loss scalers for fp16, of which each has some
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _forget_releases_with_order() -> Callable[[], None]:
+    """Under ZeRO-3 DeepSpeed keeps which weights a module lets go of even when the order of modules is new.
+
+    After passes without backward (a reference's, an evaluation's) each layer then lets go of its weights in
+    every forward pass, and they are gathered again, one by one, in every backward pass. What is kept also
+    holds on to models that are closed. Returns the function that forgets.
+    """
+    coordinator = PartitionedParameterCoordinator
+    releases = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    forget: Callable[[], None] = releases.__closure__[0].cell_contents.cache_clear
+    clear = coordinator._clear_trace_structures
+
+    def clear_all(self: Any) -> None:
+        forget()
+        clear(self)
+
+    coordinator._clear_trace_structures = clear_all
+    return forget
+
+
+_forget_releases = _forget_releases_with_order()
 
 
 def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
@@ -172,6 +196,7 @@ class Engine:
     def close(self) -> None:
         """Lets go of what DeepSpeed holds; the engine is of no use after."""
         self._engine.destroy()
+        _forget_releases()
 
     def score(self, batch: TokenBatch, sketch: Sketch | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs (N,), hidden states (N, D) and sketched scores (N, k) or (0,) of the response tokens."""
