@@ -101,6 +101,8 @@ def by_length(
 def _busiest(places: np.ndarray, lengths: np.ndarray, micro: int) -> int:
     """Tokens and padding that the busiest rank computes, in packed rows; places (ranks, steps · micro)."""
     sizes = np.where(places == FILLER, 1, lengths[places]).reshape(len(places), -1, micro)
+    if micro == 1:  # nothing to pack; every rank deals for all of them, and there may be a thousand
+        return int(sizes.sum(axis=(1, 2)).max())
     return max(sum(_packed_size(piece) for piece in rank) for rank in sizes)
 
 
