@@ -160,23 +160,11 @@ class Session:
         batch = collate_indices(dataset, indices, pad, sides=sides, layout=self.layout)
         return batch.to(self.engine.device)
 
-    @property
-    def groups_by_length(self) -> bool:
-        """Whether a step's pairs are dealt to micro-batches by length, so that little is padded.
-
-        Left alone, this is off where a micro-batch's company changes the result: objectives that couple its
-        pairs, and a calibration that goes by micro-batches, which would see a step's longest pairs first.
-        """
-        group, rc = self.config.data.group_by_length, self.config.rc
-        if group is not None:
-            return group
-        return not (self.objective.spec.couples_batch or (rc.enabled and rc.update == "microbatch"))
-
     def rank_microbatches(self, step: int) -> list[list[int]]:
         """This rank's dataset positions of a step counted from 0, −1 for fillers."""
         size, ranks = self.config.train.micro_batch_size, distributed.world_size()
         indices = self.batches.indices(step)
-        if self.groups_by_length:
+        if self.config.groups_by_length(self.objective.spec.couples_batch):
             lengths = self._train_row_lengths[indices]
             indices = by_length(indices, lengths, ranks, size, packed=self.layout == "shared")
         return split(indices, distributed.rank(), ranks, size)

@@ -293,3 +293,13 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def groups_by_length(self, couples_batch: bool) -> bool:
+        """Whether a step's pairs are dealt to micro-batches by length, so that little is padded.
+
+        Left alone, this is off where a micro-batch's company changes the result: objectives that couple its
+        pairs, and a calibration that goes by micro-batches, which would see a step's longest pairs first.
+        """
+        if self.data.group_by_length is not None:
+            return self.data.group_by_length
+        return not (couples_batch or (self.rc.enabled and self.rc.update == "microbatch"))
