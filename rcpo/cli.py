@@ -43,6 +43,7 @@ def _root(
     rcpo evaluate run=outputs/...        evaluate what came out
     rcpo report outputs/...              show what happened, in one HTML file
     rcpo sweep rc=off,on seed=1,2,3      many runs beside each other
+    rcpo plan engine=zero3 gpu=h200      what a run would take: memory, communication, time
     rcpo doctor                          what this machine has, and what would fail
 
     \b
@@ -183,6 +184,25 @@ def sweep(ctx: typer.Context) -> None:
     from rcpo import jobs
 
     _finish(jobs.sweep, ctx.args)
+
+
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def plan(ctx: typer.Context) -> None:
+    """What a run would take: memory, communication, time. Nothing is loaded. Arguments are KEY=VALUE.
+
+    \b
+      rcpo plan engine=zero2 launch.processes=2              processes on this machine
+      rcpo plan model=llama-3-8b engine=zero3 train.dtype=bf16 train.gradient_checkpointing=true
+          gpu=h100-80gb plan.gpus=64 train.batch_size=128 train.micro_batch_size=1
+          plan.pairs=60000 plan.prompt_tokens=200 plan.response_tokens=300
+    A preset's shapes are shipped; another model needs its folder with a config.json. The data are counted
+    where the tokenizer is at hand, else plan.pairs, plan.prompt_tokens and plan.response_tokens say enough.
+
+    Where the plan does not fit the GPU, the nearest configuration that does is named, and the exit code is 1.
+    """
+    from rcpo.planner.command import plan as make_plan
+
+    _finish(make_plan, ctx.args)
 
 
 @app.command()

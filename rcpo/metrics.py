@@ -56,6 +56,11 @@ class StepSums:
         own = ("loss", "real_tokens", "slots", "pairs", "nonfinite")
         self._sums = dict.fromkeys((*own, *VOTES, *NAMES, *map(_count, NAMES)), 0.0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the reduction takes, whatever the batch."""
+        return 8 * len(self._sums)
+
     def computed(self, tokens: int, slots: int) -> None:
         """What a forward pass computed: real `tokens`, and `slots`, padding and fillers included."""
         self._sums["real_tokens"] += tokens

@@ -22,7 +22,7 @@ from rcpo.config import (
     save_run_config,
     to_container,
 )
-from rcpo.config.commands import SweepConfig, sweep_config
+from rcpo.config.commands import GpuConfig, PlanConfig, SweepConfig, plan_config, sweep_config
 from rcpo.config.composition import (
     PRIMARY,
     compose,
@@ -95,7 +95,9 @@ def refusal(*overrides: str) -> str:
 
 
 def command_keys() -> set[str]:
-    return {f"sweep.{field.name}" for field in dataclasses.fields(SweepConfig)}
+    nodes = {"sweep": SweepConfig, "plan": PlanConfig, "gpu": GpuConfig}
+    leaves = {f"{node}.{field.name}" for node, kind in nodes.items() for field in dataclasses.fields(kind)}
+    return {*nodes, *leaves}
 
 
 def test_the_defaults_of_conf_are_those_of_the_dataclasses() -> None:
@@ -126,7 +128,7 @@ def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
     nodes = {str(key): tree[key] for key in tree} if whole else {group: tree}
     known = {*known_keys(), *command_keys()}
     for node, leaves in nodes.items():
-        assert node in ("hydra", "defaults", "sweep") or node in known, node
+        assert node in ("hydra", "defaults") or node in known, node
         for leaf in leaves if node not in ("hydra", "defaults") and isinstance(leaves, DictConfig) else ():
             own = node == "objective" and leaf in HYPERPARAMETER_RANGES
             assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
@@ -382,3 +384,26 @@ def test_configuration_imports_neither_torch_nor_transformers() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_the_keys_of_a_plan_are_checked_and_no_part_of_a_run() -> None:
+    cfg = compose_with(shipped(), PRIMARY, ["plan.gpus=64"])
+    assert plan_config(cfg) == (PlanConfig(gpus=64), None)
+    assert not {"plan", "gpu"} & set(user_part(cfg))
+    _, gpu = plan_config(compose_with(shipped(), PRIMARY, ["gpu=h100-80gb", "gpu.memory=1e9"]))
+    assert gpu is not None and (gpu.name, gpu.memory) == ("H100 SXM 80 GB", 1e9)
+    for override, part in (
+        ("plan.efficiency=2", "plan.efficiency=2 is out of range"),
+        ("plan.headroom=1", "plan.headroom=1 is out of range"),
+        ("+plan.gpu=8", "did you mean plan.gpus?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            plan_config(compose_with(shipped(), PRIMARY, [override]))
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "gpu"])
+def test_every_gpu_has_all_its_figures(option: str) -> None:
+    _, gpu = plan_config(compose_with(shipped(), PRIMARY, [f"gpu='{option}'"]))
+    assert gpu is not None
+    # slower step by step: its memory, its links, the host, other nodes; and products in fp32
+    assert gpu.bandwidth > gpu.link >= gpu.host >= gpu.network / 2 and gpu.bf16 > gpu.fp32

@@ -1,0 +1,111 @@
+"""What lives between and before optimizer steps: bytes of weights, gradients and optimizer, on each rank.
+
+These are DeepSpeed's own tensors, counted by its rules for each ZeRO stage; tests hold them to a running
+engine's, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rcpo.config import RunConfig
+
+ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
+MASTER = 4  # bytes of an element that the optimizer updates, and of each of its moments
+MOMENTS = {"adamw": 2, "sgd": 0}
+SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time: DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter by name: its elements, and whether it is trained."""
+
+    name: str
+    numel: int
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one rank; `gradients` are those just before the optimizer steps."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def plain(config: RunConfig) -> bool:
+    """Whether torch's optimizer works on the model's own weights: ZeRO-0 in fp32."""
+    return config.engine.stage == 0 and config.train.dtype == "fp32"
+
+
+def moments(config: RunConfig) -> int:
+    """Tensors of a weight's size that the optimizer keeps for it."""
+    if config.optim.name == "sgd":
+        return int(config.optim.momentum > 0)
+    return MOMENTS[config.optim.name]
+
+
+def states(parameters: Sequence[Parameter], config: RunConfig, ranks: int, rank: int = 0) -> States:
+    """The bytes of one rank of `ranks`."""
+    element, stage = ELEMENT[config.train.dtype], config.engine.stage
+    trained = [p.numel for p in parameters if p.trained]
+    frozen = sum(p.numel for p in parameters if not p.trained)
+    steps = MASTER if config.optim.name == "adamw" else 0  # AdamW counts the steps of each tensor
+    if stage == 0:
+        total = sum(trained)
+        masters = 0 if plain(config) else total
+        optimizer = MASTER * (masters + moments(config) * total) + steps * len(trained)
+        return States(element * (total + frozen), element * total, optimizer)
+    if stage == 3:
+        total = sum(partition(numel, ranks) for numel in trained)
+        still = sum(partition(p.numel, ranks) for p in parameters if not p.trained)
+        optimizer = MASTER * (1 + moments(config)) * total + steps * sub_groups(trained, ranks)
+        return States(element * (total + still), element * total, optimizer)
+    flat = flat_elements(trained, ranks)
+    own = flat // ranks
+    optimizer = MASTER * own * (1 + moments(config)) + steps
+    return States(element * (flat + frozen), element * reduced_elements(trained, ranks, rank), optimizer)
+
+
+def partition(numel: int, ranks: int) -> int:
+    """A rank's elements of a parameter under ZeRO-3: equal pieces, the last one padded."""
+    return -(-numel // ranks)
+
+
+def flat_elements(trained: Sequence[int], ranks: int) -> int:
+    """Elements of the one buffer that holds all trained weights under ZeRO-1 and 2, padded for its pieces."""
+    unit = 2 * ranks
+    return -(-sum(trained) // unit) * unit
+
+
+def reduced_elements(trained: Sequence[int], ranks: int, rank: int) -> int:
+    """Elements of the reduced gradients that a rank keeps under ZeRO-1 and 2.
+
+    Parameters at its piece's borders are kept whole, and the last piece's padding is a gradient too.
+    """
+    own = flat_elements(trained, ranks) // ranks
+    first, last = rank * own, (rank + 1) * own
+    kept, start = 0, 0
+    for numel in trained:
+        if start < last and start + numel > first:
+            kept += numel
+        start += numel
+    return kept + max(0, min(own, last - max(start, first)))
+
+
+def sub_groups(trained: Sequence[int], ranks: int) -> int:
+    """The groups of parameters that ZeRO-3 updates one after the other."""
+    return len(list(_sub_groups(trained, ranks)))
+
+
+def _sub_groups(trained: Sequence[int], ranks: int) -> Iterator[int]:
+    size = 0
+    for numel in trained:
+        size += partition(numel, ranks)
+        if size >= SUB_GROUP:
+            yield size
+            size = 0
+    if size:
+        yield size

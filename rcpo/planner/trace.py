@@ -1,0 +1,298 @@
+"""What a micro-batch computes and keeps alive: the policy's own code, run on tensors without memory.
+
+Fake tensors have shapes and no data, so a model of any size is traced in seconds. It is cut to a few decoder
+layers, and one of the middle stands for those that were left out.
+
+Axes: R rows, L row length, N response tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from rcpo.geometry import Sketch
+from rcpo.models import Policy
+
+LAYERS = 4  # of them the second and third are of the middle, and differ by what one layer keeps
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+def _product(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
+
+
+_UNCOUNTED: Any = {  # by torch itself, which knows the attention of GPUs
+    torch.ops.aten.addmm_: _product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch's shape: (R, L) tokens with N response tokens; `shared` rows hold several sequences."""
+
+    rows: int
+    length: int
+    responses: int
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A stretch of the backward pass, up to one parameter's gradient.
+
+    `activations` are the most bytes alive in it apart from finished gradients; of those there were
+    `gradients` elements before it. `flops` were computed since the pass began.
+    """
+
+    activations: int
+    gradients: int
+    flops: int
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward and backward pass of a micro-batch: peak bytes of the forward pass, the backward's moments.
+
+    `kept` are the bytes that are alive after both, apart from gradients: what a step still reads.
+    """
+
+    forward_peak: int
+    forward_flops: int
+    backward: tuple[Moment, ...] = ()
+    kept: int = 0
+
+    @property
+    def backward_flops(self) -> int:
+        return self.backward[-1].flops if self.backward else 0
+
+    @property
+    def activations(self) -> int:
+        """The most bytes alive apart from weights and gradients."""
+        return max([self.forward_peak, *(moment.activations for moment in self.backward)])
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operators made and that are still referred to."""
+
+    def __init__(self, known: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._sizes: dict[int, int] = dict.fromkeys((t.untyped_storage()._cdata for t in known), 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self.bytes
+        return peak
+
+
+class _SketchOfShapes(Sketch):
+    """A sketch's memory without its loop over the vocabulary, which works in place."""
+
+    def scores(self, excess: Tensor) -> Tensor:
+        return excess.new_zeros(len(excess), self.size)
+
+
+@dataclass
+class _Recorder:
+    """What hooks write down while a policy runs."""
+
+    live: _Live
+    flops: FlopCounterMode
+    collects: bool
+    entries: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer: bytes, flops
+    moments: list[Moment] = field(default_factory=list)
+    elements: int = 0
+    bytes: int = 0
+
+    def enter(self, layer: int) -> None:
+        # a checkpointed layer is entered again in the backward pass
+        self.entries.setdefault(layer, (self.live.bytes, self.flops.get_total_flops()))
+
+    def gradient(self, parameter: Tensor, layer: int | None) -> None:
+        if self.collects:  # recomputed fake tensors hang in cycles of Python frames, real ones do not
+            gc.collect()
+        made, done = self.live.take_peak(), self.flops.get_total_flops()
+        self.moments.append(Moment(made - self.bytes, self.elements, done, layer))
+        assert parameter.grad is not None
+        self.elements += parameter.numel()
+        self.bytes += parameter.grad.untyped_storage().nbytes()
+
+
+def trace(policy: Policy, rows: Rows, sketch: int | None, *, training: bool, depth: int) -> Trace:
+    """Runs a micro-batch through a policy of a few layers, for a model of `depth` layers.
+
+    `sketch` is the vocabulary sketch's size; None where no scores are measured. Without `training` there is
+    no backward pass, as where a reference or an evaluation scores rows.
+    """
+    layers = decoder_layers(policy)
+    with ExitStack() as stack:
+        stack.enter_context(fake_weights(policy))
+        live = _Live(iter([*policy.parameters(), *policy.buffers()]))
+        flops = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+        recorder = _Recorder(live, flops, collects=training and policy.model.is_activation_checkpointing)
+        for hook in _hooks(policy, layers, recorder):
+            stack.callback(hook.remove)
+        stack.enter_context(_few_objects())
+        stack.enter_context(torch.set_grad_enabled(training))
+        for mode in (flops, live):
+            stack.enter_context(mode)
+        policy.train(training)
+        shapes = None if sketch is None else _SketchOfShapes(policy.vocabulary, sketch)
+        results = policy(**inputs(rows), sketch=shapes)
+        forward = Trace(live.take_peak(), flops.get_total_flops())
+        if not training:
+            return _deeper_forward(forward, recorder, depth - len(layers))
+        results[0].sum().backward()  # hidden states and scores stay alive, as in a step
+        kept = live.bytes - recorder.bytes
+    before = forward.forward_flops
+    moments = [replace(moment, flops=moment.flops - before) for moment in recorder.moments]
+    forward = _deeper_forward(forward, recorder, depth - len(layers))
+    backward = tuple(_deeper_backward(moments, depth - len(layers)))
+    return replace(forward, backward=backward, kept=kept)
+
+
+def inputs(rows: Rows) -> dict[str, Any]:
+    """The policy's arguments for a micro-batch of this shape, all zeros."""
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long)
+
+    shape = rows.rows, rows.length
+    return {
+        "input_ids": tokens(*shape),
+        "attention_mask": tokens(*shape) + 1,
+        "position_ids": tokens(*shape),
+        "segments": tokens(*shape) if rows.shared else None,
+        "predictors": tokens(rows.responses),
+        "labels": tokens(rows.responses),
+    }
+
+
+@contextmanager
+def fake_weights(policy: Policy) -> Iterator[None]:
+    """Inside, tensors have shapes and no data, and the policy, made on the meta device, has such weights."""
+    with FakeTensorMode():
+        made: dict[int, Tensor] = {}  # tied weights stay one
+        for module in policy.modules():
+            for own in (module._parameters, module._buffers):
+                for name, old in own.items():
+                    if old is not None and id(old) not in made:
+                        made[id(old)] = _fake(old)
+                    own[name] = None if old is None else made[id(old)]  # type: ignore[assignment]
+        yield
+
+
+def _fake(old: Tensor) -> Tensor:
+    new = torch.empty(old.shape, dtype=old.dtype)
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+@contextmanager
+def _few_objects() -> Iterator[None]:
+    """What exists is left out of garbage collections, which are then quick."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def decoder_layers(policy: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated layers by name: the longest list of modules; empty where it has none."""
+    lists = {name: module for name, module in policy.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        return {}
+    name = max(lists, key=lambda key: len(lists[key]))
+    return {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
+
+
+def _hooks(policy: Policy, layers: dict[str, nn.Module], recorder: _Recorder) -> Iterator[Any]:
+    for place, layer in enumerate(layers.values()):
+        yield layer.register_forward_pre_hook(lambda *_, place=place: recorder.enter(place))
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            owner = re.match(r"(.*?\.\d+)\.", name)
+            index: int | None = list(layers).index(owner[1]) if owner and owner[1] in layers else None
+            yield parameter.register_post_accumulate_grad_hook(
+                lambda p, index=index: recorder.gradient(p, index)
+            )
+
+
+def _deeper_forward(trace: Trace, recorder: _Recorder, extra: int) -> Trace:
+    if extra <= 0:
+        return trace
+    kept, computed = (after - before for after, before in zip(recorder.entries[2], recorder.entries[1]))
+    return replace(
+        trace,
+        forward_peak=trace.forward_peak + extra * kept,
+        forward_flops=trace.forward_flops + extra * computed,
+    )
+
+
+def _deeper_backward(moments: list[Moment], extra: int) -> Iterator[Moment]:
+    """The moments of a model with `extra` layers more, all like the third."""
+    if extra <= 0:
+        yield from moments
+        return
+    third, second = ([m for m in moments if m.layer == layer] for layer in (2, 1))
+    first = moments.index(second[0])
+    kept = third[0].activations - second[0].activations
+    elements = second[0].gradients - third[0].gradients
+    flops = second[0].flops - third[0].flops
+    for moment in moments[:first]:
+        yield replace(moment, activations=moment.activations + extra * kept)
+    for copy in range(1, extra + 1):
+        for moment in third:
+            yield Moment(
+                moment.activations + (extra - copy) * kept,
+                moment.gradients + copy * elements,
+                moment.flops + copy * flops,
+                moment.layer,
+            )
+    for moment in moments[first:]:
+        yield replace(
+            moment, gradients=moment.gradients + extra * elements, flops=moment.flops + extra * flops
+        )

@@ -1,0 +1,152 @@
+"""What a run computes: steps, tokens, shapes of micro-batches; counted in the data, or from given means.
+
+Axes: R rows, L row length, N response tokens, as in `trace.Rows`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from rcpo.config import ConfigError, RunConfig
+from rcpo.config.commands import PlanConfig
+from rcpo.data.batches import GlobalBatches, by_length, pack, row_lengths, split
+from rcpo.data.dataset import load_datasets
+from rcpo.data.store import PairDataset
+from rcpo.hub import own_folder
+from rcpo.models import load_tokenizer, model_folder
+from rcpo.objectives import Objective
+from rcpo.planner.trace import Rows
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run's steps and the micro-batches of its ranks.
+
+    `largest` decides its memory and `usual` its time; `scored` is the largest batch of a reference's or an
+    evaluation's pass. `tokens` are those that a step's rows have, padding included, over all ranks; `source`
+    says where the numbers are from.
+    """
+
+    pairs: int | None
+    steps: int
+    microbatches: int
+    tokens: int
+    largest: Rows
+    usual: Rows
+    scored: Rows
+    source: str
+
+    @property
+    def total_tokens(self) -> int:
+        return self.steps * self.tokens
+
+
+def workload(
+    config: RunConfig, settings: PlanConfig, objective: Objective, layout: str, ranks: int
+) -> Workload:
+    """Counts in the data, unless `settings` say enough; raises ConfigError where neither can be."""
+    given = (settings.prompt_tokens, settings.response_tokens)
+    if None not in given:
+        return _from_means(config, settings, objective.sides, layout, ranks)
+    if any(value is not None for value in given):
+        raise ConfigError("plan.prompt_tokens and plan.response_tokens go together: give both, or none")
+    path = config.model.path
+    if settings.architecture is not None or (path is not None and own_folder(path) is None):
+        raise ConfigError(
+            "the tokens of data cannot be counted without the model's tokenizer, which is not a folder here; "
+            "give plan.pairs=N plan.prompt_tokens=N plan.response_tokens=N, or model.path=DIR"
+        )
+    tokenizer = load_tokenizer(model_folder(config.model), config.model)
+    data = load_datasets(config.data, tokenizer, config.seed, lambda _: None).train
+    return _from_data(config, objective, data, layout, ranks)
+
+
+def _steps(config: RunConfig, pairs: int | None) -> int:
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    if pairs is None:
+        raise ConfigError("the steps follow from the pairs: give plan.pairs=N or train.max_steps=N")
+    return config.train.epochs * math.ceil(pairs / config.train.batch_size)
+
+
+def _from_means(config: RunConfig, settings: PlanConfig, sides: int, layout: str, ranks: int) -> Workload:
+    """Every pair of the mean lengths; the largest micro-batch has the longest that the limits let through."""
+    assert settings.prompt_tokens is not None and settings.response_tokens is not None
+    prompt, response = settings.prompt_tokens, settings.response_tokens
+    usual = _alike(config.train.micro_batch_size, prompt, response, sides, layout)
+    longest, limits = (prompt, response), config.data
+    if limits.max_length is not None:
+        start = min(limits.max_prompt_length or prompt, limits.max_length - 1)
+        longest = (start, limits.max_length - start)
+    microbatches = config.train.accumulation(ranks)
+    return Workload(
+        settings.pairs,
+        _steps(config, settings.pairs),
+        microbatches,
+        ranks * microbatches * usual.rows * usual.length,
+        _alike(config.train.micro_batch_size, *longest, sides, layout),
+        usual,
+        _alike(config.eval.batch_size, *longest, max(sides, 2), layout),
+        f"{prompt} tokens a prompt, {response} a response, as given",
+    )
+
+
+def _alike(pairs: int, prompt: int, response: int, sides: int, layout: str) -> Rows:
+    if layout == "shared":
+        return Rows(pairs, prompt + sides * response, pairs * sides * response, True)
+    return Rows(pairs * sides, prompt + response, pairs * sides * response, False)
+
+
+def _from_data(
+    config: RunConfig, objective: Objective, data: PairDataset, layout: str, ranks: int
+) -> Workload:
+    batches = GlobalBatches(len(data), config.train.batch_size, config.seed)
+    steps = _steps(config, len(data))
+    seen = min(steps, batches.steps_per_epoch)
+    shapes = list(_microbatches(config, objective, data, batches, seen, layout, ranks))
+    sizes = np.array([shape.rows * shape.length for shape in shapes])
+    mean = int(np.abs(sizes - sizes.mean()).argmin())
+    sides = max(objective.sides, 2 if (data.lengths[:, 2] > 0).all() else 1)
+    lengths = row_lengths(data.lengths[:, 0], data.response_lengths(sides), layout)
+    longest = np.argsort(-lengths, kind="stable")[: config.eval.batch_size]
+    return Workload(
+        len(data),
+        steps,
+        config.train.accumulation(ranks),
+        round(sizes.sum() / seen),
+        shapes[int(sizes.argmax())],
+        shapes[mean],
+        _shape(data, longest.tolist(), sides, layout),
+        f"{len(data):,} pairs of data={config.data.name}, counted",
+    )
+
+
+def _microbatches(
+    config: RunConfig, objective: Objective, data: PairDataset, batches: GlobalBatches, steps: int,
+    layout: str, ranks: int,
+) -> Iterator[Rows]:  # fmt: skip
+    """The micro-batches of all ranks in the first `steps`, as a session deals them."""
+    size, sides = config.train.micro_batch_size, objective.sides
+    lengths = row_lengths(data.lengths[:, 0], data.response_lengths(sides), layout)
+    for step in range(steps):
+        indices = batches.indices(step)
+        if config.groups_by_length(objective.spec.couples_batch):
+            indices = by_length(indices, lengths[indices], ranks, size, packed=layout == "shared")
+        for rank in range(ranks):
+            for piece in split(indices, rank, ranks, size):
+                yield _shape(data, piece, sides, layout)
+
+
+def _shape(data: PairDataset, positions: list[int], sides: int, layout: str) -> Rows:
+    places = np.array([data.shortest if position < 0 else position for position in positions])
+    prompts, responses = data.lengths[places, 0], data.response_lengths(sides)[places]
+    tokens = int(responses.sum())
+    if layout == "separate":
+        return Rows(len(places) * sides, int((prompts[:, None] + responses).max()), tokens, False)
+    totals = prompts + responses.sum(axis=1)
+    longest = int(totals.max())
+    return Rows(max(pack(totals, longest)[0]) + 1, longest, tokens, True)

@@ -1,0 +1,59 @@
+"""Seconds by hand from a machine of round numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from rcpo.config import RunConfig
+from rcpo.config.commands import GpuConfig, PlanConfig
+from rcpo.planner.communication import Message
+from rcpo.planner.timing import RING_HOP, RING_NODE_HOP, RING_START, Machine, Times, times
+
+GPU = GpuConfig(
+    name="round", memory=1e10, bf16=1e12, fp16=1e12, fp32=1e11, bandwidth=1e11, link=1e10, network=1e9,
+    host=1e9, host_bandwidth=1e10, per_node=4,
+)  # fmt: skip
+SETTINGS = PlanConfig(efficiency=0.5, link_efficiency=0.5)
+
+
+def test_a_ring_in_a_node() -> None:
+    machine = Machine(GPU, SETTINGS, ranks=4)
+    # 4e9 bytes all-reduced: each rank sends 2 · 3/4 of them at half of 1e10 bytes/s, in 2 · 3 hops
+    assert machine.seconds(Message("all_reduce", 4 * 10**9, 1, "")) == pytest.approx(
+        6e9 / 5e9 + RING_START + 6 * RING_HOP
+    )
+    # each rank puts in 1e9 and gets three others' in 3 hops
+    assert machine.seconds(Message("all_gather_into_tensor", 10**9, 2, "")) == pytest.approx(
+        2 * (3e9 / 5e9 + RING_START + 3 * RING_HOP)
+    )
+    assert Machine(GPU, SETTINGS, 1).seconds(Message("all_reduce", 10**9, 1, "")) == 0
+
+
+def test_a_ring_through_nodes_takes_all_their_network_cards() -> None:
+    machine = Machine(GPU, SETTINGS, ranks=8)
+    # two nodes with four cards of 1e9 bytes/s each: slower than the link, half is reached
+    hops = 6 * RING_HOP + RING_NODE_HOP
+    assert machine.seconds(Message("reduce_scatter_tensor", 8 * 10**9, 1, "")) == pytest.approx(
+        7e9 / 2e9 + RING_START + hops
+    )
+
+
+def test_a_step_by_hand() -> None:
+    config = RunConfig()
+    config.train.dtype, config.engine.stage = "bf16", 2
+    machine = Machine(GPU, SETTINGS, ranks=1)
+    found = times(config, machine, flops=2e12, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
+    # 2e12 at half of 1e12; an element's gradient, weight and two moments read, three written, a bf16 weight
+    assert found == Times(4.0, 0.0, 1e9 * (4 * 7 + 2) / 1e11, 0.0, overlaps=False)
+    assert found.step == pytest.approx(4.3) and found.bottleneck == "products"
+    config.engine.stage, config.engine.offload_optimizer, config.engine.offload_parameters = 3, True, True
+    found = times(config, machine, flops=2e12, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
+    # the optimizer at the host's memory; gradients there and weights back, weights for two passes of three
+    assert found == Times(4.0, 0.0, 3.0, 6.0 + 6.0, overlaps=True)
+    assert found.bottleneck == "the host"
+
+
+def test_what_overlaps_is_not_added() -> None:
+    assert Times(2.0, 3.0, 0.5, 0.0, overlaps=True).step == 3.5
+    assert Times(2.0, 3.0, 0.5, 0.0, overlaps=False).step == 5.5
+    assert Times(2.0, 3.0, 0.5, 0.0, overlaps=True).bottleneck == "communication"
