@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,17 @@ class Attempt:
             if not self.alive:
                 raise RuntimeError(f"{self.run_dir.name} ended with {self.codes}: {self.text[-2000:]}")
             time.sleep(0.002)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Its processes stand still: whatever is done to them in between, they do not end before."""
+        for pid in self.alive:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in self.alive:
+                os.kill(pid, signal.SIGCONT)
 
     def kill(self) -> None:
         for pid in self.alive:
