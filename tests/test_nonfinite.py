@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from tiny import sums_file, tiny_llama
+from workers import nonfinite
 
 from rcpo.config import RunError, TrainConfig
 from rcpo.nonfinite import NonFiniteWatch
 from rcpo.objectives import RunningMean
 
-WORKER = str(Path(__file__).parent / "workers" / "nonfinite.py")
-
 
 @pytest.mark.slow
 @pytest.mark.serial
 def test_both_ranks_agree_under_every_stage(tmp_path: Path) -> None:
-    model, pairs, output = tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "result.json"
-    tiny_llama(model)
-    sums_file(pairs, 24)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(model), str(pairs), str(output), "0,1,2,3"]
-    subprocess.run([*launcher, WORKER, *arguments], check=True, capture_output=True, timeout=280)
+    output = tmp_path / "result.json"
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
+    on_ranks(2, nonfinite.try_all, model, pairs, output, range(4))
     results = json.loads(output.read_text())
     assert len(results) == 8
     for name, result in results.items():

@@ -1,12 +1,11 @@
 """Steps whose numbers are not finite, on two ranks and every ZeRO stage; rank 0 writes what happened.
 
-Usage: nonfinite.py MODEL PAIRS OUTPUT STAGES
 Only rank 1's loss (or, from its gradient alone, rank 1's weights' gradient) goes wrong, and only in step 2.
 """
 
 import json
 import math
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +100,11 @@ def stopped(config: RunConfig, folder: Path, kind: str) -> list[str]:
     return distributed.gather_objects("no error")
 
 
-def main() -> None:
-    model, pairs, output, stages = sys.argv[1:]
-    distributed.initialize()
+def try_all(model: str, pairs: str, output: Path, stages: Iterable[int]) -> None:
     results: dict[str, Any] = {}
-    for stage in map(int, stages.split(",")):
+    for stage in stages:
         for kind in ("loss", "gradient"):
-            folder = Path(output).parent / f"{kind}{stage}"
+            folder = output.parent / f"{kind}{stage}"
             if distributed.is_main():
                 folder.mkdir()
             distributed.barrier()
@@ -116,9 +113,4 @@ def main() -> None:
                 "stop": stopped(configuration(model, pairs, stage, "stop"), folder, kind),
             }
     if distributed.is_main():
-        Path(output).write_text(json.dumps(results, indent=1))
-    distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+        output.write_text(json.dumps(results, indent=1))

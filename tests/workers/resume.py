@@ -1,16 +1,11 @@
-"""Runs in parts, in one process group.
+"""Runs in parts, on the ranks of one group.
 
-resume.py compare MODEL PAIRS OUTPUT CASES: interrupted and uninterrupted ones, compared bit for bit on each
-rank; CASES is a JSON list of objects with the keys of `configuration`, and `stops`. OUTPUT gets what differs.
-resume.py train MODEL PAIRS FOLDER RUNS: each of RUNS, objects with `name`, `stop` and such keys, goes on from
-what FOLDER/name holds to the step `stop` and leaves a checkpoint there.
-PAIRS is a JSONL file of 24 pairs and the batch 16: an epoch is two steps, the second one short.
+Their data are a JSONL file of 24 pairs and the batch is 16: an epoch is two steps, the second one short.
 """
 
 import json
 import random
 import shutil
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -121,28 +116,20 @@ def compare(config: RunConfig, folder: Path, stops: list[int]) -> str:
     return ", ".join(chain.from_iterable(distributed.gather_objects(problems)))
 
 
-def compare_all(model: str, pairs: str, output: str, cases: list[dict[str, Any]]) -> None:
+def compare_all(model: str, pairs: str, output: Path, cases: list[dict[str, Any]]) -> None:
+    """Interrupted and uninterrupted runs; `output` gets what differs, by case. A case has the keys of
+    `configuration`, and `stops`."""
     results = {}
     for case in cases:
         name = " ".join(f"{key}={value}" for key, value in case.items())
-        stops = case.pop("stops", [3])
-        results[name] = compare(configuration(model, pairs, **case), Path(output).with_suffix(""), stops)
+        stops = case.pop("stops")
+        results[name] = compare(configuration(model, pairs, **case), output.with_suffix(""), stops)
     if distributed.is_main():
-        Path(output).write_text(json.dumps(results, indent=1))
+        output.write_text(json.dumps(results, indent=1))
 
 
-def train_all(model: str, pairs: str, folder: str, runs: list[dict[str, Any]]) -> None:
+def train_all(model: str, pairs: str, folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Each run goes on from what `folder` holds under its `name` to the step `stop`, with a checkpoint."""
     for case in runs:
         name, stop = case.pop("name"), case.pop("stop")
-        part(configuration(model, pairs, **case), Path(folder) / name, stop)
-
-
-def main() -> None:
-    what, model, pairs, output, text = sys.argv[1:]
-    distributed.initialize()
-    {"compare": compare_all, "train": train_all}[what](model, pairs, output, json.loads(text))
-    distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+        part(configuration(model, pairs, **case), folder / name, stop)
