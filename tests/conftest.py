@@ -42,26 +42,3 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RCPO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-# Tests that failed, or were never seen to pass, when many changes met: named, said at every run, and to be
-# mended first. `RCPO_QUARANTINED=1` runs them too.
-QUARANTINE = Path(__file__).parent / "quarantine.txt"
-
-
-def quarantined() -> tuple[str, ...]:
-    """Node ids, or their beginnings, that stand in the list."""
-    lines = QUARANTINE.read_text(encoding="utf-8").splitlines() if QUARANTINE.exists() else []
-    return tuple(line for line in lines if line and not line.startswith("#"))
-
-
-def pytest_report_header() -> str:
-    return f"quarantined: {len(quarantined())} entries of tests/quarantine.txt (RCPO_QUARANTINED=1 runs them)"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "RCPO_QUARANTINED" in os.environ or not quarantined():
-        return
-    left_out = [item for item in items if item.nodeid.startswith(quarantined())]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
