@@ -81,7 +81,7 @@ def test_every_checkpoint_on_one_process_and_on_two(trained: Path) -> None:
             expected = {name: in_training[record["step"]][name] for name in shared}
             assert {name: record[name] for name in shared} == pytest.approx(expected, rel=1e-4, abs=1e-5)
         after = numbers(json.loads((trained / "evaluation.json").read_text()))
-        # Training holds no reference that could score what the policy says: the KL is `rcpo evaluate`'s alone.
+        # Training holds no reference that could score the policy's answers: the KL is `rcpo evaluate`'s.
         assert {"eval/kl", "eval/kl_per_token"} < after.keys() - before.keys()
         assert {name: after[name] for name in before} == pytest.approx(before, rel=1e-4, abs=1e-5)
     for alone, both in zip(*records, strict=True):
