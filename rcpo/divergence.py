@@ -21,6 +21,15 @@ class DivergenceWatch:
         self._first_margin = 0.0
         self._said: set[str] = set()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"in_a_row": self._in_a_row, "first_margin": self._first_margin, "said": sorted(self._said)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on: what was said is not said again, and what lasts has lasted as long."""
+        self._in_a_row, self._first_margin = dict(state["in_a_row"]), state["first_margin"]
+        self._said = set(state["said"])
+
     def look(self, row: Mapping[str, Any]) -> list[str]:
         """What this row gives reason to say for the first time."""
         signs = {"winner": self._winner(row), "margin": self._margin(row), "alpha": self._alpha(row)}

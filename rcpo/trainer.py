@@ -201,6 +201,7 @@ class Trainer:
             "dynamics": self.dynamics.state_dict(),
             "objective": None if state is None else state.state_dict(),
             "nonfinite": self.watch.state_dict(),
+            "divergence": self.divergence.state_dict(),
             "best": self.best.state_dict(),
         }
 
@@ -213,6 +214,7 @@ class Trainer:
         if self.objective.state is not None and state["objective"] is not None:
             self.objective.state.load_state_dict(state["objective"])
         self.watch.load_state_dict(state["nonfinite"])
+        self.divergence.load_state_dict(state["divergence"])
         self.best.load_state_dict(state["best"])
 
     def save_final(self, say: Callable[[str], None]) -> None:

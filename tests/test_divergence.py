@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -58,3 +59,26 @@ def test_alpha_at_its_clamp() -> None:
 def test_values_that_are_missing_say_nothing() -> None:
     row = {"logratios/chosen": None, "rewards/accuracies": None, "rewards/margins": None, "rc/alpha": None}
     assert not said([row, {}] * 5, watch())
+
+
+def test_a_resumed_run_says_what_an_uninterrupted_one_does() -> None:
+    # the winner has fallen by 0.4 at step 3, α was at its clamp for 3 steps at 4, the margin doubled at 5
+    margins, alphas = (1.0, 1.2, 1.4, 1.6, 2.0), (9.0, 10.0, 10.0, 10.0, 10.0)
+    rows = [
+        {
+            "logratios/chosen": -0.2 * n,
+            "rewards/accuracies": 1.0,
+            "rewards/margins": margins[n],
+            "rc/alpha": alpha,
+        }
+        for n, alpha in enumerate(alphas)
+    ]
+    whole = said(rows, watch())
+    assert [line.split(":")[0] for line in whole] == ["step 3", "step 4", "step 5"]
+    for stop in range(1, 5):
+        first, then = watch(), watch()
+        lines = said(rows[:stop], first)
+        then.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for step, row in enumerate(rows[stop:], stop + 1):
+            lines += then.look({"step": step, **row})
+        assert lines == whole, stop

@@ -49,7 +49,7 @@ def configuration(
     config.train.dtype = dtype
     config.optim.name, config.optim.lr = optimizer, 0.1 if optimizer == "sgd" else 1e-2
     config.optim.momentum = 0.9 if optimizer == "sgd" else 0.0
-    config.engine.stage = stage
+    config.engine.stage, config.watch.patience = stage, 3
     config.reference.mode, config.reference.cache = reference, "off"
     config.objective = OBJECTIVES[objective]
     config.rc.enabled, config.rc.sketch = rc != "off", 32
@@ -69,13 +69,19 @@ def part(config: RunConfig, folder: Path, stop: int, lost: int = 0, *, save: boo
     resume_step = None if found is None else found.step
     with Tracker(folder, config, STEPS, distributed.is_main(), resume_step=resume_step) as tracker:
         while trainer.step < stop:
-            tracker.log(trainer.train_step() | draws())
+            tracker.log(step(trainer))
         if save:
             trainer.save(tracker)
             trainer.checkpoints.finish()
         for _ in range(lost):
-            tracker.log(trainer.train_step() | draws())
+            tracker.log(step(trainer))
     return trainer
+
+
+def step(trainer: Trainer) -> dict[str, Any]:
+    """A step's row with what it gave reason to warn of, and numbers from each generator."""
+    row = trainer.train_step()
+    return row | {"warnings": len(trainer.divergence.look(row))} | draws()
 
 
 def draws() -> dict[str, float]:
