@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file
+from tiny import sums_file, tiny_llama
+from transformers import AutoModelForCausalLM
+from workers import best
 
+from rcpo.checkpoint import checkpoint_weights
 from rcpo.config import CheckpointConfig, ConfigError
+from rcpo.runfolder import checkpoint_folders
 from rcpo.saving import BestStep, SaveClock
 
 
@@ -71,3 +80,25 @@ def test_a_metric_that_is_not_measured_is_refused() -> None:
     best = BestStep(CheckpointConfig(best="eval/exact_match"))
     with pytest.raises(ConfigError, match=r"checkpoint.best=eval/exact_match .* eval/loss"):
         best.improved(1, {"eval/loss": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_the_best_step_of_a_run_stays_and_is_written_at_its_end(tmp_path: Path) -> None:
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
+    on_ranks(2, best.runs, model, pairs, tmp_path, 6)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    values = [row["eval/logratios/chosen"] for row in rows]
+    step = 1 + values.index(max(values))
+    assert 1 < step < 6 and len(values) == 8  # before the stop, and no checkpoint that would be kept anyway
+    expected = load_file(tmp_path / f"{step}.safetensors")
+    for name in ("whole", "parts"):
+        run_dir = tmp_path / name
+        assert [number for number, _ in checkpoint_folders(run_dir)] == [8, step]
+        found = AutoModelForCausalLM.from_pretrained(run_dir / "best").state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        stored = checkpoint_weights(run_dir / "checkpoints" / f"step-{step}")
+        assert all(torch.equal(found[key.removeprefix("model.")], value) for key, value in stored.items())
+        last = load_file(run_dir / "final" / "model.safetensors")
+        assert not all(torch.equal(last[key], value) for key, value in expected.items())

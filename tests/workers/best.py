@@ -1,0 +1,59 @@
+"""Runs with `checkpoint.best`, on the ranks of one group, that leave each step's weights beside."""
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from rcpo import distributed
+from rcpo.config import RunConfig
+from rcpo.evaluation.heldout import evaluate_in_training
+from rcpo.session import Session
+from rcpo.signals import STOPPED
+from rcpo.tracking import Tracker
+from rcpo.trainer import train
+
+STEPS, NEVER = 8, -1
+
+
+def configuration(model: str, pairs: str) -> RunConfig:
+    config = RunConfig()
+    config.resume = "auto"
+    config.wandb.mode = "disabled"
+    config.model.name, config.model.path = "local", model
+    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 8, 4, STEPS
+    config.optim.lr, config.optim.schedule = 3e-2, "constant"
+    config.engine.stage, config.reference.cache = 3, "off"
+    config.eval.every, config.eval.generate_examples, config.eval.max_examples = 1, 0, 8
+    config.checkpoint.every, config.checkpoint.keep = 1, 1
+    config.checkpoint.best, config.checkpoint.best_mode = "eval/logratios/chosen", "max"
+    return config
+
+
+def observer(folder: Path, stop: int, session: Session, _resume_step: int | None) -> Callable[..., None]:
+    """Keeps `folder`/STEP.safetensors of each step; in the step `stop` this rank is asked to stop."""
+
+    def look(step: int, _tracker: Tracker) -> None:
+        weights = session.engine.state_dict()
+        if distributed.is_main():
+            assert weights is not None
+            save_file(
+                {name: value.contiguous() for name, value in weights.items()}, folder / f"{step}.safetensors"
+            )
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return look
+
+
+def runs(model: str, pairs: str, folder: Path, stop: int) -> None:
+    """`whole`, and `parts`, which is stopped after the step that follows `stop` and continued."""
+    for name, place, code in (("whole", NEVER, 0), ("parts", stop, STOPPED), ("parts", NEVER, 0)):
+        run_dir = folder / name
+        run_dir.mkdir(exist_ok=True)
+        watch = partial(observer, folder, place)
+        assert train(configuration(model, pairs), run_dir, evaluate_in_training, watch) == code
