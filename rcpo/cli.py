@@ -35,6 +35,10 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
+    _local_rank: Annotated[
+        int | None,
+        typer.Option("--local_rank", hidden=True),  # DeepSpeed gives it, and the environment has it
+    ] = None,
 ) -> None:
     """Preference optimization with reward calibration, on DeepSpeed ZeRO.
 
@@ -215,14 +219,16 @@ def doctor() -> None:
 
 def _finish(command: Callable[..., int], *arguments: Any) -> None:
     """Runs a command to its exit code; what the user has to change is one line, without a traceback."""
-    from rcpo.config import ConfigError
-    from rcpo.launch import REFUSED, report_refusal
+    from rcpo.config import ConfigError, RunError
+    from rcpo.launch import FAILED, refused
 
     try:
         code = command(*arguments)
     except ConfigError as error:
-        report_refusal(error)
-        code = REFUSED
+        code = refused(error)
+    except RunError as error:
+        typer.echo(f"rcpo: {error}", err=True)
+        code = FAILED
     raise typer.Exit(code)
 
 

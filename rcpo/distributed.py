@@ -27,10 +27,35 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(timeout_minutes: float = 30) -> None:
+def meeting_store(*, holds: bool, seconds: float) -> Any:
+    """The key-value store at the launcher's address, for ranks that are not in a group yet.
+
+    `holds`: this process serves it, unless the launcher's agent does. Raises RuntimeError where the address
+    cannot be served, or reached within some seconds.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        is_master=holds and not by_agent,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # an agent that starts its ranks again may keep its store
+    return _prefixed(f"rcpo-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _prefixed(prefix: str, store: Any) -> Any:
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def initialize(timeout_minutes: float = 30, store: Any = None) -> None:
     """Joins the process group that the launcher's environment describes; alone where there is none.
 
-    A collective operation that some rank does not join within the time fails on the others.
+    A collective operation that some rank does not join within the time fails on the others. `store` is where
+    the ranks have met (None: they meet where the environment says).
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone:
@@ -46,8 +71,12 @@ def initialize(timeout_minutes: float = 30) -> None:
     if alone:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        return
+    met: dict[str, Any] = {}
+    if store is not None:
+        met = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        met["store"] = _prefixed("group", store)
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **met)
 
 
 def shutdown() -> None:

@@ -194,12 +194,14 @@ class EngineConfig:
 class LaunchConfig:
     """`processes` started on this machine; an external launcher's count takes precedence.
 
-    A rank that the others wait for longer than `timeout_minutes` ends the run.
+    A rank that the others wait for longer than `timeout_minutes` ends the run, and so do `lost_after` seconds
+    of silence between nodes.
     """
 
     processes: int = 1
     deterministic: bool = False
     timeout_minutes: float = 30.0
+    lost_after: float = 60.0
 
 
 @dataclass(kw_only=True)

@@ -79,6 +79,7 @@ RANGES = {
     "engine.stage": (0, 3, True, True),
     "launch.processes": (1, math.inf, True, False),
     "launch.timeout_minutes": (0, math.inf, False, False),
+    "launch.lost_after": (0, math.inf, False, False),
     "eval.every": (0, math.inf, True, False),
     "eval.batch_size": (1, math.inf, True, False),
     "eval.max_examples": (1, math.inf, True, False),

@@ -6,10 +6,10 @@ multirun are. torch is imported when a process is about to compute, not before.
 
 from rcpo.launch.checks import check
 from rcpo.launch.logs import LOG_FILE, configure_log
-from rcpo.launch.outcomes import DONE, FAILED, REFUSED, report_refusal
+from rcpo.launch.outcomes import DONE, FAILED, REFUSED
 from rcpo.launch.pool import run_process
 from rcpo.launch.ranks import external_ranks, world_size
-from rcpo.launch.run import launch, run_here
+from rcpo.launch.run import launch, refused, run_here
 
 __all__ = [
     "DONE",
@@ -20,7 +20,7 @@ __all__ = [
     "configure_log",
     "external_ranks",
     "launch",
-    "report_refusal",
+    "refused",
     "run_here",
     "run_process",
     "world_size",

@@ -11,9 +11,9 @@ from pathlib import Path
 from rcpo.config import ConfigError, load_run_config
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
-from rcpo.launch.outcomes import REFUSED, report_refusal
+from rcpo.launch.outcomes import REFUSED
 from rcpo.launch.ranks import external_ranks, world_size
-from rcpo.launch.run import TASKS, launch
+from rcpo.launch.run import TASKS, launch, refused
 
 
 def main(arguments: list[str]) -> int:
@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
         configure_log(run_dir, file=ranks is None or ranks.rank == 0)
         check(config, world_size(config))
     except ConfigError as error:
-        report_refusal(error)
-        return REFUSED
+        return refused(error)
     return launch(config, run_dir, task)
 
 

@@ -81,12 +81,12 @@ def report_refusal(error: ConfigError) -> None:
     log.info("refused: %s", error)
 
 
-def report_failure(error: Exception) -> None:
-    """One message on standard error from rank 0, or by the local launcher where there is one."""
+def report_failure(error: Exception, *, everywhere: bool = False) -> None:
+    """One message on standard error from rank 0, or every rank, or by the local launcher."""
     if os.environ.get(WORKER) == "1":
         tell_agent(error)
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"rcpo: {error}", file=sys.stderr)
+    elif everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"rcpo: {error}", file=sys.stderr, flush=True)
 
 
 def tell_agent(error: BaseException) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcpo.config import ConfigError, RunConfig, RunError, to_container
+from rcpo.launch import meeting
+from rcpo.launch.heartbeat import Heartbeat
 from rcpo.launch.local import launch_workers, run_command
 from rcpo.launch.outcomes import FAILED, REFUSED, report_failure, report_refusal, tell_agent
 from rcpo.launch.ranks import export_ranks, external_ranks
@@ -61,20 +63,48 @@ def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
     return run_here(TASKS[task][0], config, run_dir)
 
 
+def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
+    """Connects this process to the other ranks, where an outer launcher started some."""
+    from rcpo import distributed
+
+    ranks = external_ranks()
+    if ranks is None:
+        distributed.initialize()
+        return
+    export_ranks(ranks, os.environ)
+    store = meeting.meet(ranks, meeting.this_rank(ranks, config))
+    with meeting.connecting():
+        distributed.initialize(config.launch.timeout_minutes, store)
+        distributed.barrier()
+    heartbeat.begin(ranks, store)
+
+
+def refused(error: ConfigError) -> int:
+    """The exit code after what was refused before the ranks met, which the other ranks are told."""
+    ranks = external_ranks()
+    if ranks is not None:
+        try:
+            export_ranks(ranks, os.environ)
+            error = meeting.refuse(ranks, str(error))
+        except ConfigError as unreachable:
+            log.info("the other ranks were not told: %s", unreachable)
+    report_refusal(error)
+    return REFUSED
+
+
 def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
     """Runs `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
-    ranks = external_ranks()
+    heartbeat = Heartbeat(config.launch.lost_after)
     try:
-        if ranks is not None:
-            export_ranks(ranks, os.environ)
         from rcpo import distributed
 
-        distributed.initialize(config.launch.timeout_minutes)
-        folder = Path(distributed.broadcast_object(None if run_dir is None else str(run_dir)))
+        _join(config, heartbeat)
+        folder = meeting.share_folder(run_dir)
         if distributed.is_main():
             print(f"{task.__name__}: {folder}", flush=True)
             log.info("%s: %s", task.__name__, to_container(config))
         code = task(config, folder)
+        heartbeat.stop()
         distributed.shutdown()
         return code
     except ConfigError as error:

@@ -19,17 +19,20 @@ from rcpo.launch.__main__ import main
 ROOT = Path(local.__file__).parents[2]
 
 
-def ranks_that(run_dir: Path, body: str, processes: int = 2) -> subprocess.Popen[str]:
-    """A program that starts `processes` ranks, each of which runs `body` in place of the trainer."""
+def ranks_that(run_dir: Path, body: str, processes: int = 2, before: str = "") -> subprocess.Popen[str]:
+    """A program that starts `processes` ranks, each of which runs `body` in place of the trainer.
+
+    `before` is what each does first, with the run's `folder`.
+    """
     worker = run_dir / "worker.py"
     worker.write_text(
         "import os, signal, sys, time\nfrom pathlib import Path\nfrom rcpo import launch\n"
         "from rcpo.config import ConfigError, load_run_config\n"
         "def task(config, run_dir):\n    rank = int(os.environ['RANK'])\n"
         + textwrap.indent(textwrap.dedent(body), "    ")
-        + f"\nfolder = Path({str(run_dir)!r})\n"
+        + f"\nfolder = Path({str(run_dir)!r})\nconfig = load_run_config(folder)\n{before}"
         "own = folder if os.environ['RANK'] == '0' else None\n"
-        "sys.exit(launch.run_here(task, load_run_config(folder), own))\n"
+        "sys.exit(launch.run_here(task, config, own))\n"
     )
     command = [sys.executable, str(worker)]
     call = f"launch_workers({processes}, {command!r})"

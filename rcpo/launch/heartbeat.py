@@ -1,0 +1,126 @@
+"""A run's nodes hear from each other every few seconds, and end the run where one falls silent.
+
+A cut link closes no connection: without this, the ranks wait in a collective for half an hour. One process a
+node takes part, over a socket of its own, from a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from rcpo.config import RunError
+from rcpo.launch.meeting import node_name
+from rcpo.launch.outcomes import FAILED, report_failure
+from rcpo.launch.ranks import Ranks
+
+_BEATS = 6  # within the silence that is one too many
+_BEAT = b"."
+
+log = logging.getLogger(__name__)
+Lost = Callable[[str], None]
+
+
+def end_run(node: str) -> None:
+    """Says which node was lost and ends this process, whose main thread would wait for that node."""
+    error = RunError(f"{node_name()}: {node} fell silent: its machine, or the network to it, is gone")
+    log.info("%s", error)
+    report_failure(error, everywhere=True)
+    logging.shutdown()
+    os._exit(FAILED)
+
+
+class Heartbeat:
+    """The nodes' connections to rank 0's. `seconds` without a word are a loss, which `lost` is told."""
+
+    def __init__(self, seconds: float, lost: Lost = end_run) -> None:
+        self._seconds, self._lost = seconds, lost
+        self._leaving = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, ranks: Ranks, store: Any) -> None:
+        """Connects this node, if this process is its first; the store says where rank 0 listens."""
+        if ranks.rank == 0:
+            server = socket.create_server(("", 0), backlog=ranks.world_size)
+            self._sockets.append(server)
+            store.set("heartbeat", str(server.getsockname()[1]))
+            self._thread(self._accept, server)
+        elif ranks.local_rank == 0:
+            address = os.environ["MASTER_ADDR"], int(store.get("heartbeat"))
+            try:
+                connection = socket.create_connection(address, timeout=self._seconds)
+            except OSError as error:
+                log.warning("no heartbeat: rank 0 cannot be reached at %s:%s (%s)", *address, error)
+                return
+            self._sockets.append(connection)
+            connection.sendall(node_name().encode() + b"\n")
+            self._thread(self._beat, connection)
+
+    def stop(self) -> None:
+        """Leaves; the others do not take it for a loss."""
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join(0.2)
+        for each in self._sockets:
+            each.close()
+
+    def _thread(self, work: Callable[[socket.socket], None], connection: socket.socket) -> None:
+        thread = threading.Thread(target=work, args=(connection,), daemon=True, name="heartbeat")
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, server: socket.socket) -> None:
+        server.settimeout(0.5)
+        while not self._leaving.is_set():
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            except OSError:  # closed by `stop`
+                return
+            connection.settimeout(self._seconds)
+            self._thread(self._listen, connection)
+
+    def _listen(self, connection: socket.socket) -> None:
+        """Rank 0's side of a node: whoever leaves, or dies, closes the connection; a cut link does not."""
+        name = "a node"
+        with connection:
+            try:
+                name = _line(connection)
+                while connection.recv(1) == _BEAT:
+                    connection.sendall(_BEAT)
+            except TimeoutError:
+                self._tell(name)
+            except OSError as error:
+                log.info("heartbeat of %s: %s", name, error)
+
+    def _beat(self, connection: socket.socket) -> None:
+        """A node's side."""
+        while not self._leaving.wait(self._seconds / _BEATS):
+            try:
+                connection.sendall(_BEAT)
+                if not connection.recv(1):
+                    return
+            except TimeoutError:
+                self._tell("the node of rank 0")
+            except OSError as error:
+                log.info("heartbeat: %s", error)
+                return
+
+    def _tell(self, node: str) -> None:
+        if not self._leaving.is_set():
+            self._leaving.set()
+            self._lost(node)
+
+
+def _line(connection: socket.socket) -> str:
+    """The name that a node begins with, up to its line's end."""
+    name = b""
+    while (byte := connection.recv(1)) not in (b"\n", b""):
+        name += byte
+    return name.decode(errors="replace")

@@ -1,0 +1,196 @@
+"""The ranks' meeting, over real sockets: each rank is a thread here, with the node that it says it is on."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_launch_local import ranks_that
+
+from rcpo.config import ConfigError, RunConfig, RunError
+from rcpo.launch import meeting
+from rcpo.launch.heartbeat import Heartbeat
+from rcpo.launch.meeting import Rank, meet
+from rcpo.launch.ranks import Ranks
+
+VERSIONS = {"torch": "2.13.0", "python": "3.11.2"}
+
+
+@pytest.fixture(autouse=True)
+def meeting_point(monkeypatch: pytest.MonkeyPatch) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return port
+
+
+def rank(number: int, **more: Any) -> Rank:
+    return Rank(number, f"n{number}", 0, versions=VERSIONS, settings={"seed": 1}, **more)
+
+
+def met(ranks: list[Rank], world_size: int, seconds: float = 20.0) -> list[Exception | None]:
+    """What each of the ranks that came was told; None where all was well."""
+    stores = []
+
+    def one(mine: Rank) -> Exception | None:
+        try:
+            stores.append(meet(Ranks(mine.rank, world_size, mine.local_rank, "srun"), mine, seconds))
+        except (ConfigError, RunError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return list(threads.map(one, ranks))
+
+
+def refusal(*ranks: Rank) -> str:
+    """The one message that all ranks were refused with."""
+    told = met(list(ranks), len(ranks))
+    assert all(isinstance(error, ConfigError) for error in told)
+    (message,) = {str(error) for error in told}
+    return message
+
+
+def test_equal_ranks_go_on() -> None:
+    assert met([rank(0), rank(1), rank(2)], 3) == [None] * 3
+
+
+def test_other_versions_are_named_with_the_node_on_all_ranks() -> None:
+    other = replace(rank(1), versions={**VERSIONS, "torch": "2.12.1"})
+    assert refusal(rank(0), other, rank(2)).startswith(
+        "n1 (rank 1) has torch 2.12.1, n0 (rank 0) has 2.13.0: install the same"
+    )
+
+
+def test_nodes_with_another_number_of_gpus_are_named() -> None:
+    assert "n1 (rank 1) sees 7 GPU(s), n0 (rank 0) sees 8" in refusal(rank(0, gpus=8), rank(1, gpus=7))
+
+
+def test_more_processes_than_gpus_on_a_node_are_named() -> None:
+    crowded = replace(rank(1, gpus=2), node="n0", local_rank=2)
+    assert "n0 (rank 1) sees 2 GPUs and is its node's process 3" in refusal(rank(0, gpus=2), crowded)
+
+
+def test_a_launcher_may_show_each_rank_its_own_gpu_alone() -> None:
+    own = replace(rank(1, gpus=1), node="n0", local_rank=1)
+    assert met([rank(0, gpus=1), own], 2) == [None, None]
+
+
+def test_another_configuration_is_named_by_key() -> None:
+    other = replace(rank(1), settings={"seed": 2})
+    assert "n1 (rank 1) has seed=2, n0 (rank 0) has 1" in refusal(rank(0), other)
+
+
+def test_a_rank_s_problem_is_everybody_s() -> None:
+    assert refusal(rank(0), rank(1, problem="run/config.yaml does not exist")) == (
+        "n1 (rank 1): run/config.yaml does not exist"
+    )
+
+
+def test_what_all_ranks_have_in_common_is_not_one_node_s_fault() -> None:
+    assert refusal(rank(0, problem="seed=-1"), rank(1, problem="seed=-1")) == "seed=-1"
+
+
+def test_ranks_that_do_not_come_are_counted_and_the_present_named() -> None:
+    began = time.monotonic()
+    told = met([rank(0), rank(2)], 4, seconds=1.0)
+    assert time.monotonic() - began < 10
+    (message,) = {str(error) for error in told}
+    assert all(isinstance(error, RunError) for error in told)
+    assert "2 of 4 ranks did not come within 1 s: 1, 3; here are n0 (rank 0), n2 (rank 2)" in message
+
+
+def test_rank_0_that_is_not_there_is_named_by_its_address(meeting_point: int) -> None:
+    (error,) = met([rank(1)], 2, seconds=1.0)
+    assert isinstance(error, RunError)
+    assert f"n1 (rank 1) cannot reach rank 0 at 127.0.0.1:{meeting_point}" in str(error)
+
+
+def test_a_port_in_use_is_named(meeting_point: int) -> None:
+    with socket.create_server(("127.0.0.1", meeting_point)):
+        (error,) = met([rank(0)], 2, seconds=1.0)
+    assert isinstance(error, RunError)
+    assert f"n0 (rank 0) cannot serve 127.0.0.1:{meeting_point}" in str(error)
+
+
+def test_what_a_rank_says_of_itself() -> None:
+    mine = meeting.this_rank(Ranks(3, 4, 1, "srun"), RunConfig(seed=7))
+    assert (mine.rank, mine.local_rank, mine.problem) == (3, 1, None)
+    assert mine.settings["seed"] == 7 and "reference.cache" not in mine.settings
+    assert set(mine.versions) == {"python", "rcpo", "torch", "deepspeed", "transformers", "numpy"}
+
+
+def test_a_node_is_called_what_slurm_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
+    assert meeting.node_name() == socket.gethostname()
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
+    assert meeting.node_name() == "gpu07"
+
+
+@pytest.mark.serial
+def test_a_node_that_does_not_see_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    # the second rank has another working folder, and the name is relative: another node's file system
+    elsewhere = "os.chdir(folder if os.environ['RANK'] == '0' else '/')\nfolder = Path('.')\n"
+    program = ranks_that(tmp_path / "run", "return 0", before=elsewhere)
+    _, err = program.communicate()
+    assert program.returncode == 2
+    assert "(rank 1) does not see what rank 0 writes in ." in err and err.count("rcpo: ") == 1
+
+
+class Store(dict[str, str]):
+    """What a heartbeat asks of torch's store."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+
+def heartbeats(lost: Callable[[str], None], seconds: float) -> tuple[Heartbeat, Heartbeat, Store]:
+    store = Store()
+    first, second = Heartbeat(seconds, lost), Heartbeat(seconds, lost)
+    first.begin(Ranks(0, 2, 0, "srun"), store)
+    return first, second, store
+
+
+def test_nodes_that_hear_from_each_other_lose_nobody() -> None:
+    lost: list[str] = []
+    first, second, store = heartbeats(lost.append, 0.5)
+    second.begin(Ranks(1, 2, 0, "srun"), store)
+    time.sleep(1.5)
+    second.stop()  # one that leaves is no loss
+    time.sleep(1.0)
+    first.stop()
+    assert lost == []
+
+
+def test_a_silent_node_is_lost_by_name() -> None:
+    lost: list[str] = []
+    first, _, store = heartbeats(lost.append, 0.5)
+    with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as silent:
+        silent.sendall(b"n7\n.")
+        end = time.monotonic() + 20
+        while not lost and time.monotonic() < end:
+            time.sleep(0.05)
+    first.stop()
+    assert lost == ["n7"]
+
+
+def test_a_silent_first_node_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        beat = Heartbeat(0.5, lost.append)
+        beat.begin(Ranks(1, 2, 0, "srun"), Store(heartbeat=str(deaf.getsockname()[1])))
+        end = time.monotonic() + 20
+        while not lost and time.monotonic() < end:
+            time.sleep(0.05)
+        beat.stop()
+    assert lost == ["the node of rank 0"]
