@@ -209,6 +209,48 @@ def plan(ctx: typer.Context) -> None:
     _finish(make_plan, ctx.args)
 
 
+class Submittable(StrEnum):
+    """What `rcpo submit` takes."""
+
+    TRAIN = "train"
+    SWEEP = "sweep"
+    EVALUATE = "evaluate"
+    STATUS = "status"
+
+
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def submit(
+    ctx: typer.Context,
+    command: Annotated[Submittable, typer.Argument(metavar="train|sweep|evaluate|status")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script and touch nothing.")] = False,
+) -> None:
+    """Run on a SLURM cluster: a snapshot of code and configuration, a script, a job; or the state of jobs.
+
+    \b
+      rcpo submit train objective=simpo rc=on train.micro_batch_size=2 slurm.nodes=2 slurm.gpus_per_node=8
+      rcpo submit train ... --dry-run                           the script alone
+      rcpo submit sweep objective=dpo,simpo rc=off,on           an array with a task for each run
+      rcpo submit evaluate run=outputs/DIR
+      rcpo submit status [DIR]...                               jobs, runs, steps, last metrics
+
+    \b
+    One after another, when the first is done:
+      rcpo submit train objective=sft hydra.run.dir=outputs/sft ...
+      rcpo submit train model=local model.path=outputs/sft/final slurm.after=outputs/sft \
+          hydra.run.dir=outputs/dpo
+      rcpo submit evaluate run=outputs/dpo slurm.after=outputs/dpo
+
+    Before its time is over, or when it is pre-empted, a run saves a checkpoint and goes on in the next piece.
+    """
+    from rcpo.slurm.status import report_status
+    from rcpo.slurm.submit import submit as submit_job
+
+    if command is Submittable.STATUS:
+        _finish(report_status, ctx.args)
+    else:
+        _finish(lambda: submit_job(command.value, ctx.args, dry_run=dry_run))
+
+
 @app.command()
 def doctor() -> None:
     """Show what this machine has and what would fail; exit code 1 where `rcpo train` could not run."""

@@ -22,7 +22,15 @@ from rcpo.config import (
     save_run_config,
     to_container,
 )
-from rcpo.config.commands import GpuConfig, PlanConfig, SweepConfig, plan_config, sweep_config
+from rcpo.config.commands import (
+    GpuConfig,
+    PlanConfig,
+    SlurmConfig,
+    SweepConfig,
+    plan_config,
+    slurm_config,
+    sweep_config,
+)
 from rcpo.config.composition import (
     PRIMARY,
     compose,
@@ -95,7 +103,7 @@ def refusal(*overrides: str) -> str:
 
 
 def command_keys() -> set[str]:
-    nodes = {"sweep": SweepConfig, "plan": PlanConfig, "gpu": GpuConfig}
+    nodes = {"sweep": SweepConfig, "plan": PlanConfig, "gpu": GpuConfig, "slurm": SlurmConfig}
     leaves = {f"{node}.{field.name}" for node, kind in nodes.items() for field in dataclasses.fields(kind)}
     return {*nodes, *leaves}
 
@@ -185,6 +193,21 @@ def test_an_adapter_s_folder_is_no_model_but_may_be_a_reference(tmp_path: Path) 
     assert f"adapter=lora adapter.path={tmp_path}" in message
     assert composed("adapter=lora", f"adapter.path={tmp_path}").adapter.path == str(tmp_path)
     assert composed(f"reference.path={tmp_path}").reference.path == str(tmp_path)
+
+
+def test_what_is_asked_of_slurm_is_checked() -> None:
+    eight = slurm_config(compose_with(shipped(), PRIMARY, ["slurm.nodes=2", "slurm.gpus_per_node=8"]))
+    assert (eight.ranks, eight.world_size) == (8, 16)
+    assert SlurmConfig(nodes=3).world_size == 3 and SlurmConfig(nodes=2, ranks_per_node=4).world_size == 8
+    assert slurm_config(compose_with(shipped(), PRIMARY, [])) == SlurmConfig()
+    assert slurm_config(compose_with(shipped(), PRIMARY, ["slurm.env={A:b}"])).env == {"A": "b"}
+    for overrides, part in (
+        (["slurm.nodes=0"], "slurm.nodes=0 is out of range"),
+        (["slurm.tasks=ranks"], "did you mean rank?"),
+        (["slurm.gpus_per_node=2", "slurm.ranks_per_node=4"], "needs a GPU for itself"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            slurm_config(compose_with(shipped(), PRIMARY, overrides))
 
 
 def test_every_bound_belongs_to_a_key() -> None:

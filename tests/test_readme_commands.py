@@ -67,12 +67,24 @@ def rcpo(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     """One call in a folder, which is also importable from there."""
     environment = {
         **os.environ,
+        "PATH": os.pathsep.join([str(folder / "programs"), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "rcpo.cli", *words]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=250
     )
+
+
+def submitted_runs(folder: Path) -> None:
+    """Two runs that a cluster has taken: stand-ins for its programs say so."""
+    (folder / "programs").mkdir()
+    for name, answer in (("sbatch", "41"), ("squeue", "41|PENDING|0:00|(Priority)")):
+        (folder / "programs" / name).write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (folder / "programs" / name).chmod(0o755)
+    for name in ("first", "second"):
+        result = rcpo(folder, ["submit", "train", f"hydra.run.dir=outputs/{name}"])
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +114,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert result.returncode == 0, result.stderr
     for sweep in ("mine", "dpo", "simpo"):
         shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / sweep / "0")
+    submitted_runs(folder)
     return folder
 
 

@@ -37,7 +37,10 @@ ROWS: list[list[str]] = [
         *("pieces", "tensorfiles", "engine", "start", "reference_pass", "scoring", "dynamics", "session"),
         *("checkpoint", "saving", "final", "resume", "nonfinite", "trainer"),
     ],
-    ["evaluation", "comparison", "report", "launch", "jobs", "planner", "integrations", "preview", "doctor"],
+    [
+        *("evaluation", "comparison", "report", "launch", "jobs", "slurm", "planner", "integrations"),
+        *("preview", "doctor"),
+    ],
     ["cli", "__main__"],
 ]
 ORDER = {module: place for place, module in enumerate(module for row in ROWS for module in row)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +22,7 @@ COMMAND_NODES = {
     "study": "rcpo sweep",
     "plan": "rcpo plan",
     "gpu": "rcpo plan",
+    "slurm": "rcpo submit",
 }
 
 
@@ -44,10 +46,10 @@ SWEEP_CHOICES = {
     "pruner": ("none", "median", "hyperband"),
 }
 SWEEP_RANGES: dict[str, Range] = {
-    "parallel": (1, float("inf"), True, False),
-    "trials": (1, float("inf"), True, False),
+    "parallel": (1, math.inf, True, False),
+    "trials": (1, math.inf, True, False),
     "sampler_seed": (0, 2**32 - 1, True, True),
-    "pruner_startup": (0, float("inf"), True, False),
+    "pruner_startup": (0, math.inf, True, False),
 }
 
 
@@ -66,10 +68,10 @@ class PlanConfig:
 
 
 PLAN_RANGES: dict[str, Range] = {
-    "gpus": (1, float("inf"), True, False),
-    "pairs": (1, float("inf"), True, False),
-    "prompt_tokens": (1, float("inf"), True, False),
-    "response_tokens": (1, float("inf"), True, False),
+    "gpus": (1, math.inf, True, False),
+    "pairs": (1, math.inf, True, False),
+    "prompt_tokens": (1, math.inf, True, False),
+    "response_tokens": (1, math.inf, True, False),
     "efficiency": (0, 1, False, True),
     "link_efficiency": (0, 1, False, True),
     "headroom": (0, 1, True, False),
@@ -107,20 +109,91 @@ def plan_config(cfg: DictConfig) -> tuple[PlanConfig, GpuConfig | None]:
     if OmegaConf.select(cfg, "gpu") is None:
         return config, None
     gpu = _node(cfg, "gpu", GpuConfig())
-    for field in dataclasses.fields(gpu):
-        if field.name != "name":
-            check_range(f"gpu.{field.name}", getattr(gpu, field.name), (0, float("inf"), False, False))
+    for figure in dataclasses.fields(gpu):
+        if figure.name != "name":
+            check_range(f"gpu.{figure.name}", getattr(gpu, figure.name), (0, math.inf, False, False))
     return config, gpu
+
+
+@dataclass(kw_only=True)
+class SlurmConfig:
+    """What `rcpo submit` asks of SLURM (`slurm.*`); None leaves the choice to the cluster.
+
+    `ranks_per_node` None is one for each GPU, or one. `tasks` are what srun starts: each rank, or each node's
+    launcher. `after` is a job id or the folder of a submitted run.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int | None = None
+    tasks: str = "rank"
+    cpus_per_task: int | None = None
+    memory: str | None = None
+    time: str = "01:00:00"
+    name: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    signal_seconds: int = 120
+    requeue: bool = True
+    array_parallel: int | None = None
+    after: str | None = None
+    modules: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
+    env: dict[str, str] | None = None
+    python: str | None = None
+    wrap: list[str] = field(default_factory=list)
+    srun: list[str] = field(default_factory=list)
+    sbatch: list[str] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks on each node."""
+        return self.ranks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks
+
+
+SLURM_CHOICES = {"tasks": ("rank", "node")}
+SLURM_RANGES: dict[str, Range] = {
+    "nodes": (1, math.inf, True, False),
+    "gpus_per_node": (0, math.inf, True, False),
+    "ranks_per_node": (1, math.inf, True, False),
+    "cpus_per_task": (1, math.inf, True, False),
+    "signal_seconds": (1, 65535, True, True),  # sbatch's own limit
+    "array_parallel": (1, math.inf, True, False),
+}
+
+
+def slurm_config(cfg: DictConfig) -> SlurmConfig:
+    """The validated `slurm` node of a composed configuration; raises ConfigError with key, value, remedy."""
+    config = _node(cfg, "slurm", SlurmConfig())
+    _check("slurm", config, SLURM_CHOICES, SLURM_RANGES)
+    if config.gpus_per_node and config.ranks > config.gpus_per_node:
+        raise ConfigError(
+            f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "
+            "a rank needs a GPU for itself"
+        )
+    return config
 
 
 def sweep_config(cfg: DictConfig) -> SweepConfig:
     """The validated `sweep` node of a composed configuration; raises ConfigError with key, value, remedy."""
     config = _node(cfg, "sweep", SweepConfig())
-    for key, known in SWEEP_CHOICES.items():
-        check_choice(f"sweep.{key}", getattr(config, key), known)
-    for key, bounds in SWEEP_RANGES.items():
-        check_range(f"sweep.{key}", getattr(config, key), bounds)
+    _check("sweep", config, SWEEP_CHOICES, SWEEP_RANGES)
     return config
+
+
+def _check(
+    name: str, config: Any, choices: Mapping[str, tuple[str, ...]], ranges: Mapping[str, Range]
+) -> None:
+    for key, known in choices.items():
+        check_choice(f"{name}.{key}", getattr(config, key), known)
+    for key, bounds in ranges.items():
+        check_range(f"{name}.{key}", getattr(config, key), bounds)
 
 
 def _node(cfg: DictConfig, name: str, default: Node) -> Node:

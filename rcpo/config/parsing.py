@@ -18,14 +18,14 @@ _OBJECTIVE_KEYS = {field.name for field in dataclasses.fields(ObjectiveConfig)} 
 _EMPTY = RunConfig(objective=ObjectiveConfig(hyperparameters={}))
 
 
-def parse(cfg: DictConfig) -> RunConfig:
-    """The validated dataclasses of a composed configuration.
+def parse(cfg: DictConfig, *, files: bool = True) -> RunConfig:
+    """The validated dataclasses of a composed configuration; without `files`, those may come later.
 
     Raises ConfigError with the key, the value and a remedy for unknown keys, missing or unresolvable values,
     wrong types, values out of range and files that do not exist.
     """
     config = structure(cfg)
-    validate(config)
+    validate(config, files=files)
     return config
 
 

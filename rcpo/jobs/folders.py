@@ -29,10 +29,11 @@ def resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:
     return Path(folder if suffix is None else f"{folder}_{suffix}")
 
 
-def refuse_other(run_dir: Path, config: RunConfig) -> None:
+def refuse_other(run_dir: Path, config: RunConfig, processes: int | None = None) -> None:
     """A run writes over no other; raises ConfigError for a folder in use, of another run, or not writable.
 
-    Called before anything in the folder changes; the trainer looks again, at the checkpoint that it loads.
+    `processes` are its ranks (None: those that it would have here). Called before anything in the folder
+    changes; the trainer looks again, at the checkpoint that it loads.
     """
     present = run_dir
     while not present.exists():
@@ -48,4 +49,4 @@ def refuse_other(run_dir: Path, config: RunConfig) -> None:
     refuse_locked(run_dir)
     before = stored_state(run_dir)
     if before is not None:
-        refuse_other_run(before, str(run_dir), config, world_size(config))
+        refuse_other_run(before, str(run_dir), config, processes or world_size(config))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rcpo.caching import write_atomically
 from rcpo.comparison import (
     CONFIDENCE,
     METRICS,
@@ -31,7 +32,6 @@ from rcpo.comparison import (
 from rcpo.config import ConfigError
 from rcpo.launch.outcomes import DONE, Outcome, read_outcome
 from rcpo.runfolder import FINISHED_FILE, stored_state
-from rcpo.tracking.jsonl import replace_text
 
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"
 # 1: more is better, −1: less; a metric that is not here has no winner
@@ -95,8 +95,8 @@ def write(comparison: Comparison, sweep_dir: Path, search: Mapping[str, Any] | N
     """Writes sweep.json, with everything that a report needs, and sweep.md."""
     record = as_dict(comparison) | ({} if search is None else {"search": search})
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-    replace_text(sweep_dir / SWEEP_FILE, text + "\n")
-    replace_text(sweep_dir / SWEEP_TABLE, markdown(comparison))
+    write_atomically(sweep_dir / SWEEP_FILE, f"{text}\n".encode())
+    write_atomically(sweep_dir / SWEEP_TABLE, markdown(comparison).encode())
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

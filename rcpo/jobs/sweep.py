@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,10 @@ from rich.console import Console
 
 from rcpo.config import ConfigError
 from rcpo.config.commands import refuse_command_keys, sweep_config
-from rcpo.config.composition import PRIMARY, hydra_session, refusals_explained, split_arguments
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, refusals_explained, split_arguments
 from rcpo.jobs import summary
 from rcpo.jobs.multirun import compose_many, multirun, summary_code
+from rcpo.jobs.naming import run_name
 from rcpo.jobs.search import search
 from rcpo.jobs.show import show, shows
 from rcpo.launch import DONE
@@ -49,11 +50,8 @@ def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
     cfg = compose_many(hydra, name, overrides)
     settings = sweep_config(cfg)
     sweep_dir = Path(cfg.hydra.sweep.dir)
-    sweeps = {key: o for key, o in parsed(hydra, name, cfg, overrides).items() if o.is_sweep_override()}
-    spaces = [str(o.input_line) for o in sweeps.values() if not o.is_discrete_sweep()]
-    if spaces and settings.search == "grid":
-        raise ConfigError(f"{spaces[0]} is a space, not values: add sweep.search=optuna, or give values")
-    overrides = [*overrides, *_defaults(overrides, list(sweeps))]
+    varied = _sweeps(parsed(hydra, name, cfg, overrides), settings.search)
+    overrides = [*overrides, *_defaults(overrides, varied)]
     found = None
     if settings.search == "optuna":
         outcomes, found = search(hydra, name, parsed(hydra, name, cfg, overrides), settings, cfg)
@@ -80,6 +78,29 @@ def parsed(hydra: Hydra, name: str, cfg: DictConfig, overrides: Sequence[str]) -
     with refusals_explained(hydra, name, overrides):
         found = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(lines)
     return {override.get_key_element(): override for override in found}
+
+
+def combinations(
+    hydra: Hydra, name: str, cfg: DictConfig, overrides: Sequence[str]
+) -> Iterator[tuple[Path, DictConfig]]:
+    """The grid of a sweep, run by run: its folder and its configuration. `cfg` is what the runs share."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    found = parsed(hydra, name, cfg, [*overrides, *_defaults(overrides, [])])
+    sweeps = _sweeps(found, "grid")
+    (grid,) = BasicSweeper.split_arguments(list(found.values()), None)
+    for chosen in grid:
+        values = {key: value for key, _, value in (line.partition("=") for line in chosen) if key in sweeps}
+        yield Path(cfg.hydra.sweep.dir) / run_name(values), compose_with(hydra, name, chosen)
+
+
+def _sweeps(found: dict[str, Override], search: str) -> list[str]:
+    """The keys that vary; raises ConfigError where a grid is given a space."""
+    sweeps = {key: override for key, override in found.items() if override.is_sweep_override()}
+    spaces = [str(o.input_line) for o in sweeps.values() if not o.is_discrete_sweep()]
+    if spaces and search == "grid":
+        raise ConfigError(f"{spaces[0]} is a space, not values: add sweep.search=optuna, or give values")
+    return list(sweeps)
 
 
 def _defaults(overrides: Sequence[str], varied: Sequence[str]) -> list[str]:

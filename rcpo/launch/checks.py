@@ -19,10 +19,8 @@ def check(config: RunConfig, world_size: int) -> None:
     Raises ConfigError for a batch that does not divide, an objective or hyper-parameter that does not exist,
     calibration without a loser, and a precision or a number of processes that the machine does not have.
     """
-    config.train.accumulation(world_size)
-    _check_objective(config)
+    check_run(config, world_size)
     _check_installed(config)
-    _fetch_models(config)
     import torch
 
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
@@ -35,6 +33,14 @@ def check(config: RunConfig, world_size: int) -> None:
             f"launch.processes={config.launch.processes} is more than this machine's "
             f"{torch.cuda.device_count()} GPU(s), and a process needs one for itself"
         )
+
+
+def check_run(config: RunConfig, world_size: int, *, models: bool = True) -> None:
+    """The part of `check` that is the same on every machine; `models` fetches and looks at them."""
+    config.train.accumulation(world_size)
+    _check_objective(config)
+    if models:
+        _fetch_models(config)
 
 
 def _fetch_models(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,20 @@ log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 300
 
 
-def launch_workers(processes: int, command: list[str]) -> int:
-    """Starts `command` as local ranks under PyTorch's elastic agent; returns the exit code of the whole."""
+@dataclass(frozen=True)
+class Node:
+    """This node's place among those that start their ranks for themselves, and where they meet."""
+
+    rank: int
+    count: int
+    address: str
+
+
+def launch_workers(processes: int, command: list[str], node: Node | None = None) -> int:
+    """Starts `command` as local ranks under PyTorch's elastic agent; returns the exit code of the whole.
+
+    Without a `node` they are all there is.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -36,13 +49,8 @@ def launch_workers(processes: int, command: list[str]) -> int:
     ranks_share = {"OMP_NUM_THREADS": str(max(1, cores // processes)), WORKER: "1"}
     with tempfile.TemporaryDirectory(prefix="rcpo-launch-") as folder:
         agent = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            **_meeting(node, Path(folder).name),
             nproc_per_node=processes,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            run_id=Path(folder).name,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="",  # forwarded below: the agent would kill ranks that are saving a checkpoint
@@ -54,6 +62,15 @@ def launch_workers(processes: int, command: list[str]) -> int:
             except ChildFailedError as error:
                 return _outcome(list(error.failures.values()), stopping=bool(received))
     return STOPPED if received else DONE
+
+
+def _meeting(node: Node | None, name: str) -> dict[str, Any]:
+    """How the elastic agents of a run's nodes find each other."""
+    if node is None:
+        endpoint = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+        return {"min_nodes": 1, "max_nodes": 1, "run_id": name, **endpoint}
+    static = {"rdzv_backend": "static", "rdzv_endpoint": node.address, "rdzv_configs": {"rank": node.rank}}
+    return {"min_nodes": node.count, "max_nodes": node.count, "run_id": "rcpo", **static}
 
 
 def _children() -> list[int]:

@@ -95,14 +95,3 @@ def tell_agent(error: BaseException) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m rcpo.launch.outcomes RUN_DIR CODE`: keeps the outcome for a script that waited."""
-    run_dir, code = Path(arguments[0]), int(arguments[1])
-    outcome_of(code, run_dir).write(run_dir)
-    return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

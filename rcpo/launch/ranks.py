@@ -44,15 +44,19 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     """Writes srun's ranks and meeting point the way torch.distributed and DeepSpeed read them."""
     if ranks.launcher != "srun":
         return
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    job, step = (int(environment.get(key, "0")) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     environment.update(
         RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank)
     )
-    if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = node_address(first_node(nodes))
-    # all ranks compute the same port; steps of one job and neighbouring jobs get different ones
-    environment.setdefault("MASTER_PORT", str(20000 + (job * 37 + step) % 20000))
+    environment["MASTER_ADDR"], environment["MASTER_PORT"] = meeting_point(environment)
+
+
+def meeting_point(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Address and port where the tasks of a SLURM job step meet: MASTER_ADDR and MASTER_PORT where given."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    job, step = (int(environment.get(key, "0")) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    address = environment.get("MASTER_ADDR") or node_address(first_node(nodes))
+    # all tasks compute the same port; steps of one job and neighbouring jobs get different ones
+    return address, environment.get("MASTER_PORT", str(20000 + (job * 37 + step) % 20000))
 
 
 def first_node(nodes: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Runs
+from imitation import Runs
 
 from rcpo import jobs
 from rcpo.config import ConfigError, RunConfig

@@ -13,8 +13,7 @@ import pytest
 
 from rcpo.launch import pool
 from rcpo.launch.logs import LOG_FILE
-from rcpo.launch.outcomes import Outcome, last_message, outcome_of, read_outcome
-from rcpo.launch.outcomes import main as keep_outcome
+from rcpo.launch.outcomes import Outcome, last_message, read_outcome
 from rcpo.launch.pool import NEVER, Pool, run_process, slots
 
 RECORD = "[2026-01-01 00:00:00,000][rcpo.launch.run][{}] - {}\n"
@@ -126,11 +125,6 @@ def test_the_last_message_is_a_record_s_or_a_traceback_s_end(tmp_path: Path) -> 
         trace = 'train failed\nTraceback (most recent call last):\n  File "x"\nRunError: the disk is full'
         file.write(RECORD.format("ERROR", trace))
     assert last_message(log) == "RunError: the disk is full"
-
-
-def test_a_script_that_waited_keeps_the_outcome_too(tmp_path: Path) -> None:
-    assert keep_outcome([str(tmp_path), "75"]) == 0
-    assert read_outcome(tmp_path) == outcome_of(75, tmp_path) == Outcome(75, "stopped by a signal")
 
 
 def test_slots_share_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:

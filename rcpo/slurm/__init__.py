@@ -1,0 +1,1 @@
+"""Runs as SLURM jobs: scripts that can be read, snapshots that do not change, and what became of them."""

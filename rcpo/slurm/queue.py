@@ -1,0 +1,87 @@
+"""What is asked of SLURM's programs, and what is kept of a submitted job: `job-NAME.json` in its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rcpo.config import ConfigError, RunError
+from rcpo.tracking.jsonl import replace_text
+
+JOB_FILE = "job-{}.json"
+# states of a job that has not come to its end
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that SLURM took: its id, its run folders in the order of its array, the command, the commit."""
+
+    job: str
+    runs: list[str]
+    array: bool
+    command: list[str]
+    git: dict[str, Any] | None
+    time: str
+
+    def write(self, folder: Path, name: str) -> None:
+        replace_text(folder / JOB_FILE.format(name), json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_submitted(folder: Path, name: str) -> Submitted | None:
+    """The job of that name (train, sweep, evaluate) that was submitted from a folder; None without one."""
+    try:
+        return Submitted(**json.loads((folder / JOB_FILE.format(name)).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def job_id(after: str) -> str:
+    """The job that `slurm.after` means: an id as it stands, or that of a submitted run's folder."""
+    if after.replace("_", "").isdigit():
+        return after
+    for name in ("train", "sweep"):
+        submitted = read_submitted(Path(after), name)
+        if submitted is not None:
+            return submitted.job
+    raise ConfigError(f"slurm.after={after} is neither a job id nor the folder of a run that was submitted")
+
+
+def sbatch(script: Path) -> str:
+    """Submits a script and returns the job's id; raises RunError with SLURM's own words where it refuses."""
+    return _ask("sbatch", ["--parsable", str(script)]).strip().partition(";")[0]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A line of the queue."""
+
+    state: str
+    elapsed: str
+    where: str
+
+
+def queue() -> dict[str, Queued]:
+    """The user's jobs that SLURM still knows, by id; an array's tasks are `ID_INDEX`."""
+    answer = _ask("squeue", ["--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%M|%R"])
+    lines = [line.split("|", 3) for line in answer.splitlines() if line.count("|") >= 3]
+    return {job: Queued(state, elapsed, where) for job, state, elapsed, where in lines}
+
+
+def _ask(program: str, arguments: Sequence[str]) -> str:
+    if shutil.which(program) is None:
+        raise ConfigError(f"{program} is not on this machine: submit from a login node of the cluster")
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RunError(f"{program}: {result.stderr.strip() or f'exit code {result.returncode}'}")
+    return result.stdout

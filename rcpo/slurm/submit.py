@@ -1,0 +1,166 @@
+"""`rcpo submit train|sweep|evaluate`: folder, snapshot, script, and the job that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rcpo.config import ConfigError, RunConfig, parse, save_run_config
+from rcpo.config.commands import SlurmConfig, refuse_command_keys, slurm_config
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
+from rcpo.jobs.folders import refuse_other, resolved_dir
+from rcpo.jobs.multirun import compose_many, is_complete
+from rcpo.jobs.sweep import combinations
+from rcpo.launch import DONE, FAILED, REFUSED
+from rcpo.launch.checks import check_run
+from rcpo.launch.outcomes import Outcome
+from rcpo.slurm.queue import ACTIVE, Submitted, job_id, now, queue, read_submitted, sbatch
+from rcpo.slurm.script import Job, render
+from rcpo.slurm.snapshot import PACKAGE, snapshot
+from rcpo.tracking.environment import git_state, redact
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+CODE = "code"
+
+
+@dataclass
+class Plan:
+    """A job to be: what its script says, and what its runs' folders have to hold before."""
+
+    job: Job
+    slurm: SlurmConfig
+    configs: dict[Path, RunConfig]
+    refused: dict[Path, Outcome] = field(default_factory=dict)
+
+
+def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
+    """`rcpo submit COMMAND ARGUMENTS`: submits it, or with `dry_run` shows the script and touches nothing.
+
+    Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
+    """
+    flags = split_arguments(arguments)
+    allowed = ("slurm", "sweep", "study") if command == "sweep" else ("slurm",)
+    refuse_command_keys(flags.overrides, allowed)
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        plan = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[command](hydra, flags)
+    for folder, outcome in plan.refused.items():
+        print(f"rcpo: {folder.name}: {outcome.reason}", file=sys.stderr)
+    if plan.job.runs is not None and not plan.job.runs:
+        print("rcpo: nothing is left to run")
+        return REFUSED if plan.refused else DONE
+    after = None if plan.slurm.after is None else job_id(plan.slurm.after)
+    script = render(plan.job, plan.slurm, after)
+    print(script)
+    if dry_run:
+        for folder in plan.job.runs or ():
+            print(f"# {folder}")
+        return REFUSED if plan.refused else DONE
+    _refuse_queued(plan.job)
+    _write(plan, script)
+    submitted = Submitted(
+        job=sbatch(plan.job.script),
+        runs=[str(folder) for folder in plan.job.runs or (plan.job.folder,)],
+        array=plan.job.runs is not None,
+        command=[command, *map(redact, arguments)],
+        git=git_state(PACKAGE / "__init__.py"),
+        time=now(),
+    )
+    submitted.write(plan.job.folder, plan.job.name)
+    print(f"rcpo: submitted {plan.job.script} as job {submitted.job}; rcpo submit status shows it")
+    return FAILED if plan.refused else DONE
+
+
+def _train(hydra: Hydra, flags: argparse.Namespace) -> Plan:
+    if flags.multirun:
+        raise ConfigError("-m: several runs are one array, `rcpo submit sweep`")
+    cfg = compose_with(hydra, flags.config_name or PRIMARY, flags.overrides)
+    slurm = slurm_config(cfg)
+    run_dir = resolved_dir(cfg, None).absolute()
+    job = Job(run_dir, "train", run_dir / CODE, Path.cwd(), _training(slurm))
+    return Plan(job, slurm, {run_dir: _checked(cfg, slurm, run_dir)})
+
+
+def _sweep(hydra: Hydra, flags: argparse.Namespace) -> Plan:
+    name = flags.config_name or PRIMARY
+    cfg = compose_many(hydra, name, flags.overrides)
+    slurm, sweep_dir = slurm_config(cfg), Path(cfg.hydra.sweep.dir).absolute()
+    configs: dict[Path, RunConfig] = {}
+    refused: dict[Path, Outcome] = {}
+    for run_dir, each in combinations(hydra, name, cfg, flags.overrides):
+        try:
+            config = _checked(each, slurm, run_dir.absolute())
+        except ConfigError as error:
+            refused[run_dir.absolute()] = Outcome(REFUSED, str(error))
+            continue
+        if not is_complete(run_dir, config):
+            configs[run_dir.absolute()] = config
+    job = Job(sweep_dir, "sweep", sweep_dir / CODE, Path.cwd(), _training(slurm), runs=list(configs))
+    return Plan(job, slurm, configs, refused)
+
+
+def _evaluate(hydra: Hydra, flags: argparse.Namespace) -> Plan:
+    runs = [o.partition("=")[2] for o in flags.overrides if o.startswith("run=")]
+    if not runs:
+        raise ConfigError("submit evaluate needs a run, which may still be waiting: run=DIR")
+    own = [override for override in flags.overrides if not override.startswith(("run=", "slurm"))]
+    asked = [override for override in flags.overrides if override.startswith("slurm")]
+    slurm = slurm_config(compose_with(hydra, flags.config_name or PRIMARY, asked))
+    run_dir = Path(runs[0]).absolute()
+    if not run_dir.is_dir():
+        raise ConfigError(f"run={run_dir} is not a folder; give one that was trained, or submitted")
+    place = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
+    command = ["rcpo.cli", "evaluate", f"run={run_dir}", *own, *place]
+    return Plan(Job(run_dir, "evaluate", run_dir / "code-evaluate", Path.cwd(), command), slurm, {})
+
+
+def _training(slurm: SlurmConfig) -> list[str]:
+    return ["rcpo.launch"] if slurm.tasks == "rank" else ["rcpo.launch.node", str(slurm.ranks)]
+
+
+def _checked(cfg: DictConfig, slurm: SlurmConfig, run_dir: Path) -> RunConfig:
+    """The run's configuration, checked for as many ranks as it will have, and made to continue itself."""
+    # what another job has yet to write is looked for when this one starts
+    config = parse(user_part(cfg), files=slurm.after is None)
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"resume={config.resume}: a job continues in its own folder: hydra.run.dir")
+    if config.launch.processes != 1:
+        raise ConfigError(f"launch.processes={config.launch.processes}: a job has slurm.ranks_per_node")
+    config.resume = "auto"
+    check_run(config, slurm.world_size, models=slurm.after is None)
+    refuse_other(run_dir, config, slurm.world_size)
+    return config
+
+
+def _refuse_queued(job: Job) -> None:
+    """Two jobs in one folder would only find it locked."""
+    before = read_submitted(job.folder, job.name)
+    if before is None:
+        return
+    known = queue()
+    mine = {state for key, state in known.items() if key.partition("_")[0] == before.job}
+    if any(each.state in ACTIVE for each in mine):
+        raise ConfigError(f"{job.folder} is job {before.job} already; wait for it, or scancel {before.job}")
+
+
+def _write(plan: Plan, script: str) -> None:
+    job = plan.job
+    job.folder.mkdir(parents=True, exist_ok=True)
+    modules = {config.objective.module for config in plan.configs.values()} - {None}
+    snapshot(job.code, {str(module) for module in modules}, job.cwd)
+    for run_dir, outcome in plan.refused.items():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        outcome.write(run_dir)
+    for run_dir, config in plan.configs.items():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_run_config(config, run_dir / "config.yaml")
+    if job.runs is not None:
+        job.run_list.write_text("".join(f"{run_dir}\n" for run_dir in job.runs), encoding="utf-8")
+    job.script.write_text(script, encoding="utf-8")

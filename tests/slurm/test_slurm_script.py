@@ -1,0 +1,116 @@
+"""What a job's script says, and that a shell reads it as it was meant."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rcpo.config.commands import SlurmConfig
+from rcpo.slurm.script import Job, directives, render
+
+RUN = Job(Path("/r/my run"), "train", Path("/r/my run/code"), Path("/home dir"), ["rcpo.launch"])
+
+
+def test_a_job_of_two_nodes_asks_for_what_was_given() -> None:
+    slurm = SlurmConfig(
+        nodes=2,
+        gpus_per_node=8,
+        time="08:00:00",
+        cpus_per_task=6,
+        memory="64G",
+        partition="long",
+        sbatch=["--exclusive"],
+    )
+    assert directives(RUN, slurm, after="71") == [
+        "--job-name='train-my run'",
+        "--partition=long",
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=6",
+        "--mem=64G",
+        "--time=08:00:00",
+        "--output='/r/my run/slurm-%j.out'",
+        "--open-mode=append",
+        "--signal=B:USR1@120",
+        "--dependency=afterok:71",
+        "--kill-on-invalid-dep=yes",
+        "--requeue",
+        "--exclusive",
+    ]
+
+
+def test_an_array_has_a_task_for_each_run() -> None:
+    runs = [Path(f"/s/{name}") for name in "abc"]
+    job = Job(Path("/s"), "sweep", Path("/s/code"), Path("/w"), ["rcpo.launch"], runs=runs)
+    flags = directives(job, SlurmConfig(array_parallel=2), None)
+    assert "--array=0-2%2" in flags and "--output=/s/slurm-%A_%a.out" in flags
+    script = render(job, SlurmConfig())
+    assert 'run_dir=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" /s/runs.txt)' in script
+    assert '-m rcpo.slurm.conclude "$run_dir" "$code" /s\n' in script
+
+
+def test_one_task_a_node_starts_the_node_s_ranks() -> None:
+    slurm = SlurmConfig(nodes=2, gpus_per_node=4, tasks="node")
+    assert "--ntasks-per-node=1" in directives(RUN, slurm, None)
+
+
+def programs(folder: Path, bodies: dict[str, str]) -> dict[str, str]:
+    """Stand-ins for a cluster's programs in `folder`, and the environment in which a script finds them."""
+    folder.mkdir(exist_ok=True)
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(folder), "SLURM_JOB_ID": "9"}
+
+
+@pytest.mark.parametrize(("code", "requeue"), [(0, True), (1, True), (75, True), (75, False)])
+def test_a_shell_runs_the_script_as_it_was_meant(code: int, requeue: bool, tmp_path: Path) -> None:
+    cwd, run = tmp_path / "a 'quoted' place", tmp_path / "a run; rm -rf $HOME"
+    cwd.mkdir()
+    job = Job(run, "train", run / "code", cwd, ["rcpo.launch"])
+    slurm = SlurmConfig(
+        python="python",
+        wrap=["apptainer", "exec", "my image.sif"],
+        srun=["--label"],
+        requeue=requeue,
+        env={"NCCL_SOCKET_IFNAME": "ib0 $X"},
+        setup=["export MINE=yes"],
+    )
+    said = 'printf "%s\\n" "$@" >"$LOG/{}.log"'
+    bodies = {name: said.format(name) for name in ("srun", "scontrol", "python")}
+    bodies["srun"] += f'; env >"$LOG/env"; pwd >"$LOG/pwd"; exit {code}'
+    log = tmp_path / "log"
+    environment = programs(log, bodies)
+    result = subprocess.run(
+        ["bash", "-c", render(job, slurm)], env=environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (code, "")
+    given = {path.stem: path.read_text().splitlines() for path in log.glob("*.log")}
+    image = ["apptainer", "exec", "my image.sif"]
+    assert given["srun"] == ["--wait=60", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
+    assert (log / "pwd").read_text().strip() == str(cwd)
+    found = (log / "env").read_text().splitlines()
+    for line in ("NCCL_SOCKET_IFNAME=ib0 $X", "MINE=yes", f"PYTHONPATH={run / 'code'}", "OMP_NUM_THREADS=1"):
+        assert line in found
+    assert given["python"] == ["-m", "rcpo.slurm.conclude", str(run), str(code)]
+    assert given.get("scontrol", []) == (["requeue", "9"] if code == 75 and requeue else [])
+
+
+def test_a_warning_reaches_the_step_and_its_end_is_waited_for(tmp_path: Path) -> None:
+    step = (
+        "trap 'sleep 0.3; touch $LOG/saved; exit 75' USR1; touch $LOG/ready; while true; do sleep 0.05; done"
+    )
+    requeue = 'echo "$@" >$LOG/requeued'
+    environment = programs(tmp_path, {"srun": step, "scontrol": requeue, "python": "true"})
+    job = Job(tmp_path / "run", "train", tmp_path / "code", tmp_path, ["rcpo.launch"])
+    process = subprocess.Popen(["bash", "-c", render(job, SlurmConfig(python="python"))], env=environment)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 75
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "requeued").read_text() == "requeue 9\n"

@@ -1,0 +1,178 @@
+"""`rcpo submit` with a stand-in for SLURM's programs: what is written, what is refused, what status shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rcpo.cli import app
+from rcpo.config import ConfigError, load_run_config
+from rcpo.launch.outcomes import Outcome, read_outcome
+from rcpo.slurm.queue import Queued, job_id, queue, read_submitted
+from rcpo.slurm.status import cells, last_row, lines
+from rcpo.slurm.submit import submit
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and SLURM's programs: sbatch gives job 41, squeue shows `queue`."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    bodies = {"sbatch": 'cp "$2" ../sent; echo "41;cluster"', "squeue": "cat ../queue"}
+    for name, body in bodies.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "queue").touch()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_a_submitted_run_has_configuration_code_and_script(slurm: Path) -> None:
+    assert submit("train", ["objective=simpo", "hydra.run.dir=mine", "slurm.nodes=2"], dry_run=False) == 0
+    run = Path("mine").absolute()
+    config = load_run_config(run)
+    # the job goes on in its own folder, and has as many ranks as SLURM starts
+    assert (config.objective.name, config.resume, config.launch.processes) == ("simpo", "auto", 1)
+    assert (run / "train.sbatch").read_text() == (slurm / "sent").read_text()
+    assert (run / "code" / "rcpo" / "launch" / "__main__.py").is_file()
+    assert (run / "code" / "conf" / "config.yaml").is_file()
+    submitted = read_submitted(run, "train")
+    assert submitted is not None
+    assert (submitted.job, submitted.runs, submitted.array) == ("41", [str(run)], False)
+    assert submitted.command == ["train", "objective=simpo", "hydra.run.dir=mine", "slurm.nodes=2"]
+    assert job_id("mine") == "41" and job_id("7_3") == "7_3"
+
+
+def test_a_dry_run_shows_the_script_and_touches_nothing(
+    slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("train", ["hydra.run.dir=mine"], dry_run=True) == 0
+    assert submit("sweep", ["seed=1,2", "hydra.sweep.dir=many"], dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert said.count("#!/bin/bash") == 2 and f"# {Path('many/seed-2').absolute()}" in said
+    assert list(Path().iterdir()) == [] and not (slurm / "sent").exists()
+
+
+def test_a_sweep_is_an_array_of_what_can_run(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("sweep", ["objective.beta=0,0.5,1", "hydra.sweep.dir=many"], dry_run=False) == 1
+    many = Path("many").absolute()
+    assert (many / "runs.txt").read_text() == f"{many}/objective.beta-0.5\n{many}/objective.beta-1\n"
+    assert load_run_config(many / "objective.beta-1").objective.hyperparameters["beta"] == 1
+    refused = read_outcome(many / "objective.beta-0")
+    assert refused is not None and refused.code == 2 and "out of range" in str(refused.reason)
+    assert "objective.beta-0: objective.beta=0 is out of range" in capsys.readouterr().err
+    assert "--array=0-1\n" in (slurm / "sent").read_text()
+
+
+def test_what_a_job_before_has_yet_to_write_is_not_missed(slurm: Path) -> None:
+    assert submit("train", ["objective=sft", "hydra.run.dir=first"], dry_run=False) == 0
+    later = ["model=local", "model.path=first/final", "hydra.run.dir=second"]
+    with pytest.raises(ConfigError, match="first/final"):
+        submit("train", later, dry_run=False)
+    assert submit("train", [*later, "slurm.after=first"], dry_run=False) == 0
+    assert "--dependency=afterok:41\n" in (slurm / "sent").read_text()
+    assert submit("evaluate", ["run=second", "eval.max_examples=8", "slurm.after=second"], dry_run=False) == 0
+    sent = (slurm / "sent").read_text()
+    assert f"-m rcpo.cli evaluate run={Path('second').absolute()} eval.max_examples=8 &" in sent
+    assert read_submitted(Path("second"), "evaluate") is not None
+
+
+def test_the_user_s_objective_is_in_the_snapshot(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("conf/objective").mkdir(parents=True)
+    Path("conf/objective/own.yaml").write_text("name: own_of_slurm\nmodule: own_of_slurm\n")
+    Path("own_of_slurm.py").write_text(
+        "from rcpo.objectives import register\n\n\n"
+        "@register('own_of_slurm', reduction='mean', needs_reference=False)\n"
+        "def own(logps):\n    return (logps.chosen - logps.rejected).square()\n"
+    )
+    submit("train", ["objective=own", "--config-dir", "conf", "hydra.run.dir=mine"], dry_run=False)
+    assert "needs_reference=False" in Path("mine/code/own_of_slurm.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "part"),
+    [
+        ("train", ["slurm.nodes=3"], "3 process"),
+        ("train", ["objective=smpo"], "did you mean simpo?"),
+        ("train", ["slurm.node=2"], "did you mean slurm.nodes?"),
+        ("train", ["launch.processes=2"], "slurm.ranks_per_node"),
+        ("train", ["slurm.after=nowhere"], "neither a job id nor the folder"),
+        ("train", ["-m", "seed=1,2"], "rcpo submit sweep"),
+        ("train", ["sweep.parallel=2"], "is read by rcpo sweep"),
+        ("evaluate", ["eval.max_examples=3"], "run=DIR"),
+        ("evaluate", ["run=nowhere"], "is not a folder"),
+    ],
+)
+def test_a_refused_submission_leaves_nothing(
+    command: str, arguments: list[str], part: str, slurm: Path
+) -> None:
+    with pytest.raises(ConfigError, match=part):
+        submit(command, arguments, dry_run=False)
+    assert list(Path().iterdir()) == [] and not (slurm / "sent").exists()
+
+
+def test_keys_of_slurm_are_read_by_submit_alone(slurm: Path) -> None:
+    result = CliRunner().invoke(app, ["train", "slurm.nodes=2"])
+    assert result.exit_code == 2 and "slurm is read by rcpo submit alone" in result.stderr
+
+
+def test_a_machine_without_slurm_is_named(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = CliRunner().invoke(app, ["submit", "train", "hydra.run.dir=mine"])
+    assert result.exit_code == 2 and "sbatch is not on this machine" in result.stderr
+
+
+def test_a_folder_whose_job_waits_is_not_submitted_twice(slurm: Path) -> None:
+    submit("train", ["hydra.run.dir=mine"], dry_run=False)
+    (slurm / "queue").write_text("41|PENDING|0:00|(Priority)\n")
+    with pytest.raises(ConfigError, match="is job 41 already"):
+        submit("train", ["hydra.run.dir=mine"], dry_run=False)
+    (slurm / "queue").write_text("41|FAILED|0:00|n1\n")
+    assert submit("train", ["hydra.run.dir=mine"], dry_run=False) == 0
+
+
+def test_status_shows_jobs_runs_steps_and_metrics(slurm: Path) -> None:
+    submit("sweep", ["seed=1,2,3", "hydra.sweep.dir=many"], dry_run=False)
+    submitted = read_submitted(Path("many"), "sweep")
+    assert submitted is not None
+    row = {"step": 12, "loss": 0.25, "logratios/chosen": -0.5, "rc/alpha": None}
+    Path("many/seed-1/metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 13, "lo')
+    Outcome(1, "RunError: full").write(Path("many/seed-3"))
+    (slurm / "queue").write_text("41_0|RUNNING|1:02|n1\n41_1|PENDING|0:00|(Resources)\n7|RUNNING|0:01|n2\n")
+    found = lines(submitted, queue())
+    assert [(line.job, line.state, line.where) for line in found] == [
+        ("41_0", "RUNNING", "n1"),
+        ("41_1", "PENDING", "(Resources)"),
+        ("41_2", "exit code 1: RunError: full", ""),
+    ]
+    shown = cells(found[0])
+    assert shown[4:10] == ["many/seed-1", "12", "0.25", "-0.5", "", ""]
+    result = CliRunner().invoke(app, ["submit", "status", "many"])
+    assert result.exit_code == 0 and "RUNNING" in result.stdout and "41_1" in result.stdout
+    assert CliRunner().invoke(app, ["submit", "status"]).exit_code == 2
+
+
+def test_a_job_that_slurm_forgot_is_what_its_folder_says(slurm: Path) -> None:
+    submit("train", ["hydra.run.dir=mine"], dry_run=False)
+    submitted = read_submitted(Path("mine"), "train")
+    assert submitted is not None
+    assert [line.state for line in lines(submitted, {})] == ["GONE"]
+    Path("mine/finished.json").write_text("{}")
+    assert [line.state for line in lines(submitted, {})] == ["DONE"]
+    assert [line.state for line in lines(submitted, {"41": Queued("RUNNING", "", "")})] == ["RUNNING"]
+
+
+def test_the_last_whole_row_counts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) == ({}, None)
+    path.write_text('{"step": 1')
+    assert last_row(path)[0] == {}
+    path.write_text("".join(json.dumps({"step": n, "pad": "x" * 1000}) + "\n" for n in range(200)))
+    assert last_row(path)[0]["step"] == 199
