@@ -6,7 +6,7 @@ Axes: B pairs, M metrics, R resamples. Everything is NumPy in float64, in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -195,18 +195,26 @@ def means_with_intervals(
 def bootstrap_interval(values: Floats, seed: int, resamples: int = RESAMPLES) -> tuple[Floats, Floats]:
     """Percentile-bootstrap ends (M,) and (M,) for the means over the rows of `values` (B, M)."""
     size = len(values)
+    means = [counts @ values / size for counts in resampled_counts(size, seed, resamples)]  # (…, M) each
+    return interval_of(np.concatenate(means))
+
+
+def interval_of(resampled: Floats) -> tuple[Floats, Floats]:
+    """Ends (M,) and (M,) of the 95 % percentile interval of statistics (R, M) of resamples."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    return cast(Floats, low), cast(Floats, high)
+
+
+def resampled_counts(size: int, seed: int, resamples: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
+    """How often each of `size` rows is in each resample, (…, size), some resamples at a time."""
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // size)
-    means = []
     for start in range(0, resamples, at_once):
         count = min(at_once, resamples - start)
         draws = generator.integers(0, size, (count, size))
         draws += size * np.arange(count)[:, None]
-        weights = np.bincount(draws.ravel(), minlength=count * size).reshape(count, size)
-        means.append(weights @ values / size)  # (count, M)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    return cast(Floats, low), cast(Floats, high)
+        yield np.bincount(draws.ravel(), minlength=count * size).reshape(count, size)
 
 
 def write_examples(
