@@ -119,7 +119,11 @@ def test_every_option_composes_and_parses(
 ) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("")
-    needs = {"local": [f"model.path={model_folder}"], "pairs": [f"data.path={pairs}"]}
+    needs = {
+        "local": [f"model.path={model_folder}"],
+        "pairs": [f"data.path={pairs}"],
+        "judge": ["judge.base_url=http://127.0.0.1:8000/v1", "judge.model=any"],
+    }
     choice = f"{group}='{option}'"
     config = composed(choice, *needs.get(option, []))
     copy = tmp_path / "config.yaml"
@@ -320,6 +324,30 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["model=local", "model.path=."], ["model.path=. holds no config.json"]),
         (["reference.path=/nowhere"], ["reference.path=/nowhere"]),
         (["resume=nowhere"], ["resume=nowhere", "auto"]),
+        # the judge: no message repeats what may hold a key
+        (["eval=judge"], ["eval.judge=true", "judge.base_url="]),
+        (["eval=judge", "judge.base_url=http://h/v1"], ["judge.model="]),
+        (["judge.base_url=ftp://h/v1"], ["judge.base_url is no http or https address"]),
+        (["judge.base_url='https://u:secret@h/v1'"], ["judge.base_url holds a user", "judge.api_key_env"]),
+        (["judge.base_url='https://h/v1?key=secret'"], ["judge.base_url holds a user, a query"]),
+        (
+            ["judge.api_key_env=sk-secret"],
+            ["judge.api_key_env is no name", "judge.api_key_env=OPENAI_API_KEY"],
+        ),
+        (["judge.api_key=secret"], ["judge.api_key"]),
+        (["+judge.api_key=secret"], ["unknown key judge.api_key", "did you mean judge.api_key_env?"]),
+        (["judge.against=nowhere"], ["judge.against=nowhere does not exist"]),
+        (["judge.prompts=nowhere.json"], ["judge.prompts=nowhere.json is not a file"]),
+        (["judge.temperature=3"], ["judge.temperature=3", "at most 2"]),
+        (
+            [
+                "eval=judge",
+                "judge.base_url=http://h/v1",
+                "judge.model=m",
+                f"judge.template={Path(__file__).with_name('tiny.py')}",
+            ],
+            ["lacks {instruction}, {first}, {second}"],
+        ),
         # adapters
         (["adapter=qlora", "engine=zero3"], ["nf4", "engine.stage=3", "engine=zero2"]),
         (["adapter.quantization=nf4"], ["unknown key adapter.quantization"]),
@@ -338,7 +366,7 @@ def test_what_no_run_could_use_is_refused_by_name(overrides: list[str], parts: l
     for part in parts:
         assert part in message
     assert "\n" not in message
-    assert "hyperparameters" not in message
+    assert "hyperparameters" not in message and "secret" not in message
 
 
 def test_a_missing_file_s_nearest_neighbour_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rcpo.config.parsing import to_container
 from rcpo.config.schema import ConfigError, RunConfig
 
 # What a run shows, keeps and where it runs: none of it touches a weight. Data files are compared by content.
-FREE_NODES = ("log", "eval", "probe", "checkpoint", "wandb", "launch", "engine", "dynamics", "watch")
+FREE_NODES = ("log", "eval", "judge", "probe", "checkpoint", "wandb", "launch", "engine", "dynamics", "watch")
 FREE_KEYS = (
     "resume",
     "resume_changed",

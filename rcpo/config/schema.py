@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rcpo.config.data import DataConfig
+from rcpo.config.judge import JudgeConfig
 
 
 class ConfigError(ValueError):
@@ -210,7 +211,7 @@ class EvalConfig:
 
     `tasks` are lm-evaluation-harness's: NAME, NAME@SHOTS or a YAML file, `limit` documents of each (None:
     all), `task_batch_size` requests at a time, by the tokenizer's template with `chat_template`;
-    `preferences` false leaves out all that is about pairs.
+    `preferences` false leaves out all that is about pairs; `judge` asks another model (`judge.*`).
     `max_new_tokens` None is the longest chosen response's. `scorer` says how an answer is checked: number,
     text, pattern (`answer_pattern`), None as the data's own task does. `kl_examples` prompts are answered for
     the KL to a reference that is held as a model. `checkpoints` final or all, `parameters_geometry` the
@@ -232,6 +233,7 @@ class EvalConfig:
     limit: int | None = None
     task_batch_size: int = 8
     chat_template: bool = False
+    judge: bool = False
 
 
 @dataclass(kw_only=True)
@@ -292,6 +294,7 @@ class RunConfig:
     resume_changed: str = "refuse"
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config.data_checks import check_data
+from rcpo.config.judge_checks import check_judge
 from rcpo.config.model_checks import check_models
 from rcpo.config.schema import ConfigError, RunConfig
 
@@ -88,6 +89,15 @@ RANGES = {
     "eval.kl_examples": (0, math.inf, True, False),
     "eval.limit": (1, math.inf, True, False),
     "eval.task_batch_size": (1, math.inf, True, False),
+    "judge.max_examples": (1, math.inf, True, False),
+    "judge.max_tokens": (1, math.inf, True, False),
+    "judge.temperature": (0, 2, True, True),
+    "judge.concurrency": (1, 256, True, True),
+    "judge.timeout": (0, math.inf, False, False),
+    "judge.retries": (0, 100, True, True),
+    "judge.backoff": (0, 600, True, True),
+    "judge.price_in": (0, math.inf, True, False),
+    "judge.price_out": (0, math.inf, True, False),
     "probe.size": (0, math.inf, True, False),
     "probe.every": (1, math.inf, True, False),
     "probe.generate_every": (0, math.inf, True, False),
@@ -163,6 +173,7 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
     check_data(config.data)
     if files:
         check_models(config)
+        check_judge(config.judge, wanted=config.eval.judge)
         _check_files(config)
 
 
