@@ -102,6 +102,7 @@ def evaluate(ctx: typer.Context) -> None:
       rcpo evaluate run=outputs/DIR eval.max_examples=200
       rcpo evaluate run=outputs/DIR eval.checkpoints=all
       rcpo evaluate run=outputs/DIR eval=leaderboard eval.limit=100
+      rcpo evaluate run=outputs/DIR eval=judge judge.base_url=URL judge.model=NAME
       rcpo evaluate run=outputs/DIR data=pairs data.path=other.jsonl
       rcpo evaluate model=local model.path=DIR reference.path=DIR data=pairs data.path=pairs.jsonl
 

@@ -31,29 +31,39 @@ def decoding_of(session: Session, dataset: PairDataset) -> Decoding:
     """How this session's answers to a dataset's prompts are made and where they end."""
     pad = session.tokenizer.pad_token_id
     assert isinstance(pad, int)
-    longest = int(dataset.lengths[:, 1].max()) or int(dataset.lengths[:, 2].max())
     return Decoding(
-        max_new_tokens=session.config.eval.max_new_tokens or min(longest, MOST_TOKENS),
+        max_new_tokens=session.config.eval.max_new_tokens or longest_answer(dataset),
         stop_ids=stop_ids(session.tokenizer, session.engine.policy.model, dataset),
         pad_id=pad,
     )
 
 
+def longest_answer(dataset: PairDataset) -> int:
+    """Tokens of the longest chosen response, or of the longest at all where none is chosen, as far as 512."""
+    longest = int(dataset.lengths[:, 1].max()) or int(dataset.lengths[:, 2].max())
+    return min(longest, MOST_TOKENS)
+
+
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, dataset: PairDataset
 ) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's, those of the model's own generation settings, a template's.
+    """Tokens that end an answer: the model's own, and a template's as far as the dataset shows it."""
+    return tuple(sorted({*own_stop_ids(tokenizer, model), *turn_ends(tokenizer, dataset)}))
 
-    A template's is the special token that most of the dataset's chosen responses end with.
-    """
+
+def own_stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
+    """The tokenizer's end of a sequence, and those of the model's own generation settings."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return {number for number in found if isinstance(number, int)}
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase, dataset: PairDataset) -> set[int]:
+    """The special token that most of the dataset's chosen responses end with, if there is one."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = Counter((example.chosen or example.rejected)[-1] for example in dataset[:256])
     token, count = ends.most_common(1)[0]
-    if token in special and 2 * count > ends.total():
-        found.add(token)
-    return tuple(sorted(number for number in found if isinstance(number, int)))
+    return {token} if token in special and 2 * count > ends.total() else set()
 
 
 def answer(

@@ -75,12 +75,21 @@ def evaluate_in_training(session: Session) -> dict[str, Any]:
     return {name: value for name, value in record.items() if not name.startswith(PREFIX)}
 
 
-def merge_record(run_dir: Path, record: Mapping[str, Any], *, kept: Iterable[str]) -> None:
-    """Writes evaluation.json: `record`, and of what it held before the keys that begin with any of `kept`."""
+def merge_record(
+    run_dir: Path, record: Mapping[str, Any], *, kept: Iterable[str], renewed: str | None = None
+) -> None:
+    """Writes evaluation.json: `record`, and of what it held before the keys that begin with any of `kept`.
+
+    Those that begin with `renewed` are the record's alone.
+    """
     path = run_dir / RECORD
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     prefixes = tuple(kept)
-    rest = {key: value for key, value in before.items() if key.startswith(prefixes)}
+    rest = {
+        key: value
+        for key, value in before.items()
+        if key.startswith(prefixes) and not (renewed is not None and key.startswith(renewed))
+    }
     write_json(path, {**rest, **record})
 
 

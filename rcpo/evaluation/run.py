@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from rcpo import distributed
 from rcpo.checkpoint import checkpoint_weights
@@ -16,12 +15,14 @@ from rcpo.config import ConfigError, RunConfig
 from rcpo.config.model_checks import holds_adapter
 from rcpo.evaluation.harness import Harness, flat_record, write_results
 from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
-from rcpo.evaluation.summary import describe, summary_table, task_table
-from rcpo.hub import Source
-from rcpo.models import load_model, load_tokenizer
+from rcpo.evaluation.judge_record import judge_pairs
+from rcpo.evaluation.judging import Judging
+from rcpo.evaluation.summary import describe, judge_table, summary_table, task_table
+from rcpo.evaluation.whole import load_whole, policy_source
+from rcpo.evaluation.winrate import PREFIX as JUDGED
+from rcpo.models import load_tokenizer
 from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
 from rcpo.session import Session
-from rcpo.start import find_start
 from rcpo.tracking.jsonl import clean_row, write_lines
 
 FINAL = "final"
@@ -35,19 +36,26 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
     nothing is held out, and for tasks that cannot be run.
     """
     settings = config.eval
-    if not (settings.preferences or settings.tasks):
-        raise ConfigError("nothing to evaluate: eval.preferences=false, and eval.tasks is empty")
+    if not (settings.preferences or settings.tasks or settings.judge):
+        raise ConfigError(
+            "nothing to evaluate: eval.preferences=false, eval.judge=false, and eval.tasks is empty"
+        )
     trained = (run_dir / "metrics.jsonl").exists()
     final = run_dir / FINAL
     whole = trained and ((final / "config.json").is_file() or holds_adapter(final))
     saved = checkpoints(run_dir) if settings.checkpoints == "all" else []
     if trained and not (whole or saved):
         raise ConfigError(f"run={run_dir} has no final/ yet; finish it with resume={run_dir}")
+    if settings.judge and trained and not whole:
+        raise ConfigError(f"eval.judge=true: run={run_dir} has no final/ to be judged yet")
+    judging = Judging.prepare(config, run_dir, final if whole else None) if settings.judge else None
     harness = Harness.prepare(config) if settings.tasks else None
     if settings.preferences:
         evaluate_pairs(config, run_dir, final if whole else None, saved, unfinished=trained and not whole)
     if harness is not None:
         evaluate_tasks(harness, run_dir, final if whole else None)
+    if judging is not None:
+        evaluate_by_judge(judging, run_dir)
     return 0
 
 
@@ -77,12 +85,8 @@ def evaluate_pairs(
 def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
     """The harness's tasks on the whole model, an adapter merged into it; adds to evaluation.json."""
     config = harness.config
-    start = find_start(config, run_dir)
-    if final is None:
-        source = start
-    else:
-        source = Source(start.base, adapter=final) if holds_adapter(final) else Source(final)
-    tokenizer = load_tokenizer(final or start.base, config.model)
+    source = policy_source(config, run_dir, final)
+    tokenizer = load_tokenizer(source.tokenizer, config.model)
     results = harness.run(source, tokenizer, lambda: load_whole(config, source))
     for spec, reason in harness.skipped.items():
         say(f"left out: {spec} ({reason})")
@@ -93,14 +97,13 @@ def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
         Console().print(task_table(record))
 
 
-def load_whole(config: RunConfig, source: Source) -> PreTrainedModel:
-    """The model without rcpo around it, in training's precision, its adapter added to its weights."""
-    model = load_model(source.base, config, init=source.init)
-    if source.adapter is None:
-        return model
-    from rcpo.models.adapters import merge_adapter
-
-    return merge_adapter(model, source.adapter)
+def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
+    """The judge's verdicts on the answers; adds to evaluation.json. What follows is rank 0's alone."""
+    pairs = judging.pairs(run_dir)
+    if distributed.is_main():
+        record = judge_pairs(judging.config, judging.endpoint, pairs, run_dir / FOLDER, say)
+        merge_record(run_dir, record, kept=("eval/",), renewed=JUDGED)
+        Console().print(judge_table(record))
 
 
 def restore_objective(session: Session, state: dict[str, Any] | None) -> None:

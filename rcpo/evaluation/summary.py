@@ -25,6 +25,20 @@ ROWS = (
 )
 
 
+JUDGE_ROWS = (
+    ("win rate", "win_rate", "percent"),
+    ("length-controlled win rate", "length_controlled_win_rate", "percent"),
+    ("wins", "wins", "percent"),
+    ("losses", "losses", "percent"),
+    ("ties", "ties", "percent"),
+    ("both orders agree", "agreement", "percent"),
+    ("Cohen's kappa of the orders", "kappa", "other"),
+    ("verdicts for what was shown first", "first_position_rate", "percent"),
+    ("agrees with the labels", "label_agreement", "percent"),
+    ("Cohen's kappa with the labels", "label_kappa", "other"),
+)
+
+
 class Move(Enum):
     """Where a side's mean log-ratio went, as far as its interval tells."""
 
@@ -144,6 +158,34 @@ def task_table(values: Mapping[str, float | None]) -> Table:
         _, _, task, metric = name.split("/", 3)
         error = values.get(f"{name}/stderr")
         table.add_row(task, metric, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return table
+
+
+def judge_rows(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """What `eval/judge/*` of a record says, in words and with 95 % intervals."""
+    return [
+        (label, interval(values, f"judge/{name}", unit))
+        for label, name, unit in JUDGE_ROWS
+        if _value(values, f"judge/{name}") is not None
+    ]
+
+
+def judge_counts(values: Mapping[str, float | None]) -> str:
+    """How many pairs of answers were judged, and how many have no verdict."""
+    count, failed = _value(values, "judge/examples") or 0, _value(values, "judge/failed") or 0
+    labels = _value(values, "judge/labelled")
+    text = f"{int(count):,} pairs of answers, both orders"
+    text += f", {int(labels):,} with a label" if labels else ""
+    return text + (f"; {int(failed):,} more without a verdict" if failed else "")
+
+
+def judge_table(values: Mapping[str, float | None]) -> Table:
+    """The judge's record as a table for the terminal."""
+    table = Table(title=f"Judge: {judge_counts(values)}", title_justify="left")
+    table.add_column("judged")
+    table.add_column("value [95 % interval]", justify="right")
+    for row in judge_rows(values):
+        table.add_row(*row)
     return table
 
 
