@@ -33,6 +33,8 @@ Column = NDArray[np.float64]
 CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "evaluation.json"
 ENVIRONMENT, SAMPLES = "environment.json", "samples.jsonl"
 CHECKPOINTS = "evaluation/checkpoints.jsonl"
+JUDGE = "evaluation/judge.json"
+EVALUATED_CONFIG = "evaluation/config.yaml"
 STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))(?::\s*(.*))?$")
@@ -57,6 +59,7 @@ class Run:
     rows: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     evaluation: dict[str, float]
+    judge: dict[str, Any]
     environment: dict[str, Any]
     samples: list[dict[str, Any]]
     status: Status
@@ -139,7 +142,13 @@ def natural(text: str) -> list[Any]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+    return _config(folder).is_file() and not (folder / "config.json").exists()
+
+
+def _config(folder: Path) -> Path:
+    """A run's configuration; that of its evaluation for a model that was not trained here."""
+    own = folder / CONFIG
+    return own if own.exists() else folder / EVALUATED_CONFIG
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -168,7 +177,7 @@ def read_run(folder: Path, name: str) -> Run:
     error = read_object(folder / OUTCOME_FILE).get("reason") or _last_error(folder / "rcpo.log")
     settings: dict[str, Any] = {}
     try:
-        settings = read_settings(folder / CONFIG)
+        settings = read_settings(_config(folder))
     except ConfigError as problem:
         error = str(problem)
     status = _status(folder, bool(rows), error)
@@ -179,6 +188,7 @@ def read_run(folder: Path, name: str) -> Run:
         rows=rows,
         checkpoints=read_rows(folder / CHECKPOINTS),
         evaluation=read_evaluation(folder / EVALUATION),
+        judge=read_object(folder / JUDGE),
         environment=read_object(folder / ENVIRONMENT),
         samples=read_lines(folder / SAMPLES),
         status=status,
@@ -195,7 +205,7 @@ def _status(folder: Path, trained: bool, error: str | None) -> Status:
         return Status.ENDED
     if (folder / EVALUATION).exists():
         return Status.EVALUATED
-    age = time.time() - (folder / CONFIG).stat().st_mtime
+    age = time.time() - _config(folder).stat().st_mtime
     return Status.RUNNING if age < STARTING else Status.ENDED
 
 

@@ -10,7 +10,7 @@ from rcpo.report import appendix, figures, overview, panels, tables, words
 from rcpo.report.document import Block, Document, Paragraph, Picture, Section
 from rcpo.report.dynamics import predict_margin
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
-from rcpo.report.runs import Run
+from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
 
 BY_KEY = {metric.key: metric for metric in METRICS}
@@ -56,6 +56,8 @@ def _of_run(run: Run) -> Document:
 
 
 def _training(run: Run) -> list[Block]:
+    if run.status is Status.EVALUATED:
+        return []
     if not run.last_step:
         return [Paragraph("No step is logged yet.")]
     width = stretch([run])

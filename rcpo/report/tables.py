@@ -14,7 +14,7 @@ from rcpo.comparison import (
     rank_correlation,
     spread,
 )
-from rcpo.evaluation.summary import ROWS, interval
+from rcpo.evaluation.summary import ROWS, interval, judge_counts, judge_rows
 from rcpo.report import words
 from rcpo.report.document import Table
 from rcpo.report.probes import ANSWERS, Probes, first_and_last
@@ -57,7 +57,7 @@ def held_out(run: Run) -> list[Table]:
     count = values.get("eval/examples")
     caption = "" if count is None else f"{count:,.0f} held-out pairs; 95 % bootstrap intervals over pairs."
     tables = [Table(("held-out", "mean [95 % interval]"), rows, caption)] if rows else []
-    return [*tables, *_by_length(values), *_scores(values), *_dynamics(values)]
+    return [*tables, *_judged(run), *_by_length(values), *_scores(values), *_dynamics(values)]
 
 
 def _by_length(values: Mapping[str, float]) -> list[Table]:
@@ -86,17 +86,26 @@ def _by_length(values: Mapping[str, float]) -> list[Table]:
     return [Table(header, rows, "By length of the chosen response.", folded=True)]
 
 
+def _judged(run: Run) -> list[Table]:
+    rows = judge_rows(run.evaluation)
+    if not rows:
+        return []
+    caption = f"{judge_counts(run.evaluation)}; 95 % bootstrap intervals over pairs."
+    if run.judge:
+        shown = {key: str(run.judge.get(key, "unknown")) for key in ("model", "against", "prompts")}
+        caption += f" Judge: {shown['model']}; against: {shown['against']}; prompts: {shown['prompts']}."
+    return [Table(("judged", "value [95 % interval]"), rows, caption)]
+
+
 def _scores(values: Mapping[str, float]) -> list[Table]:
-    metrics = [m for m in downstream([values]) if m.key.startswith(HARNESS) or m in JUDGED]
     rows = []
-    for metric in metrics:
+    for metric in downstream([values]):
+        if not metric.key.startswith(HARNESS):
+            continue
         error = values.get(f"{metric.key}/stderr")
-        low, high = values.get(f"{metric.key}/low"), values.get(f"{metric.key}/high")
         text = metric.show(values[metric.key])
         if error is not None:
             text += f" ± {100 * error:.1f}" if metric.unit == "share" else f" ± {error:.3f}"
-        if low is not None and high is not None:
-            text += f" [{metric.show(low)}, {metric.show(high)}]"
         rows.append((metric.title, text))
     return [Table(("downstream", "score"), rows, "± is the harness's own standard error.")] if rows else []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcpo.comparison import METRICS, Contrast, Metric, paired_difference, spread
-from rcpo.evaluation.summary import NOTICEABLE, describe
+from rcpo.evaluation.summary import NOTICEABLE, describe, interval
 from rcpo.report.dynamics import Prediction
 from rcpo.report.panels import UNITS
 from rcpo.report.probes import CROSSED, Crossings
@@ -36,9 +36,22 @@ def headline_of_run(run: Run) -> str:
         return f"Ended early, at step {progress(run)}{reason}."
     if "nonfinite" in run.evaluation:
         return f"Finished after {run.last_step:,} steps, and what came out has values that are not finite."
-    if run.evaluation:
-        return describe(run.evaluation)
+    said = _judged(run)
+    if {"eval/logratios/chosen", "eval/logps/chosen"} & set(run.evaluation):
+        return f"{describe(run.evaluation)} {said}".strip()
+    if said:
+        return said
     return f"Finished after {run.last_step:,} steps, not evaluated; {_standing(run)}."
+
+
+def _judged(run: Run) -> str:
+    """What a judge preferred, where one was asked."""
+    if "eval/judge/win_rate" not in run.evaluation:
+        return ""
+    judge = str(run.judge.get("model", "the judge"))
+    text = f"Win rate by {judge}: {interval(run.evaluation, 'judge/win_rate', 'percent')}"
+    controlled = interval(run.evaluation, "judge/length_controlled_win_rate", "percent")
+    return f"{text}, length-controlled {controlled}." if controlled != "–" else f"{text}."
 
 
 def progress(run: Run) -> str:

@@ -114,6 +114,9 @@ def test_every_downstream_score_is_joined(tmp_path: Path) -> None:
         "eval/judge/win_rate": 0.6,
         "eval/judge/win_rate/low": 0.5,
         "eval/judge/win_rate/high": 0.7,
+        "eval/judge/examples": 40,
+        "eval/judge/failed": 2,
+        "eval/judge/kappa": 0.25,
         "eval/harness/gsm8k/exact_match,strict-match": 0.25,
         "eval/harness/gsm8k/exact_match,strict-match/stderr": 0.01,
         "eval/harness/wikitext/word_perplexity": 12.5,
@@ -130,11 +133,15 @@ def test_every_downstream_score_is_joined(tmp_path: Path) -> None:
         ("wikitext word_perplexity", ""),
     ]
     run = a_run(tmp_path / "run", metrics=rows(1), evaluation=values)
-    main, length, scores, dynamics = tables.held_out(run)
+    main, judged, length, scores, dynamics = tables.held_out(run)
     assert list(main.rows) == [("exact match", "50 %"), ("KL to the reference, an answer", "0.12")]
     assert list(length.rows) == [("1-1", "50 %"), ("16-31", "25 %")]
-    assert list(scores.rows)[:2] == [
-        ("judged win rate", "60 % [50 %, 70 %]"),
+    assert list(judged.rows) == [
+        ("win rate", "60 % [50 %, 70 %]"),
+        ("Cohen's kappa of the orders", "0.25"),
+    ]
+    assert judged.caption.startswith("40 pairs of answers, both orders; 2 more without a verdict;")
+    assert list(scores.rows)[:1] == [
         ("gsm8k exact_match,strict-match", "25 % ± 1.0"),
     ]
     assert list(dynamics.rows) == [("score_cosine", "0.300")]
