@@ -6,6 +6,7 @@ What would download a model, or wants a cluster, is composed in its place (`--cf
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from judge_server import JudgeServer
 from tiny import sums_file, tiny_llama
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -51,6 +53,8 @@ def small(words: list[str]) -> list[str]:
     """The command with one seed, one objective, two trials and few steps."""
     words = [re.sub(r"^(seed|objective)=(\w+)(,\w+)+$", r"\1=\2", word) for word in words]
     words = [re.sub(r"^sweep\.trials=\d+$", "sweep.trials=2", word) for word in words]
+    if "eval=judge" in words:
+        words.append("judge.max_examples=2")
     if any(DOWNLOADED.search(word) for word in words):
         return [*words, "--cfg", "job"]
     if words[0] == "submit" and words[1] != "status":
@@ -115,6 +119,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for sweep in ("mine", "dpo", "simpo"):
         shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / sweep / "0")
     submitted_runs(folder)
+    shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / "other-run")
+    question = {"instruction": "10+99=", "output": "109"}
+    (folder / "alpaca_eval.json").write_text(json.dumps([question] * 2), encoding="utf-8")
     return folder
 
 
@@ -131,5 +138,6 @@ def test_the_command_runs(workspace: Path, command: str, tmp_path: Path) -> None
     for word in words:
         if word.startswith("hydra.sweep.dir="):  # what others read, this one makes
             shutil.rmtree(folder / word.partition("=")[2])
-    result = rcpo(folder, words)
+    with JudgeServer().running() as judge:
+        result = rcpo(folder, [word.replace("http://localhost:8000/v1", judge.url) for word in words])
     assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-1500:]
