@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,22 +14,27 @@ from rcpo.objectives import Objective
 from rcpo.types import PairLogps
 
 
-def incentives(objective: Objective, logps: PairLogps) -> tuple[Tensor, Tensor]:
+def incentives(
+    objective: Objective | Callable[[PairLogps], Tensor], logps: PairLogps
+) -> tuple[Tensor, Tensor]:
     """(d_w, d_l), each (B,), of the sum of the losses; detached, whatever graph `logps` carries.
 
-    The chosen mean log-prob of `nll_coef` is a multiple of z_w and counts into d_w. d_l is 0 for an
-    objective without a rejected side.
+    `objective` is one of `get_objective`, or any function from log-probs to losses (B,). The chosen mean
+    log-prob of `nll_coef` is a multiple of z_w and counts into d_w. d_l is 0 for an objective without a
+    rejected side.
 
     >>> from rcpo.objectives import get_objective
     >>> even = torch.zeros(1)
     >>> incentives(get_objective("dpo", beta=1.0), PairLogps(even, even, even, even))  # β σ(0) on both sides
     (tensor([0.5000]), tensor([0.5000]))
+    >>> incentives(lambda logps: 3 * logps.rejected - logps.chosen, PairLogps(even, even))
+    (tensor([1.]), tensor([3.]))
     """
     with torch.enable_grad():
         chosen = logps.chosen.detach().requires_grad_()
         rejected = None if logps.rejected is None else logps.rejected.detach().requires_grad_()
         leaves = logps.replace(chosen=chosen, rejected=rejected)
-        if objective.nll_coef:
+        if isinstance(objective, Objective) and objective.nll_coef:
             slope = objective.mean_slope(logps)
             offset = objective.chosen_means(logps).detach() - chosen.detach() * slope
             leaves = leaves.replace(chosen_means=chosen * slope + offset)
