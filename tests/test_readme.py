@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, TrainingArguments
+
+import rcpo
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -88,3 +91,14 @@ def test_the_trl_example(tmp_path: Path) -> None:
     }
     exec(blocks("Inside TRL")[0], names)
     assert names["trainer"].state.log_history[0]["rc/alpha"] == 1.0
+
+
+def test_the_llama_factory_example_asks_rcpo_for_what_there_is() -> None:
+    """It runs in an environment of its own; what it takes from rcpo is checked here."""
+    [code] = blocks("Inside LLaMA-Factory")
+    [line] = [line for line in imports_from(code) if line.module == "rcpo"]
+    assert len(line.names) > 3 and all(hasattr(rcpo, alias.name) for alias in line.names)
+
+
+def imports_from(code: str) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
