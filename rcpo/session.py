@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo import distributed
 from rcpo.attention import choose_layout
+from rcpo.building import build_objective
 from rcpo.caching import cache_folder
 from rcpo.config import ConfigError, RunConfig
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
@@ -24,7 +25,7 @@ from rcpo.data.store import PairDataset
 from rcpo.dynamics import check_geometry
 from rcpo.engine import Engine
 from rcpo.models import load_config, load_tokenizer
-from rcpo.objectives import Objective, get_objective
+from rcpo.objectives import Objective
 from rcpo.reference.cache import Cache, Say
 from rcpo.reference.keys import source_hash
 from rcpo.reference_pass import ReferencePass, ScoredData, Stop, check_start
@@ -212,22 +213,3 @@ def refuse_kind(objective: Objective, kind: str) -> None:
             f"objective={objective.spec.name} needs pairs, and the data has single completions with labels: "
             "use objective=kto, or give pairs"
         )
-
-
-def build_objective(config: RunConfig) -> Objective:
-    """The objective of a configuration; refuses calibration where it has no rejected side."""
-    settings = config.objective
-    try:
-        objective = get_objective(
-            settings.name,
-            reduction=settings.reduction,
-            nll_coef=settings.nll_coef,
-            optional=settings.optional,
-            module=settings.module,
-            **settings.hyperparameters,
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"objective={settings.name}: {error}") from error
-    if config.rc.enabled and not objective.needs_rejected:
-        raise ConfigError(f"rc=on needs a rejected side; objective={settings.name} has none: use rc=off")
-    return objective

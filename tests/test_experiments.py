@@ -14,10 +14,10 @@ from test_config import OBJECTIVES, composed
 from tiny import tiny_llama
 
 from rcpo import trainer
+from rcpo.building import build_objective
 from rcpo.config import RunConfig
 from rcpo.launch import check
 from rcpo.objectives import get_objective
-from rcpo.session import build_objective
 
 # typed in from the list of the published settings
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ ROWS: list[list[str]] = [
     ["types", "objectives", "incentives", "geometry", "logps", "calibration"],
     [
         "config",
+        "building",
         "distributed",
         "caching",
         "visible",

@@ -80,7 +80,7 @@ def _check_installed(config: RunConfig) -> None:
 
 
 def _check_objective(config: RunConfig) -> None:
-    from rcpo.objectives import get_objective
+    from rcpo.building import build_objective
 
     wanted = config.objective
     if wanted.module is not None:
@@ -90,18 +90,4 @@ def _check_objective(config: RunConfig) -> None:
                 f"objective.module={wanted.module} is not installed and not in {os.getcwd()}; "
                 "install it or add its folder to PYTHONPATH"
             )
-    try:
-        objective = get_objective(
-            wanted.name,
-            module=wanted.module,
-            reduction=wanted.reduction,
-            nll_coef=wanted.nll_coef,
-            optional=wanted.optional,
-            **wanted.hyperparameters,
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
-    if config.rc.enabled and not objective.needs_rejected:
-        raise ConfigError(
-            f"rc=on has nothing to calibrate: objective={wanted.name} has no rejected side; choose rc=off"
-        )
+    build_objective(config)

@@ -10,10 +10,11 @@ from typing import TypeVar, cast
 from transformers import PreTrainedConfig
 
 from rcpo.attention import choose_layout
-from rcpo.config import ConfigError, RunConfig
+from rcpo.building import build_objective
+from rcpo.config import RunConfig
 from rcpo.config.commands import GpuConfig, PlanConfig
 from rcpo.models import Policy
-from rcpo.objectives import Objective, get_objective
+from rcpo.objectives import Objective
 from rcpo.planner.communication import Message, messages, own_messages
 from rcpo.planner.gathers import Gathers, gathers, module_order
 from rcpo.planner.memory import Phase, Step
@@ -104,7 +105,7 @@ class Planner:
     def plan(self, config: RunConfig, ranks: int) -> Plan:
         """Raises ConfigError for what no run could do, and where numbers are lacking."""
         microbatches = config.train.accumulation(ranks)
-        objective = objective_of(config)
+        objective = build_objective(config)
         found = self._architecture(config)
         weights = self._parameters(config)
         policy = self._policy(config)
@@ -177,21 +178,6 @@ class Planner:
 def _kind(config: RunConfig) -> tuple[str, str, bool]:
     """What a policy's layers depend on."""
     return repr(config.adapter), config.train.dtype, config.train.gradient_checkpointing
-
-
-def objective_of(config: RunConfig) -> Objective:
-    """The configured objective; raises ConfigError where there is none of that name."""
-    wanted = config.objective
-    try:
-        return get_objective(
-            wanted.name,
-            module=wanted.module,
-            reduction=wanted.reduction,
-            nll_coef=wanted.nll_coef,
-            **wanted.hyperparameters,
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"objective={wanted.name}: {error}") from error
 
 
 def _measures(config: RunConfig, objective: Objective) -> bool:

@@ -23,13 +23,13 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
+from rcpo.building import build_objective
 from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
 from rcpo.dynamics import check_geometry
 from rcpo.geometry import HeadShape, Sketch, outer_scores
 from rcpo.models import Policy, policy_inputs
-from rcpo.session import build_objective
 from rcpo.types import TokenBatch
 
 SIZE: dict[str, Any] = {
