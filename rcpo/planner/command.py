@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def plan(arguments: Sequence[str]) -> int:
     """`rcpo plan ARGUMENTS`: prints the plan; returns 0, or 1 where it does not fit the chosen GPU.
 
-    With -m, one line for each combination of values. Raises ConfigError for what is refused, and where the
-    numbers do not say enough.
+    With -m, one line for each combination of values; then 1 where nothing near one of them fits. Raises
+    ConfigError for what is refused, and where the numbers do not say enough.
     """
     flags = split_arguments(arguments)
     name = flags.config_name or PRIMARY
@@ -81,7 +81,7 @@ def _many(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
             raise ConfigError("rcpo plan -m compares plans for a GPU: add gpu=h100-80gb, for example")
         rows.append(Line(values, found, None if found.fits else nearest(planner, found)))
     print("\n".join(lines(rows)))
-    return DONE if all(row.plan.fits for row in rows) else FAILED
+    return DONE if all(row.plan.fits or row.advice is not None for row in rows) else FAILED
 
 
 def _combinations(

@@ -13,6 +13,7 @@ from rcpo.attention import choose_layout
 from rcpo.building import build_objective
 from rcpo.config import RunConfig
 from rcpo.config.commands import GpuConfig, PlanConfig
+from rcpo.data.store import PairDataset
 from rcpo.models import Policy
 from rcpo.objectives import Objective
 from rcpo.planner.communication import Message, messages, own_messages
@@ -22,7 +23,7 @@ from rcpo.planner.model import architecture, depth, few_layers, owned, parameter
 from rcpo.planner.states import Parameter
 from rcpo.planner.timing import Machine, Times, times
 from rcpo.planner.trace import Rows, Trace, trace
-from rcpo.planner.workload import Workload, workload
+from rcpo.planner.workload import Workload, training_data, workload
 
 T = TypeVar("T")
 
@@ -161,9 +162,13 @@ class Planner:
         return self._once(("trace", _kind(config), rows, sketch, training), make)
 
     def _workload(self, config: RunConfig, objective: Objective, layout: str, ranks: int) -> Workload:
-        train = config.train
-        key = "workload", train.batch_size, train.micro_batch_size, config.eval.batch_size, layout, ranks
-        return self._once(key, lambda: workload(config, self.settings, objective, layout, ranks))
+        run = repr(config.train), repr(config.rc), config.eval.batch_size, config.seed
+        key = "workload", run, layout, ranks
+
+        def data() -> PairDataset:
+            return self._once("data", lambda: training_data(config, self.settings))
+
+        return self._once(key, lambda: workload(config, self.settings, objective, layout, ranks, data))
 
     def _gathers(self, config: RunConfig, rows: Rows) -> Gathers:
         def make() -> Gathers:

@@ -6,7 +6,7 @@ Axes: R rows, L row length, N response tokens, as in `trace.Rows`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,24 @@ class Workload:
 
 
 def workload(
-    config: RunConfig, settings: PlanConfig, objective: Objective, layout: str, ranks: int
+    config: RunConfig,
+    settings: PlanConfig,
+    objective: Objective,
+    layout: str,
+    ranks: int,
+    data: Callable[[], PairDataset],
 ) -> Workload:
-    """Counts in the data, unless `settings` say enough; raises ConfigError where neither can be."""
+    """Counts in the `data`, unless `settings` say enough; raises ConfigError where neither can be."""
     given = (settings.prompt_tokens, settings.response_tokens)
     if None not in given:
         return _from_means(config, settings, objective.sides, layout, ranks)
     if any(value is not None for value in given):
         raise ConfigError("plan.prompt_tokens and plan.response_tokens go together: give both, or none")
+    return _from_data(config, objective, data(), layout, ranks)
+
+
+def training_data(config: RunConfig, settings: PlanConfig) -> PairDataset:
+    """The run's pairs as tokens; raises ConfigError where there is no tokenizer."""
     path = config.model.path
     if settings.architecture is not None or (path is not None and own_folder(path) is None):
         raise ConfigError(
@@ -61,8 +71,7 @@ def workload(
             "give plan.pairs=N plan.prompt_tokens=N plan.response_tokens=N, or model.path=DIR"
         )
     tokenizer = load_tokenizer(model_folder(config.model), config.model)
-    data = load_datasets(config.data, tokenizer, config.seed, lambda _: None).train
-    return _from_data(config, objective, data, layout, ranks)
+    return load_datasets(config.data, tokenizer, config.seed, lambda _: None).train
 
 
 def _steps(config: RunConfig, pairs: int | None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,10 +115,11 @@ def command(*arguments: str) -> int:
     return caught.value.code
 
 
+SMALL = ["train.micro_batch_size=32", "eval.batch_size=1"]
 BIG = [
     "model=llama-3-8b", "data=ultrafeedback", "train.dtype=bf16", "gpu=h100-80gb", "plan.gpus=8",
     "train.batch_size=64", "train.micro_batch_size=1", "eval.batch_size=1", "plan.pairs=60000",
-    "plan.prompt_tokens=200", "plan.response_tokens=300",
+    "plan.prompt_tokens=20", "plan.response_tokens=30", "data.max_length=80", "data.max_prompt_length=40",
 ]  # fmt: skip
 
 
@@ -125,14 +128,31 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "8,030,261,248 parameters" in shown and "fits:" in shown and "bottleneck: " in shown
     assert "67,108,912" in shown  # the calibration's bytes
-    assert command("gpu=h100-80gb", "gpu.memory=6e7", "train.micro_batch_size=32") == 1
+    assert command("gpu=h100-80gb", "gpu.memory=6e7", *SMALL) == 1
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown and "train.micro_batch_size=16" in shown
     assert command("train.batch_sise=3") == 2
     assert "did you mean train.batch_size" in capsys.readouterr().err
 
 
+def test_planning_loads_nothing_and_asks_nobody(tmp_path: Path) -> None:
+    path = Path(tiny_llama(tmp_path / "model"))
+    (path / "model.safetensors").unlink()
+    program = f"""
+import sys
+sys.addaudithook(lambda event, _: sys.exit(event) if event == "socket.connect" else None)
+from rcpo.planner.command import plan
+ended = plan(["model=local", "model.path={path}", "engine=zero3", "launch.processes=2"])
+sys.exit(ended or "deepspeed" in sys.modules)"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_many_plans_are_lines_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("-m", *BIG, "engine=zero1,zero3") == 0
     header, _, first, second = capsys.readouterr().out.strip().splitlines()
     assert header.startswith("| engine | changed") and first.startswith("| zero1 |") and "| zero3 |" in second
+    long = [word.replace("pairs=60000", "pairs=6000000") for word in BIG]
+    assert command("-m", *long, "engine=zero3", "train.epochs=1,2") == 0
+    hours = [float(line.split("|")[-2]) for line in capsys.readouterr().out.strip().splitlines()[2:]]
+    assert 1.1 * hours[0] < hours[1] < 2 * hours[0]  # the reference's pass is the same

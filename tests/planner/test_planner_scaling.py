@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -65,8 +63,8 @@ def test_a_thousand_ranks_share_an_epoch_without_holes_or_repeats(
     assert sorted(seen) == list(range(2 * RANKS + 700)) and set(seen.values()) == {1}
     assert fillers == RANKS - 700  # the short step has one pair a rank
     assert pieces == {(0, 2, 1), (1, 1, 1)}  # every rank takes part in every collective
-    # seconds of one core: the start, and an epoch's two steps dealt; 2.4 and 0.01 were measured
-    assert started < 30 and dealt < 0.2
+    # seconds of one core: the start, and an epoch's two steps dealt; 2.0 and 0.0007 were measured
+    assert started < 30 and dealt < 0.02
 
 
 def test_calibration_takes_the_same_bytes_for_any_batch_length_and_vocabulary() -> None:
@@ -78,12 +76,6 @@ def test_calibration_takes_the_same_bytes_for_any_batch_length_and_vocabulary() 
         sizes = {m.purpose: m.size * m.count for m in own_messages(config, 2 * 2048 * 4096, batch // micro)}
         assert sizes["calibration"] == expected == 67_108_912
         assert sizes["metrics"] < 1000 and sizes["peak memory"] == 4
-
-
-def test_planning_imports_no_deepspeed() -> None:
-    program = "import sys, rcpo.planner.command, rcpo.planner.plan; print('deepspeed' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.strip().endswith("False")
 
 
 def test_what_a_rank_adds_to_a_checkpoints_state_is_small() -> None:
