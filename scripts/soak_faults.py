@@ -144,6 +144,25 @@ def lost_rank(lab: Lab) -> str:
     return f"the other left after {seconds:.2f} s"
 
 
+def hung_rank(lab: Lab) -> str:
+    """One of two ranks stands still: the other ends in the stated time and names it, and both continue."""
+    config = lab.settings()
+    config.launch.lost_after = 15.0
+    run_dir = lab.place()
+    attempt = runs.start(config, run_dir, 2)
+    attempt.wait_for_rows(4)
+    began = time.monotonic()
+    os.kill(attempt.pids[1], signal.SIGSTOP)
+    while attempt.pids[0] in attempt.alive and time.monotonic() - began < 10 * WITHIN:
+        attempt.poll()
+        time.sleep(0.01)
+    seconds = time.monotonic() - began
+    attempt.kill()
+    assert attempt.codes[attempt.pids[0]] == 1 and "rank 1 on" in attempt.text, attempt.text
+    lab.ends_well(run_dir, ranks=2)
+    return f"the other named it and left after {seconds:.1f} s, allowed {config.launch.lost_after:g}"
+
+
 def full_disk(lab: Lab) -> str:
     """No space for a checkpoint: exit code 1, said; with space again the run continues."""
     with small_disk(lab.folder / "disk", "40m") as disk:
@@ -319,6 +338,7 @@ FAULTS: dict[str, Callable[[Lab], str]] = {
     "SIGTERM, SIGINT, SIGUSR1; 1 and 2 ranks": signals,
     "SIGTERM before the first step": signal_in_set_up,
     "kill -9 of one rank of two": lost_rank,
+    "SIGSTOP of one rank of two": hung_rank,
     "disk full while checkpoints are written": full_disk,
     "disk full while metrics are written": full_disk_metrics,
     "disk full while the cache is written": full_disk_cache,

@@ -196,7 +196,7 @@ class LaunchConfig:
     """`processes` started on this machine; an external launcher's count takes precedence.
 
     A rank that the others wait for longer than `timeout_minutes` ends the run, and so do `lost_after` seconds
-    of silence between nodes.
+    without a word from a rank.
     """
 
     processes: int = 1

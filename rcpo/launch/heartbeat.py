@@ -1,7 +1,7 @@
-"""A run's nodes hear from each other every few seconds, and end the run where one falls silent.
+"""A run's ranks hear from each other every few seconds, and end the run where one falls silent.
 
-A cut link closes no connection: without this, the ranks wait in a collective for half an hour. One process a
-node takes part, over a socket of its own, from a thread of its own.
+A cut link closes no connection, and neither does a process that stands still: without this, the others wait
+in a collective for half an hour, and do not learn for whom. Each has a socket and a thread for it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 Lost = Callable[[str], None]
 
 
-def end_run(node: str) -> None:
-    """Says which node was lost and ends this process, whose main thread would wait for that node."""
-    error = RunError(f"{node_name()}: {node} fell silent: its machine, or the network to it, is gone")
+def end_run(rank: str) -> None:
+    """Says which rank was lost and ends this process, whose main thread would wait for it."""
+    error = RunError(
+        f"{node_name()}: {rank} fell silent: it stands still, or its machine or the network to it is gone"
+    )
     log.info("%s", error)
     report_failure(error, everywhere=True)
     logging.shutdown()
@@ -35,7 +37,10 @@ def end_run(node: str) -> None:
 
 
 class Heartbeat:
-    """The nodes' connections to rank 0's. `seconds` without a word are a loss, which `lost` is told."""
+    """The ranks' connections to rank 0. `seconds` without a word are a loss, which `lost` is told.
+
+    They are counted in short waits of one's own, so that a job which is suspended as a whole loses nobody.
+    """
 
     def __init__(self, seconds: float, lost: Lost = end_run) -> None:
         self._seconds, self._lost = seconds, lost
@@ -44,13 +49,13 @@ class Heartbeat:
         self._threads: list[threading.Thread] = []
 
     def begin(self, ranks: Ranks, store: Any) -> None:
-        """Connects this node, if this process is its first; the store says where rank 0 listens."""
+        """Connects this rank; the store says where rank 0 listens."""
         if ranks.rank == 0:
             server = socket.create_server(("", 0), backlog=ranks.world_size)
             self._sockets.append(server)
             store.set("heartbeat", str(server.getsockname()[1]))
             self._thread(self._accept, server)
-        elif ranks.local_rank == 0:
+        else:
             address = os.environ["MASTER_ADDR"], int(store.get("heartbeat"))
             try:
                 connection = socket.create_connection(address, timeout=self._seconds)
@@ -58,7 +63,8 @@ class Heartbeat:
                 log.warning("no heartbeat: rank 0 cannot be reached at %s:%s (%s)", *address, error)
                 return
             self._sockets.append(connection)
-            connection.sendall(node_name().encode() + b"\n")
+            connection.settimeout(self._seconds / _BEATS)
+            connection.sendall(f"rank {ranks.rank} on {node_name()}\n".encode())
             self._thread(self._beat, connection)
 
     def stop(self) -> None:
@@ -83,16 +89,16 @@ class Heartbeat:
                 continue
             except OSError:  # closed by `stop`
                 return
-            connection.settimeout(self._seconds)
+            connection.settimeout(self._seconds / _BEATS)
             self._thread(self._listen, connection)
 
     def _listen(self, connection: socket.socket) -> None:
-        """Rank 0's side of a node: whoever leaves, or dies, closes the connection; a cut link does not."""
-        name = "a node"
+        """Rank 0's side of a rank: whoever leaves, or dies, closes the connection; a cut link does not."""
+        name = "a rank"
         with connection:
             try:
                 name = _line(connection)
-                while connection.recv(1) == _BEAT:
+                while _heard(connection) == _BEAT:
                     connection.sendall(_BEAT)
             except TimeoutError:
                 self._tell(name)
@@ -100,26 +106,36 @@ class Heartbeat:
                 log.info("heartbeat of %s: %s", name, error)
 
     def _beat(self, connection: socket.socket) -> None:
-        """A node's side."""
+        """The other rank's side."""
         while not self._leaving.wait(self._seconds / _BEATS):
             try:
                 connection.sendall(_BEAT)
-                if not connection.recv(1):
+                if not _heard(connection):
                     return
             except TimeoutError:
-                self._tell("the node of rank 0")
+                self._tell("rank 0")
             except OSError as error:
                 log.info("heartbeat: %s", error)
                 return
 
-    def _tell(self, node: str) -> None:
+    def _tell(self, rank: str) -> None:
         if not self._leaving.is_set():
             self._leaving.set()
-            self._lost(node)
+            self._lost(rank)
+
+
+def _heard(connection: socket.socket) -> bytes:
+    """The next byte, nothing where the connection was closed; TimeoutError after as many waits as beats."""
+    for _ in range(_BEATS - 1):
+        try:
+            return connection.recv(1)
+        except TimeoutError:
+            continue
+    return connection.recv(1)
 
 
 def _line(connection: socket.socket) -> str:
-    """The name that a node begins with, up to its line's end."""
+    """The name that a rank begins with, up to its line's end."""
     name = b""
     while (byte := connection.recv(1)) not in (b"\n", b""):
         name += byte

@@ -161,10 +161,10 @@ def heartbeats(lost: Callable[[str], None], seconds: float) -> tuple[Heartbeat, 
     return first, second, store
 
 
-def test_nodes_that_hear_from_each_other_lose_nobody() -> None:
+def test_ranks_that_hear_from_each_other_lose_nobody() -> None:
     lost: list[str] = []
     first, second, store = heartbeats(lost.append, 0.5)
-    second.begin(Ranks(1, 2, 0, "srun"), store)
+    second.begin(Ranks(1, 2, 1, "srun"), store)
     time.sleep(1.5)
     second.stop()  # one that leaves is no loss
     time.sleep(1.0)
@@ -172,7 +172,7 @@ def test_nodes_that_hear_from_each_other_lose_nobody() -> None:
     assert lost == []
 
 
-def test_a_silent_node_is_lost_by_name() -> None:
+def test_a_silent_rank_is_lost_by_name() -> None:
     lost: list[str] = []
     first, _, store = heartbeats(lost.append, 0.5)
     with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as silent:
@@ -184,7 +184,7 @@ def test_a_silent_node_is_lost_by_name() -> None:
     assert lost == ["n7"]
 
 
-def test_a_silent_first_node_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_rank_0_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         beat = Heartbeat(0.5, lost.append)
@@ -193,4 +193,4 @@ def test_a_silent_first_node_is_lost_to_the_others(monkeypatch: pytest.MonkeyPat
         while not lost and time.monotonic() < end:
             time.sleep(0.05)
         beat.stop()
-    assert lost == ["the node of rank 0"]
+    assert lost == ["rank 0"]
