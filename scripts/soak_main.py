@@ -3,6 +3,7 @@
     scripts/soak --kills 50 --processes 2 --stage 2     kill -9 of the whole run at random moments
     scripts/soak --faults                               each other fault once
     scripts/soak --memory 2000                          memory over so many steps
+    scripts/soak --costs                                of a checkpoint and of launch.deterministic, if alone
 
 Runs fork their ranks from a process that has everything imported, so that most of a run is training. Killed
 ones save a checkpoint every step, so that many kills hit one being written, and follow each other until the
@@ -139,6 +140,21 @@ def memory(lab: faults.Lab, steps: int) -> list[str]:
     return [f"memory grows by {1024 * slope:.0f} bytes a step"] if slope > max(0.5, 3 * noise) else []
 
 
+def costs(lab: faults.Lab) -> None:
+    """Of a model with 70M weights, and of the packaged one in the default run."""
+    import soak_costs
+
+    soak_costs.model_of_70m(lab.folder / "70m", lab.folder / "model")
+    config = lab.settings()
+    config.model.path, config.train.max_steps, config.rc.sketch = str(lab.folder / "70m"), 10_000, 2048
+    config.train.micro_batch_size = 8
+    show(*soak_costs.checkpoint_cost(config, lab.place()))
+    show(*soak_costs.deterministic_cost(config, lab.place(), 20))
+    default = RunConfig()
+    default.wandb.mode, default.rc.enabled = "disabled", True
+    show(*soak_costs.deterministic_cost(default, lab.place(), 60))
+
+
 def show(*table: tuple[str, object]) -> None:
     for name, value in table:
         print(f"{name:<48}{value}", flush=True)
@@ -151,14 +167,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--memory", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--costs", action="store_true")
     parser.add_argument("--processes", type=int, default=1, help="of the killed runs")
     parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rc", choices=("on", "off"), default="on")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    if not (arguments.kills or arguments.faults or arguments.memory):
-        parser.error("give --kills, --faults or --memory")
+    if not (arguments.kills or arguments.faults or arguments.memory or arguments.costs):
+        parser.error("give --kills, --faults, --memory or --costs")
     random.seed(arguments.seed)
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     from tiny import sums_file, tiny_llama
@@ -179,6 +196,8 @@ def main() -> int:
         problems += fault_campaign(lab)
     if arguments.memory:
         problems += memory(lab, arguments.memory)
+    if arguments.costs:
+        costs(lab)
     for problem in problems:
         print(f"PROBLEM {problem}")
     if problems:
