@@ -94,10 +94,12 @@ class Heartbeat:
 
     def _listen(self, connection: socket.socket) -> None:
         """Rank 0's side of a rank: whoever leaves, or dies, closes the connection; a cut link does not."""
-        name = "a rank"
         with connection:
             try:
                 name = _line(connection)
+            except OSError:  # who says no name is none of ours: a scanner of ports
+                return
+            try:
                 while _heard(connection) == _BEAT:
                     connection.sendall(_BEAT)
             except TimeoutError:

@@ -184,6 +184,15 @@ def test_a_silent_rank_is_lost_by_name() -> None:
     assert lost == ["n7"]
 
 
+def test_a_stranger_who_says_nothing_is_not_lost() -> None:
+    lost: list[str] = []
+    first, _, store = heartbeats(lost.append, 0.3)
+    with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))):
+        time.sleep(1.0)
+    first.stop()
+    assert lost == []
+
+
 def test_a_silent_rank_0_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as deaf:
