@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from rcpo.config import RunConfig
 class Campaign:
     """What happened so far."""
 
-    seconds: float = 0.0  # the fastest run to the end
+    seconds: float = 0.0  # a run that nothing happens to
     kills: int = 0
     writing: int = 0
     lost: int = 0
@@ -47,16 +48,15 @@ def killed_run(config: RunConfig, run_dir: Path, ranks: int, kills: int, seen: C
     """One run, killed at random moments until it ends or `kills` are reached, then let go to its end."""
     while True:
         last = seen.kills >= kills
-        before = runs.newest(run_dir)
+        before, left = runs.newest(run_dir), unfinished(run_dir)
         seen.resumed_from.append(before)
-        began = time.monotonic()
         attempt = runs.start(config, run_dir, ranks)
-        codes = attempt.wait(runs.PATIENCE if last else random.uniform(0.1, 1.0) * seen.seconds)
-        if not last and seen.kills % 3 == 2:  # a moment more, to one in which a checkpoint is written
-            while attempt.alive and not unfinished(run_dir):
-                codes = attempt.wait(0.0005)
+        if last:
+            attempt.wait()
+        else:
+            wait_for_a_moment(attempt, before, left, seen)
+        codes = set(attempt.codes.values())
         if not attempt.alive and codes == {0}:
-            seen.seconds = min(seen.seconds, time.monotonic() - began)
             return
         if last or codes - {0}:
             seen.problems.append(f"{run_dir.name}: exit codes {attempt.codes}\n{attempt.text[-2000:]}")
@@ -64,13 +64,27 @@ def killed_run(config: RunConfig, run_dir: Path, ranks: int, kills: int, seen: C
             return
         attempt.kill()
         seen.kills += 1
-        seen.writing += unfinished(run_dir)
+        seen.writing += bool(unfinished(run_dir) - left)
         seen.lost += runs.newest(run_dir) < before
 
 
-def unfinished(run_dir: Path) -> bool:
-    """Whether a checkpoint is, or was at the end, being written."""
-    return any((run_dir / "checkpoints").glob(".step-*.new"))
+def wait_for_a_moment(attempt: runs.Attempt, before: int, left: set[str], seen: Campaign) -> None:
+    """Until somewhere in the set-up, or in a later step; each third time a checkpoint is being written."""
+    steps = random.randrange(6)
+    while attempt.alive and runs.newest(attempt.run_dir) < before + steps:
+        attempt.wait(0.002)
+    attempt.wait(random.uniform(0.0, 0.1 if steps else seen.seconds))
+    while seen.kills % 3 == 2 and attempt.alive and not unfinished(attempt.run_dir) - left:
+        attempt.wait(0.0005)
+
+
+def unfinished(run_dir: Path) -> set[str]:
+    """Checkpoints that are, or were at the end, being written, each time anew."""
+    found = set()
+    for folder in (run_dir / "checkpoints").glob(".step-*.new"):
+        with suppress(FileNotFoundError):  # it got its name
+            found.add(f"{folder.name} {folder.stat().st_ino} {(folder / 'tensors').stat().st_ctime_ns}")
+    return found
 
 
 def kill_campaign(lab: faults.Lab, arguments: argparse.Namespace) -> Campaign:
