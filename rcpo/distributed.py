@@ -9,6 +9,8 @@ import base64
 import gc
 import os
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_BEAT = 2.0  # seconds between signs of life to ranks that wait
 BROADCAST_ELEMENTS = 1 << 22  # a piece of an array on the device
 
 
@@ -146,6 +149,24 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_main_alone(task: Callable[[], None]) -> None:
+    """Runs a task on rank 0 while the others wait, for longer than a collective operation may take."""
+    if world_size() == 1:
+        task()
+        return
+    if not is_main():
+        while not broadcast_object(None):
+            pass
+        return
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(task)
+        done = False
+        while not done:
+            wait([running], timeout=_BEAT)
+            done = broadcast_object(running.done())
+    running.result()
 
 
 def barrier() -> None:

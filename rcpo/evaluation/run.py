@@ -98,12 +98,15 @@ def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
 
 
 def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
-    """The judge's verdicts on the answers; adds to evaluation.json. What follows is rank 0's alone."""
+    """The judge's verdicts on the answers, for which rank 0 asks; adds to evaluation.json."""
     pairs = judging.pairs(run_dir)
-    if distributed.is_main():
+
+    def ask() -> None:
         record = judge_pairs(judging.config, judging.endpoint, pairs, run_dir / FOLDER, say)
         merge_record(run_dir, record, kept=("eval/",), renewed=JUDGED)
         Console().print(judge_table(record))
+
+    distributed.on_main_alone(ask)
 
 
 def restore_objective(session: Session, state: dict[str, Any] | None) -> None:

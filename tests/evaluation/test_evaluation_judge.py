@@ -358,13 +358,14 @@ def test_a_run_against_its_data_its_reference_and_another_run(
 @pytest.mark.serial
 def test_two_processes_share_the_answers(run: tuple[RunConfig, Path]) -> None:
     _, folder = run
-    with JudgeServer(longer).running() as server:
+    # longer than a sign of life to the rank that waits
+    with JudgeServer(longer, faults={3: "sleep 5"}).running() as server:
         result = rcpo(
             f"run={folder}", f"judge.base_url={server.url}", "judge.model=judge-1", "launch.processes=2",
             "eval.max_new_tokens=4", "judge.max_examples=7",
         )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(server.requests) == 14
+    assert len(server.requests) == 14 + 1  # the silent one was asked again
     assert json.loads((folder / "evaluation.json").read_text())["eval/judge/examples"] == 7
 
 
