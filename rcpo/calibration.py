@@ -67,20 +67,26 @@ class Dynamics:
 
     @property
     def incentive_ratio(self) -> float | None:
-        """r = d_w/d_l; None where a side has no positive incentive, so that r says nothing."""
-        if self.incentive_chosen <= 0 or self.incentive_rejected <= 0:
-            return None
-        return self.incentive_chosen / self.incentive_rejected
+        """r = d_w/d_l; None where a side has no positive, finite incentive, so that r says nothing."""
+        if not (0 < self.incentive_chosen < math.inf and 0 < self.incentive_rejected < math.inf):
+            return None  # NaN is neither
+        ratio = self.incentive_chosen / self.incentive_rejected
+        return ratio if 0 < ratio < math.inf else None
 
     @property
     def band(self) -> DisentanglementBand | None:
-        """The band; None where r is None or a score vanishes."""
-        if self.incentive_ratio is None or self.scores.norm_chosen <= 0 or self.scores.norm_rejected <= 0:
+        """The band; None where r is None, or a score vanishes or is not finite."""
+        scores = self.scores
+        if self.incentive_ratio is None or not (scores.norm_chosen > 0 and scores.norm_rejected > 0):
             return None
-        return DisentanglementBand(self.scores.norm_rejected / self.scores.norm_chosen, self.scores.cosine)
+        band = DisentanglementBand(scores.norm_rejected / scores.norm_chosen, scores.cosine)
+        return band if 0 < band.center < math.inf and math.isfinite(band.cosine) else None
 
     def metrics(self) -> dict[str, Any]:
-        """The `dynamics/*` entries of a metrics row; None where a value is not defined."""
+        """The `dynamics/*` entries of a metrics row; None where a value is not defined.
+
+        `in_band` is None wherever r or the band is: what is not known is neither inside nor outside.
+        """
         band, ratio = self.band, self.incentive_ratio
         return {
             "dynamics/incentive_chosen": self.incentive_chosen,

@@ -177,6 +177,34 @@ def test_a_vanished_score_moves_neither_norm_average(norms: tuple[float, float])
     assert calibrator.skipped == 2
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        *((bad, 1.0, 1.0, 2.0) for bad in (math.nan, math.inf, 0.0, -1.0)),
+        *((1.0, bad, 1.0, 2.0) for bad in (math.nan, math.inf, 0.0)),
+        *((1.0, 1.0, bad, 2.0) for bad in (math.nan, math.inf, 0.0)),
+        (1.0, 1.0, 1.0, math.nan),
+        (1e300, 1e-300, 1.0, 2.0),  # r overflows
+    ],
+)
+def test_what_is_not_known_is_neither_inside_the_band_nor_outside(values: tuple[float, ...]) -> None:
+    found = dynamics(*values)
+    record = found.metrics()
+    assert record["dynamics/in_band"] is None and found.band is None
+    assert all(record[f"dynamics/band_{name}"] is None for name in ("lower", "center", "upper"))
+    ratio = record["dynamics/incentive_ratio"]
+    assert ratio is None or math.isfinite(ratio)
+    step = StepCalibration(RewardCalibrator())
+    step.observe(
+        (torch.tensor([values[0]]), torch.tensor([values[1]])), torch.tensor([[[values[2]]], [[values[3]]]])
+    )
+    if values[0] < 1e300:  # fp32 has no such numbers
+        row = step.end()
+        assert row["rc/in_band"] is None and row["dynamics/in_band"] is None
+    uncertain = Dynamics(1.0, 1.0, ScoreGeometry(1.0, 2.0, math.nan)).metrics()
+    assert uncertain["dynamics/in_band"] is None and uncertain["dynamics/incentive_ratio"] == 1.0
+
+
 def test_the_clamp_and_its_count() -> None:
     far = [dynamics(1, 1, 1, 1e6), dynamics(1, 1, 1e6, 1)]  # r* = 10^±6: α = 10^±3
     calibrator = RewardCalibrator(ema=0.0, alpha_max=10.0)
