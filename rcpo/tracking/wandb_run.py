@@ -33,6 +33,7 @@ class WandbRun:
 
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         import wandb  # half a second, and a service process: only where the user wants it
+        import wandb.util
 
         settings = wandb.Settings(console="off", silent=True)  # the terminal belongs to the display
         try:
@@ -52,6 +53,8 @@ class WandbRun:
             ) from error
         self._teardown = wandb.teardown
         self._make_table = wandb.Table
+        # it would import pandas, which takes half a second, only to ask whether a table is one of its frames
+        wandb.util.pd_available = False
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
