@@ -108,7 +108,7 @@ def _fan(axes: Axes, probes: Sequence[Probes], side: str, unit: str) -> None:
     lowest, low, middle, high, highest = fan(values)
     axes.set_title(f"{side.capitalize()}s of the probe pairs")
     axes.set_ylabel(unit)
-    axes.axhline(0, color=theme.MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    panels.level(axes, 0.0, panels.SMALL)
     axes.fill_between(steps, lowest, highest, color=colour, alpha=0.15, linewidth=0, label="5 to 95 %")
     axes.fill_between(steps, low, high, color=colour, alpha=0.3, linewidth=0, label="25 to 75 %")
     axes.plot(steps, middle, color=colour, linewidth=1.8, label="median", **dots(middle))

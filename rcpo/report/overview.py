@@ -16,6 +16,7 @@ from rcpo.report.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 LOG_RATIOS = (("eval/logratios/chosen", theme.WINNER), ("eval/logratios/rejected", theme.LOSER))
 ROW = 0.42
@@ -64,6 +65,7 @@ def overview(rows: Sequence[Row], metrics: Sequence[Metric]) -> Figure:
         if metric.unit == "share":
             left, right = axes.get_xlim()
             axes.set_xlim(max(left, -4), min(right, 104))
+            _whole_shares(axes.xaxis)
     grid[0].set_yticks(range(len(rows)), [row.label for row in rows])
     grid[0].set_ylim(len(rows) - 0.4, -0.6)
     _legend(figure, height)
@@ -146,10 +148,20 @@ def scatter(found: Sequence[Condition], across: Sequence[Metric], up: Sequence[M
                     MARKERS[objectives.index(str(condition.settings.get("objective.name"))) % len(MARKERS)],
                 )
         line[0].set_ylabel(_with_unit(score))
+        if score.unit == "share":
+            _whole_shares(line[0].yaxis)
     for axes, dynamics in zip(grid[-1], across):
         axes.set_xlabel(_with_unit(dynamics))
+        if dynamics.unit == "share":
+            _whole_shares(axes.xaxis)
     _cloud_legend(figure, objectives)
     return figure
+
+
+def _whole_shares(axis: Axis) -> None:
+    """No tick beyond 0 and 100 percent; the ends of the axis stay where they are."""
+    low, high = axis.get_view_interval()
+    axis.set_ticks([tick for tick in axis.get_majorticklocs() if max(low, 0) <= tick <= min(high, 100)])
 
 
 def _cloud(axes: Axes, condition: Condition, dynamics: Metric, score: Metric, marker: str) -> None:

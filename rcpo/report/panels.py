@@ -44,7 +44,7 @@ def sides(axes: Axes, runs: Sequence[Run], width: int) -> None:
     axes.set_title("Winner and loser against the reference" if related else "Winner and loser, log-probs")
     axes.set_ylabel(unit_of(runs))
     if related:
-        _level(axes, 0.0, SMALL)
+        level(axes, 0.0, SMALL)
     for side, label, colour in (("chosen", "winner", theme.WINNER), ("rejected", "loser", theme.LOSER)):
         key = f"{names}/{side}"
         _curves(axes, _lines(runs, key, width), width, colour, label)
@@ -102,7 +102,7 @@ def alpha(axes: Axes, runs: Sequence[Run], width: int) -> None:
     """The calibration's weight α; 1 is no calibration."""
     axes.set_title("Calibration weight α")
     axes.set_ylabel("α")
-    _level(axes, 1.0)
+    level(axes, 1.0)
     lines = _lines(runs, "rc/alpha", width, geometric=True)
     if not lines:
         _say(axes, "no calibration: α = 1")
@@ -116,7 +116,7 @@ def margins(axes: Axes, runs: Sequence[Run], width: int) -> None:
     measured = of_runs(runs, margin, width)
     begun = 0.0
     if any(run.has("logratios/chosen") for run in runs):
-        _level(axes, 0.0, SMALL)
+        level(axes, 0.0, SMALL)
     elif measured:
         begun = mean_line(measured, width).values[0]
     _curves(axes, measured, width, theme.INK, "measured")
@@ -131,7 +131,7 @@ def cosine(axes: Axes, runs: Sequence[Run], width: int) -> None:
     """ρ: how far the two sides' gradients point the same way."""
     axes.set_title("Score cosine ρ")
     axes.set_ylabel("cos(s_w, s_l)")
-    _level(axes, 0.0)
+    level(axes, 0.0)
     lines = _lines(runs, "dynamics/score_cosine", width)
     if not lines:
         _say(axes, "not measured")
@@ -190,7 +190,7 @@ def dots(values: Column) -> dict[str, Any]:
     return {"marker": "o", "markersize": 4} if np.count_nonzero(~np.isnan(values)) < 3 else {}
 
 
-def _level(axes: Axes, value: float, around: float = 0.0) -> None:
+def level(axes: Axes, value: float, around: float = 0.0) -> None:
     """A reference line; the axis reaches at least `around` to both sides of it."""
     axes.update_datalim([(1, value - around), (1, value + around)], updatex=False)
     axes.axhline(value, color=theme.MUTED, linewidth=0.8, linestyle=(0, (2, 2)))

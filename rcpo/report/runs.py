@@ -37,7 +37,8 @@ JUDGE = "evaluation/judge.json"
 EVALUATED_CONFIG = "evaluation/config.yaml"
 STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
-_EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))(?::\s*(.*))?$")
+# a traceback's last line: a class by its module, or a built-in one
+_EXCEPTION = re.compile(r"^(?:(?:\w+\.)+([A-Z]\w*)|(\w*(?:Error|Exception|Interrupt|Exit)))(?::\s*(.*))?$")
 
 
 class Status(Enum):
@@ -219,7 +220,7 @@ def _last_error(log: Path) -> str | None:
         return None
     for line in reversed(lines):
         if match := _EXCEPTION.match(line):
-            return match[2] or match[1]
+            return match[3] or match[2] or match[1]
         if "] - refused: " in line:
             return line.split("] - refused: ", 1)[1]
     return None

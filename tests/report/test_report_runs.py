@@ -101,6 +101,7 @@ def test_a_model_that_was_only_evaluated_is_no_failure(tmp_path: Path) -> None:
     ("log", "expected"),
     [
         ("Traceback\n  File x\nrcpo.config.schema.RunError: step 2 is lost\n", "step 2 is lost"),
+        ("Traceback\n  File x\nrcpo.nonfinite.NonFinite: step 3 is no number\n", "step 3 is no number"),
         ("[2026][rcpo][INFO] - refused: optim.lr=-1 is below 0\n", "optim.lr=-1 is below 0"),
         ("Traceback\nKeyboardInterrupt\n", "KeyboardInterrupt"),
         ("all is well\n", None),
