@@ -109,9 +109,13 @@ def _run_dir(job: Job) -> str:
 
 
 def _srun(slurm: SlurmConfig) -> list[str]:
-    """srun's own flags: a rank that ended takes the others with it only after they had time to save."""
+    """srun's own flags.
+
+    A rank that ended takes the others with it only after they had time to save, and SLURM to find a lost node
+    (SlurmdTimeout, 300 s unless set): a step that ends before has failed, and is not requeued.
+    """
     cores = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
-    return ["--wait=60", *cores, *slurm.srun]
+    return ["--wait=360", *cores, *slurm.srun]
 
 
 def _conclusion(job: Job, slurm: SlurmConfig, python: str) -> list[str]:

@@ -91,7 +91,7 @@ def test_a_shell_runs_the_script_as_it_was_meant(code: int, requeue: bool, tmp_p
     assert (result.returncode, result.stderr) == (code, "")
     given = {path.stem: path.read_text().splitlines() for path in log.glob("*.log")}
     image = ["apptainer", "exec", "my image.sif"]
-    assert given["srun"] == ["--wait=60", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
+    assert given["srun"] == ["--wait=360", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
     assert (log / "pwd").read_text().strip() == str(cwd)
     found = (log / "env").read_text().splitlines()
     for line in ("NCCL_SOCKET_IFNAME=ib0 $X", "MINE=yes", f"PYTHONPATH={run / 'code'}", "OMP_NUM_THREADS=1"):
