@@ -55,8 +55,8 @@ def meeting_point(environment: Mapping[str, str]) -> tuple[str, str]:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     job, step = (int(environment.get(key, "0")) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     address = environment.get("MASTER_ADDR") or node_address(first_node(nodes))
-    # all tasks compute the same port; steps of one job and neighbouring jobs get different ones
-    return address, environment.get("MASTER_PORT", str(20000 + (job * 37 + step) % 20000))
+    # all tasks compute the same port, below those that systems hand out; neighbouring jobs get different ones
+    return address, environment.get("MASTER_PORT", str(20000 + (job * 37 + step) % 12000))
 
 
 def first_node(nodes: str) -> str:
