@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -107,10 +109,15 @@ def test_a_warning_reaches_the_step_and_its_end_is_waited_for(tmp_path: Path) ->
     requeue = 'echo "$@" >$LOG/requeued'
     environment = programs(tmp_path, {"srun": step, "scontrol": requeue, "python": "true"})
     job = Job(tmp_path / "run", "train", tmp_path / "code", tmp_path, ["rcpo.launch"])
-    process = subprocess.Popen(["bash", "-c", render(job, SlurmConfig(python="python"))], env=environment)
-    while not (tmp_path / "ready").exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait() == 75
-    assert (tmp_path / "saved").exists()
-    assert (tmp_path / "requeued").read_text() == "requeue 9\n"
+    command = ["bash", "-c", render(job, SlurmConfig(python="python"))]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait() == 75
+        assert (tmp_path / "saved").exists()
+        assert (tmp_path / "requeued").read_text() == "requeue 9\n"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
