@@ -135,6 +135,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean train.batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_planning_loads_nothing_and_asks_nobody(tmp_path: Path) -> None:
     path = Path(tiny_llama(tmp_path / "model"))
     (path / "model.safetensors").unlink()
