@@ -42,7 +42,7 @@ def test_a_cut_link_is_found_and_the_restarted_ranks_end_with_the_same_bits(
     network.cut()
     rows = len(user.rows("cut"))
     end = time.monotonic() + PATIENCE
-    while not both_say(("node-a: node-b fell silent", "node-b: the node of rank 0 fell silent")):
+    while not both_say(("node-a: rank 1 on node-b fell silent", "node-b: rank 0 fell silent")):
         assert time.monotonic() < end, [agent.words for agent in agents]
         time.sleep(0.1)
     network.heal()
