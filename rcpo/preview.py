@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from rcpo.config.composition import (
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
+from rcpo.jobs.show import show, shows
 from rcpo.models import load_tokenizer, model_folder
 from rcpo.visible import visible
 
@@ -44,8 +46,11 @@ def preview(arguments: Sequence[str]) -> int:
     if flags.multirun:
         raise ConfigError("command line: data takes one dataset at a time, without -m")
     refuse_command_keys(overrides)
+    name = flags.config_name or PRIMARY
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        config = parse(user_part(compose_with(hydra, flags.config_name or PRIMARY, overrides)))
+        if shows(flags):
+            return show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
+        config = parse(user_part(compose_with(hydra, name, overrides)))
     logging.basicConfig(level=logging.WARNING)
     _show(config, _number(wanted[0].removeprefix("show=")) if wanted else SHOWN)
     return 0

@@ -59,6 +59,8 @@ def test_the_packaged_task_and_a_refusal() -> None:
     assert code == 0 and "sums: 7214 pairs read" in output
     code, output = shown("show=some")
     assert code == 2 and "show=some is not a number" in output
+    code, output = shown("show=1", "data=pairs", "data.path=nowhere.jsonl", "--cfg", "job")
+    assert code == 0 and "path: nowhere.jsonl" in output
     code, output = shown("-m", "seed=1,2")
     assert code == 2 and "without -m" in output
 
