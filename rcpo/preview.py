@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -49,7 +48,7 @@ def preview(arguments: Sequence[str]) -> int:
     name = flags.config_name or PRIMARY
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
         if shows(flags):
-            return show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
+            return show(hydra, name, flags, overrides)
         config = parse(user_part(compose_with(hydra, name, overrides)))
     logging.basicConfig(level=logging.WARNING)
     _show(config, _number(wanted[0].removeprefix("show=")) if wanted else SHOWN)

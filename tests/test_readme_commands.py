@@ -63,6 +63,8 @@ def small(words: list[str]) -> list[str]:
     if words[0] == "submit" and words[1] != "status":
         return [*words, "--dry-run"]
     given = {word.partition("=")[0] for word in words}
+    if "study" in given:
+        words = [*words, "seed=1", "objective=dpo"]
     if words[0] in ("report", "doctor", "submit") or "compare" in given:
         return words
     kept = [word for word in words if word.partition("=")[0] not in SMALL]

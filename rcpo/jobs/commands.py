@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ def train(arguments: Sequence[str]) -> int:
     name = flags.config_name or PRIMARY
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
         if shows(flags):
-            return show(hydra, name, flags)
+            return show(hydra, name, flags, flags.overrides)
         folder = _folder_to_resume(flags.overrides)
         several = flags.multirun or wants_multirun(hydra, name, flags.overrides)
         refuse_command_keys(flags.overrides, allowed=("sweep",) if several else ())
@@ -63,7 +62,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     refuse_command_keys(overrides)
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
         if shows(flags):
-            return show(hydra, name, argparse.Namespace(**{**vars(flags), "overrides": overrides}))
+            return show(hydra, name, flags, overrides)
         if runs:
             run_dir = Path(runs[0])
             if (run_dir / "config.yaml").exists() and not (run_dir / "metrics.jsonl").exists():

@@ -28,18 +28,18 @@ def shows(flags: argparse.Namespace) -> bool:
     return any(shown)
 
 
-def show(hydra: Hydra, name: str, flags: argparse.Namespace) -> int:
+def show(hydra: Hydra, name: str, flags: argparse.Namespace, overrides: list[str]) -> int:
     """Prints what the flags ask for; raises ConfigError for overrides that Hydra refuses."""
-    compose_with(hydra, name, flags.overrides)  # a refusal is explained here, before Hydra prints its own
-    with refusals_explained(hydra, name, flags.overrides):
+    compose_with(hydra, name, overrides)  # a refusal is explained here, before Hydra prints its own
+    with refusals_explained(hydra, name, overrides):
         if flags.cfg is not None:
-            hydra.show_cfg(name, flags.overrides, flags.cfg, flags.package, flags.resolve)
+            hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
         elif flags.info is not None:
-            hydra.show_info(flags.info, name, flags.overrides)
+            hydra.show_info(flags.info, name, overrides)
         elif flags.hydra_help:
             hydra.hydra_help(name, args_parser=flags.parser, args=flags)
         else:
-            hydra.shell_completion(name, flags.overrides)
+            hydra.shell_completion(name, overrides)
     return DONE
 
 

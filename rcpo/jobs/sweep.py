@@ -42,7 +42,7 @@ def sweep(arguments: Sequence[str]) -> int:
         return DONE
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
         if shows(flags):
-            return show(hydra, name, flags)
+            return show(hydra, name, flags, flags.overrides)
         return _sweep(hydra, name, flags.overrides)
 
 

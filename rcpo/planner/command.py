@@ -42,7 +42,7 @@ def plan(arguments: Sequence[str]) -> int:
     refuse_command_keys(flags.overrides, allowed=("plan", "gpu"))
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
         if shows(flags):
-            return show_configuration(hydra, name, flags)
+            return show_configuration(hydra, name, flags, flags.overrides)
         if flags.multirun:
             return _many(hydra, name, flags.overrides)
         cfg = compose_with(hydra, name, flags.overrides)

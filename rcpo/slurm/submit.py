@@ -16,6 +16,7 @@ from rcpo.config.commands import SlurmConfig, refuse_command_keys, slurm_config
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
 from rcpo.jobs.folders import refuse_other, resolved_dir
 from rcpo.jobs.multirun import compose_many, is_complete
+from rcpo.jobs.show import show, shows
 from rcpo.jobs.sweep import combinations
 from rcpo.launch import DONE, FAILED, REFUSED
 from rcpo.launch.checks import check_run
@@ -50,6 +51,9 @@ def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
     allowed = ("slurm", "sweep", "study") if command == "sweep" else ("slurm",)
     refuse_command_keys(flags.overrides, allowed)
     with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            composed = [override for override in flags.overrides if not override.startswith("run=")]
+            return show(hydra, flags.config_name or PRIMARY, flags, composed)
         plan = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[command](hydra, flags)
     for folder, outcome in plan.refused.items():
         print(f"rcpo: {folder.name}: {outcome.reason}", file=sys.stderr)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from tiny import sums_file, tiny_llama
 
 from rcpo import distributed
@@ -53,7 +52,6 @@ def test_data_are_counted_as_a_session_deals_them(tmp_path: Path) -> None:
     assert work.largest == Rows(*largest.input_ids.shape, len(largest.labels), shared=True)
     scored = max(session.eval_batches(session.datasets.train), key=lambda batch: batch.input_ids.numel())
     assert work.scored == Rows(*scored.input_ids.shape, len(scored.labels), shared=True)
-    dist.destroy_process_group()
 
 
 def test_means_stand_for_data_that_are_not_read(tmp_path: Path) -> None:

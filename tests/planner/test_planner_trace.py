@@ -14,6 +14,12 @@ ROWS = Rows(rows=2, length=24, responses=20, shared=True)
 HIDDEN, INNER, VOCABULARY, KEYS = 32, 48, 101, 16  # KEYS: 1 of 2 heads
 
 
+@pytest.fixture(autouse=True)
+def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's ZeRO-3 leaves a `linear` of its own in torch; `rcpo plan` starts without."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+
+
 def architecture(layers: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,

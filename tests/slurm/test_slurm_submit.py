@@ -59,6 +59,15 @@ def test_a_dry_run_shows_the_script_and_touches_nothing(
     assert list(Path().iterdir()) == [] and not (slurm / "sent").exists()
 
 
+def test_the_configuration_is_shown_and_nothing_checked(
+    slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["model=llama-3-8b", "slurm.nodes=3", "--cfg", "job"]  # weights that are not here
+    assert submit("train", arguments, dry_run=False) == 0
+    said = capsys.readouterr().out
+    assert "nodes: 3" in said and "#!/bin/bash" not in said and not (slurm / "sent").exists()
+
+
 def test_a_sweep_is_an_array_of_what_can_run(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit("sweep", ["objective.beta=0,0.5,1", "hydra.sweep.dir=many"], dry_run=False) == 1
     many = Path("many").absolute()
