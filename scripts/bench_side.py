@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Json = dict[str, Any]
 
+LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # a side's ranks are its own
+
 
 class Side:
     """One side: its processes, asked together for each step."""
@@ -29,7 +31,8 @@ class Side:
     ) -> None:
         threads = settings.setdefault("threads", max(1, len(os.sched_getaffinity(0)) // processes))
         settings |= {"side": side, "folder": str(folder), "size": asdict(size), "processes": processes}
-        environment = os.environ | {
+        inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+        environment = inherited | {
             "OMP_NUM_THREADS": str(threads),
             "TQDM_DISABLE": "1",
             "HF_HUB_OFFLINE": "1",
