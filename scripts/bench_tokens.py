@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -74,10 +74,10 @@ def made_up(count: int = 3000) -> list[dict[str, str]]:
     draw = random.Random(SEED)
     syllables = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(30_000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
+    weights = list(accumulate(1 / (rank + 3) for rank in range(len(words))))
 
     def sentence(length: int) -> str:
-        return " ".join(draw.choices(words, weights, k=length)).capitalize() + "."
+        return " ".join(draw.choices(words, cum_weights=weights, k=length)).capitalize() + "."
 
     def text(length: int) -> str:
         return " ".join(sentence(draw.randint(5, 20)) for _ in range(length))
