@@ -79,6 +79,14 @@ def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
     heartbeat.begin(ranks, store)
 
 
+def _leave(heartbeat: Heartbeat) -> None:
+    """Leaves the other ranks in order: a group that is left to the interpreter's end at times aborts it."""
+    from rcpo import distributed
+
+    heartbeat.stop()
+    distributed.shutdown()
+
+
 def refused(error: ConfigError) -> int:
     """The exit code after what was refused before the ranks met, which the other ranks are told."""
     ranks = external_ranks()
@@ -104,11 +112,11 @@ def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
             print(f"{task.__name__}: {folder}", flush=True)
             log.info("%s: %s", task.__name__, to_container(config))
         code = task(config, folder)
-        heartbeat.stop()
-        distributed.shutdown()
+        _leave(heartbeat)
         return code
-    except ConfigError as error:
+    except ConfigError as error:  # of all ranks alike
         report_refusal(error)
+        _leave(heartbeat)
         return REFUSED
     except (RunError, OSError) as error:
         # the message says what happened (a full disk, a number that is no number); the log has where
