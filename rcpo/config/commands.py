@@ -28,7 +28,10 @@ COMMAND_NODES = {
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """How many runs at a time (`parallel` None: one a GPU), and what a search looks for (`sweep.*`)."""
+    """How many runs at a time (`parallel` None: one a GPU), and what a search looks for (`sweep.*`).
+
+    `settings` are a study's values by the objective's name, for its interpolations.
+    """
 
     parallel: int | None = 1
     search: str = "grid"
@@ -38,6 +41,7 @@ class SweepConfig:
     sampler_seed: int = 0
     pruner: str = "none"
     pruner_startup: int = 5
+    settings: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 SWEEP_CHOICES = {

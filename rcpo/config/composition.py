@@ -132,12 +132,18 @@ def compose_with(
 
 
 def user_part(cfg: DictConfig) -> DictConfig:
-    """A copy that holds a run's keys alone: without `hydra` and the nodes of commands around a run."""
-    tree = OmegaConf.to_container(cfg, resolve=False)
+    """A copy that holds a run's keys alone: without `hydra` and the nodes of commands around a run.
+
+    Values are resolved while those are there, for a study's settings may point into them. Raises ConfigError
+    for what cannot be resolved.
+    """
+    kept = [str(key) for key in cfg if key != "hydra"]
+    try:
+        tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(describe(error)) from error
     assert isinstance(tree, dict)
-    return OmegaConf.create(
-        {key: value for key, value in tree.items() if key != "hydra" and key not in COMMAND_NODES}
-    )
+    return OmegaConf.create({key: value for key, value in tree.items() if key not in COMMAND_NODES})
 
 
 def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
