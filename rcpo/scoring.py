@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rcpo.engine import Engine
 from rcpo.geometry import Sketch, outer_scores, parameter_scores
-from rcpo.logps import pair_logps, token_weights
+from rcpo.logps import pair_logps, sequence_logps, token_weights
 from rcpo.objectives import Objective
 from rcpo.reference.rows import Reference
 from rcpo.types import PairLogps, TokenBatch
@@ -23,8 +23,8 @@ from rcpo.types import PairLogps, TokenBatch
 class Scored:
     """A micro-batch's real pairs, and what the head geometry needs of its tokens.
 
-    `pairs` has the fillers left out; `logps` (N,), `weights` (N,), `hidden` (N, D) and `scores` (N, k) keep
-    them.
+    `pairs` has the fillers left out; `logps` (N,), `ref_logps` (N,) of the reference, if there is one,
+    `weights` (N,), `hidden` (N, D) and `scores` (N, k) keep them.
     """
 
     batch: TokenBatch
@@ -33,11 +33,26 @@ class Scored:
     weights: Tensor
     hidden: Tensor
     scores: Tensor
+    ref_logps: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Real pairs."""
         return len(self.pairs.chosen)
+
+    def token_means(self) -> tuple[Tensor, Tensor | None]:
+        """Mean log-prob, and log-ratio, a token: (sides, B) each, B real pairs, whatever the reduction.
+
+        A side that is not there has a mean of 0.
+        """
+        ratios = None if self.ref_logps is None else self._means(self.logps - self.ref_logps)
+        return self._means(self.logps), ratios
+
+    def _means(self, values: Tensor) -> Tensor:
+        batch = self.batch
+        each = 1.0 / batch.lengths.double()[batch.sequences]
+        means = sequence_logps(values, each, batch.sequences, len(batch.lengths))
+        return means.view(batch.sides, -1)[:, batch.weights > 0]
 
     def head_scores(self) -> Tensor:
         """Σ over the real pairs of ∇z by the head's weight: (2, k, D), chosen and rejected."""
@@ -73,4 +88,4 @@ class Scorer:
         logps, hidden, scores = self.engine.score(batch, sketch)
         weights = token_weights(logps, batch.sequences, batch.lengths, self.objective.reduction)
         pairs = pair_logps(batch, logps, weights, ref_logps).select(batch.weights > 0)
-        return Scored(batch, pairs, logps, weights, hidden, scores)
+        return Scored(batch, pairs, logps, weights, hidden, scores, ref_logps)

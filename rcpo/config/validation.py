@@ -19,6 +19,7 @@ BEST_METRICS = (
     *("eval/loss", "eval/rewards/chosen", "eval/rewards/rejected", "eval/rewards/margins"),
     *("eval/rewards/accuracies", "eval/logps/chosen", "eval/logps/rejected", "eval/logps/accuracies"),
     *("eval/logratios/chosen", "eval/logratios/rejected", "eval/winner_fell", "eval/exact_match"),
+    *("eval/token_logps/chosen", "eval/token_logratios/chosen", "eval/token_logratios/rejected"),
 )
 
 CHOICES = {

@@ -116,6 +116,7 @@ def _columns(
     real = (batch.weights > 0).tolist()
     indices = batch.indices[batch.weights > 0].cpu().numpy()
     chosen, rejected = objective.rewards(pairs)
+    token_logps, token_logratios = scored.token_means()
     per_pair = not (objective.spec.couples_batch or objective.spec.token_weighted)
 
     def array(values: torch.Tensor | None) -> Any:
@@ -133,6 +134,11 @@ def _columns(
         rejected_lengths=_lengths(pairs.rejected_lengths),
         chosen_logratios=None if pairs.ref_chosen is None else array(pairs.chosen_logratios),
         rejected_logratios=None if pairs.ref_rejected is None else array(pairs.rejected_logratios),
+        chosen_token_logps=array(token_logps[0]),
+        chosen_token_logratios=None if token_logratios is None else array(token_logratios[0]),
+        rejected_token_logratios=(
+            None if token_logratios is None or pairs.rejected is None else array(token_logratios[1])
+        ),
         losses=array(objective(pairs)) if per_pair else None,
         chosen_incentives=None if incentives is None else array(incentives[0]),
         rejected_incentives=None if incentives is None else array(incentives[1]),

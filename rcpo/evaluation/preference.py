@@ -30,7 +30,8 @@ class PreferenceScores:
 
     `example_ids` are hashes of the pairs' tokens, `sources` say where they came from. `*_logps` are z_w and
     z_l in the objective's reduction, `*_logratios` u_w and u_l (None where there is no reference to compare
-    with), `*_rewards` βu (βz without a reference), `*_lengths` response tokens, `*_incentives` d_w and d_l.
+    with), `*_rewards` βu (βz without a reference), `*_lengths` response tokens, `*_token_logps` and
+    `*_token_logratios` means a token whatever the reduction, `*_incentives` d_w and d_l.
     The rejected side is None for data without one; `losses` and `*_incentives` for an objective whose loss is
     not a mean over pairs. In unpaired data an example lacks one side: its length is 0, its other values say
     nothing.
@@ -47,6 +48,9 @@ class PreferenceScores:
     rejected_lengths: NDArray[np.int64] | None = None
     chosen_logratios: Floats | None = None
     rejected_logratios: Floats | None = None
+    chosen_token_logps: Floats | None = None
+    chosen_token_logratios: Floats | None = None
+    rejected_token_logratios: Floats | None = None
     losses: Floats | None = None
     chosen_incentives: Floats | None = None
     rejected_incentives: Floats | None = None
@@ -125,6 +129,9 @@ def preference_columns(scores: PreferenceScores) -> dict[str, Floats]:
         "logps/accuracies": _ahead(scores.chosen_logps, scores.rejected_logps) if pairs else None,
         "logratios/chosen": scores.chosen_logratios,
         "logratios/rejected": scores.rejected_logratios,
+        "token_logps/chosen": scores.chosen_token_logps,
+        "token_logratios/chosen": scores.chosen_token_logratios,
+        "token_logratios/rejected": scores.rejected_token_logratios,
         "winner_fell": _negative(scores.chosen_logratios),
     }
     return {name: np.asarray(value, np.float64) for name, value in values.items() if value is not None}
