@@ -19,7 +19,11 @@ from rcpo.runfolder import read_evaluation, read_rows, read_settings
 CONFIDENCE = 0.95
 SEED = "seed"
 CALIBRATED = "rc.enabled"
-STEPS_IN_BAND = "steps_in_band"  # made from metrics.jsonl; every other value is evaluation.json's
+# made from metrics.jsonl; every other value but REPETITION is evaluation.json's
+STEPS_IN_BAND = "steps_in_band"
+BEFORE_CALIBRATION = "steps_in_band/before_calibration"
+BAND_ENTERED = "band_entered"
+REPETITION = "probes/repetition"  # made from probes.parquet
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,12 @@ class Metric:
 
 
 METRICS = (
-    Metric("eval/logratios/chosen", "winner's log-ratio", "nats"),
-    Metric("eval/logratios/rejected", "loser's log-ratio", "nats"),
+    Metric("eval/token_logratios/chosen", "winner's log-ratio", "nats"),
+    Metric("eval/token_logratios/rejected", "loser's log-ratio", "nats"),
     Metric("eval/winner_fell", "pairs whose winner fell", "share"),
     Metric("eval/rewards/accuracies", "preference accuracy", "share"),
     Metric("eval/exact_match", "exact match", "share"),
+    Metric(REPETITION, "repeated 4-grams", "share"),
     Metric(STEPS_IN_BAND, "steps in the band", "share"),
 )
 
@@ -137,22 +142,71 @@ class Difference:
 
 
 def summarise_run(folder: Path) -> RunSummary:
-    """Reads config.yaml, evaluation.json and metrics.jsonl of a run; a missing or torn one adds no values.
+    """Reads config.yaml, evaluation.json, metrics.jsonl and probes.parquet of a run.
 
-    Raises ConfigError where the folder has no readable config.yaml.
+    A missing or torn one adds no values. Raises ConfigError where the folder has no readable config.yaml.
     """
     values = read_evaluation(folder / "evaluation.json")
-    share = share_in_band(read_rows(folder / "metrics.jsonl"))
-    if share is not None:
-        values[STEPS_IN_BAND] = share
-    return RunSummary(folder.name, read_settings(folder / "config.yaml"), values)
+    return RunSummary(
+        folder.name,
+        read_settings(folder / "config.yaml"),
+        run_values(folder, values, read_rows(folder / "metrics.jsonl")),
+    )
 
 
-def share_in_band(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Share of steps whose ratio, calibrated where it is, lies in the band, of those that have a band."""
+def run_values(
+    folder: Path, evaluation: Mapping[str, float], rows: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """What a run is compared by: its evaluation, how it stood to the band, and how its answers repeat.
+
+    Repetition is for answers that nothing can check.
+    """
+    values = {**evaluation, **band_record(rows)}
+    if (
+        "eval/exact_match" not in values
+        and (share := _last_repetition(folder / "probes.parquet")) is not None
+    ):
+        values[REPETITION] = share
+    return values
+
+
+def band_record(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How a run stood to the band; a value that nothing is known of is left out.
+
+    The share of steps inside, with the ratio that calibration made of it and with the ratio before it, and
+    the first step inside.
+    """
+    rows = list(rows)
     inside = [row.get("rc/in_band", row.get("dynamics/in_band")) for row in rows]
+    found = {
+        STEPS_IN_BAND: _share(inside),
+        BEFORE_CALIBRATION: _share([row.get("dynamics/in_band") for row in rows]),
+        BAND_ENTERED: next((float(row["step"]) for row, is_in in zip(rows, inside) if is_in), None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _share(inside: Iterable[bool | None]) -> float | None:
+    """Share of the steps that have a band."""
     known = [bool(value) for value in inside if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _last_repetition(path: Path) -> float | None:
+    """Mean share of repeated 4-grams in the last greedy answers to the probe prompts."""
+    if not path.is_file():
+        return None
+    import pyarrow as pa  # a third of a second, and for runs with probes alone
+    import pyarrow.parquet as parquet
+
+    try:
+        rows = parquet.read_table(path, columns=["step", "greedy_repetition"]).to_pylist()
+    except (OSError, pa.ArrowException):
+        return None
+    last = max((row["step"] for row in rows), default=0)
+    shares = [row["greedy_repetition"] for row in rows if row["step"] == last]
+    known = [share for share in shares if share is not None]
+    return statistics.fmean(known) if known else None
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,18 +18,20 @@ from rcpo.comparison import (
     Metric,
     RunSummary,
     Spread,
+    band_record,
     conditions,
     contrasts,
     differing,
     labelled,
     paired_difference,
     rank_correlation,
-    share_in_band,
+    run_values,
     spread,
     summarise_run,
     t_quantile,
 )
 from rcpo.config import ConfigError
+from rcpo.evaluation.probe_file import ProbeFile
 
 NATS = Metric("x", "a log-ratio", "nats")
 SHARE = Metric("y", "a share", "share")
@@ -138,10 +140,27 @@ def test_a_seed_that_ran_twice_counts_once() -> None:
 
 
 def test_steps_without_a_band_are_not_counted() -> None:
-    rows = [{"dynamics/in_band": True}, {"dynamics/in_band": None}, {"dynamics/in_band": False}, {}]
-    assert share_in_band(rows) == 0.5
-    assert share_in_band([{"dynamics/in_band": False, "rc/in_band": True}]) == 1.0
-    assert share_in_band([{}]) is None
+    inside = (None, False, True, None)
+    rows = [{"step": step, "dynamics/in_band": value} for step, value in enumerate(inside, 1)]
+    before = {"steps_in_band/before_calibration": 0.5}
+    assert band_record(rows) == {"steps_in_band": 0.5, "band_entered": 3, **before}
+    calibrated = [{"rc/in_band": True} | row for row in rows]
+    assert band_record(calibrated) == {"steps_in_band": 1.0, "band_entered": 1, **before}
+    assert band_record([{"step": 1, "dynamics/in_band": False}]) == {
+        "steps_in_band": 0.0,
+        "steps_in_band/before_calibration": 0.0,
+    }
+    assert band_record([{}]) == {}
+
+
+def test_repetition_is_that_of_the_last_answers_which_nothing_checks(tmp_path: Path) -> None:
+    file = ProbeFile(tmp_path / "probes.parquet", None)
+    for step, shares in ((0, (0.9, 0.9)), (5, (0.25, None)), (10, (0.5, 0.25))):
+        file.add([{"step": step, "example_id": str(n), "greedy_repetition": s} for n, s in enumerate(shares)])
+    assert run_values(tmp_path, {}, []) == {"probes/repetition": 0.375}
+    assert run_values(tmp_path, {"eval/exact_match": 0.5}, []) == {"eval/exact_match": 0.5}
+    (tmp_path / "probes.parquet").write_bytes(b"torn")
+    assert run_values(tmp_path, {}, []) == {}
 
 
 def test_values_are_shown_with_their_unit() -> None:
@@ -161,7 +180,8 @@ def test_a_run_is_read_from_its_folder_as_far_as_it_came(tmp_path: Path) -> None
     (tmp_path / "evaluation.json").write_text(json.dumps({"eval/loss": 0.5, "eval/kl": None}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "dynamics/in_band": true}\n{"step": 2, "dyn')
     found = summarise_run(tmp_path)
-    assert found.values == {"eval/loss": 0.5, STEPS_IN_BAND: 1.0}
+    band = {STEPS_IN_BAND: 1.0, "steps_in_band/before_calibration": 1.0, "band_entered": 1}
+    assert found.values == {"eval/loss": 0.5, **band}
     assert found.settings == {"seed": 3, "objective.name": "dpo", "objective.beta": 0.1}
 
 

@@ -219,7 +219,9 @@ def test_every_bound_belongs_to_a_key() -> None:
 
 
 def test_objectives_have_the_table_s_defaults() -> None:
-    assert {option for group, option in OPTIONS if group == "objective"} == set(OBJECTIVES)
+    assert {option for group, option in OPTIONS if group == "objective"} == {*OBJECTIVES, "dpo_mean"}
+    means = composed("objective=dpo_mean").objective
+    assert (means.name, means.reduction, means.hyperparameters["beta"]) == ("dpo", "mean", 1.0)
     for name, (reduction, hyperparameters) in OBJECTIVES.items():
         objective = composed(f"objective={name}").objective
         assert (objective.name, objective.reduction) == (name, reduction)

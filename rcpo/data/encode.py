@@ -26,7 +26,8 @@ class Encoded:
     """The n usable rows of a piece, and what became of the others; places in the tally are row numbers.
 
     `numbers` (n,) int64 are the rows' numbers in their file, `tokens` (T,) int32 and `lengths` (n, 3) int32
-    prompt, chosen and rejected one after the other, `prompts` (n,) uint64 hashes of the uncut prompts' text.
+    prompt, chosen and rejected one after the other, `prompts` (n,) uint64 hashes of the uncut prompts' text,
+    or of a text that has no prompt.
     """
 
     numbers: np.ndarray
@@ -104,7 +105,7 @@ class Encoder:
                 isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected)
             )
             tally.counts["templated"] += templated
-            prompts[number] = pair.prompt
+            prompts[number] = pair.prompt or pair.chosen or ""  # plain text is its own
             texts[templated].append(pair)
         examples = [
             *self._plain.encode(texts[False], tally),

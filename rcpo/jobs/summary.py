@@ -16,6 +16,7 @@ from rcpo.caching import write_atomically
 from rcpo.comparison import (
     CONFIDENCE,
     METRICS,
+    REPETITION,
     STEPS_IN_BAND,
     Condition,
     Contrast,
@@ -36,11 +37,12 @@ from rcpo.runfolder import FINISHED_FILE, stored_state
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"
 # 1: more is better, −1: less; a metric that is not here has no winner
 BETTER = {
-    "eval/logratios/chosen": 1,
-    "eval/logratios/rejected": -1,
+    "eval/token_logratios/chosen": 1,
+    "eval/token_logratios/rejected": -1,
     "eval/winner_fell": -1,
     "eval/rewards/accuracies": 1,
     "eval/exact_match": 1,
+    REPETITION: -1,
     STEPS_IN_BAND: 1,
 }
 
@@ -162,7 +164,13 @@ def sheets(comparison: Comparison, strong: str = "**{}**") -> list[Sheet]:
         for c in comparison.conditions:
             cells = [(c.label == winners[m.key], m.show_spread(spread(c.values(m.key)))) for m in metrics]
             rows.append([c.label, str(len(c.runs)), *_marked(cells, strong)])
-        found.append(("mean ± standard deviation over seeds", ["runs of", "n", *titles], rows))
+        found.append(
+            (
+                "mean ± standard deviation over seeds; log-ratios in nats a token",
+                ["runs of", "n", *titles],
+                rows,
+            )
+        )
     if comparison.contrasts:
         rows = []
         for contrast in comparison.contrasts:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-LOG_RATIOS = (("eval/logratios/chosen", theme.WINNER), ("eval/logratios/rejected", theme.LOSER))
+LOG_RATIOS = (("eval/token_logratios/chosen", theme.WINNER), ("eval/token_logratios/rejected", theme.LOSER))
 ROW = 0.42
 MARKERS = "osD^vP*X"
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpo.comparison import STEPS_IN_BAND, RunSummary, share_in_band
+from rcpo.comparison import RunSummary, run_values
 from rcpo.config.schema import ConfigError
 from rcpo.runfolder import (
     FINISHED_FILE,
@@ -120,9 +120,7 @@ class Run:
     @property
     def summary(self) -> RunSummary:
         """The run as comparisons see it."""
-        share = share_in_band(self.rows)
-        extra = {} if share is None else {STEPS_IN_BAND: share}
-        return RunSummary(self.name, self.settings, {**self.evaluation, **extra})
+        return RunSummary(self.name, self.settings, run_values(self.folder, self.evaluation, self.rows))
 
 
 def find_runs(folder: Path) -> list[Path]:

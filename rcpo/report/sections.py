@@ -14,7 +14,7 @@ from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
 
 BY_KEY = {metric.key: metric for metric in METRICS}
-ACROSS = [BY_KEY["eval/logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
+ACROSS = [BY_KEY["eval/token_logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
 FEW = 8  # conditions that are shown in full; more show what says most, so that a page is made in seconds
 
 HOW_TO_READ = (

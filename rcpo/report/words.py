@@ -14,7 +14,7 @@ from rcpo.report.panels import UNITS
 from rcpo.report.probes import CROSSED, Crossings
 from rcpo.report.runs import Run, Status
 
-WINNER, LOSER = "eval/logratios/chosen", "eval/logratios/rejected"
+WINNER, LOSER = "eval/token_logratios/chosen", "eval/token_logratios/rejected"
 LAST = 10  # logged steps that stand for the end of training where nothing was evaluated
 
 

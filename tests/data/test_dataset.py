@@ -53,6 +53,14 @@ def test_a_fraction_that_leaves_no_sum_is_refused() -> None:
         load_datasets(DataConfig(name="sums", eval_fraction=1.0), TOKENIZER, seed=1)
 
 
+def test_texts_without_a_prompt_are_split_too(tmp_path: Path) -> None:
+    texts = [{"text": f"text {n}"} for n in (*range(10), *range(10))]
+    data = load(path=write(tmp_path / "x.jsonl", texts), eval_fraction=0.2)
+    sides = [{tuple(one.chosen) for one in side} for side in (data.train, data.evaluation)]
+    assert (len(data.train), len(data.evaluation)) == (16, 4)  # the same text twice is on one side
+    assert not sides[0] & sides[1]
+
+
 def test_loading_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", pairs(30))
     first, second, other = (load(seed, path=path, eval_fraction=0.2) for seed in (1, 1, 2))

@@ -102,8 +102,8 @@ def evaluation(winner: float, loser: float, exact_match: float = 0.9) -> dict[st
     """An evaluation.json whose intervals are ± 0.02."""
     found: dict[str, float | None] = {"eval/examples": 100}
     for name, value in (
-        ("logratios/chosen", winner),
-        ("logratios/rejected", loser),
+        ("token_logratios/chosen", winner),
+        ("token_logratios/rejected", loser),
         ("rewards/accuracies", 0.8),
         ("exact_match", exact_match),
     ):
