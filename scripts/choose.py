@@ -1,7 +1,8 @@
-"""`python scripts/choose.py SWEEP_DIR METRIC [--fall NATS]`: the settings of each objective that a study takes.
+"""`python scripts/choose.py SWEEP_DIR METRIC [--fall NATS]`: the settings of each objective for a study.
 
-SWEEP_DIR holds runs without calibration. Of an objective's runs whose loser fell by NATS a token or more, the one
-with the highest METRIC (a key of evaluation.json) is chosen; where none fell so far, the one with the lowest loser.
+SWEEP_DIR holds runs without calibration. Of an objective's runs whose loser fell by NATS a token or more, the
+one with the highest METRIC (a key of evaluation.json) is chosen; where none fell so far, the one with the lowest
+loser.
 Printed are lines for `sweep.settings`, with what the choice rests on.
 """
 
@@ -38,7 +39,9 @@ def line(runs: list[RunSummary], metric: str, fall: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("metric")
     parser.add_argument("--fall", type=float, default=0.1)

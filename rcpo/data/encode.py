@@ -21,6 +21,11 @@ from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
 
 
+_MADE = (
+    "2"  # what is made of a row; another one where that changes, so that no stored tokens are taken for it
+)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The n usable rows of a piece, and what became of the others; places in the tally are row numbers.
@@ -80,6 +85,7 @@ class Encoder:
             "limits": repr(self._plain.limits),
             "template": json.dumps(known, sort_keys=True, default=str),
             "columns": json.dumps(self.columns, sort_keys=True),
+            "made": _MADE,
         }
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in described.items()} | {
             name: metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")
