@@ -1,9 +1,8 @@
 """`python scripts/choose.py SWEEP_DIR METRIC [--fall NATS]`: the settings of each objective for a study.
 
-SWEEP_DIR holds runs without calibration. Of an objective's runs whose loser fell by NATS a token or more, the
-one with the highest METRIC (a key of evaluation.json) is chosen; where none fell so far, the one with the lowest
-loser.
-Printed are lines for `sweep.settings`, with what the choice rests on.
+SWEEP_DIR holds runs without calibration. Of an objective's runs whose loser fell by NATS a token or more,
+the one with the highest METRIC (a key of evaluation.json) is chosen; where none fell so far, the one with the
+lowest loser. Printed are lines for `sweep.settings`, with what the choice rests on.
 """
 
 from __future__ import annotations

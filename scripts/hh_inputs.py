@@ -1,9 +1,9 @@
 """`python scripts/hh_inputs.py FILE OUT`: what study=hh starts from, made of a file of HH-RLHF's pairs.
 
-FILE is JSONL (.gz) with `chosen` and `rejected`, whole conversations. OUT gets pairs.jsonl and held_out.jsonl
-(the last HELD_OUT usable pairs), chosen.jsonl with the chosen conversations of pairs.jsonl as text, and model/: a
-Llama of 3.7 million parameters that is not trained yet, with a byte-level BPE of that text. The same file gives
-the same bytes.
+FILE is JSONL (.gz) with `chosen` and `rejected`, whole conversations. OUT gets pairs.jsonl, held_out.jsonl
+(the last HELD_OUT usable pairs), chosen.jsonl with the chosen conversations of pairs.jsonl as text, and
+model/, a Llama of 3.7 million parameters that is not trained yet, with a byte-level BPE of that text. The
+same file gives the same bytes.
 """
 
 from __future__ import annotations

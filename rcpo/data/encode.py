@@ -20,10 +20,7 @@ from rcpo.data.report import Tally
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
 
-
-_MADE = (
-    "2"  # what is made of a row; another one where that changes, so that no stored tokens are taken for it
-)
+_MADE = "2"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
