@@ -216,8 +216,8 @@ def _explain_unknown(
         return describe(cause)
     roots = {root for root in known_keys() if "." not in root}
     known = roots.union(_composed_keys(hydra, config_name, overrides))
-    if key in known and "." not in key:
-        return f"{key}: {line}"
+    if key in known:  # here; a sweep composes other choices too
+        return f"{key}: not every run of this sweep has that key" if "." in key else f"{key}: {line}"
     return unknown_key(key, known)
 
 

@@ -51,7 +51,7 @@ def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
     settings = sweep_config(cfg)
     sweep_dir = Path(cfg.hydra.sweep.dir)
     varied = _sweeps(parsed(hydra, name, cfg, overrides), settings.search)
-    overrides = [*overrides, *_defaults(overrides, varied)]
+    overrides = [*overrides, *_defaults(overrides, _naming(cfg, varied))]
     found = None
     if settings.search == "optuna":
         outcomes, found = search(hydra, name, parsed(hydra, name, cfg, overrides), settings, cfg)
@@ -87,10 +87,10 @@ def combinations(
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     found = parsed(hydra, name, cfg, [*overrides, *_defaults(overrides, [])])
-    sweeps = _sweeps(found, "grid")
+    named = _naming(cfg, _sweeps(found, "grid"))
     (grid,) = BasicSweeper.split_arguments(list(found.values()), None)
     for chosen in grid:
-        values = {key: value for key, _, value in (line.partition("=") for line in chosen) if key in sweeps}
+        values = {key: value for key, _, value in (line.partition("=") for line in chosen) if key in named}
         yield Path(cfg.hydra.sweep.dir) / run_name(values), compose_with(hydra, name, chosen)
 
 
@@ -101,6 +101,15 @@ def _sweeps(found: dict[str, Override], search: str) -> list[str]:
     if spaces and search == "grid":
         raise ConfigError(f"{spaces[0]} is a space, not values: add sweep.search=optuna, or give values")
     return list(sweeps)
+
+
+def _naming(cfg: DictConfig, varied: Sequence[str]) -> list[str]:
+    """The keys that a run is named by: those that vary, and a study's own where the call gives one value.
+
+    So the calls that fill a study's folder name a run alike.
+    """
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    return list(dict.fromkeys([*map(str, params), *varied]))
 
 
 def _defaults(overrides: Sequence[str], varied: Sequence[str]) -> list[str]:

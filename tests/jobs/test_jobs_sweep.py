@@ -14,8 +14,8 @@ import pytest
 from imitation import Runs
 
 from rcpo import jobs
-from rcpo.config import ConfigError, RunConfig
-from rcpo.config.composition import conf_dir
+from rcpo.config import ConfigError, RunConfig, parse
+from rcpo.config.composition import compose, conf_dir
 from rcpo.jobs.naming import run_name
 from rcpo.launch.outcomes import Outcome, read_outcome
 
@@ -101,12 +101,47 @@ def test_a_refused_run_is_in_the_table_and_the_rest_goes_on(runs: Runs) -> None:
 
 def test_a_named_sweep_s_own_keys_give_way_to_the_command_line(runs: Runs) -> None:
     assert jobs.sweep(["study=ema", "objective=ipo", "rc.ema=0.5,0.9", "seed=7", HERE]) == 0
-    assert runs.started == ["rc.ema-0.5", "rc.ema-0.9"]
+    # named by the study's keys, so that every call into its folder names a run alike
+    assert runs.started == [f"objective-ipo_rc.ema-{ema}_seed-7" for ema in (0.5, 0.9)]
     labels = [condition["label"] for condition in record()["conditions"]]
     assert labels == ["ipo rc.ema=0.5", "ipo rc.ema=0.9"]
 
 
-@pytest.mark.parametrize(("study", "count"), [("ema", 2 * 4 * 3), ("objectives", 25 * 2 * 3), ("seeds", 20)])
+def test_a_key_that_some_runs_lack_is_refused(runs: Runs) -> None:
+    with pytest.raises(ConfigError, match=r"^objective\.beta: not every run of this sweep has that key"):
+        jobs.sweep(["objective=dpo,bce", "objective.beta=0.1", HERE])
+    assert runs.started == []
+
+
+def hyperparameters(objective: str) -> set[str]:
+    return set(parse(compose([f"objective={objective}"])).objective.hyperparameters)
+
+
+def chosen_settings(study: str, objective: str) -> set[str]:
+    """What a study's table says of an objective; its run has those values."""
+    from rcpo.config.composition import PRIMARY, compose_with, hydra_session, user_part
+
+    with hydra_session() as hydra:
+        cfg = compose_with(hydra, PRIMARY, [f"study={study}", f"objective={objective}"])
+    config = parse(user_part(cfg), files=False)
+    table = cfg.sweep.settings[f"{config.objective.name}_{config.objective.reduction}"]
+    assert {"lr": config.optim.lr, **config.objective.hyperparameters}.items() >= dict(table).items()
+    return set(table)
+
+
+@pytest.mark.parametrize(
+    ("study", "count"),
+    [
+        ("ema", 2 * 4 * 3),
+        ("objectives", 25 * 2 * 3),
+        ("seeds", 20),
+        ("sums_grid", 17 * 2 * 2),
+        ("sums", 26 * 2 * 3),
+        ("hh_grid", 6 * 2 * 2),
+        ("hh", 10 * 2 * 3),
+        ("calibration", 2 * 2 * 3),
+    ],
+)
 def test_named_sweeps_have_all_their_runs(study: str, count: int, runs: Runs) -> None:
     from rcpo.config.composition import PRIMARY, hydra_session
     from rcpo.jobs.multirun import compose_many
@@ -119,8 +154,10 @@ def test_named_sweeps_have_all_their_runs(study: str, count: int, runs: Runs) ->
     assert math.prod(map(len, values.values())) == count
     known = {file.stem for file in (conf_dir() / "objective").glob("*.yaml")} - {"sft"}
     assert set(values.get("objective", known)) <= known
-    if study == "objectives":
-        assert set(values["objective"]) == known
+    if study in ("objectives", "sums"):
+        assert set(values["objective"]) | {"dpo_mean"} == known
+    for objective in values["objective"] if study in ("sums", "hh") else ():
+        assert chosen_settings(study, objective) == {"lr", *({"beta", "tau"} & hyperparameters(objective))}
 
 
 def test_two_at_a_time(runs: Runs) -> None:
