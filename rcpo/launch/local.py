@@ -56,7 +56,7 @@ def launch_workers(processes: int, command: list[str], node: Node | None = None)
             signals_to_handle="",  # forwarded below: the agent would kill ranks that are saving a checkpoint
             shutdown_timeout=SHUTDOWN_SECONDS,
         )
-        with _environment(ranks_share), forward_signals(_children) as received:
+        with _environment(ranks_share), forward_signals(_children_of_this()) as received:
             try:
                 elastic_launch(agent, command[0])(*command[1:])
             except ChildFailedError as error:
@@ -73,11 +73,15 @@ def _meeting(node: Node | None, name: str) -> dict[str, Any]:
     return {"min_nodes": node.count, "max_nodes": node.count, "run_id": "rcpo", **static}
 
 
-def _children() -> list[int]:
-    """Process ids of this process's children: the ranks (multiprocessing's tracker ignores signals)."""
+def _children_of_this() -> Callable[[], list[int]]:
+    """Lists the ids of this process's children: the ranks (multiprocessing's tracker ignores signals).
+
+    Its import is done when this returns: in a signal's handler, a second signal would find it half done.
+    """
     import psutil  # type: ignore[import-untyped]
 
-    return [child.pid for child in psutil.Process().children()]
+    this = psutil.Process()
+    return lambda: [child.pid for child in this.children()]
 
 
 @contextmanager
@@ -116,9 +120,10 @@ def forward_signals(children: Callable[[], list[int]]) -> Iterator[list[int]]:
 def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
     """The exit code that a set of failed ranks stands for, and one message for a failure."""
     codes = [failure.exitcode for failure in failures]
-    if STOPPED in codes:
-        return STOPPED
     first = min(failures, key=lambda failure: (failure.exitcode < 0 and REFUSED in codes, failure.timestamp))
+    # a rank that was stopped before it could listen has nothing to save
+    if STOPPED in codes or (stopping and -first.exitcode in STOP_SIGNALS):
+        return STOPPED
     message = _message(first)
     if REFUSED in codes:
         print(f"rcpo: {message}", file=sys.stderr)

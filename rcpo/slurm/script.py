@@ -52,16 +52,18 @@ class Job:
 def render(job: Job, slurm: SlurmConfig, after: str | None = None) -> str:
     """The script; `after` is the id of a job that has to be done before."""
     python = slurm.python or sys.executable
-    command = [*slurm.wrap, python, "-m", *job.command]
+    interpreter = [*slurm.wrap, python]
+    command = [*interpreter, "-m", *job.command]
     quoted = {
         "directives": "\n".join(f"#SBATCH {flag}" for flag in directives(job, slurm, after)),
         "cwd": shlex.quote(str(job.cwd)),
         "setup": "\n".join(_setup(slurm)),
         "code": shlex.quote(str(job.code)),
+        "threads": _threads(job, slurm),
         "run_dir": _run_dir(job),
         "srun": shlex.join(_srun(slurm)),
         "command": shlex.join(command) + (' "$run_dir"' if job.trains else ""),
-        "conclusion": "\n".join(_conclusion(job, slurm, shlex.quote(python))),
+        "conclusion": "\n".join(_conclusion(job, slurm, shlex.join(interpreter))),
     }
     return _Template(TEMPLATE.read_text(encoding="utf-8")).substitute(quoted)
 
@@ -97,9 +99,16 @@ def directives(job: Job, slurm: SlurmConfig, after: str | None) -> list[str]:
 
 
 def _setup(slurm: SlurmConfig) -> list[str]:
-    modules = [f"module load {shlex.join(slurm.modules)}"] if slurm.modules else []
+    modules = [f"module load {shlex.join(slurm.modules)} || exit"] if slurm.modules else []
     exports = [f"export {key}={shlex.quote(value)}" for key, value in (slurm.env or {}).items()]
     return [*modules, *slurm.setup, *exports]
+
+
+def _threads(job: Job, slurm: SlurmConfig) -> str:
+    """A rank's share of its task's cores, as the shell counts it."""
+    if not job.trains or slurm.tasks == "rank":
+        return "${SLURM_CPUS_PER_TASK:-1}"
+    return f"$(((${{SLURM_CPUS_PER_TASK:-1}} + {slurm.ranks - 1}) / {slurm.ranks}))"
 
 
 def _run_dir(job: Job) -> str:
@@ -118,12 +127,14 @@ def _srun(slurm: SlurmConfig) -> list[str]:
     return ["--wait=360", *cores, *slurm.srun]
 
 
-def _conclusion(job: Job, slurm: SlurmConfig, python: str) -> list[str]:
+def _conclusion(job: Job, slurm: SlurmConfig, interpreter: str) -> list[str]:
     """What is left behind for `rcpo submit status`, of a sweep the table so far, and the next piece."""
     if not job.trains:
         return []
     sweep = [] if job.runs is None else [shlex.quote(str(job.folder))]
-    lines = [" ".join([f'{python} -m rcpo.slurm.conclude "$run_dir" "$code"', *sweep])]
+    # a rank, or srun, that was warned before it could listen ends with 128 + SIGUSR1, and has nothing to save
+    lines = ['[ "$code" -ne 138 ] || code=75']
+    lines.append(" ".join([f'{interpreter} -m rcpo.slurm.conclude "$run_dir" "$code"', *sweep]))
     if slurm.requeue:
         lines.append("# 75: stopped with a checkpoint saved")
         lines.append('if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_run_that_is_warned_and_then_loses_a_node_ends_with_one_machine_s_bits
     assert user.rcpo("submit", "status", "run").count("COMPLETED") == 2
 
 
-def test_the_script_by_hand_is_cancelled_and_submitted_again(user: User, cluster: Cluster) -> None:
+def test_the_script_by_hand_is_cancelled_and_goes_on_as_a_job(user: User, cluster: Cluster) -> None:
     (user.folder / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "train.sbatch", user.folder / "scripts")
     program = user.folder / "scripts" / "rcpo"
@@ -61,10 +62,34 @@ def test_the_script_by_hand_is_cancelled_and_submitted_again(user: User, cluster
     assert stopped < STEPS
     assert (user.folder / "by-hand" / "checkpoints" / "latest").read_text() == f"step-{stopped}\n"
 
-    again = user.says(command).strip()
+    # goes on as a job of the same folder: one task a node, in a container, warned before it can listen
+    again = at_a_site(user).submit(
+        *("train", *TWO_RANKS, "slurm.nodes=2", "slurm.tasks=node", "slurm.modules=[toolchain/1]"),
+        *(f"slurm.wrap=[{user.folder / 'container'},image.sif]", "hydra.run.dir=by-hand"),
+    )
+    cluster.wait((user.folder / "loaded").exists, "start of the script")
+    cluster.run("scancel", "--batch", "--signal=USR1", again)
+    cluster.wait(lambda: cluster.state(again) != "RUNNING", "end of the first piece")
+    assert user.rows("by-hand")[-1]["step"] == stopped
+
     assert cluster.wait_for_end(again) == "COMPLETED", user.words("by-hand")
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", again)
     assert f"continues after step {stopped}" in user.words("by-hand")
+    assert (user.folder / "loaded").read_text() == "load toolchain/1\n" * 2
+    entered = (user.folder / "entered").read_text().splitlines()
+    # both nodes, and the end, in each of two pieces; the first may have ended before a task began
+    assert set(entered) == {"image.sif n1", "image.sif n2"} and 4 <= len(entered) <= 6
     user.same("by-hand", "here")
+
+
+def at_a_site(user: User) -> User:
+    """The user with stand-ins for modules and a `container`, each of which says that it was asked."""
+    container = user.folder / "container"
+    container.write_text('#!/bin/sh\necho "$1 $SLURMD_NODENAME" >>entered\nshift\nexec "$@"\n')
+    container.chmod(0o755)
+    # as on a cluster a function of the user's shell, which a job inherits
+    module = {"BASH_FUNC_module%%": '() { echo "$@$NEVER_SET" >>loaded; }'}
+    return replace(user, environment={**user.environment, **module})
 
 
 def test_an_array_of_six_runs_one_of_which_fails(user: User, cluster: Cluster) -> None:

@@ -77,8 +77,9 @@ def test_ranks_share_rank_0_s_folder_and_the_machine_s_cores(tmp_path: Path) -> 
             ["rcpo: rank 1 failed", "boom", "Traceback"],
         ),
         ("time.sleep(60 * (1 - rank))\nos.kill(os.getpid(), 9)", 1, ["rank 1", "SIGKILL", "memory"]),
+        ("os.kill(os.getppid(), signal.SIGUSR1)\ntime.sleep(60)", 75, []),
     ],
-    ids=["refused", "refused on one", "stopped", "failed", "killed"],
+    ids=["refused", "refused on one", "stopped", "failed", "killed", "stopped before it could listen"],
 )
 def test_ranks_exit_codes_become_one(body: str, code: int, parts: list[str], tmp_path: Path) -> None:
     program = ranks_that(tmp_path, body)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,12 @@ def test_an_array_has_a_task_for_each_run() -> None:
 
 
 def test_one_task_a_node_starts_the_node_s_ranks() -> None:
-    slurm = SlurmConfig(nodes=2, gpus_per_node=4, tasks="node")
+    slurm = SlurmConfig(nodes=2, gpus_per_node=4, tasks="node", python="python")
     assert "--ntasks-per-node=1" in directives(RUN, slurm, None)
+    job = replace(RUN, command=["rcpo.launch.node", "4"])
+    # the task's cores are its four ranks' together
+    assert "OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + 3) / 4))}" in render(job, slurm)
+    assert "OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}" in render(RUN, replace(slurm, tasks="rank"))
 
 
 def programs(folder: Path, bodies: dict[str, str]) -> dict[str, str]:
@@ -66,16 +71,25 @@ def programs(folder: Path, bodies: dict[str, str]) -> dict[str, str]:
     for name, body in bodies.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
-    return {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(folder), "SLURM_JOB_ID": "9"}
+    return {"PATH": f"{folder}:/usr/bin:/bin", "LOG": str(folder), "SLURM_JOB_ID": "9", **MODULE}
 
 
-@pytest.mark.parametrize(("code", "requeue"), [(0, True), (1, True), (75, True), (75, False)])
-def test_a_shell_runs_the_script_as_it_was_meant(code: int, requeue: bool, tmp_path: Path) -> None:
+# the `module` of a cluster is a function that the shell inherits; it reads what nobody set
+MODULE = {"BASH_FUNC_module%%": '() { echo "$@$NEVER_SET" >"$LOG/module"; [ "$2" != missing ]; }'}
+
+
+# 138: a rank died of the warning, as it could not listen yet
+@pytest.mark.parametrize(
+    ("code", "end", "requeue"),
+    [(0, 0, True), (1, 1, True), (75, 75, True), (75, 75, False), (138, 75, True)],
+)
+def test_a_shell_runs_the_script_as_it_was_meant(code: int, end: int, requeue: bool, tmp_path: Path) -> None:
     cwd, run = tmp_path / "a 'quoted' place", tmp_path / "a run; rm -rf $HOME"
     cwd.mkdir()
     job = Job(run, "train", run / "code", cwd, ["rcpo.launch"])
     slurm = SlurmConfig(
         python="python",
+        modules=["gcc/13", "cuda/12"],
         wrap=["apptainer", "exec", "my image.sif"],
         srun=["--label"],
         requeue=requeue,
@@ -83,14 +97,15 @@ def test_a_shell_runs_the_script_as_it_was_meant(code: int, requeue: bool, tmp_p
         setup=["export MINE=yes"],
     )
     said = 'printf "%s\\n" "$@" >"$LOG/{}.log"'
-    bodies = {name: said.format(name) for name in ("srun", "scontrol", "python")}
+    bodies = {name: said.format(name) for name in ("srun", "scontrol", "apptainer")}
     bodies["srun"] += f'; env >"$LOG/env"; pwd >"$LOG/pwd"; exit {code}'
     log = tmp_path / "log"
     environment = programs(log, bodies)
     result = subprocess.run(
         ["bash", "-c", render(job, slurm)], env=environment, capture_output=True, text=True
     )
-    assert (result.returncode, result.stderr) == (code, "")
+    assert (result.returncode, result.stderr) == (end, "")
+    assert (log / "module").read_text() == "load gcc/13 cuda/12\n"
     given = {path.stem: path.read_text().splitlines() for path in log.glob("*.log")}
     image = ["apptainer", "exec", "my image.sif"]
     assert given["srun"] == ["--wait=360", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
@@ -98,8 +113,16 @@ def test_a_shell_runs_the_script_as_it_was_meant(code: int, requeue: bool, tmp_p
     found = (log / "env").read_text().splitlines()
     for line in ("NCCL_SOCKET_IFNAME=ib0 $X", "MINE=yes", f"PYTHONPATH={run / 'code'}", "OMP_NUM_THREADS=1"):
         assert line in found
-    assert given["python"] == ["-m", "rcpo.slurm.conclude", str(run), str(code)]
-    assert given.get("scontrol", []) == (["requeue", "9"] if code == 75 and requeue else [])
+    assert given["apptainer"] == [*image[1:], "python", "-m", "rcpo.slurm.conclude", str(run), str(end)]
+    assert given.get("scontrol", []) == (["requeue", "9"] if end == 75 and requeue else [])
+
+
+def test_a_module_that_cannot_be_loaded_ends_the_job(tmp_path: Path) -> None:
+    environment = programs(tmp_path, {"srun": "touch $LOG/began"})
+    script = render(replace(RUN, cwd=tmp_path), SlurmConfig(modules=["missing"]))
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert not (tmp_path / "began").exists()
 
 
 def test_a_warning_reaches_the_step_and_its_end_is_waited_for(tmp_path: Path) -> None:
