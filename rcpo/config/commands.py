@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -161,6 +162,15 @@ class SlurmConfig:
         return self.nodes * self.ranks
 
 
+# the forms of a time limit in sbatch's manual, and the seconds that each of their numbers counts
+SLURM_TIMES = (
+    (r"(\d+)", (60,)),
+    (r"(\d+):(\d+)", (60, 1)),
+    (r"(\d+):(\d+):(\d+)", (3600, 60, 1)),
+    (r"(\d+)-(\d+)", (86400, 3600)),
+    (r"(\d+)-(\d+):(\d+)", (86400, 3600, 60)),
+    (r"(\d+)-(\d+):(\d+):(\d+)", (86400, 3600, 60, 1)),
+)
 SLURM_CHOICES = {"tasks": ("rank", "node")}
 SLURM_RANGES: dict[str, Range] = {
     "nodes": (1, math.inf, True, False),
@@ -181,7 +191,29 @@ def slurm_config(cfg: DictConfig) -> SlurmConfig:
             f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "
             "a rank needs a GPU for itself"
         )
+    if slurm_seconds(config.time) <= config.signal_seconds:
+        raise ConfigError(
+            f"slurm.time={config.time} is no longer than slurm.signal_seconds={config.signal_seconds}: each "
+            "piece would be stopped as it starts; give a longer slurm.time, or a smaller slurm.signal_seconds"
+        )
     return config
+
+
+def slurm_seconds(time: str) -> float:
+    """Seconds of a time limit as sbatch reads it: whole minutes, rounded up, and none for 0.
+
+    Raises ConfigError for what is no time.
+    """
+    for form, units in SLURM_TIMES:
+        if match := re.fullmatch(form, time):
+            seconds = sum(int(number) * unit for number, unit in zip(match.groups(), units, strict=True))
+            return math.ceil(seconds / 60) * 60 or math.inf
+    if time.upper() in ("INFINITE", "UNLIMITED"):
+        return math.inf
+    raise ConfigError(
+        f"slurm.time={time} is not a time as sbatch reads it: give MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
+        "D-HH:MM:SS, or UNLIMITED"
+    )
 
 
 def sweep_config(cfg: DictConfig) -> SweepConfig:

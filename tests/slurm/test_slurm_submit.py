@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from rcpo.cli import app
 from rcpo.config import ConfigError, load_run_config
+from rcpo.config.commands import slurm_seconds
 from rcpo.launch.outcomes import Outcome, read_outcome
 from rcpo.slurm.queue import Queued, job_id, queue, read_submitted
 from rcpo.slurm.status import cells, last_row, lines
@@ -112,6 +114,9 @@ def test_the_user_s_objective_is_in_the_snapshot(slurm: Path, monkeypatch: pytes
         ("train", ["objective=smpo"], "did you mean simpo?"),
         ("train", ["slurm.node=2"], "did you mean slurm.nodes?"),
         ("train", ["launch.processes=2"], "slurm.ranks_per_node"),
+        ("train", ["slurm.time=8h"], "slurm.time=8h is not a time .* HH:MM:SS"),
+        ("train", ["slurm.time=2"], "slurm.time=2 is no longer than slurm.signal_seconds=120: .* a longer"),
+        ("train", ["slurm.time=0-1", "slurm.signal_seconds=3600"], "no longer than slurm.signal_seconds"),
         ("train", ["slurm.after=nowhere"], "neither a job id nor the folder"),
         ("train", ["-m", "seed=1,2"], "rcpo submit sweep"),
         ("train", ["sweep.parallel=2"], "is read by rcpo sweep"),
@@ -125,6 +130,31 @@ def test_a_refused_submission_leaves_nothing(
     with pytest.raises(ConfigError, match=part):
         submit(command, arguments, dry_run=False)
     assert list(Path().iterdir()) == [] and not (slurm / "sent").exists()
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 90 * 60),
+        ("2:30", 3 * 60),
+        ("08:00:00", 8 * 3600),
+        ("1:2:3", 3600 + 3 * 60),
+        ("2-0", 2 * 86400),
+        ("1-12", 36 * 3600),
+        ("1-12:30", 36.5 * 3600),
+        ("0-00:01:30", 2 * 60),
+        ("0", math.inf),
+        ("unlimited", math.inf),
+    ],
+)
+def test_a_time_limit_counts_what_it_counts_for_sbatch(time: str, seconds: float) -> None:
+    assert slurm_seconds(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["", "8h", "1:2:3:4", "1-", "-5", "1.5", "1-2-3", "01:00:00 "])
+def test_what_sbatch_would_not_read_is_no_time(time: str) -> None:
+    with pytest.raises(ConfigError, match=f"slurm.time={time} is not a time"):
+        slurm_seconds(time)
 
 
 def test_keys_of_slurm_are_read_by_submit_alone(slurm: Path) -> None:
