@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
 
 from rcpo.config import RunError
@@ -51,10 +52,10 @@ class Heartbeat:
     def begin(self, ranks: Ranks, store: Any) -> None:
         """Connects this rank; the store says where rank 0 listens."""
         if ranks.rank == 0:
-            server = socket.create_server(("", 0), backlog=ranks.world_size)
-            self._sockets.append(server)
-            store.set("heartbeat", str(server.getsockname()[1]))
-            self._thread(self._accept, server)
+            listening = server(os.environ["MASTER_ADDR"], ranks.world_size)
+            self._sockets.append(listening)
+            store.set("heartbeat", str(listening.getsockname()[1]))
+            self._thread(self._accept, listening)
         else:
             address = os.environ["MASTER_ADDR"], int(store.get("heartbeat"))
             try:
@@ -124,6 +125,21 @@ class Heartbeat:
         if not self._leaving.is_set():
             self._leaving.set()
             self._lost(rank)
+
+
+def server(name: str, backlog: int) -> socket.socket:
+    """Listens where the other ranks come: at the address of that name, or at all of this machine's.
+
+    All, where the address is forwarded to this machine, or is a loopback address, as a machine's own name
+    often is to itself alone.
+    """
+    try:
+        family, _, _, _, (address, *_) = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0]
+        if address == name or name == "localhost" or not ip_address(address).is_loopback:
+            return socket.create_server((address, 0), family=family, backlog=backlog)
+    except OSError as error:
+        log.info("heartbeat: not at %s alone (%s)", name, error)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _heard(connection: socket.socket) -> bytes:

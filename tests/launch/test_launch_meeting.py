@@ -14,7 +14,7 @@ import pytest
 from test_launch_local import ranks_that
 
 from rcpo.config import ConfigError, RunConfig, RunError
-from rcpo.launch import meeting
+from rcpo.launch import heartbeat, meeting
 from rcpo.launch.heartbeat import Heartbeat
 from rcpo.launch.meeting import Rank, meet
 from rcpo.launch.ranks import Ranks
@@ -170,6 +170,29 @@ def test_ranks_that_hear_from_each_other_lose_nobody() -> None:
     time.sleep(1.0)
     first.stop()
     assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("name", "known_as", "listens_at"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("node-a", "127.0.0.1", "0.0.0.0"),  # others know it by another address
+        ("node-a", "192.0.2.1", "0.0.0.0"),  # another machine's: forwarded to this one
+        ("node-a", None, "0.0.0.0"),
+    ],
+)
+def test_rank_0_listens_where_the_others_come_and_nowhere_else(
+    name: str, known_as: str | None, listens_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(asked: str, port: int | None, **_: Any) -> list[Any]:
+        if known_as is None:
+            raise socket.gaierror(f"{asked} is unknown")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known_as, port or 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with heartbeat.server(name, 2) as listening:
+        assert listening.getsockname()[0] == listens_at
 
 
 def test_a_silent_rank_is_lost_by_name() -> None:
