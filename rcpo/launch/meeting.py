@@ -29,7 +29,8 @@ from rcpo.config.changes import flatten
 from rcpo.launch.outcomes import FAILED, report_failure
 from rcpo.launch.ranks import Ranks
 
-SECONDS = 50.0  # that the others have to come; with what follows, a minute
+SECONDS = 50.0  # that the others have to come; with what follows, less than a minute
+_WORD_SECONDS = 5.0  # that it takes until all have read why they cannot go on
 _VISIBLE_SECONDS = 10.0  # that a network file system may take to show a new file elsewhere
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 # what may differ between ranks: each node has its own caches
@@ -74,7 +75,7 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
     """Waits for all ranks and compares them; returns the store that they met at.
 
     Raises, with the same message on all of them, ConfigError for what the user has to change and RunError
-    where ranks did not come.
+    where ranks did not come within some seconds of rank 0, or it of the others.
     """
     store = _store(ranks, mine, seconds)
     store.set(f"rank{ranks.rank}", json.dumps(asdict(mine)))
@@ -82,8 +83,13 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
         found, missing = _gather(store, ranks.world_size, seconds)
         store.set("verdict", json.dumps(_verdict(found, missing, seconds)))
     try:
-        # rank 0 waits for the last one to come, and this rank may have been the first
-        store.wait(["verdict"], timedelta(seconds=2 * seconds))
+        store.wait(["rank0"], timedelta(seconds=seconds))  # a launcher's store is there before rank 0 is
+    except RuntimeError as error:
+        raise RunError(f"{mine}: rank 0 did not come ({_line(error)}); look for its error") from error
+    try:
+        store.wait(
+            ["verdict"], timedelta(seconds=seconds + _WORD_SECONDS)
+        )  # rank 0 waits for the last to come
         refused, failed = json.loads(store.get("verdict"))
     except RuntimeError as error:
         raise RunError(f"{mine}: rank 0 was there and fell silent ({_line(error)})") from error
@@ -91,7 +97,7 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
         return store
     store.set(f"read{ranks.rank}", "")
     if ranks.rank == 0:  # it may hold the store: it goes last
-        _gather(store, ranks.world_size, 5.0, "read")
+        _gather(store, ranks.world_size, _WORD_SECONDS, "read")
     raise RunError(failed) if refused is None else ConfigError(refused)
 
 

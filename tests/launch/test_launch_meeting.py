@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_launch_local import ranks_that
 
+from rcpo import distributed
 from rcpo.config import ConfigError, RunConfig, RunError
 from rcpo.launch import heartbeat, meeting
 from rcpo.launch.heartbeat import Heartbeat
@@ -113,6 +116,55 @@ def test_rank_0_that_is_not_there_is_named_by_its_address(meeting_point: int) ->
     (error,) = met([rank(1)], 2, seconds=1.0)
     assert isinstance(error, RunError)
     assert f"n1 (rank 1) cannot reach rank 0 at 127.0.0.1:{meeting_point}" in str(error)
+
+
+class Clock(dict[str, str]):
+    """A store at which nobody else says anything, and the time that is waited for it, which is not spent."""
+
+    now = 0.0
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        if not set(keys) <= set(self):
+            self.sleep(timeout.total_seconds())
+            raise RuntimeError("wait timeout")
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("number", "there", "message"),
+    [
+        (0, [], "7 of 8 ranks did not come"),
+        (0, ["rank1", "rank7"], "5 of 8 ranks did not come"),
+        (7, [], "rank 0 did not come"),
+        (7, ["rank0"], "rank 0 was there and fell silent"),
+    ],
+)
+def test_no_rank_waits_for_longer_than_a_minute(
+    number: int, there: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock({name: json.dumps(asdict(rank(int(name[4:])))) for name in there})
+    monkeypatch.setattr(meeting, "time", clock)
+    monkeypatch.setattr(distributed, "meeting_store", lambda **_: clock)
+    with pytest.raises(RunError, match=message):
+        meet(Ranks(number, 8, 0, "srun"), rank(number))
+    assert 50 <= clock.now < 60
+
+
+def test_a_folder_is_looked_for_in_less_than_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(meeting, "time", clock)
+    assert not meeting._sees(tmp_path / "token", "text")
+    assert clock.now < 60
 
 
 def test_a_port_in_use_is_named(meeting_point: int) -> None:
