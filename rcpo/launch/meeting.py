@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import metadata
@@ -87,9 +87,8 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
     except RuntimeError as error:
         raise RunError(f"{mine}: rank 0 did not come ({_line(error)}); look for its error") from error
     try:
-        store.wait(
-            ["verdict"], timedelta(seconds=seconds + _WORD_SECONDS)
-        )  # rank 0 waits for the last to come
+        # rank 0 waits for the last to come
+        store.wait(["verdict"], timedelta(seconds=seconds + _WORD_SECONDS))
         refused, failed = json.loads(store.get("verdict"))
     except RuntimeError as error:
         raise RunError(f"{mine}: rank 0 was there and fell silent ({_line(error)})") from error
@@ -125,12 +124,14 @@ def _gather(store: Any, count: int, seconds: float, name: str = "rank") -> tuple
     end = time.monotonic() + seconds
     found, missing = [], []
     for number in range(count):
-        try:
-            store.wait([f"{name}{number}"], timedelta(seconds=max(0.01, end - time.monotonic())))
-        except RuntimeError:
+        key, left = f"{name}{number}", end - time.monotonic()
+        with suppress(RuntimeError):
+            if left > 0:
+                store.wait([key], timedelta(seconds=max(0.01, left)))
+        if not store.check([key]):
             missing.append(number)
             continue
-        text = store.get(f"{name}{number}")
+        text = store.get(key)
         if text:
             found.append(Rank(**json.loads(text)))
     return found, missing
