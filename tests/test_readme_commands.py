@@ -12,13 +12,16 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
+import yaml
 from datasets import Dataset
 from judge_server import JudgeServer
 from tiny import sums_file, tiny_llama
+
+from rcpo.config.composition import conf_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SMALL = {
@@ -50,8 +53,9 @@ def commands() -> list[str]:
 
 
 def small(words: list[str]) -> list[str]:
-    """The command with one seed, one objective, two trials and few steps."""
-    words = [re.sub(r"^(seed|objective)=(\w+)(,\w+)+$", r"\1=\2", word) for word in words]
+    """The command with one seed, one objective, two trials and few steps; of runs beside each other, one."""
+    one = "seed|objective|rc" if words[0] == "train" else "seed|objective"
+    words = [re.sub(rf"^({one})=(\w+)(,\w+)+$", r"\1=\2", word) for word in words]
     words = [re.sub(r"^(plan\.\w+)=([\w.-]+)(,[\w.-]+)+$", r"\1=\2", word) for word in words]
     words = [re.sub(r"^sweep\.trials=\d+$", "sweep.trials=2", word) for word in words]
     if "eval=judge" in words:
@@ -63,13 +67,19 @@ def small(words: list[str]) -> list[str]:
     if words[0] == "submit" and words[1] != "status":
         return [*words, "--dry-run"]
     given = {word.partition("=")[0] for word in words}
-    if "study" in given:
-        words = [*words, "seed=1", "objective=dpo"]
+    words += [first for word in words if word.startswith("study=") for first in first_of(word[6:], given)]
     if words[0] in ("report", "doctor", "submit") or "compare" in given:
         return words
     kept = [word for word in words if word.partition("=")[0] not in SMALL]
     fitting = [key for key in SMALL if key != "data.train_examples" or "data=pairs" not in words]
     return [*kept, *(f"{key}={SMALL[key]}" for key in fitting)]
+
+
+def first_of(study: str, given: set[str]) -> list[str]:
+    """The first run of a named sweep: the first of each of the values that it takes in turn."""
+    text = (conf_dir() / "study" / f"{study}.yaml").read_text(encoding="utf-8")
+    turns = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    return [f"{key}={str(values).partition(',')[0]}" for key, values in turns.items() if key not in given]
 
 
 def rcpo(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -79,10 +89,7 @@ def rcpo(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
         "PATH": os.pathsep.join([str(folder / "programs"), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "rcpo.cli", *words]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=250
-    )
+    return forked.rcpo(words, folder, environment)
 
 
 def submitted_runs(folder: Path) -> None:
@@ -111,10 +118,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.mkdir(parents=True)
     for split in ("train_prefs", "test_prefs"):
         shutil.copyfile(folder / "pairs.parquet", data / f"{split}-00000-of-00001.parquet")
-    python, yaml = (
+    python, conf = (
         re.findall(rf"```{kind}\n# (\S+)\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml")
     )
-    for name, text in [*python, *yaml]:
+    for name, text in [*python, *conf]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     for name, more in (("my-run", ["checkpoint.every=1"]), ("sft", ["objective=sft", "adapter=lora"])):
