@@ -1,12 +1,9 @@
 """Reward calibration in a training loop of one's own.
 
-Usage: recipe.py MODEL plain|ddp|fsdp2|zero2|zero3 OUTPUT
-
 The same 8 pairs a step on every number of ranks; rank 0 writes α and the loss of each step.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +62,15 @@ def wrap(model: nn.Module, kind: str) -> tuple[Any, Any]:
     return model, torch.optim.SGD(model.parameters(), lr=0.05)
 
 
-def main() -> None:
-    path, kind, output = sys.argv[1:]
-    dist.init_process_group("gloo")
+def train_all(path: str, kinds: list[str], output: Path) -> None:
+    """Trains from the same weights in each of the ways: plain, ddp, fsdp2, zero2, zero3."""
+    found = {kind: train(path, kind) for kind in kinds}
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(found), encoding="utf-8")
+
+
+def train(path: str, kind: str) -> list[list[float]]:
+    """α that was used, the next one and the loss, of each step."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model, optimizer = wrap(Scored(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)), kind)
 
@@ -98,10 +101,4 @@ def main() -> None:
         rows.append(
             [statistics.end()["rc/alpha"], calibrator.alpha, float(over_ranks(loss.detach())) / world]
         )
-    if rank == 0:
-        Path(output).write_text(json.dumps(rows), encoding="utf-8")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return rows
