@@ -238,7 +238,9 @@ class Bench:
 
     def epochs(self) -> None:
         """64 pairs, once, 8 and 32 times an epoch; a small model, so that what is beside it shows."""
-        size = replace(self.size, vocabulary=8192, hidden=64, layers=2, heads=2, length=256)
+        own = self.size
+        size = replace(own, vocabulary=min(8192, own.vocabulary), hidden=min(64, own.hidden), heads=2,
+                       layers=min(2, own.layers), length=min(256, own.length))  # fmt: skip
         pairs = 64
         steps = pairs // size.pairs
         source = prepare(self.work / "epochs", size, steps, None)
@@ -247,6 +249,7 @@ class Bench:
             folder = shutil.copytree(source, self.work / f"epochs-{copies}")
             (folder / "pairs.jsonl").write_text((source / "pairs.jsonl").read_text() * copies)
             sides[copies] = Side(folder, size, variants=["rc"])
+            _ = sides[copies].ready  # one after another: their reference passes are timed
         times: dict[int, list[float]] = {copies: [] for copies in sides}
         draw = random.Random(0)
         for part in range(-1, max(sides)):  # 16 steps each in turn, until the longest epoch is over

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,10 @@ LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  #
 
 
 class Side:
-    """One side: its processes, asked together for each step."""
+    """One side: its processes, asked together for each step.
+
+    Several sides start at the same time, before the warm-up ends.
+    """
 
     def __init__(
         self, folder: Path, size: Size, side: str = "rcpo", processes: int = 1, **settings: Any
@@ -58,7 +62,11 @@ class Side:
                     env=environment | own,
                 )  # fmt: skip
             self._processes.append(process)
-        self.ready = self._answers()[0]
+
+    @cached_property
+    def ready(self) -> Json:
+        """What the first process says when it has started, which this waits for."""
+        return self._answers()[0]
 
     def _answers(self) -> list[Json]:
         answers = []
@@ -73,6 +81,7 @@ class Side:
 
     def step(self, number: int, variant: str = "rc") -> Json:
         """Takes one step; the slowest process's time and phases, the largest one's memory."""
+        _ = self.ready  # it may still be starting
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"step": number, "variant": variant}) + "\n")
