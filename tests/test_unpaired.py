@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 WANTED = [{"prompt": f"{n}+{n}=", "completion": f"it is {2 * n}", "label": True} for n in range(10, 22)]
@@ -16,9 +15,9 @@ UNWANTED = [{"prompt": f"{n}+{n}=", "completion": f"= {2 * n + 1}", "label": Fal
 
 
 def run(folder: Path, *overrides: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "rcpo.cli", "train", "data=pairs", "wandb.mode=disabled", *overrides]
     environment = {**os.environ, "RCPO_CACHE": str(folder / "cache")}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    words = ["train", "data=pairs", "wandb.mode=disabled", *overrides]
+    result = forked.rcpo(words, folder, environment)
     return result.returncode, result.stdout + result.stderr
 
 

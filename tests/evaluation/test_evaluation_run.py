@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
+import forked
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -23,8 +23,7 @@ KEYS = ("prompt", "chosen")
 
 
 def rcpo(*arguments: str) -> None:
-    command = [sys.executable, "-m", "rcpo.cli", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = forked.rcpo(arguments, Path.cwd(), os.environ)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
