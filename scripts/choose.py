@@ -2,7 +2,7 @@
 
 SWEEP_DIR holds runs without calibration. Of an objective's runs whose loser fell by NATS a token or more,
 the one with the highest METRIC (a key of evaluation.json) is chosen; where none fell so far, the one with the
-lowest loser. Printed are lines for `sweep.settings`, with what the choice rests on.
+lowest loser. Printed are lines for `sweep.settings`: what varied, and what the choice rests on.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ def choose(runs: Iterable[RunSummary], metric: str, fall: float) -> RunSummary:
     return min(runs, key=lambda run: run.values[LOSER])
 
 
+def number(value: float) -> str:
+    """As YAML reads a float."""
+    return f"{value:g}" if value >= 1e-2 else f"{value:.1e}".replace("e-0", "e-")
+
+
 def line(runs: list[RunSummary], metric: str, fall: float) -> str:
     """`NAME_REDUCTION: {lr: …}  # …` for an objective's runs."""
     run = choose(runs, metric, fall)
-    own = {name: run.settings[key] for key, name in CHOSEN.items() if key in run.settings}
-    settings = ", ".join(f"{name}: {value:g}" for name, value in own.items()).replace("e-0", ".0e-")
+    varied = [key for key in CHOSEN if len({other.settings.get(key) for other in runs}) > 1]
+    settings = ", ".join(f"{CHOSEN[key]}: {number(run.settings[key])}" for key in varied)
     name = f"{run.settings['objective.name']}_{run.settings['objective.reduction']}"
     reason = f"of {len(runs)}: {run.values[metric]:.1%}, loser {run.values[LOSER]:+.2f}"
     return f"{name}: {{{settings}}}  # {reason}".replace("%", " %")

@@ -42,7 +42,7 @@ def test_the_best_of_those_whose_loser_fell_is_chosen() -> None:
     assert choose.choose([idle, strong], "eval/exact_match", 0.1) is strong
     assert choose.choose([idle, mild], "eval/exact_match", 0.5) is mild
     line = choose.line([idle, mild], "eval/exact_match", 0.1)
-    assert line == "ipo_mean: {lr: 3.0e-5, tau: 1}  # of 2: 90.0 %, loser -0.10"
+    assert line == "ipo_mean: {lr: 3.0e-5}  # of 2: 90.0 %, loser -0.10"
 
 
 def step(ratio: float, winner: float, loser: float, **more: float) -> dict[str, Any]:

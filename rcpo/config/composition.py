@@ -182,7 +182,8 @@ def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str])
 def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> str:
     from hydra.errors import MissingConfigException, OverrideParseException
 
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = str(error) or str(error.__cause__ or type(error).__name__)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
         reason = re.sub(r"^\w+Exception: ", "", lines[-2] if lines[-1].startswith("See http") else lines[-1])
         return f"cannot read {error.override!r} on the command line: {reason}; overrides are KEY=VALUE"
