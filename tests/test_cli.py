@@ -260,6 +260,23 @@ def test_the_users_package_and_folder_give_an_objective(
         jobs.train(["objective=squared", "--config-dir", "my_conf"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("width: 2\nlist:\nSETTINGS\nlast: 1\n", r"mine\.yaml, line 4: could not find expected ':'"),
+        ("width: [1\n", r"mine\.yaml, line 2: "),
+        ("# @package _global_\noptim:\n  lr: ${a.${name}_b}\n", r"^optim\.lr: .*'"),
+    ],
+)
+def test_a_users_file_that_cannot_be_read_is_named(content: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my_conf" / "objective"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(content)
+    for command, arguments in ((jobs.train, []), (jobs.sweep, ["seed=1,2"])):
+        with pytest.raises(ConfigError, match=message):
+            command(["objective=mine", "--config-dir", str(tmp_path / "my_conf"), *arguments])
+
+
 def test_evaluate_takes_a_runs_configuration_with_overrides(
     runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

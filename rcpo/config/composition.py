@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from rcpo.config.commands import COMMAND_NODES
 from rcpo.config.parsing import describe, known_keys
@@ -175,6 +176,10 @@ def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str])
         raise ConfigError(_explain(error, hydra, config_name, overrides)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error)) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "YAML"
+        raise ConfigError(f"{place}: {error.problem}") from error
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from error
 
@@ -182,8 +187,9 @@ def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str])
 def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> str:
     from hydra.errors import MissingConfigException, OverrideParseException
 
-    message = str(error) or str(error.__cause__ or type(error).__name__)
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not str(error) and isinstance(error.__cause__, OmegaConfBaseException):
+        return describe(error.__cause__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, OverrideParseException):
         reason = re.sub(r"^\w+Exception: ", "", lines[-2] if lines[-1].startswith("See http") else lines[-1])
         return f"cannot read {error.override!r} on the command line: {reason}; overrides are KEY=VALUE"

@@ -37,6 +37,9 @@ def three() -> PreferenceScores:
         rejected_incentives=np.array([0.25, 0.5, 2.0]),
         chosen_lengths=np.array([3, 4, 5]),
         rejected_lengths=np.array([3, 2, 9]),
+        chosen_token_logps=np.array([-0.25, -0.5, -0.75]),
+        chosen_token_logratios=np.array([-0.5, 0.5, -0.75]),
+        rejected_token_logratios=np.array([-1.0, 0.25, -0.75]),
     )
 
 
@@ -51,6 +54,9 @@ def test_three_pairs_by_hand() -> None:
             "eval/rewards/rejected": -2.5 / 3,  # (−2 + 1 − 1.5) / 3
             "eval/rewards/margins": 0.5,  # 1, −0.5, 1
             "eval/rewards/accuracies": 2 / 3,  # all but b
+            "eval/token_logps/chosen": -0.5,
+            "eval/token_logratios/chosen": -0.25,  # (−0.5 + 0.5 − 0.75) / 3
+            "eval/token_logratios/rejected": -0.5,  # (−1 + 0.25 − 0.75) / 3
             "eval/logps/chosen": -2.0,
             "eval/logps/rejected": -8 / 3,
             "eval/logps/accuracies": 2 / 3,  # −1 > −2, −2 < −1, −3 > −5
@@ -79,10 +85,12 @@ def test_without_reference_or_rejected_side_the_names_are_left_out() -> None:
         rejected_lengths=None,
         chosen_logratios=None,
         rejected_logratios=None,
+        chosen_token_logratios=None,
+        rejected_token_logratios=None,
         losses=None,
     )
     names = {name for name in preference_metrics(alone, seed=1) if not name.endswith(("/low", "/high"))}
-    assert names == {"eval/examples", "eval/rewards/chosen", "eval/logps/chosen"}
+    assert names == {"eval/examples", "eval/rewards/chosen", "eval/logps/chosen", "eval/token_logps/chosen"}
 
 
 def test_a_nan_is_neither_hidden_nor_counted_as_a_miss() -> None:
@@ -183,6 +191,9 @@ def test_examples_file_is_keyed_by_id(tmp_path: Path) -> None:
         "logps/accuracies": 0.0,
         "logratios/chosen": 0.25,
         "logratios/rejected": 0.5,
+        "token_logps/chosen": -0.5,
+        "token_logratios/chosen": 0.5,
+        "token_logratios/rejected": 0.25,
         "winner_fell": 0.0,
         "dynamics/incentive_chosen": 1.0,
         "dynamics/incentive_rejected": 0.5,
@@ -209,6 +220,9 @@ def test_unpaired_examples_count_for_the_side_that_they_have() -> None:
             "eval/logps/rejected": -5.0,
             "eval/logratios/chosen": -0.125,
             "eval/logratios/rejected": -0.75,
+            "eval/token_logps/chosen": -0.375,  # (−0.25 − 0.5) / 2
+            "eval/token_logratios/chosen": 0.0,
+            "eval/token_logratios/rejected": -0.75,
             "eval/winner_fell": 0.5,
         }
     )

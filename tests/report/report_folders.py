@@ -102,7 +102,9 @@ def evaluation(winner: float, loser: float, exact_match: float = 0.9) -> dict[st
     """An evaluation.json whose intervals are ± 0.02."""
     found: dict[str, float | None] = {"eval/examples": 100}
     for name, value in (
-        ("token_logratios/chosen", winner),
+        ("logratios/chosen", winner),
+        ("logratios/rejected", loser),
+        ("token_logratios/chosen", winner),  # the reduction is the mean
         ("token_logratios/rejected", loser),
         ("rewards/accuracies", 0.8),
         ("exact_match", exact_match),
