@@ -40,7 +40,7 @@ class Metric:
             return "–"
         sign = "+" if signed or self.unit == "nats" else ""
         if self.unit == "share":
-            return f"{100 * value:{sign}.0f} %".replace("-", "−")
+            return f"{100 * value:{sign}.{int(signed)}f} %".replace("-", "−")
         return f"{value:{sign}.3f}".replace("-", "−")
 
     def show_spread(self, spread: Spread | None) -> str:
@@ -121,6 +121,10 @@ class Contrast:
     base: Condition
     calibrated: Condition
 
+    def difference(self, key: str) -> Difference | None:
+        """Calibrated minus uncalibrated, paired by seed: the same data in the same order."""
+        return paired_difference(self.base.by_seed(key), self.calibrated.by_seed(key))
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -139,6 +143,28 @@ class Difference:
     low: float | None
     high: float | None
     count: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A metric over contrasts: medians of the two sides' means and of the differences, and their signs.
+
+    Of `count` contrasts `higher` are above zero and `lower` below, `clearly_*` with their whole interval.
+    """
+
+    base: float
+    calibrated: float
+    difference: float
+    count: int
+    higher: int
+    clearly_higher: int
+    lower: int
+    clearly_lower: int
 
 
 def summarise_run(folder: Path) -> RunSummary:
@@ -293,6 +319,25 @@ def paired_difference(base: Mapping[Any, float], other: Mapping[Any, float]) -> 
         return Difference(found.mean, None, None, 1)
     half = t_quantile((1 + CONFIDENCE) / 2, found.count - 1) * found.deviation / math.sqrt(found.count)
     return Difference(found.mean, found.mean - half, found.mean + half, found.count)
+
+
+def overall(found: Sequence[Contrast], key: str) -> Overall | None:
+    """What calibration did to a metric over all contrasts that have it; None where there is none."""
+    having = [(contrast, difference) for contrast in found if (difference := contrast.difference(key))]
+    if not having:
+        return None
+    up = [difference for _, difference in having if difference.mean > 0]
+    down = [difference for _, difference in having if difference.mean < 0]
+    return Overall(
+        statistics.median(statistics.fmean(contrast.base.values(key)) for contrast, _ in having),
+        statistics.median(statistics.fmean(contrast.calibrated.values(key)) for contrast, _ in having),
+        statistics.median(difference.mean for _, difference in having),
+        len(having),
+        len(up),
+        sum(difference.clear for difference in up),
+        len(down),
+        sum(difference.clear for difference in down),
+    )
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -23,6 +23,7 @@ from rcpo.comparison import (
     contrasts,
     differing,
     labelled,
+    overall,
     paired_difference,
     rank_correlation,
     run_values,
@@ -123,6 +124,32 @@ def test_a_contrast_needs_all_else_equal() -> None:
     assert found.label == "dpo"
 
 
+def test_over_contrasts_medians_and_signs() -> None:
+    """Differences by seed: dpo 0.1 ± 0.001 (clear), simpo −0.2 and +0.1 (mean −0.05), cpo 0 with one."""
+    by_seed = {
+        ("dpo", False): {1: 0.5, 2: 0.5}, ("dpo", True): {1: 0.599, 2: 0.601},
+        ("simpo", False): {1: 0.7, 2: 0.7}, ("simpo", True): {1: 0.5, 2: 0.8},
+        ("cpo", False): {1: 0.1}, ("cpo", True): {1: 0.1},
+    }  # fmt: skip
+    runs = [
+        run(values={"x": value}, objective=objective, rc=rc, seed=seed)
+        for (objective, rc), values in by_seed.items()
+        for seed, value in values.items()
+    ]
+    found = overall(contrasts(conditions(runs)), "x")
+    assert found is not None
+    assert (found.base, found.calibrated) == pytest.approx((0.5, 0.6))  # of 0.5, 0.7, 0.1 and 0.6, 0.65, 0.1
+    assert found.difference == pytest.approx(0.0)  # of 0.1, −0.05, 0
+    assert (found.count, found.higher, found.clearly_higher, found.lower, found.clearly_lower) == (
+        3,
+        1,
+        1,
+        1,
+        0,
+    )
+    assert overall(contrasts(conditions(runs)), "y") is None
+
+
 def test_variants_of_the_calibration_share_their_base() -> None:
     variants = [run(rc=True, **{"rc.ema": ema}) for ema in (0.5, 0.9)]
     found = contrasts(conditions([run(**{"rc.ema": None}), *variants]))
@@ -169,7 +196,7 @@ def test_values_are_shown_with_their_unit() -> None:
     assert SHARE.show_spread(Spread(0.5, 0.02, 3)) == "50 % ± 2"
     assert SHARE.show_spread(Spread(0.5, None, 1)) == "50 %"
     assert NATS.show_difference(Difference(0.1, -0.05, 0.25, 3)) == "+0.100 [−0.050, +0.250]"
-    assert SHARE.show_difference(Difference(0.1, -0.05, 0.25, 3)) == "+10 points [−5, +25]"
+    assert SHARE.show_difference(Difference(0.1, -0.05, 0.25, 3)) == "+10.0 points [−5.0, +25.0]"
 
 
 def test_a_run_is_read_from_its_folder_as_far_as_it_came(tmp_path: Path) -> None:

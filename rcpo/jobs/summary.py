@@ -22,11 +22,12 @@ from rcpo.comparison import (
     Contrast,
     Difference,
     Metric,
+    Overall,
     RunSummary,
     Spread,
     conditions,
     contrasts,
-    paired_difference,
+    overall,
     spread,
     summarise_run,
 )
@@ -35,6 +36,7 @@ from rcpo.launch.outcomes import DONE, Outcome, read_outcome
 from rcpo.runfolder import FINISHED_FILE, stored_state
 
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"
+SEVERAL = 3  # contrasts, of which a median says more than they do
 # 1: more is better, −1: less; a metric that is not here has no winner
 BETTER = {
     "eval/token_logratios/chosen": 1,
@@ -132,21 +134,17 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                 "label": c.label,
                 "base": c.base.label,
                 "calibrated": c.calibrated.label,
-                "differences": _present({key: difference(c, key) for key in keys}),
+                "differences": _present({key: c.difference(key) for key in keys}),
             }
             for c in comparison.contrasts
         ],
+        "overall": _present({key: overall(comparison.contrasts, key) for key in keys}),
         "winners": {metric.key: comparison.winner(metric.key) for metric in comparison.metrics},
     }
 
 
-def _present(values: Mapping[str, Spread | Difference | None]) -> dict[str, Any]:
+def _present(values: Mapping[str, Spread | Difference | Overall | None]) -> dict[str, Any]:
     return {key: asdict(value) for key, value in values.items() if value is not None}
-
-
-def difference(contrast: Contrast, key: str) -> Difference | None:
-    """Calibrated minus uncalibrated, paired by seed: the same data in the same order."""
-    return paired_difference(contrast.base.by_seed(key), contrast.calibrated.by_seed(key))
 
 
 # a table's title, its header, and its rows
@@ -155,42 +153,64 @@ Sheet = tuple[str, list[str], list[list[str]]]
 
 def sheets(comparison: Comparison, strong: str = "**{}**") -> list[Sheet]:
     """The tables of a comparison; `strong` marks winners, and differences whose interval leaves out zero."""
-    metrics = comparison.metrics
-    titles = [metric.title for metric in metrics]
-    winners = {metric.key: comparison.winner(metric.key) for metric in metrics}
-    found: list[Sheet] = []
+    found = []
     if comparison.conditions:
-        rows = []
-        for c in comparison.conditions:
-            cells = [(c.label == winners[m.key], m.show_spread(spread(c.values(m.key)))) for m in metrics]
-            rows.append([c.label, str(len(c.runs)), *_marked(cells, strong)])
-        found.append(
-            (
-                "mean ± standard deviation over seeds; log-ratios in nats a token",
-                ["runs of", "n", *titles],
-                rows,
-            )
-        )
+        found.append(_of_conditions(comparison, strong))
     if comparison.contrasts:
-        rows = []
-        for contrast in comparison.contrasts:
-            differences = [difference(contrast, m.key) for m in metrics]
-            cells = [(_clear(d), m.show_difference(d)) for m, d in zip(metrics, differences)]
-            pairs = max((d.count for d in differences if d is not None), default=0)
-            rows.append([contrast.label, str(pairs), *_marked(cells, strong)])
-        title = f"calibration on minus off, paired by seed, {CONFIDENCE:.0%} t interval"
-        found.append((title, ["runs of", "pairs", *titles], rows))
+        found.append(_of_contrasts(comparison, strong))
+    if len(comparison.contrasts) >= SEVERAL:
+        found.append(_over_contrasts(comparison))
     if comparison.incomplete:
         rows = [[name, str(why.code), why.reason or ""] for name, why in comparison.incomplete.items()]
         found.append(("not complete", ["run", "exit code", "reason"], rows))
     return found
 
 
-def _clear(difference: Difference | None) -> bool:
-    """Whether the interval leaves out zero."""
-    if difference is None or difference.low is None or difference.high is None:
-        return False
-    return difference.low > 0 or difference.high < 0
+def _of_conditions(comparison: Comparison, strong: str) -> Sheet:
+    metrics = comparison.metrics
+    winners = {metric.key: comparison.winner(metric.key) for metric in metrics}
+    rows = []
+    for c in comparison.conditions:
+        cells = [(c.label == winners[m.key], m.show_spread(spread(c.values(m.key)))) for m in metrics]
+        rows.append([c.label, str(len(c.runs)), *_marked(cells, strong)])
+    title = "mean ± standard deviation over seeds; log-ratios in nats a token"
+    return title, ["runs of", "n", *(metric.title for metric in metrics)], rows
+
+
+def _of_contrasts(comparison: Comparison, strong: str) -> Sheet:
+    metrics = comparison.metrics
+    rows = []
+    for contrast in comparison.contrasts:
+        differences = [contrast.difference(m.key) for m in metrics]
+        cells = [(d is not None and d.clear, m.show_difference(d)) for m, d in zip(metrics, differences)]
+        pairs = max((d.count for d in differences if d is not None), default=0)
+        rows.append([contrast.label, str(pairs), *_marked(cells, strong)])
+    title = f"calibration on minus off, paired by seed, {CONFIDENCE:.0%} t interval"
+    return title, ["runs of", "pairs", *(metric.title for metric in metrics)], rows
+
+
+def _over_contrasts(comparison: Comparison) -> Sheet:
+    """One row a metric: what most readers of a long sweep want first."""
+    rows = []
+    for metric in comparison.metrics:
+        found = overall(comparison.contrasts, metric.key)
+        if found is None:
+            continue
+        rows.append(
+            [
+                metric.title,
+                metric.show(found.base),
+                metric.show(found.calibrated),
+                metric.show_difference(Difference(found.difference, None, None, 1)),
+                f"{found.higher} ({found.clearly_higher})",
+                f"{found.lower} ({found.clearly_lower})",
+            ]
+        )
+    title = (
+        f"medians over {len(comparison.contrasts)} contrasts, and how many calibration raised and lowered, "
+        f"in brackets with a {CONFIDENCE:.0%} interval that leaves out zero"
+    )
+    return title, ["", "off", "on", "difference", "higher", "lower"], rows
 
 
 def _marked(cells: Iterable[tuple[bool, str]], strong: str) -> list[str]:

@@ -10,7 +10,6 @@ from rcpo.comparison import (
     Condition,
     Contrast,
     Metric,
-    paired_difference,
     rank_correlation,
     spread,
 )
@@ -142,10 +141,7 @@ def of_contrasts(pairs: Sequence[Contrast]) -> Table:
     metrics = present([*METRICS, *downstream_of(both)], both)
     rows = []
     for pair in pairs:
-        differences = [
-            paired_difference(pair.base.by_seed(metric.key), pair.calibrated.by_seed(metric.key))
-            for metric in metrics
-        ]
+        differences = [pair.difference(metric.key) for metric in metrics]
         seeds = max((found.count for found in differences if found), default=0)
         shown = [metric.show_difference(found) for metric, found in zip(metrics, differences)]
         rows.append((pair.label, str(seeds), *(text.replace(" [", "\n[") for text in shown)))

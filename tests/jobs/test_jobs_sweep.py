@@ -52,19 +52,30 @@ def test_means_and_paired_differences_of_a_sweep(runs: Runs, capsys: pytest.Capt
     assert [run["values"][key] for run in found["runs"]] == pytest.approx([0.5, 0.6, 0.7, 0.6, 0.8, 1.0])
     assert not any(name.endswith("/low") for run in found["runs"] for name in run["values"])
     said = capsys.readouterr().out
-    assert "80 % ± 20" in said and "+20 points" in said
+    assert "80 % ± 20" in said and "+20.0 points" in said
     text = Path("out", "sweep.md").read_text()
     assert "| dpo rc=on | 3 | **80 % ± 20** |" in text
-    assert "| dpo | 3 | +20 points [−5, +45] |" in text
+    assert "| dpo | 3 | +20.0 points [−4.8, +44.8] |" in text
 
 
 def test_a_clear_difference_is_marked(runs: Runs) -> None:
     runs.value = lambda config: {"eval/winner_fell": 0.5 - 0.3 * config.rc.enabled + 0.001 * config.seed}
     jobs.sweep(["rc=off,on", "seed=1,2", HERE])
     text = Path("out", "sweep.md").read_text()
-    assert "| dpo | 2 | **−30 points [−30, −30]** |" in text
+    assert "| dpo | 2 | **−30.0 points [−30.0, −30.0]** |" in text
     # fewer pairs whose winner fell is better
     assert record()["winners"] == {"eval/winner_fell": "dpo rc=on"}
+
+
+def test_a_sweep_over_several_objectives_ends_with_their_medians(runs: Runs) -> None:
+    value = {"dpo": 0.5, "simpo": 0.7, "cpo": 0.6}
+    runs.value = lambda config: {
+        "eval/exact_match": value[config.objective.name] + 0.1 * config.rc.enabled * (-1) ** config.seed
+    }
+    jobs.sweep(["objective=dpo,simpo,cpo", "rc=off,on", "seed=1,3", HERE])
+    text = Path("out", "sweep.md").read_text()
+    assert "| exact match | 60 % | 50 % | −10.0 points | 0 (0) | 3 (3) |" in text
+    assert record()["overall"]["eval/exact_match"]["difference"] == pytest.approx(-0.1)
 
 
 def test_calling_again_runs_only_what_is_missing(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
