@@ -122,6 +122,11 @@ def test_every_option_composes_and_parses(
     needs = {
         "local": [f"model.path={model_folder}"],
         "pairs": [f"data.path={pairs}"],
+        "hh_start": [f"model.path={model_folder}", f"data.path={pairs}"],  # their inputs are made by a script
+        **{
+            name: [f"model.path={model_folder}", f"data.path={pairs}", f"data.eval_path={pairs}"]
+            for name in ("hh", "hh_grid")
+        },
         "judge": ["judge.base_url=http://127.0.0.1:8000/v1", "judge.model=any"],
     }
     choice = f"{group}='{option}'"

@@ -42,7 +42,7 @@ class SweepConfig:
     sampler_seed: int = 0
     pruner: str = "none"
     pruner_startup: int = 5
-    settings: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 SWEEP_CHOICES = {

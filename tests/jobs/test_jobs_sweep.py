@@ -133,7 +133,8 @@ def chosen_settings(study: str, objective: str) -> set[str]:
     from rcpo.config.composition import PRIMARY, compose_with, hydra_session, user_part
 
     with hydra_session() as hydra:
-        cfg = compose_with(hydra, PRIMARY, [f"study={study}", f"objective={objective}"])
+        elsewhere = ["data.path=owner/pairs", "data.eval_path=owner/pairs"] if study == "hh" else []
+        cfg = compose_with(hydra, PRIMARY, [f"study={study}", f"objective={objective}", *elsewhere])
     config = parse(user_part(cfg), files=False)
     table = cfg.sweep.settings[f"{config.objective.name}_{config.objective.reduction}"]
     assert {"lr": config.optim.lr, **config.objective.hyperparameters}.items() >= dict(table).items()
@@ -154,6 +155,7 @@ def chosen_settings(study: str, objective: str) -> set[str]:
     ],
 )
 def test_named_sweeps_have_all_their_runs(study: str, count: int, runs: Runs) -> None:
+    from rcpo.config.commands import sweep_config
     from rcpo.config.composition import PRIMARY, hydra_session
     from rcpo.jobs.multirun import compose_many
     from rcpo.jobs.sweep import parsed
@@ -161,6 +163,7 @@ def test_named_sweeps_have_all_their_runs(study: str, count: int, runs: Runs) ->
     with hydra_session() as hydra:
         cfg = compose_many(hydra, PRIMARY, [f"study={study}"])
         sweeps = [o for o in parsed(hydra, PRIMARY, cfg, []).values() if o.is_sweep_override()]
+    assert sweep_config(cfg).search == "grid"
     values = {o.get_key_element(): list(o.sweep_string_iterator()) for o in sweeps}
     assert math.prod(map(len, values.values())) == count
     known = {file.stem for file in (conf_dir() / "objective").glob("*.yaml")} - {"sft"}
