@@ -30,8 +30,9 @@ from rcpo.session import Session
 from rcpo.trainer import Trainer
 
 QUIET = ("wandb.mode=disabled", "probe.size=0", "reference.track=false")
-# plain SGD is what the theory is about; its rate makes steps as large as AdamW's first ones
-OPTIMIZERS = {"sgd": ("optim=sgd", "optim.lr=0.02"), "adamw": ("optim=adamw", "optim.lr=1e-4")}
+# Plain SGD is what the theory is about, with steps so small that the first order decides: with 0.02 a
+# winner's verdict is right in 14 of 25 one-pair steps, with 0.002 in 24 (dpo_mean, all parameters' geometry).
+OPTIMIZERS = {"sgd": ("optim=sgd", "optim.lr=0.002"), "adamw": ("optim=adamw", "optim.lr=1e-4")}
 
 
 @dataclass(frozen=True)
