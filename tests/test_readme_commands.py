@@ -33,9 +33,9 @@ SMALL = {
     "eval.generate_examples": "2",
     "wandb.mode": "disabled",
 }
-# Their weights are on the hub: the configuration alone can be tried.
+# Their weights are on the hub, or made by a script from other data: the configuration alone can be tried.
 DOWNLOADED = re.compile(
-    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard|eval\.tasks=\[hellaswag)"
+    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|study=hh|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard|eval\.tasks=\[hellaswag)"
 )
 
 
@@ -128,7 +128,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = small(["train", f"hydra.run.dir=outputs/{name}", *more])
         result = rcpo(folder, words)
         assert result.returncode == 0, result.stderr
-    for sweep in ("mine", "dpo", "simpo"):
+    for sweep in ("mine", "sums", "sums_1e-4"):
         shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / sweep / "0")
     submitted_runs(folder)
     shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / "other-run")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rcpo.comparison import Condition, Contrast, Metric
 from rcpo.report import theme
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOG_RATIOS = (("eval/token_logratios/chosen", theme.WINNER), ("eval/token_logratios/rejected", theme.LOSER))
 ROW = 0.42
+FAR = 5.0  # times the upper quartile: a row further out would press the others together
 MARKERS = "osD^vP*X"
 
 
@@ -78,6 +79,16 @@ def _log_ratios(axes: Axes, rows: Sequence[Row]) -> None:
         _values(axes, rows, key, colour, 1)
     axes.set_title("Held-out log-ratios")
     axes.set_xlabel("nats against the reference")
+    sizes = np.abs([value for key, _ in LOG_RATIOS for row in rows for value in _means(row, key)])
+    if len(sizes) and sizes.max() > FAR * np.quantile(sizes, 0.75) > 0:
+        axes.set_xscale("symlog", linthresh=float(np.quantile(sizes, 0.75)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+        axes.set_xlabel("nats, far ones logarithmic")
+
+
+def _means(row: Row, key: str) -> list[float]:
+    values = [condition.values(key) for condition in (row.base, row.calibrated) if condition]
+    return [float(np.mean(each)) for each in values if each]
 
 
 def _values(axes: Axes, rows: Sequence[Row], key: str, colour: str, scale: float) -> None:
