@@ -14,6 +14,7 @@ class DivergenceWatch:
 
     def __init__(self, config: RunConfig, tokens: float) -> None:
         self._watch = config.watch
+        self._calibrated = config.rc.enabled
         self._alpha_max = config.rc.alpha_max
         # log-ratios of sums grow with the response: the threshold is a token's
         self._unit = tokens if config.objective.reduction == "sum" else 1.0
@@ -44,8 +45,15 @@ class DivergenceWatch:
             return None
         return (
             f"the winner lost {-fall / self._unit:.2f} nats a token against the reference "
-            f"(watch.winner={self._watch.winner:g}); rc=on keeps it, a lower optim.lr slows it"
+            f"(watch.winner={self._watch.winner:g}); {self._remedy(row)}"
         )
+
+    def _remedy(self, row: Mapping[str, Any]) -> str:
+        """Calibration can help where the band is left; winners also fall inside it (README, the study)."""
+        slower = "a lower optim.lr slows it"
+        if row.get("rc/in_band", row.get("dynamics/in_band")):
+            return f"yet the step is in the band, whose geometry does not see this fall: {slower}"
+        return slower if self._calibrated else f"rc=on may keep it, {slower}"
 
     def _margin(self, row: Mapping[str, Any]) -> str | None:
         """Every pair is right for long, and the margin still doubles: nothing is left to learn from them."""

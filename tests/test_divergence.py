@@ -36,6 +36,25 @@ def test_a_falling_winner_is_said_once(reduction: str, tokens: float, first: flo
     assert not said(rows, watch(reduction, tokens, winner=None))
 
 
+@pytest.mark.parametrize(
+    ("calibrated", "band", "remedy"),
+    [
+        (False, {"dynamics/in_band": False}, "; rc=on may keep it, a lower optim.lr slows it"),
+        (False, {"dynamics/in_band": None}, "; rc=on may keep it, a lower optim.lr slows it"),
+        (False, {"dynamics/in_band": True}, "; yet the step is in the band, whose geometry does not see"),
+        (True, {"dynamics/in_band": True, "rc/in_band": False}, "; a lower optim.lr slows it"),
+        (True, {"dynamics/in_band": False, "rc/in_band": True}, "; yet the step is in the band"),
+    ],
+)
+def test_calibration_is_advised_where_it_can_help(
+    calibrated: bool, band: dict[str, Any], remedy: str
+) -> None:
+    config = RunConfig()
+    config.rc.enabled = calibrated
+    (line,) = said([{"logratios/chosen": -9.0, **band}], DivergenceWatch(config, 1.0))
+    assert remedy in line
+
+
 def test_certainty_with_a_growing_margin() -> None:
     right = [{"rewards/accuracies": 1.0, "rewards/margins": margin} for margin in (1.0, 1.5, 1.9, 2.0, 9.0)]
     lines = said(right, watch())
