@@ -128,7 +128,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = small(["train", f"hydra.run.dir=outputs/{name}", *more])
         result = rcpo(folder, words)
         assert result.returncode == 0, result.stderr
-    for sweep in ("mine", "dpo", "simpo", "sums"):
+    for sweep in ("mine", "dpo", "simpo", "sums", "sums_1e-4"):
         shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / sweep / "0")
     submitted_runs(folder)
     shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / "other-run")
