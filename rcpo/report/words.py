@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcpo.comparison import METRICS, Contrast, Metric, paired_difference, spread
+from rcpo.comparison import METRICS, Contrast, Metric, spread
 from rcpo.evaluation.summary import NOTICEABLE, describe, interval
 from rcpo.report.dynamics import Prediction
 from rcpo.report.panels import UNITS
@@ -170,12 +170,12 @@ def _score(pair: Contrast) -> str:
 
 def _seeds(pair: Contrast) -> str:
     """How many seeds stand behind the winner's difference, and whether its interval allows none at all."""
-    found = paired_difference(pair.base.by_seed(WINNER), pair.calibrated.by_seed(WINNER))
+    found = pair.difference(WINNER)
     if found is None:
         return "no seed in common"
     if found.low is None or found.high is None:
         return "1 seed"
-    doubt = "; the difference's interval holds 0" if found.low <= 0 <= found.high else ""
+    doubt = "" if found.clear else "; the difference's interval holds 0"
     return f"{found.count} seeds{doubt}"
 
 
