@@ -19,6 +19,7 @@ from rich.table import Table
 
 from rcpo.config.composition import conf_dir
 from rcpo.launch import DONE, FAILED, external_ranks
+from rcpo.visible import text_lines
 
 GOOD, WARN, BAD = "ok", "warn", "fail"
 _COLOURS = {GOOD: "green", WARN: "yellow", BAD: "red"}
@@ -111,9 +112,9 @@ def _deepspeed() -> list[Finding]:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (text_lines(result.stderr.strip()) or ["no message"])[-1]
         return [Finding("DeepSpeed", BAD, f"{version}: {reason}", "import deepspeed fails: reinstall it")]
-    operators = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("OP ")]
+    operators = [line.split()[1:] for line in text_lines(result.stdout) if line.startswith("OP ")]
     good = [name for name, compatible in operators if compatible == "True"]
     rest = [name for name, compatible in operators if compatible != "True"]
     findings.append(Finding("its operators", GOOD, f"compatible: {', '.join(good) or 'none'}"))

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rcpo.config import ConfigError
 from rcpo.config.model_checks import holds_adapter, is_hub_name
+from rcpo.visible import first_line
 
 _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _SAFE, _PICKLED, _CODE = ["*.safetensors"], ["*.bin"], ["*.py"]
@@ -146,9 +146,9 @@ def _snapshot(
     except errors.LocalEntryNotFoundError as error:
         raise ConfigError(_not_cached(what, name, error)) from error
     except errors.HfHubHTTPError as error:
-        raise ConfigError(f"{what}: the hub refused: {_line(error)}") from error
+        raise ConfigError(f"{what}: the hub refused: {first_line(error)}") from error
     except OSError as error:
-        raise ConfigError(f"{what} could not be downloaded: {_line(error)}") from error
+        raise ConfigError(f"{what} could not be downloaded: {first_line(error)}") from error
 
 
 def _not_cached(what: str, name: str, error: Exception) -> str:
@@ -169,7 +169,3 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _line(error: Any) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

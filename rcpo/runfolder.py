@@ -20,6 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from rcpo.config import ConfigError
 from rcpo.config.changes import flatten
+from rcpo.visible import text_lines
 
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
@@ -130,7 +131,7 @@ def read_evaluation(path: Path) -> dict[str, float]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none of a missing one, none of a torn line."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = text_lines(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return []
     found = []

@@ -22,7 +22,16 @@ def _shown(character: str, *, lines: bool) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, without their ends, as files and terminals have them: \\n, \\r\\n or \\r.
+
+    str.splitlines also cuts at U+2028, U+0085, form feeds, and others, which JSON Lines hold inside strings.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first: libraries quote bytes of the files that they cannot read."""
-    lines = str(error).strip().splitlines()
-    return visible(lines[0], lines=False) if lines else type(error).__name__
+    first = next((line.strip() for line in text_lines(str(error)) if line.strip()), type(error).__name__)
+    return visible(first, lines=False)

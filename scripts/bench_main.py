@@ -71,7 +71,7 @@ class Bench:
 
     def tokens(self, size: Size) -> list[int]:
         """Tokens of the two sequences of each pair (the prompt twice), for each step; warm-up left out."""
-        rows = [json.loads(line) for line in (self.inputs(size) / "tokens.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.inputs(size) / "tokens.jsonl").open(encoding="utf-8")]
         pairs = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows]
         sums = [sum(pairs[start : start + size.pairs]) for start in range(0, len(pairs), size.pairs)]
         return sums[self.arguments.warmup :]

@@ -73,7 +73,7 @@ class Side:
         for process in self._processes:
             line = process.stdout.readline() if process.stdout else ""
             if not line:
-                lines = "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
+                lines = "\n".join(self._log.read_text(errors="replace").split("\n")[-25:])
                 self.close()
                 raise SystemExit(f"bench: a side ended; its log {self._log} ends with\n{lines}")
             answers.append(json.loads(line))

@@ -166,7 +166,7 @@ def results_of(started: list[subprocess.Popen[str]]) -> Iterator[dict[str, float
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in started:
-        yield json.loads(process.communicate()[0].splitlines()[-1])
+        yield json.loads(process.communicate()[0].rstrip("\n").rpartition("\n")[2])
 
 
 def main() -> None:
@@ -202,7 +202,7 @@ def main() -> None:
         for start in ("first", "second"):
             began = time.perf_counter()
             process = run("--folder", str(folder), "--load", str(pairs), *options)
-            result = json.loads(process.communicate()[0].splitlines()[-1])
+            result = json.loads(process.communicate()[0].rstrip("\n").rpartition("\n")[2])
             whole = time.perf_counter() - began
             rate, rate_cpu = result["tokens"] / result["seconds"], result["tokens"] / result["cpu"]
             told = f", {rate:,.0f} tokens/s, {rate / best:.0%} of the best alone"

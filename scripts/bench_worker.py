@@ -43,7 +43,7 @@ def memory() -> Json:
     if not status.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"peak": peak, "now": peak}
-    found = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
+    found = dict(line.split(":", 1) for line in status.read_text().split("\n") if line.startswith("Vm"))
     return {key: int(found[name].split()[0]) * 1024 for key, name in (("peak", "VmHWM"), ("now", "VmRSS"))}
 
 
@@ -200,7 +200,7 @@ def serve_trl(settings: Json, channel: Channel) -> None:
     kind, calibration = DPOTrainer, {}
     if settings.get("rc"):
         kind, calibration = CalibratedDPOTrainer, {"rc": RewardCalibrationConfig()}
-    rows = [json.loads(line) for line in (folder / "tokens.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "tokens.jsonl").open(encoding="utf-8")]
     micro = settings.get("micro") or size["pairs"]
     arguments = DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=micro,

@@ -157,7 +157,8 @@ def newest(run_dir: Path) -> int:
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    with (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
+        lines = list(file)
     return [{key: value for key, value in json.loads(line).items() if key not in CLOCK} for line in lines]
 
 

@@ -166,3 +166,15 @@ def test_commits_name_no_machine_and_no_registry() -> None:
 def test_temporary_folders_are_asked_for_not_named() -> None:
     python = [path for path in sources() if re.search(r"[\"']/t[m]p\b", path.read_text(encoding="utf-8"))]
     assert not python
+
+
+def test_nothing_cuts_text_at_characters_that_are_no_line_ends() -> None:
+    """str.splitlines cuts JSON Lines inside strings, at U+2028 and others."""
+    scripts = (ROOT / "scripts").rglob("*.py")
+    found = [
+        f"{path.name}:{node.lineno}"
+        for path in (*sources(), *scripts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "splitlines"
+    ]
+    assert found == []

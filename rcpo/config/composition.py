@@ -189,7 +189,7 @@ def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequen
 
     if not str(error) and isinstance(error.__cause__, OmegaConfBaseException):
         return describe(error.__cause__)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
     if isinstance(error, OverrideParseException):
         reason = re.sub(r"^\w+Exception: ", "", lines[-2] if lines[-1].startswith("See http") else lines[-1])
         return f"cannot read {error.override!r} on the command line: {reason}; overrides are KEY=VALUE"

@@ -78,7 +78,7 @@ def load_run_config(path: Path) -> RunConfig:
 
 def describe(error: OmegaConfBaseException) -> str:
     """One line for what OmegaConf refused, with the full key in front."""
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = str(error).split("\n")[0].rstrip(".")
     key = getattr(error, "full_key", None) or ""
     if key.startswith("objective.hyperparameters."):
         key = key.replace("hyperparameters.", "", 1)

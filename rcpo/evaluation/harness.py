@@ -27,6 +27,7 @@ from rcpo.config.validation import nearest
 from rcpo.hub import Source
 from rcpo.reference.keys import source_hash, tokenizer_hash
 from rcpo.tracking.jsonl import replace_text, write_lines
+from rcpo.visible import first_line
 
 PREFIX = "eval/harness/"
 RESULTS = "harness.json"
@@ -101,7 +102,7 @@ class Harness:
             return
         except (OSError, ValueError) as error:  # what `datasets` raises for data that it cannot find or read
             raise ConfigError(
-                f"eval.tasks: the data of {spec} cannot be had: {str(error).splitlines()[0]}; "
+                f"eval.tasks: the data of {spec} cannot be had: {first_line(error)}; "
                 "download it once on a machine with a network (HF_HOME says where), or leave the task out"
             ) from error
         self.keys[spec] = _content(loaded["tasks"])

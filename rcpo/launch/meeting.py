@@ -28,6 +28,7 @@ from rcpo.config import ConfigError, RunConfig, RunError, to_container
 from rcpo.config.changes import flatten
 from rcpo.launch.outcomes import FAILED, report_failure
 from rcpo.launch.ranks import Ranks
+from rcpo.visible import first_line
 
 SECONDS = 50.0  # that the others have to come; with what follows, less than a minute
 _WORD_SECONDS = 5.0  # that it takes until all have read why they cannot go on
@@ -85,13 +86,13 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
     try:
         store.wait(["rank0"], timedelta(seconds=seconds))  # a launcher's store is there before rank 0 is
     except RuntimeError as error:
-        raise RunError(f"{mine}: rank 0 did not come ({_line(error)}); look for its error") from error
+        raise RunError(f"{mine}: rank 0 did not come ({first_line(error)}); look for its error") from error
     try:
         # rank 0 waits for the last to come
         store.wait(["verdict"], timedelta(seconds=seconds + _WORD_SECONDS))
         refused, failed = json.loads(store.get("verdict"))
     except RuntimeError as error:
-        raise RunError(f"{mine}: rank 0 was there and fell silent ({_line(error)})") from error
+        raise RunError(f"{mine}: rank 0 was there and fell silent ({first_line(error)})") from error
     if refused is None and failed is None:
         return store
     store.set(f"read{ranks.rank}", "")
@@ -110,13 +111,9 @@ def _store(ranks: Ranks, mine: Rank, seconds: float) -> Any:
         what = "serve" if ranks.rank == 0 else "reach rank 0 at"
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunError(
-            f"{mine} cannot {what} {place} ({_line(error)}); look for an error of rank 0, a wrong address "
-            "(MASTER_ADDR, MASTER_PORT), or a firewall between the nodes"
+            f"{mine} cannot {what} {place} ({first_line(error)}); look for an error of rank 0, a wrong "
+            "address (MASTER_ADDR, MASTER_PORT), or a firewall between the nodes"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _gather(store: Any, count: int, seconds: float, name: str = "rank") -> tuple[list[Rank], list[int]]:

@@ -16,6 +16,7 @@ from rcpo.launch.logs import LOG_FILE
 from rcpo.runfolder import OUTCOME_FILE
 from rcpo.signals import STOPPED
 from rcpo.tracking.jsonl import replace_text
+from rcpo.visible import text_lines
 
 DONE, FAILED, REFUSED = 0, 1, 2
 # set in the environment of the ranks that `launch_workers` starts
@@ -68,7 +69,7 @@ def last_message(log_file: Path) -> str:
         return f"no {log_file.name}"
     starts = list(_RECORD.finditer(text))
     record = text[starts[-1].end() :].strip() if starts else text.strip()
-    lines = [line.strip() for line in record.splitlines() if line.strip()] or ["no message"]
+    lines = [line.strip() for line in text_lines(record) if line.strip()] or ["no message"]
     return lines[-1] if "Traceback (most recent call last):" in lines else " ".join(lines)
 
 

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rcpo import distributed, hub
 from rcpo.config import ConfigError, ModelConfig, RunConfig
+from rcpo.visible import first_line
 
 disable_progress_bar()  # the weights load in a second, on every rank
 # imported by peft, it says on every CPU that a kernel of another package is not there
@@ -45,7 +46,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"the tokenizer in {folder} cannot be read: {_line(error)}") from error
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token; set eos_token in it")
     if tokenizer.pad_token_id is None:
@@ -59,7 +60,7 @@ def load_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         hint = "; if you trust it: model.trust_remote_code=true" if _wants_code(error) else ""
-        raise ConfigError(f"the model in {folder} cannot be read: {_line(error)}{hint}") from error
+        raise ConfigError(f"the model in {folder} cannot be read: {first_line(error)}{hint}") from error
     if config.attention is not None:
         found._attn_implementation = config.attention
     return found
@@ -97,7 +98,7 @@ def load_model(
                 architecture, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"the model in {folder} cannot be loaded: {_line(error)}") from error
+        raise ConfigError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -127,7 +128,3 @@ def _turn_off_dropout(config: PreTrainedConfig) -> None:
 
 def _wants_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

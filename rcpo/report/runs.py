@@ -27,6 +27,7 @@ from rcpo.runfolder import (
     read_rows,
     read_settings,
 )
+from rcpo.visible import text_lines
 
 Column = NDArray[np.float64]
 
@@ -213,7 +214,7 @@ def _last_error(log: Path) -> str | None:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL))
-            lines = file.read().decode("utf-8", "replace").splitlines()
+            lines = text_lines(file.read().decode("utf-8", "replace"))
     except OSError:
         return None
     for line in reversed(lines):

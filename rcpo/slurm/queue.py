@@ -74,7 +74,7 @@ class Queued:
 def queue() -> dict[str, Queued]:
     """The user's jobs that SLURM still knows, by id; an array's tasks are `ID_INDEX`."""
     answer = _ask("squeue", ["--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%M|%R"])
-    lines = [line.split("|", 3) for line in answer.splitlines() if line.count("|") >= 3]
+    lines = [line.split("|", 3) for line in answer.split("\n") if line.count("|") >= 3]
     return {job: Queued(state, elapsed, where) for job, state, elapsed, where in lines}
 
 

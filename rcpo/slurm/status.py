@@ -95,7 +95,7 @@ def last_row(path: Path) -> tuple[dict[str, Any], float | None]:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
-            tail = file.read().splitlines(keepends=True)
+            tail = file.readlines()
         age = time.time() - path.stat().st_mtime
     except OSError:
         return {}, None

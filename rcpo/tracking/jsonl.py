@@ -43,9 +43,12 @@ def _scalar(key: str, value: Any) -> Scalar:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a whole file so that a reader, or a crash, sees the old content or the new, nothing between."""
+    """Write a whole file so that a reader, or a crash, sees the old content or the new, nothing between.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, becomes its escape: JSON reads it as the same again.
+    """
     scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w", encoding="utf-8") as file:
+    with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -70,7 +73,8 @@ def truncate_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with path.open(encoding="utf-8") as file:  # cuts at line ends alone, not at U+2028 inside a string
+        lines = list(file)
     kept = [
         line
         for number, line in enumerate(lines, 1)

@@ -170,6 +170,21 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
         assert len(server.requests) == 2
 
 
+def test_verdicts_with_unusual_characters_are_not_asked_for_again(tmp_path: Path) -> None:
+    odd = "first\u2028second\u0085third\x0cfourth\x1dfifth\ud800."
+    pairs = pairs_of(["**"], ["*"])
+
+    def says(instruction: str, first: str, second: str) -> str:
+        return odd + quality(instruction, first, second)
+
+    with JudgeServer(says).running() as server:
+        first = record_of(server, pairs, tmp_path)
+        for _ in range(2):  # the second time the file is one that reading the first time wrote
+            server.requests.clear()
+            assert record_of(server, pairs, tmp_path) == first
+            assert server.requests == []
+
+
 def test_an_endpoint_that_dies_ends_the_run_with_what_it_said(tmp_path: Path) -> None:
     pairs = pairs_of(["**"] * 30, ["*"] * 30)
     server = JudgeServer(quality, faults=dict.fromkeys(range(25, 1000), "status 503"))

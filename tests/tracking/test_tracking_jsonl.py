@@ -57,6 +57,14 @@ def test_truncation_cuts_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_truncation_keeps_rows_whose_strings_hold_other_separators(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    row = '{"step": 1, "text": "a\u2028b\u0085c"}\n'
+    path.write_text(row + '{"step": 2}\n', encoding="utf-8")
+    assert truncate_after(path, 1) == 1
+    assert path.read_text(encoding="utf-8") == row
+
+
 def test_truncation_of_a_missing_file_and_of_a_foreign_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert truncate_after(path, 5) == 0
