@@ -125,6 +125,17 @@ class Contrast:
         """Calibrated minus uncalibrated, paired by seed: the same data in the same order."""
         return paired_difference(self.base.by_seed(key), self.calibrated.by_seed(key))
 
+    def means(self, key: str) -> tuple[float, float] | None:
+        """Both sides' means over the seeds that both have, so that they differ by `difference`'s mean."""
+        base, calibrated = self.base.by_seed(key), self.calibrated.by_seed(key)
+        common = [seed for seed in base if seed in calibrated]
+        if not common:
+            return None
+        return (
+            statistics.fmean(base[seed] for seed in common),
+            statistics.fmean(calibrated[seed] for seed in common),
+        )
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -153,6 +164,8 @@ class Difference:
 @dataclass(frozen=True)
 class Overall:
     """A metric over contrasts: medians of the two sides' means and of the differences, and their signs.
+
+    All of them are over the seeds that both sides of a contrast have.
 
     Of `count` contrasts `higher` are above zero and `lower` below, `clearly_*` with their whole interval.
     """
@@ -323,16 +336,17 @@ def paired_difference(base: Mapping[Any, float], other: Mapping[Any, float]) -> 
 
 def overall(found: Sequence[Contrast], key: str) -> Overall | None:
     """What calibration did to a metric over all contrasts that have it; None where there is none."""
-    having = [(contrast, difference) for contrast in found if (difference := contrast.difference(key))]
-    if not having:
+    differences = [difference for contrast in found if (difference := contrast.difference(key))]
+    means = [both for contrast in found if (both := contrast.means(key))]
+    if not differences:
         return None
-    up = [difference for _, difference in having if difference.mean > 0]
-    down = [difference for _, difference in having if difference.mean < 0]
+    up = [difference for difference in differences if difference.mean > 0]
+    down = [difference for difference in differences if difference.mean < 0]
     return Overall(
-        statistics.median(statistics.fmean(contrast.base.values(key)) for contrast, _ in having),
-        statistics.median(statistics.fmean(contrast.calibrated.values(key)) for contrast, _ in having),
-        statistics.median(difference.mean for _, difference in having),
-        len(having),
+        statistics.median(base for base, _ in means),
+        statistics.median(calibrated for _, calibrated in means),
+        statistics.median(difference.mean for difference in differences),
+        len(differences),
         len(up),
         sum(difference.clear for difference in up),
         len(down),

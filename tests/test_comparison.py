@@ -150,6 +150,21 @@ def test_over_contrasts_medians_and_signs() -> None:
     assert overall(contrasts(conditions(runs)), "y") is None
 
 
+def test_medians_and_differences_are_over_the_same_seeds() -> None:
+    """Seed 3 ran without calibration alone, seed 4 with it alone: neither moves a median."""
+    values = {False: {1: 0.1, 2: 0.3, 3: 9.0}, True: {1: 0.5, 2: 0.9, 4: -9.0}}
+    runs = [
+        run(values={"x": value}, rc=rc, seed=seed)
+        for rc, by_seed in values.items()
+        for seed, value in by_seed.items()
+    ]
+    (contrast,) = contrasts(conditions(runs))
+    assert contrast.means("x") == pytest.approx((0.2, 0.7)) and contrast.means("y") is None
+    found = overall([contrast], "x")
+    assert found is not None
+    assert (found.base, found.calibrated, found.difference) == pytest.approx((0.2, 0.7, 0.5))
+
+
 def test_variants_of_the_calibration_share_their_base() -> None:
     variants = [run(rc=True, **{"rc.ema": ema}) for ema in (0.5, 0.9)]
     found = contrasts(conditions([run(**{"rc.ema": None}), *variants]))

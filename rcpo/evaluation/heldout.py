@@ -142,6 +142,7 @@ def _columns(
         losses=array(objective(pairs)) if per_pair else None,
         chosen_incentives=None if incentives is None else array(incentives[0]),
         rejected_incentives=None if incentives is None else array(incentives[1]),
+        prompts=dataset.prompts[indices],
     )
 
 

@@ -76,4 +76,5 @@ def judged(pairs: Sequence[Pair], asked: Sequence[Question], verdicts: Mapping[s
         asked=np.array([pair.ours != pair.theirs for pair in kept], dtype=bool),
         longer=np.array([len(pair.ours) - len(pair.theirs) for pair in kept], dtype=np.float64),
         labels=np.array([np.nan if pair.label is None else pair.label for pair in kept]),
+        prompts=np.unique([pair.instruction for pair in kept], return_inverse=True)[1],
     )

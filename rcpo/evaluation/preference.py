@@ -34,7 +34,7 @@ class PreferenceScores:
     `*_token_logratios` means a token whatever the reduction, `*_incentives` d_w and d_l.
     The rejected side is None for data without one; `losses` and `*_incentives` for an objective whose loss is
     not a mean over pairs. In unpaired data an example lacks one side: its length is 0, its other values say
-    nothing.
+    nothing. `prompts` are equal where the examples' prompts are; None: all prompts differ.
     """
 
     example_ids: Sequence[str]
@@ -54,6 +54,7 @@ class PreferenceScores:
     losses: Floats | None = None
     chosen_incentives: Floats | None = None
     rejected_incentives: Floats | None = None
+    prompts: NDArray[np.uint64] | None = None
 
     def __post_init__(self) -> None:
         for name, values in self._columns().items():
@@ -159,12 +160,14 @@ def preference_metrics(scores: PreferenceScores, seed: int, resamples: int = RES
     """
     columns = preference_columns(scores)
     record: dict[str, float] = {"eval/examples": len(scores)}
+    prompts = scores.prompts
     if scores.paired:
-        return record | means_with_intervals(columns, seed, resamples)
+        return record | means_with_intervals(columns, seed, resamples, prompts)
     for name, values in columns.items():
         rows = rows_with(scores, name)
         if rows.any():
-            record |= means_with_intervals({name: values[rows]}, seed, resamples)
+            own = None if prompts is None else prompts[rows]
+            record |= means_with_intervals({name: values[rows]}, seed, resamples, own)
     return record
 
 
@@ -176,19 +179,24 @@ def rows_with(scores: PreferenceScores, name: str) -> NDArray[np.bool_]:
 
 
 def means_with_intervals(
-    columns: Mapping[str, NDArray[Any]], seed: int, resamples: int = RESAMPLES
+    columns: Mapping[str, NDArray[Any]],
+    seed: int,
+    resamples: int = RESAMPLES,
+    prompts: NDArray[Any] | None = None,
 ) -> dict[str, float]:
     """`eval/NAME`, `eval/NAME/low` and `eval/NAME/high` for the mean of every column (B,).
 
-    The interval is the percentile bootstrap's, 95 %, over examples. All columns share the resamples, so
-    differences between metrics are not blurred; a seed gives the same numbers on any machine. A column with a
-    NaN has a NaN mean and interval, which JSON gets as null. Raises ValueError where there is no example.
+    The interval is the percentile bootstrap's, 95 %, over prompts: the examples of one prompt, those with
+    equal `prompts` (B,), are drawn together, because they are not independent (None: all differ). All columns
+    share the resamples, so differences between metrics are not blurred; a seed gives the same numbers on any
+    machine. A column with a NaN has a NaN mean and interval, which JSON gets as null. Raises ValueError where
+    there is no example.
     """
     names = list(columns)
     values = np.stack([np.asarray(columns[name], np.float64) for name in names], axis=1)  # (B, M)
     if not len(values):
         raise ValueError(NOTHING_HELD_OUT)
-    low, high = bootstrap_interval(values, seed, resamples)
+    low, high = bootstrap_interval(values, seed, resamples, prompts)
     record: dict[str, float] = {}
     for name, mean, lower, upper in zip(names, values.mean(axis=0), low, high, strict=True):
         record |= {
@@ -199,11 +207,30 @@ def means_with_intervals(
     return record
 
 
-def bootstrap_interval(values: Floats, seed: int, resamples: int = RESAMPLES) -> tuple[Floats, Floats]:
-    """Percentile-bootstrap ends (M,) and (M,) for the means over the rows of `values` (B, M)."""
-    size = len(values)
-    means = [counts @ values / size for counts in resampled_counts(size, seed, resamples)]  # (…, M) each
+def bootstrap_interval(
+    values: Floats, seed: int, resamples: int = RESAMPLES, prompts: NDArray[Any] | None = None
+) -> tuple[Floats, Floats]:
+    """Percentile-bootstrap ends (M,) and (M,) for the means over the rows of `values` (B, M).
+
+    Rows with equal `prompts` (B,) are drawn together: the cluster bootstrap.
+    """
+    groups = prompt_groups(len(values), prompts)
+    count = int(groups.max()) + 1
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, groups, values)
+    sizes = np.bincount(groups)  # (G,)
+    means = [
+        drawn @ sums / (drawn @ sizes)[:, None] for drawn in resampled_counts(count, seed, resamples)
+    ]  # (…, M) each
     return interval_of(np.concatenate(means))
+
+
+def prompt_groups(size: int, prompts: NDArray[Any] | None) -> NDArray[np.int64]:
+    """The number of each row's prompt, (size,), counted in the order in which prompts first appear."""
+    if prompts is None:
+        return np.arange(size)
+    _, first, inverse = np.unique(prompts, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def interval_of(resampled: Floats) -> tuple[Floats, Floats]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DivisionByZero, InvalidOperation, Overflow
 
 from rcpo.config import EvalConfig
 from rcpo.data.dataset import Checker
@@ -12,7 +12,16 @@ from rcpo.data.dataset import Checker
 Scorer = Callable[[str, str, str], bool]
 """(prompt, chosen response, answer) → whether the answer is right."""
 
-_NUMBER = re.compile(r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+# A dash is a sign where it stands right before its number and not between two things ("5-3", "GPT-4"), or
+# after an equals sign or GSM8K's mark. Powers of ten and fractions belong to their number.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}%.])[-−](?=(?:[$€£]\s?)?\.?\d)|(?<=[=#])\s?[-−]\s?)?"
+    r"[$€£]?\s?(?P<minus>(?<=[$€£])[-−])?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<exponent>[-+−]?\d+)(?!\w)"
+    r"|\s?(?:[×*·]|\\times|\\cdot)\s?10(?:\^|\*\*)\{?(?P<power>[-+−]?\d+)\}?)?"
+    r"(?:/(?P<denominator>\d+(?:\.\d+)?)(?![\w/]))?"
+)
 _MARK = "####"  # GSM8K puts it before the result
 
 
@@ -38,16 +47,29 @@ def same_text(prompt: str, chosen: str, answer: str) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """1,234.50 as 1234.5; signs count, currency signs and thousands separators do not. None without one."""
+    """The value of a text's last number, None without one; after "####" that of the first.
+
+    Signs, exponents (1e5, 2 × 10^3) and fractions (3/4) count; currency signs and thousands separators do
+    not.
+    """
     _, mark, result = text.rpartition(_MARK)
-    found = _NUMBER.findall(result) if mark else []
-    numbers = found[:1] or _NUMBER.findall(text)[-1:]
-    if not numbers:
-        return None
+    found = [*_NUMBER.finditer(mark + result)] if mark else []
+    numbers = found[:1] or [*_NUMBER.finditer(text)][-1:]
+    return _value(numbers[0]) if numbers else None
+
+
+def _value(number: re.Match[str]) -> Decimal | None:
+    if number["denominator"] and number.string[: number.start()].endswith("/"):  # a date
+        return Decimal(number["denominator"])
+    digits = number["digits"].replace(",", "")
+    exponent = (number["exponent"] or number["power"] or "0").replace("−", "-")
     try:
-        return Decimal(re.sub(r"[$,\s]", "", numbers[0]))
-    except InvalidOperation:
+        value = Decimal(f"{digits}e{exponent}")
+        if number["denominator"]:
+            value /= Decimal(number["denominator"])
+    except (InvalidOperation, DivisionByZero, Overflow):
         return None
+    return -value if number["sign"] or number["minus"] else value
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:

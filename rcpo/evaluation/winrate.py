@@ -22,6 +22,7 @@ from rcpo.evaluation.preference import (
     Floats,
     interval_of,
     means_with_intervals,
+    prompt_groups,
     resampled_counts,
 )
 
@@ -37,7 +38,8 @@ class Judged:
 
     `verdicts` (B, 2): ours first, ours second; `asked` (B,) is false where both answers are the same, a tie
     that nobody was asked about. `longer` (B,) is our answer's length less the other's, in characters.
-    `labels` (B,) are a person's preferences for ours, 0 to 1, NaN where there is none.
+    `labels` (B,) are a person's preferences for ours, 0 to 1, NaN where there is none. `prompts` (B,) are
+    equal where the instructions are.
     """
 
     ids: Sequence[str]
@@ -45,11 +47,12 @@ class Judged:
     asked: NDArray[np.bool_]
     longer: Floats
     labels: Floats
+    prompts: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         count = len(self.ids)
         assert self.verdicts.shape == (count, 2), self.verdicts.shape
-        assert self.asked.shape == self.longer.shape == self.labels.shape == (count,)
+        assert self.asked.shape == self.longer.shape == self.labels.shape == self.prompts.shape == (count,)
 
     @property
     def preferences(self) -> Floats:
@@ -60,7 +63,7 @@ class Judged:
 def judge_metrics(judged: Judged, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
     """The record of a judgement; what is not defined is left out.
 
-    `win_rate` and `length_controlled_win_rate` with 95 % bootstrap intervals over pairs, from the same
+    `win_rate` and `length_controlled_win_rate` with 95 % bootstrap intervals over prompts, from the same
     resamples; `wins`, `losses` and `ties` as shares of pairs; `agreement` and `kappa` (Cohen's) of the two
     orders and `first_position_rate`, the share of decided verdicts for what was shown first (½: no bias),
     over the pairs that were asked about; with labels `label_agreement`, `label_kappa` and `labelled` pairs.
@@ -68,8 +71,8 @@ def judge_metrics(judged: Judged, seed: int, resamples: int = RESAMPLES) -> dict
     preferences = judged.preferences
     record: dict[str, Any] = {
         f"{PREFIX}examples": len(preferences),
-        **means_with_intervals({"judge/win_rate": preferences}, seed, resamples),
-        **_length_controlled(preferences, judged.longer, seed, resamples),
+        **means_with_intervals({"judge/win_rate": preferences}, seed, resamples, judged.prompts),
+        **_length_controlled(judged, seed, resamples),
     }
     outcomes = _outcome(preferences)
     for name, outcome in (("wins", 1), ("losses", -1), ("ties", 0)):
@@ -110,14 +113,16 @@ def cohens_kappa(one: NDArray[np.int64], other: NDArray[np.int64]) -> float | No
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def _length_controlled(preferences: Floats, longer: Floats, seed: int, resamples: int) -> dict[str, float]:
+def _length_controlled(judged: Judged, seed: int, resamples: int) -> dict[str, float]:
+    preferences, longer = judged.preferences, judged.longer
+    groups = prompt_groups(len(preferences), judged.prompts)
     name = f"{PREFIX}length_controlled_win_rate"
     everyone = length_controlled_win_rates(preferences, longer, np.ones((1, len(preferences))))
     if everyone is None:
         return {}
     rates = [
-        length_controlled_win_rates(preferences, longer, counts.astype(np.float64))
-        for counts in resampled_counts(len(preferences), seed, resamples)
+        length_controlled_win_rates(preferences, longer, counts[:, groups].astype(np.float64))
+        for counts in resampled_counts(int(groups.max()) + 1, seed, resamples)
     ]
     low, high = interval_of(np.concatenate([part for part in rates if part is not None])[:, None])
     return {name: float(everyone[0]), f"{name}/low": float(low[0]), f"{name}/high": float(high[0])}

@@ -54,7 +54,7 @@ def held_out(run: Run) -> list[Table]:
     rows = [(title, interval(values, name, unit)) for title, name, unit in ROWS if f"eval/{name}" in values]
     rows += [(name, interval(values, name, "other")) for name in others if name not in known | {"examples"}]
     count = values.get("eval/examples")
-    caption = "" if count is None else f"{count:,.0f} held-out pairs; 95 % bootstrap intervals over pairs."
+    caption = "" if count is None else f"{count:,.0f} held-out pairs; 95 % bootstrap intervals over prompts."
     tables = [Table(("held-out", "mean [95 % interval]"), rows, caption)] if rows else []
     return [*tables, *_judged(run), *_by_length(values), *_scores(values), *_dynamics(values)]
 
@@ -89,7 +89,7 @@ def _judged(run: Run) -> list[Table]:
     rows = judge_rows(run.evaluation)
     if not rows:
         return []
-    caption = f"{judge_counts(run.evaluation)}; 95 % bootstrap intervals over pairs."
+    caption = f"{judge_counts(run.evaluation)}; 95 % bootstrap intervals over prompts."
     if run.judge:
         shown = {key: str(run.judge.get(key, "unknown")) for key in ("model", "against", "prompts")}
         caption += f" Judge: {shown['model']}; against: {shown['against']}; prompts: {shown['prompts']}."

@@ -123,6 +123,10 @@ def sentence_of_contrast(pair: Contrast) -> str:
 
 
 def _means(pair: Contrast, key: str = WINNER) -> tuple[float, float] | None:
+    """Both sides' means over the seeds that both have; over all of each side's where they share none."""
+    common = pair.means(key)
+    if common is not None:
+        return common
     base, calibrated = spread(pair.base.values(key)), spread(pair.calibrated.values(key))
     return None if base is None or calibrated is None else (base.mean, calibrated.mean)
 

@@ -163,6 +163,20 @@ def test_an_example_is_known_by_its_content(config: RunConfig, tmp_path: Path) -
     assert list(rows["a"]) == [list(rows["b"])[place] for place in (1, 2, 0)]
 
 
+def test_intervals_draw_the_pairs_of_a_prompt_together(config: RunConfig, tmp_path: Path) -> None:
+    """With one prompt there is one thing to draw: the interval is the mean, and honest about it."""
+    record = evaluated(config, tmp_path / "apart")
+    assert record["eval/logps/chosen/low"] < record["eval/logps/chosen/high"]
+    rows = [json.loads(line) for line in Path(str(config.data.path)).read_text().splitlines()]
+    one = tmp_path / "one.jsonl"
+    one.write_text("".join(json.dumps({**row, "prompt": rows[0]["prompt"]}) + "\n" for row in rows))
+    config.data.eval_path = str(one)
+    record = evaluated(config, tmp_path / "together")
+    assert record["eval/examples"] == 3
+    assert record["eval/logps/chosen/low"] == pytest.approx(record["eval/logps/chosen"])
+    assert record["eval/logps/chosen/high"] == pytest.approx(record["eval/logps/chosen"])
+
+
 def test_no_dynamics_where_pairs_are_coupled_or_nothing_is_measured(
     config: RunConfig, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def three() -> PreferenceScores:
         chosen_token_logps=np.array([-0.25, -0.5, -0.75]),
         chosen_token_logratios=np.array([-0.5, 0.5, -0.75]),
         rejected_token_logratios=np.array([-1.0, 0.25, -0.75]),
+        prompts=np.array([11, 12, 13], np.uint64),
     )
 
 
@@ -116,6 +117,40 @@ def test_interval_of_a_share_is_the_binomial_one() -> None:
     exact = [float(np.searchsorted(np.cumsum(mass), tail)) / 100 for tail in (0.025, 0.975)]
     low, high = bootstrap_interval(values, seed=3)
     assert [low[0], high[0]] == pytest.approx(exact, abs=0.011)  # one hit
+
+
+def test_pairs_of_one_prompt_are_resampled_together() -> None:
+    """Copies add nothing: with each prompt's pair sixteen times over, the interval is that of the prompts."""
+    values = np.random.default_rng(2).normal(size=(40, 1))
+    once = bootstrap_interval(values, seed=7)
+    copies = bootstrap_interval(values.repeat(16, 0), seed=7, prompts=np.arange(40).repeat(16))
+    assert np.allclose(copies, once, rtol=0, atol=1e-12)
+    apart = bootstrap_interval(values.repeat(16, 0), seed=7)
+    # sixteen times as many independent pairs would give a quarter of the width
+    assert (apart[1] - apart[0]) / (once[1] - once[0]) == pytest.approx(0.25, rel=0.1)
+
+
+def test_prompts_with_more_pairs_weigh_more() -> None:
+    """Two prompts, of one pair (0) and of three (1): a resample's mean is 0, 3/4 or 1."""
+    values, prompts = np.array([0.0, 1, 1, 1])[:, None], np.array([9, 4, 4, 4])
+    low, high = bootstrap_interval(values, seed=1, prompts=prompts)
+    assert (low[0], high[0]) == (0, 1)  # each of the same prompt twice has a chance of 1/4
+    middle = [[0.0], [1.0], [1.0], [1.0], [1.0]]  # five prompts of one pair each beside them
+    both = np.concatenate([values, middle])
+    found = means_with_intervals({"x": both[:, 0]}, 1, prompts=np.array([9, 4, 4, 4, 0, 1, 2, 3, 5]))
+    assert found["eval/x"] == pytest.approx(7 / 9)  # the mean stays that of the pairs
+
+
+def test_unpaired_columns_keep_their_prompts_together() -> None:
+    scores = replace(
+        three(),
+        chosen_lengths=np.array([3, 0, 5]),
+        rejected_lengths=np.array([0, 2, 0]),
+        prompts=np.array([7, 1, 7], np.uint64),
+    )
+    found = preference_metrics(scores, seed=1)
+    # both chosen responses are of one prompt: every resample is the same
+    assert found["eval/rewards/chosen/low"] == found["eval/rewards/chosen"] == -0.75
 
 
 def test_intervals_are_seeded_shared_and_independent_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,44 @@ from rcpo.evaluation.scorers import last_number, same_text, scorer_of
         ("7.", "7"),
         ("10,20", "20"),
         ("12%", "12"),
+        ("the range is 5-3", "3"),  # a dash between two numbers is not a sign
+        ("2021-05-04", "4"),
+        ("as GPT-4 does", "4"),
+        ("(1+4)-3", "3"),
+        ("100%-5", "5"),
+        ("so x =-3", "-3"),
+        ("so x = - 3", "-3"),
+        ("minus: −3", "-3"),  # U+2212
+        ("a list:\n- 3 apples", "3"),
+        ("#### -3", "-3"),
+        ("#### - 3", "-3"),
+        ("a loss of -$5", "-5"),
+        ("a loss of $-5", "-5"),
+        ("1e5", "100000"),
+        ("1.5E-3", "0.0015"),
+        ("-2e+2", "-200"),
+        ("6.02 × 10^23", "6.02e23"),
+        ("3*10**4", "30000"),
+        (r"2 \times 10^{-3}", "0.002"),
+        ("3e4u", "4"),  # not a number with an exponent
+        ("three quarters, 3/4", "0.75"),
+        ("-1/2", "-0.5"),
+        ("on 5/3/2021", "2021"),
     ],
 )
 def test_the_last_number_of_a_text(text: str, number: str) -> None:
     assert last_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize("text", ["1e99999999999999999999", "3/0", "no number"])
+def test_what_has_no_value_is_no_number(text: str) -> None:
+    assert last_number(text) is None
+
+
+def test_fractions_are_compared_by_value_and_not_by_their_denominator() -> None:
+    scorer = scorer_of(EvalConfig(scorer="number"), None)
+    assert scorer is not None
+    assert scorer("", "#### 1/3", "it is 2/6") and not scorer("", "#### 1/2", "it is 3/2")
 
 
 def test_numbers_are_compared_by_value() -> None:

@@ -17,7 +17,9 @@ from rcpo.evaluation.winrate import (
 )
 
 
-def judged(verdicts: Any, longer: Any = None, labels: Any = None, asked: Any = None) -> Judged:
+def judged(
+    verdicts: Any, longer: Any = None, labels: Any = None, asked: Any = None, prompts: Any = None
+) -> Judged:
     verdicts = np.asarray(verdicts, np.float64)
     count = len(verdicts)
     return Judged(
@@ -26,6 +28,7 @@ def judged(verdicts: Any, longer: Any = None, labels: Any = None, asked: Any = N
         asked=np.ones(count, bool) if asked is None else np.array(asked),
         longer=np.zeros(count) if longer is None else np.asarray(longer, np.float64),
         labels=np.full(count, math.nan) if labels is None else np.asarray(labels, np.float64),
+        prompts=np.arange(count) if prompts is None else np.asarray(prompts),
     )
 
 
@@ -141,3 +144,20 @@ def test_where_the_likelihood_has_no_end() -> None:
     assert "eval/judge/length_controlled_win_rate" not in record and "eval/judge/win_rate" in record
     one = judge_metrics(judged([[1, 1]], longer=[7]), seed=0)
     assert one["eval/judge/win_rate"] == 1 and "eval/judge/kappa" not in one
+
+
+def test_pairs_of_one_instruction_are_resampled_together() -> None:
+    """Sixteen copies of a prompt's verdict say no more than one: the intervals are those of the prompts."""
+    generator = np.random.default_rng(0)
+    verdicts = generator.integers(0, 2, (30, 2)).astype(np.float64)
+    longer = generator.integers(-50, 50, 30)
+    once = judge_metrics(judged(verdicts, longer), seed=1)
+    copies = judged(verdicts.repeat(16, 0), longer.repeat(16), prompts=np.arange(30).repeat(16))
+    found = judge_metrics(copies, seed=1)
+    for name in ("win_rate", "win_rate/low", "win_rate/high"):
+        assert found[f"eval/judge/{name}"] == pytest.approx(once[f"eval/judge/{name}"], abs=1e-12)
+    width = [
+        each["eval/judge/length_controlled_win_rate/high"] - each["eval/judge/length_controlled_win_rate/low"]
+        for each in (once, found)
+    ]
+    assert width[1] == pytest.approx(width[0], rel=0.05)  # the ridge weighs less against more pairs
