@@ -55,6 +55,9 @@ class Session:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.tokenizer, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
         refuse_kind(self.objective, self.datasets.train.kind)
+        if self.objective.spec.needs_mismatched:
+            for dataset in filter(None, (self.datasets.train, self.datasets.evaluation)):
+                _ = dataset.partners  # refuses data with a single prompt before any weights load
         if training and config.checkpoint.best is not None and self.datasets.evaluation is None:
             raise ConfigError(
                 f"checkpoint.best={config.checkpoint.best}: nothing is held out; set data.eval_path, or "

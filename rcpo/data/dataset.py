@@ -18,7 +18,7 @@ from rcpo.data.cache import Check, Say, TokenCache, Wanted
 from rcpo.data.encode import Encoder
 from rcpo.data.invariant import check_prompts
 from rcpo.data.limits import Limits
-from rcpo.data.records import PAIRS
+from rcpo.data.records import PAIRS, UNPAIRED
 from rcpo.data.report import DataReport, Tally
 from rcpo.data.selection import mixture, split_prompts
 from rcpo.data.sources import find_source
@@ -61,11 +61,26 @@ def load_datasets(
     load = _load_sums if config.name == "sums" else _load_files
     datasets = load(config, tokenizer, seed, say)
     report, train, evaluation = datasets.report, datasets.train, datasets.evaluation
+    if train.kind == UNPAIRED:
+        _refuse_one_sided(train, report.source)
     report.train = len(train)
     if evaluation is not None:
         report.evaluation = len(evaluation)
         report.shared_prompts = int(np.isin(evaluation.prompts, train.prompts).sum())
     return datasets
+
+
+def _refuse_one_sided(train: PairDataset, source: str) -> None:
+    """Raises ConfigError where the labels of all completions to train on are the same."""
+    wanted, unwanted = (int((train.lengths[:, side] > 0).sum()) for side in (1, 2))
+    if wanted and unwanted:
+        return
+    label, name = ("true", "unwanted") if wanted else ("false", "wanted")
+    raise ConfigError(
+        f"{source}: the label of all {len(train)} completions to train on is {label}, and without "
+        f"{name} ones there is nothing to compare; add some, or imitate the wanted ones: objective=sft on a "
+        "file without the label"
+    )
 
 
 def make_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:

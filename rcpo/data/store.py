@@ -10,6 +10,7 @@ from typing import overload
 
 import numpy as np
 
+from rcpo.config import ConfigError
 from rcpo.data.records import PAIRS, Example
 
 
@@ -134,16 +135,32 @@ class PairDataset(Sequence[Example]):
         return store.ids[row]
 
     def mismatched(self, index: int) -> list[int]:
-        """What kto scores after example `index`'s prompt: the next one's chosen response, or its only one.
+        """What kto scores after example `index`'s prompt: its partner's chosen response, or its only one.
 
-        The partner is fixed, so that its reference log-probs can be cached and one pair a micro-batch is
-        enough. It is cut to what `max_length` leaves after the prompt.
+        It is cut to what `max_length` leaves after the prompt.
         """
-        store, row = self._find((index + 1) % len(self))
+        store, row = self._find(int(self.partners[index]))
         completion = store.part(row, 1) or store.part(row, 2)
         if self.max_length is None:
             return completion
         return completion[: self.max_length - int(self.lengths[index, 0])]
+
+    @cached_property
+    def partners(self) -> np.ndarray:
+        """The position (n,) of the next example with another prompt; after the last comes the first.
+
+        In a file written pair by pair the next row answers the same prompt, so its completion is no
+        mismatched one. The partner is fixed, so that its reference log-probs can be cached and one pair a
+        micro-batch is enough. Raises ConfigError where all prompts are the same.
+        """
+        ends = np.flatnonzero(self.prompts != np.roll(self.prompts, -1))  # of runs of one prompt
+        if not len(ends):
+            raise ConfigError(
+                f"data: all {len(self)} examples of a split have one prompt, and kto also scores completions "
+                "of other prompts; give data with several prompts, or hold more out: data.eval_fraction"
+            )
+        place = np.searchsorted(ends, np.arange(len(self))) % len(ends)
+        return (ends[place] + 1) % len(self)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -166,7 +183,7 @@ class PairDataset(Sequence[Example]):
         responses = self.lengths[:, 1:]
         if sides < 3:
             return responses[:, :sides]
-        partners = np.roll(np.where(responses[:, 0] > 0, responses[:, 0], responses[:, 1]), -1)
+        partners = np.where(responses[:, 0] > 0, responses[:, 0], responses[:, 1])[self.partners]
         if self.max_length is not None:
             partners = np.minimum(partners, self.max_length - self.lengths[:, 0])
         return np.column_stack([responses, partners])

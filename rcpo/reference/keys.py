@@ -16,7 +16,7 @@ import numpy as np
 from rcpo.caching import file_hash
 from rcpo.hub import Source
 
-FORMAT = 1  # raise where rcpo computes other numbers from the same ingredients
+FORMAT = 2  # raise where rcpo computes other numbers from the same ingredients
 WEIGHTS = ("config.json", "*.safetensors", "*.bin", "*.index.json", "*.py")
 ADAPTER = ("adapter_config.json", "adapter_model.*")
 TOKENIZER = (

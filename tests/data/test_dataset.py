@@ -210,6 +210,14 @@ def test_unpaired_rows_have_one_side(tmp_path: Path) -> None:
     assert train.lengths.tolist() == [[3, 4, 0], [3, 0, 4], [3, 4, 0], [3, 0, 4]]
 
 
+@pytest.mark.parametrize(("label", "lacking"), [(True, "unwanted"), (False, "wanted")])
+def test_unpaired_rows_of_one_label_alone_are_refused(tmp_path: Path, label: bool, lacking: str) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "yes", "label": label} for n in range(4)]
+    path = write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(ConfigError, match=f"all 4 completions to train on is .*without {lacking} ones"):
+        load(path=path, eval_fraction=0)
+
+
 def test_unknown_fields_and_templates_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", pairs(3))
     with pytest.raises(ConfigError, match=r"data.columns.promt: there is no such field"):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rcpo.config import ConfigError
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset, TokenStore
 
@@ -35,8 +36,31 @@ def test_indexing_is_a_sequences() -> None:
 
 
 def test_the_last_example_borrows_from_the_first() -> None:
-    dataset = PairDataset.of([Example(str(n), [1], [n], [9]) for n in range(3)])
+    dataset = PairDataset.of([Example(str(n), [n], [n], [9]) for n in range(3)])
     assert [dataset.mismatched(n) for n in range(3)] == [[1], [2], [0]]
+
+
+def test_a_mismatched_completion_answers_another_prompt_in_a_file_written_pair_by_pair() -> None:
+    prompts = [[1], [1], [2], [2], [3], [1]]  # the last one's prompt is the first one's
+    dataset = PairDataset.of([Example(str(n), prompt, [10 + n], []) for n, prompt in enumerate(prompts)])
+    assert dataset.partners.tolist() == [2, 2, 4, 4, 5, 2]
+    assert [dataset.mismatched(n) for n in range(6)] == [[12], [12], [14], [14], [15], [12]]
+    assert dataset.response_lengths(3)[:, 2].tolist() == [1] * 6
+
+
+@given(prompts=st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_partners_by_search(prompts: list[int]) -> None:
+    dataset = PairDataset.of([Example(str(n), [prompt], [n], []) for n, prompt in enumerate(prompts)])
+    if len(set(prompts)) == 1:
+        with pytest.raises(ConfigError, match="have one prompt"):
+            _ = dataset.partners
+        return
+    count = len(prompts)
+    wanted = [
+        next(place % count for place in range(n, n + count) if prompts[place % count] != prompts[n])
+        for n in range(count)
+    ]
+    assert dataset.partners.tolist() == wanted
 
 
 def test_the_fingerprint_by_hand() -> None:
@@ -66,11 +90,15 @@ def test_the_fingerprint_sees_every_change() -> None:
 
 
 def test_rows_of_several_stores() -> None:
-    stores = [TokenStore.of([Example(f"{s}{n}", [s], [n], [9]) for n in range(3)]) for s in range(2)]
+    stores = [TokenStore.of([Example(f"{s}{n}", [s, n], [n], [9]) for n in range(3)]) for s in range(2)]
     dataset = PairDataset(stores, rows=np.array([4, 0, 4]))
     assert [example.id for example in dataset] == ["11", "00", "11"] == list(dataset.ids)
     assert dataset.ids[1:] == ["00", "11"]
-    assert dataset.mismatched(0) == [0] and dataset.mismatched(2) == [1]  # the next one's chosen response
+    assert [dataset.mismatched(n) for n in range(3)] == [
+        [0],
+        [1],
+        [0],
+    ]  # the last and the first are one prompt
     assert dataset.lengths.tolist() == [[1, 1, 1]] * 3
     everything = PairDataset(stores)
     assert [example.id for example in everything] == ["00", "01", "02", "10", "11", "12"]
