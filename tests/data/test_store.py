@@ -94,18 +94,15 @@ def test_rows_of_several_stores() -> None:
     dataset = PairDataset(stores, rows=np.array([4, 0, 4]))
     assert [example.id for example in dataset] == ["11", "00", "11"] == list(dataset.ids)
     assert dataset.ids[1:] == ["00", "11"]
-    assert [dataset.mismatched(n) for n in range(3)] == [
-        [0],
-        [1],
-        [0],
-    ]  # the last and the first are one prompt
-    assert dataset.lengths.tolist() == [[1, 1, 1]] * 3
+    assert [dataset.mismatched(n) for n in range(3)] == [[0], [1], [0]]  # the last two ends are one prompt
+    assert dataset.lengths.tolist() == [[2, 1, 1]] * 3
     everything = PairDataset(stores)
     assert [example.id for example in everything] == ["00", "01", "02", "10", "11", "12"]
     assert PairDataset(stores, rows=np.arange(6)).fingerprint == everything.fingerprint
     orders = [PairDataset(stores, rows=np.array(rows)) for rows in ([0, 1], [1, 0], [0, 4])]
     assert len({other.fingerprint for other in [*orders, dataset, everything]}) == 5
-    assert everything.prompts.tolist() == [everything.prompts[0]] * 3 + [everything.prompts[3]] * 3
+    assert dataset.prompts.tolist() == [everything.prompts[row] for row in (4, 0, 4)]
+    assert len(set(everything.prompts.tolist())) == 6
 
 
 def test_an_unwanted_completion_may_be_the_mismatched_one() -> None:
