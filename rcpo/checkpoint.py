@@ -21,7 +21,7 @@ from rcpo import distributed
 from rcpo.config import ConfigError
 from rcpo.engine import Engine
 from rcpo.pieces import WEIGHT
-from rcpo.runfolder import CHECKPOINTS, STATE_FILE, checkpoint_folders
+from rcpo.runfolder import CHECKPOINTS, DAMAGED, STATE_FILE, checkpoint_folders
 from rcpo.tensorfiles import PieceFiles, Written, hash_file
 
 MANIFEST, TENSORS = "manifest.json", "tensors"
@@ -91,7 +91,7 @@ def newest(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
 def _set_aside(folders: list[Path]) -> None:
     if distributed.is_main():
         for folder in folders:
-            aside = folder.with_name(f"{folder.name}.damaged")
+            aside = folder.with_name(f"{folder.name}{DAMAGED}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
 

@@ -26,9 +26,11 @@ LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"  # in a checkpoint: the run's own state
 FINISHED_FILE = "finished.json"  # the same, of a run that came to its end
+EVALUATED = "evaluated"  # in it: whether the evaluation at the end succeeded
 OUTCOME_FILE = "outcome.json"  # exit code and reason of a run that somebody waited for
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where it was built
-_NAME = re.compile(r"step-(\d+)")
+DAMAGED = ".damaged"  # ends the name of a checkpoint that was set aside
+_NAME = re.compile(r"step-(\d+)(\.damaged)?")
 
 
 @contextmanager
@@ -74,11 +76,21 @@ def is_locked(run_dir: Path) -> bool:
 
 def checkpoint_folders(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of each checkpoint there, newest first, unverified."""
+    return _steps(run_dir, damaged=False)
+
+
+def damaged_folders(run_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint that was found damaged and set aside, newest first."""
+    return _steps(run_dir, damaged=True)
+
+
+def _steps(run_dir: Path, *, damaged: bool) -> list[tuple[int, Path]]:
     folder = run_dir / CHECKPOINTS
     if not folder.is_dir():
         return []
     entries = ((_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir())
-    return sorted(((int(match[1]), entry) for match, entry in entries if match), reverse=True)
+    found = ((int(match[1]), entry) for match, entry in entries if match and bool(match[2]) == damaged)
+    return sorted(found, reverse=True)
 
 
 def stored_state(run_dir: Path) -> dict[str, Any] | None:

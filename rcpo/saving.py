@@ -1,7 +1,8 @@
 """Writes checkpoints while training goes on: copied, written beside, hashed, moved into place, pruned.
 
-Each rank writes its tensors in a thread, from a copy in the host's memory. When all are on the disk, the
-checkpoint gets its name, at the end of a later step, by all ranks together.
+Each rank writes its tensors in a thread, from a copy in the host's memory, and a record of them beside. When
+all are on the disk, the checkpoint gets its name, at the end of a later step, by all ranks together; after a
+failure, when the ranks cannot meet any more, by rank 0, which sees from the records that all is there.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import logging
 import math
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from torch import Tensor
@@ -25,13 +27,15 @@ from rcpo.checkpoint import FORMAT, MANIFEST, TENSORS
 from rcpo.config import CheckpointConfig, ConfigError, RunConfig, RunError
 from rcpo.config.validation import BEST_METRICS
 from rcpo.engine import Engine
-from rcpo.runfolder import CHECKPOINTS, STATE_FILE, checkpoint_folders
-from rcpo.tensorfiles import Written, hash_file, write_tensors
+from rcpo.runfolder import CHECKPOINTS, DAMAGED, STATE_FILE, checkpoint_folders, damaged_folders
+from rcpo.tensorfiles import hash_file, write_tensors
 from rcpo.tracking.jsonl import replace_text
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
+RESCUE_SECONDS = 120.0  # that a failed run waits for the other ranks' parts: hundreds of MB a second do it
+_RECORDS = "records"  # in an unfinished checkpoint: what each rank wrote
 SHARE = 0.05  # of the time between two checkpoints that training may be held up by them
 
 
@@ -107,23 +111,33 @@ class BestStep:
 
 
 class _Part(Thread):
-    """Writes this rank's tensors; afterwards `written`, or the `problem`."""
+    """Writes this rank's tensors and then a record of them; afterwards `problem` is None, or why not."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, scratch: Path, name: str, tensors: Mapping[str, Tensor], rng: dict[str, Any]) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self.path = path
-        self.written: Written | None = None
         self.problem: str | None = "its writer failed"
-        self._tensors = tensors
+        self._scratch, self._name, self._tensors, self._rng = scratch, name, tensors, rng
 
     def run(self) -> None:
         try:
-            self.path.parent.mkdir(exist_ok=True)  # a network's folder may not show here yet
-            self.written, self.problem = write_tensors(self.path, self._tensors), None
+            for folder in (TENSORS, _RECORDS):  # a network's folder may not show here yet
+                (self._scratch / folder).mkdir(exist_ok=True)
+            written = write_tensors(self._scratch / TENSORS / self._name, self._tensors)
+            record = {"file": self._name, "written": asdict(written), "rng": self._rng}
+            replace_text(_record(self._scratch, self._name), json.dumps(record))
+            self.problem = None
         except OSError as error:
             self.problem = error.strerror
         finally:
             self._tensors = {}
+
+
+def _part_name(rank: int, ranks: int) -> str:
+    return f"{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def _record(scratch: Path, name: str) -> Path:
+    return scratch / _RECORDS / f"{name}.json"
 
 
 @dataclass(frozen=True)
@@ -132,9 +146,17 @@ class _Pending:
 
     step: int
     state: dict[str, Any]
-    rng: dict[str, Any]
     kept: Collection[int]
     part: _Part
+
+
+_writers: weakref.WeakSet[CheckpointWriter] = weakref.WeakSet()
+
+
+def rescue_all() -> None:
+    """Finish the checkpoints that this process is writing, before it ends for want of the other ranks."""
+    for writer in list(_writers):
+        writer.rescue()
 
 
 class CheckpointWriter:
@@ -152,6 +174,8 @@ class CheckpointWriter:
         roomy = not config.engine.offload_optimizer
         self._background = roomy if settings.background is None else settings.background
         self._pending: _Pending | None = None
+        self._moving = Lock()  # the heartbeat's thread may end the run
+        _writers.add(self)
 
     def place(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -171,11 +195,10 @@ class CheckpointWriter:
         tensors = engine.tensors()
         if self._background:
             tensors = {label: tensor.to("cpu", copy=True) for label, tensor in tensors.items()}
-        rank, ranks = distributed.rank(), distributed.world_size()
-        part = _Part(scratch / TENSORS / f"{rank:05d}-of-{ranks:05d}.safetensors", tensors)
+        name = _part_name(distributed.rank(), distributed.world_size())
+        part = _Part(scratch, name, tensors, distributed.rng_state())
         part.start()
-        state = {**state, "engine": engine.record()}
-        self._pending = _Pending(step, state, distributed.rng_state(), kept, part)
+        self._pending = _Pending(step, {**state, "engine": engine.record()}, kept, part)
         if not self._background:
             self.finish()
         waited = time.monotonic() - began
@@ -197,32 +220,63 @@ class CheckpointWriter:
 
         Raises RunError where it could not be written.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         pending.part.join()
         try:
-            self._finish(pending)
+            problems = distributed.gather_objects(pending.part.problem)
+            self._refuse(pending.step, next((problem for problem in problems if problem), None))
+            self._on_main(lambda: self._move(pending), pending.step)
         except RunError:
             if distributed.is_main():  # what it took of a full disk is given back
                 shutil.rmtree(self._scratch(pending.step), ignore_errors=True)
+            self._pending = None
             raise
+        self._pending = None
 
-    def _finish(self, pending: _Pending) -> None:
-        part = pending.part
-        entry = None if part.written is None else asdict(part.written)
-        ranks = distributed.gather_objects((part.problem, part.path.name, entry, pending.rng))
-        self._refuse(pending.step, next((problem for problem, *_ in ranks if problem), None))
-        files = {f"{TENSORS}/{name}": entry for _, name, entry, _ in ranks}
-        state = {**pending.state, "rng": [rng for *_, rng in ranks]}
-        self._on_main(lambda: self._move(pending.step, state, files, pending.kept), pending.step)
+    def rescue(self) -> None:
+        """Finish a pending checkpoint after a failure, which other ranks may not have had. Not collective."""
+        pending = self._pending
+        if pending is None:
+            return
+        pending.part.join()
+        if not distributed.is_main():
+            return
+        try:
+            self._wait_for_all(pending)
+            self._move(pending)
+            log.info("the checkpoint of step %d was finished after the failure", pending.step)
+        except OSError as error:
+            log.warning("the checkpoint of step %d could not be finished: %s", pending.step, error)
 
-    def _move(self, step: int, state: dict[str, Any], files: dict[str, Any], kept: Collection[int]) -> None:
-        """Rank 0: from the scratch folder with all tensors to the checkpoint in its place."""
+    def _wait_for_all(self, pending: _Pending) -> None:
+        end = time.monotonic() + RESCUE_SECONDS
+        if pending.part.problem is not None:
+            raise OSError(pending.part.problem)
+        while any(not path.is_file() for path in self._records(pending.step)):
+            if time.monotonic() > end:
+                raise OSError("a rank's part is missing")
+            time.sleep(0.1)
+
+    def _records(self, step: int) -> list[Path]:
+        ranks = distributed.world_size()
+        return [_record(self._scratch(step), _part_name(rank, ranks)) for rank in range(ranks)]
+
+    def _move(self, pending: _Pending) -> None:
+        """Rank 0: from the scratch folder with all parts to the checkpoint in its place."""
+        with self._moving:
+            if self._pending is pending:
+                self._place(pending)
+                self._pending = None
+
+    def _place(self, pending: _Pending) -> None:
+        step = pending.step
         scratch, place = self._scratch(step), self.place(step)
-        for name in files:
-            if not (scratch / name).is_file():
-                raise FileNotFoundError(0, f"{name} of another process is not there: share the folder", name)
+        records = [_read_record(path) for path in self._records(step)]
+        files = {f"{TENSORS}/{record['file']}": record["written"] for record in records}
+        state = {**pending.state, "rng": [record["rng"] for record in records]}
+        shutil.rmtree(scratch / _RECORDS)
         replace_text(scratch / STATE_FILE, json.dumps(state, allow_nan=False) + "\n")
         files[STATE_FILE] = asdict(hash_file(scratch / STATE_FILE))
         manifest = {"format": FORMAT, "step": step, "files": files}
@@ -237,8 +291,14 @@ class CheckpointWriter:
         sync_folder(self.folder)
         replace_text(self.folder / LATEST, place.name + "\n")
         shutil.rmtree(old, ignore_errors=True)
-        for number, superseded in checkpoint_folders(self.run_dir)[self._keep :]:
-            if number not in kept:
+        self._prune(pending.kept)
+
+    def _prune(self, kept: Collection[int]) -> None:
+        """Removes all but the last `keep` checkpoints; damaged ones take the places that whole ones leave."""
+        whole = checkpoint_folders(self.run_dir)
+        left = max(0, self._keep - len(whole))
+        for number, superseded in [*whole[self._keep :], *damaged_folders(self.run_dir)[left:]]:
+            if number not in kept or superseded.name.endswith(DAMAGED):
                 shutil.rmtree(superseded)
 
     def _scratch(self, step: int) -> Path:
@@ -266,3 +326,12 @@ def _empty(folder: Path) -> None:
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     (folder / TENSORS).mkdir(parents=True)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What a rank wrote; raises OSError where it, or the record, does not show here."""
+    name = path.name.removesuffix(".json")
+    if not path.is_file() or not (path.parents[1] / TENSORS / name).is_file():
+        raise FileNotFoundError(0, f"{name} of another process is not there: share the folder", name)
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,20 +20,21 @@ import torch
 
 from rcpo import distributed
 from rcpo.checkpoint import Checkpoint
-from rcpo.config import ConfigError, RunConfig, to_container
+from rcpo.config import ConfigError, RunConfig, RunError, to_container
 from rcpo.divergence import DivergenceWatch
 from rcpo.dynamics import StepDynamics
 from rcpo.final import FINAL, save_best, save_model
 from rcpo.metrics import VOTES, StepSums, pair_values, peak_memory
-from rcpo.nonfinite import NonFinite, NonFiniteWatch
+from rcpo.nonfinite import NonFiniteWatch
 from rcpo.resume import find_checkpoint, is_complete, other_layout, refuse_other_contents
-from rcpo.runfolder import FINISHED_FILE, locked
+from rcpo.runfolder import EVALUATED, FINISHED_FILE, locked
 from rcpo.saving import BestStep, CheckpointWriter
 from rcpo.session import Session
 from rcpo.signals import STOPPED, Stopped, StopRequest
 from rcpo.tracking import Tracker, write_environment
 from rcpo.tracking.jsonl import replace_text
 from rcpo.types import TokenBatch
+from rcpo.visible import first_line
 
 log = logging.getLogger(__name__)
 
@@ -136,22 +138,32 @@ class Trainer:
             sums.vote("written")
 
     def run(self, tracker: Tracker, evaluate: Evaluate | None, observe: Observe | None = None) -> None:
-        """All remaining steps, with evaluations and checkpoints, until the end or a stop signal."""
+        """All remaining steps, with evaluations and checkpoints, until a stop signal or the whole end.
+
+        At the end `final/` is written before anything that can fail: evaluation, the last probe, `best/`.
+        Whatever ends the run, a checkpoint that is being written is finished.
+        """
+        try:
+            self._run(tracker, evaluate, observe)
+            self.checkpoints.finish()
+        except BaseException:
+            self.checkpoints.rescue()
+            raise
+
+    def _run(self, tracker: Tracker, evaluate: Evaluate | None, observe: Observe | None) -> None:
         if observe is not None and self.step == 0:
             observe(0, tracker)
         every = self.config.eval.every
+        row = None
         self.checkpoints.clock.start()
         while not self.finished and not self.stopping:
-            row = self._attempt()
+            row = self.train_step()
             for line in self.divergence.look(row):
                 tracker.warning(line)
-            improved = False
-            if evaluate is not None and (self.finished or (every and self.step % every == 0)):
-                self.engine.eval()
-                values = evaluate(self.session)
-                tracker.evaluation(self.step, values)
-                improved = self.best.improved(self.step, values)
-            if self.finished or (self.step - 1) % self.config.log.every == 0:
+            if self.finished:
+                break
+            improved = bool(every and self.step % every == 0) and self._evaluate(tracker, evaluate)
+            if (self.step - 1) % self.config.log.every == 0:
                 tracker.log(row)
             if observe is not None:
                 observe(self.step, tracker)
@@ -159,15 +171,45 @@ class Trainer:
                 self.checkpoints.finish()
             if improved or self._save_due():
                 self.save(tracker)
-        self.checkpoints.finish()
+        if self.finished:
+            self._conclude(row, tracker, evaluate, observe)
 
-    def _attempt(self) -> dict[str, Any]:
-        """A step; where it ends the run, what was being saved is saved."""
+    def _evaluate(self, tracker: Tracker, evaluate: Evaluate | None) -> bool:
+        """A held-out evaluation after this step; returns whether it is the best so far."""
+        if evaluate is None:
+            return False
+        self.engine.eval()
+        values = evaluate(self.session)
+        tracker.evaluation(self.step, values)
+        return self.best.improved(self.step, values)
+
+    def _conclude(
+        self,
+        row: dict[str, Any] | None,
+        tracker: Tracker,
+        evaluate: Evaluate | None,
+        observe: Observe | None,
+    ) -> None:
+        """The end: weights, then evaluation. `row` is the last step's, None where it was logged before.
+
+        Raises RunError, with the command that evaluates again, where anything but the weights fails.
+        """
+        self.save_final()
         try:
-            return self.train_step()
-        except NonFinite:
+            try:
+                improved = self._evaluate(tracker, evaluate)
+            finally:
+                if row is not None:
+                    tracker.log(row)
+            if observe is not None and row is not None:
+                observe(self.step, tracker)
+            if row is not None and (improved or self._save_due()):
+                self.save(tracker)
             self.checkpoints.finish()
-            raise
+            self._save_best(tracker.message)
+        except Exception as error:
+            raise RunError(unevaluated(self.session.run_dir, error)) from error
+        self._write_finished(evaluated=True)
 
     def _save_due(self) -> bool:
         every = self.config.checkpoint.every
@@ -217,18 +259,34 @@ class Trainer:
         self.divergence.load_state_dict(state["divergence"])
         self.best.load_state_dict(state["best"])
 
-    def save_final(self, say: Callable[[str], None]) -> None:
-        """`final/`, and `best/` where `checkpoint.best` is set; then the run is complete. Collective."""
+    def save_final(self) -> None:
+        """`final/`; the run is then trained, though not evaluated. Collective."""
         save_model(self.session, FINAL)
+        self._write_finished(evaluated=False)
+
+    def _save_best(self, say: Callable[[str], None]) -> None:
+        """`best/`, where `checkpoint.best` is set. Collective."""
         if self.best.step is not None:
             taken = save_best(
                 self.session, self.checkpoints.place(self.best.step), self.best.step == self.step
             )
             say(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
-        state = json.dumps(self.state_dict(), allow_nan=False)  # of all ranks: it may have to gather
+
+    def _write_finished(self, *, evaluated: bool) -> None:
+        state = {**self.state_dict(), EVALUATED: evaluated}
+        text = json.dumps(state, allow_nan=False)  # of all ranks: the state may have to be gathered
         if distributed.is_main():
-            replace_text(self.session.run_dir / FINISHED_FILE, state + "\n")
+            replace_text(self.session.run_dir / FINISHED_FILE, text + "\n")
         distributed.barrier()
+
+
+def unevaluated(run_dir: Path, error: Exception) -> str:
+    """The message for a trained run whose last evaluation, probe or best/ failed."""
+    where = shlex.quote(f"run={run_dir}")
+    return (
+        f"training is over and the weights are in {run_dir / FINAL}, but what comes after it failed: "
+        f"{type(error).__name__}: {first_line(error)}. Evaluate again: rcpo evaluate {where}"
+    )
 
 
 def train(
@@ -292,7 +350,6 @@ def _train(
     trainer.run(tracker, evaluate, observe)
     if not trainer.finished:
         raise Stopped(f"stopped after step {trainer.step}; resume={session.run_dir} continues")
-    trainer.save_final(tracker.message)
 
 
 @contextmanager

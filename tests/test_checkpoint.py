@@ -106,6 +106,20 @@ def test_a_kept_step_stays_as_long_as_it_is_kept(trained: Trainer, saved: Path) 
     assert sorted(entry.name for entry in (saved / "checkpoints").glob("step-*")) == ["step-4", "step-5"]
 
 
+def test_damaged_checkpoints_count_among_those_that_stay(trained: Trainer, saved: Path) -> None:
+    folder = saved / "checkpoints"
+    for step in (5, 6, 7):
+        (folder / f"step-{step}.damaged").mkdir()
+    (folder / "step-2").rename(folder / "step-2.damaged")
+    save(trained, saved, 3)  # keep=2: steps 1 and 3 are whole, so no damaged one stays
+    assert sorted(entry.name for entry in folder.glob("step-*")) == ["step-1", "step-3"]
+    shutil.rmtree(folder / "step-1")
+    (folder / "step-3").rename(folder / "step-3.damaged")
+    (folder / "step-2.damaged").mkdir()
+    save(trained, saved, 4)
+    assert sorted(entry.name for entry in folder.glob("step-*")) == ["step-3.damaged", "step-4"]
+
+
 def test_writing_goes_on_beside_training_from_a_copy(trained: Trainer, tmp_path: Path) -> None:
     weight = next(trained.engine.policy.parameters())
     before = weight.detach().clone()

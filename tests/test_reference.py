@@ -290,7 +290,7 @@ def test_a_finished_run_is_held_against_its_start(config: RunConfig, tmp_path: P
     for _ in range(3):
         trainer.train_step()
     trained = heldout_logratios(session)
-    trainer.save_final(print)
+    trainer.save_final()
     finished = Session(config, tmp_path, training=False, final=tmp_path / "final")
     finished.prepare_reference()
     assert difference(before, np.zeros_like(before)) < 1e-6 and np.abs(trained).max() > 1e-3

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM
-from workers import best
+from workers import best, rescue
 
-from rcpo.checkpoint import checkpoint_weights
-from rcpo.config import CheckpointConfig, ConfigError
+from rcpo import distributed, saving
+from rcpo.checkpoint import checkpoint_weights, first_problem, newest
+from rcpo.config import CheckpointConfig, ConfigError, RunConfig, RunError
 from rcpo.runfolder import checkpoint_folders
 from rcpo.saving import BestStep, SaveClock
+from rcpo.session import Session
+from rcpo.tracking import Tracker
+from rcpo.trainer import Trainer
 
 
 def test_a_checkpoint_is_due_after_the_interval_however_the_wall_clock_jumps(
@@ -102,3 +109,99 @@ def test_the_best_step_of_a_run_stays_and_is_written_at_its_end(tmp_path: Path) 
         assert all(torch.equal(found[key.removeprefix("model.")], value) for key, value in stored.items())
         last = load_file(run_dir / "final" / "model.safetensors")
         assert not all(torch.equal(last[key], value) for key, value in expected.items())
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    """Of a run of three steps in this process."""
+    distributed.initialize()
+    config = RunConfig()
+    config.wandb.mode, config.reference.mode, config.probe.size = "disabled", "model", 0
+    config.model.name, config.model.path = "local", tiny_llama(tmp_path / "model")
+    config.data.name, config.data.path = "pairs", sums_file(tmp_path / "pairs.jsonl", 24)
+    config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 8, 8, 3
+    config.checkpoint.every, config.checkpoint.background = 1, True
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    result = Session(config, run_dir, training=True)
+    result.prepare_reference()
+    return result
+
+
+def silent(session: Session) -> Tracker:
+    return Tracker(session.run_dir, session.config, 3, True, console=Console(file=io.StringIO()))
+
+
+class OutOfMemory(RuntimeError):
+    """Like torch's: neither a RunError nor an OSError."""
+
+
+@pytest.mark.parametrize("where", ["evaluation", "probe", "step"])
+def test_a_checkpoint_that_is_being_written_survives_any_exception(
+    session: Session, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.config.eval.every = 1
+    slow = saving.write_tensors
+    monkeypatch.setattr(saving, "write_tensors", lambda *given: (time.sleep(0.3), slow(*given))[1])
+
+    def fails_at_two(*_: Any) -> dict[str, Any]:
+        if trainer.step == 2:
+            raise OutOfMemory("no memory is left")
+        return {"eval/loss": 1.0}
+
+    trainer = Trainer(session)
+    if where == "step":
+        monkeypatch.setattr(trainer.divergence, "look", fails_at_two)
+    with silent(session) as tracker, pytest.raises(OutOfMemory):
+        trainer.run(
+            tracker,
+            fails_at_two if where == "evaluation" else None,
+            fails_at_two if where == "probe" else None,
+        )
+    found = newest(session.run_dir, print)
+    assert found is not None and found.step == 1
+    assert not list((session.run_dir / "checkpoints").glob(".step-*"))
+
+
+@pytest.mark.parametrize("where", ["evaluation", "probe"])
+def test_weights_are_saved_before_the_last_evaluation_which_may_fail(session: Session, where: str) -> None:
+    saved: list[list[str]] = []
+
+    def fails_at_the_end(*_: Any) -> dict[str, Any]:
+        if trainer.step == 3:
+            saved.append(sorted(path.name for path in (session.run_dir / "final").glob("*.safetensors")))
+            raise OutOfMemory("no memory is left\nand a second line")
+        return {}
+
+    trainer = Trainer(session)
+    with silent(session) as tracker, pytest.raises(RunError) as failure:
+        trainer.run(
+            tracker,
+            fails_at_the_end if where == "evaluation" else None,
+            fails_at_the_end if where == "probe" else None,
+        )
+    assert saved == [["model.safetensors"]]
+    message = str(failure.value)
+    assert "OutOfMemory: no memory is left." in message and "\n" not in message
+    assert message.endswith(f"rcpo evaluate run={session.run_dir}")
+    assert json.loads((session.run_dir / "finished.json").read_text())["evaluated"] is False
+    rows = (session.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]  # the last step's numbers are kept too
+
+
+def test_the_last_row_holds_the_last_evaluation(session: Session) -> None:
+    with silent(session) as tracker:
+        Trainer(session).run(tracker, lambda _: {"eval/loss": 0.25})
+    rows = [json.loads(row) for row in (session.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("eval/loss") for row in rows] == [None, None, 0.25]
+    assert json.loads((session.run_dir / "finished.json").read_text())["evaluated"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_rank_0_finishes_a_checkpoint_when_the_other_rank_has_failed(tmp_path: Path) -> None:
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
+    on_ranks(2, rescue.one_rank_fails, model, pairs, tmp_path / "run")
+    ((step, folder),) = checkpoint_folders(tmp_path / "run")
+    assert step == 1 and first_problem(folder) is None
+    assert len(list((folder / "tensors").iterdir())) == len(rescue.states(folder)) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -27,12 +28,17 @@ Lost = Callable[[str], None]
 
 
 def end_run(rank: str) -> None:
-    """Says which rank was lost and ends this process, whose main thread would wait for it."""
+    """Says which rank was lost and ends this process, whose main thread would wait for it.
+
+    A checkpoint that is being written is finished first: the lost rank's part may be on the disk.
+    """
     error = RunError(
         f"{node_name()}: {rank} fell silent: it stands still, or its machine or the network to it is gone"
     )
     log.info("%s", error)
     report_failure(error, everywhere=True)
+    if "rcpo.saving" in sys.modules:
+        sys.modules["rcpo.saving"].rescue_all()
     logging.shutdown()
     os._exit(FAILED)
 

@@ -57,7 +57,7 @@ def trained(config: RunConfig, folder: Path, steps: int = 3) -> tuple[Session, l
     session.prepare_reference()
     trainer = Trainer(session)
     rows = [trainer.train_step() for _ in range(steps)]
-    trainer.save_final(print)
+    trainer.save_final()
     return session, rows
 
 

@@ -51,7 +51,7 @@ def run(config: RunConfig, folder: Path) -> dict[str, Any]:
     session.prepare_reference()
     trainer = Trainer(session)
     rows = [trainer.train_step() for _ in range(STEPS)]
-    trainer.save_final(print)
+    trainer.save_final()
     weights = load_file(folder / "final" / "adapter_model.safetensors")
     return {
         "rows": [{name: row[name] for name in NAMES} for row in rows],
