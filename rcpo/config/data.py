@@ -78,7 +78,11 @@ class SourceSpec:
     def name(self) -> str:
         """What messages call it."""
         inside = f"/{self.data_dir}" if self.data_dir else ""
-        return f"{self.path}{inside}" + ("" if Path(self.path).is_file() else f" {self.split}")
+        return f"{self.path}{inside}" + ("" if self._is_whole_file else f" {self.split}")
+
+    @property
+    def _is_whole_file(self) -> bool:
+        return self.split == "train" and Path(self.path).expanduser().is_file()
 
     def key(self, leaf: str) -> str:
         """A key of this source with its node."""
@@ -100,7 +104,9 @@ def eval_sources(config: DataConfig) -> list[SourceSpec]:
     """What is read to hold out; nothing where a fraction of the prompts is."""
     if config.eval_path is not None:
         entry = SourceConfig(path=config.eval_path)
-        return [_spec(config, entry, "data", config.eval_split or config.split, "eval_split")]
+        # a part of the training split is no part of another set, and a file has one split
+        own = "train" if Path(config.eval_path).expanduser().is_file() else config.split.partition("[")[0]
+        return [_spec(config, entry, "data", config.eval_split or own or "train", "eval_split")]
     entries = config.sources or [SourceConfig()]
     nodes = [f"data.sources[{number}]" for number in range(len(config.sources))] or ["data"]
     return [

@@ -9,7 +9,7 @@ from pathlib import Path
 from rcpo.config.data import DataConfig
 from rcpo.config.schema import ConfigError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 _ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 

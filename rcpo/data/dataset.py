@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -122,6 +123,7 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     report.drop = config.on_bad == "drop"
     loader = _Loader(config, encoder, partial(check_prompts, encoder, tokenizer), report, say)
     specs, held_out_specs = train_sources(config), eval_sources(config)
+    _refuse_same(specs, held_out_specs)
     stores = loader.load(specs)
     prompts = np.concatenate([store.prompts for store in stores])
     evaluation = None
@@ -142,6 +144,24 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     return Datasets(train, evaluation, report, template=template)
 
 
+def _refuse_same(specs: Sequence[SourceSpec], held_out: Sequence[SourceSpec]) -> None:
+    """Raises ConfigError where the same rows would be trained on and held out."""
+    trained = {_rows_of(spec) for spec in specs}
+    for spec in held_out:
+        if _rows_of(spec) in trained:
+            raise ConfigError(
+                f"{spec.key('split')}={spec.split} of {spec.path} is what is trained on; hold out another "
+                f"part, such as data.split='train[:90%]' data.eval_split='train[90%:]', or a fraction of the "
+                "prompts: data.eval_fraction"
+            )
+
+
+def _rows_of(spec: SourceSpec) -> tuple[Any, ...]:
+    path = Path(spec.path).expanduser()
+    place = str(path.resolve()) if path.exists() else spec.path
+    return place, spec.subset, spec.data_dir, spec.revision, spec.split
+
+
 class _Loader:
     """Gets the sources' tokens and gathers what became of their rows."""
 
@@ -152,6 +172,7 @@ class _Loader:
         self._encoder = encoder
         self._check = check
         self._report = report
+        self._say = say
         self._cache = TokenCache(cache_folder(config.cache), say)
         self.kind = PAIRS
         self._kinds: dict[str, str] = {}  # kind: the first source of it
@@ -165,7 +186,7 @@ class _Loader:
         drop = config.on_bad == "drop"
 
         def make() -> Wanted:
-            source = find_source(spec, self._cache.memo)
+            source = find_source(spec, self._cache.memo, self._say)
             return Wanted(source, self._encoder, self._check, config.max_examples, config.workers, drop)
 
         store, meta = self._cache.fetch(make)

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS = 512  # in a piece: enough to keep a tokenizer busy, a megabyte or two of text
+TABULAR = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".avro"}
+TABULAR |= {".xls", ".xlsx", ".pkl", ".pickle", ".tar", ".zip"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+"""Files that hold rows, whether rcpo reads them or not."""
+METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 BOM = b"\xef\xbb\xbf"
 
 
@@ -48,6 +54,12 @@ class Piece:
             except BadRow as problem:
                 yield number, problem
 
+    def part(self, start: int, stop: int) -> Piece:
+        """The rows from one place to another, both counted from 0 in this piece."""
+        stop = min(stop, len(self.numbers))
+        rows = self.rows[start:stop] if isinstance(self.rows, Sequence) else _sliced(self.rows, start, stop)
+        return Piece(self.numbers[start:stop], rows)
+
 
 Reader = Callable[[Path, Sequence[str]], Iterator[Piece]]
 
@@ -68,11 +80,41 @@ def read_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Piece]:
 
 def kind(path: Path) -> str:
     """The suffix that says how a file is read, lower case, without `.gz`; empty where none does."""
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    known = suffix.lower() in _READERS and (
-        path.suffix != ".gz" or suffix.lower() not in (".parquet", ".arrow")
-    )
-    return suffix.lower() if known else ""
+    suffix, packing = _suffixes(path)
+    readable = packing == "" or (packing == ".gz" and suffix not in (".parquet", ".arrow"))
+    return suffix if suffix in _READERS and readable else ""
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """What a name ends in before the suffix of a compression, and that suffix; lower case."""
+    last = path.suffix.lower()
+    return (path.with_suffix("").suffix.lower(), last) if last in PACKED else (last, "")
+
+
+def count_rows(path: Path) -> int:
+    """The rows of a file, bad ones too; raises ConfigError as `read_file` does."""
+    if kind(path) == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return int(pq.read_metadata(path).num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+    return sum(len(piece.numbers) for piece in read_file(path))
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files below a folder that hold rows by their names, hidden ones left out; raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found += [Path(parent, name) for name in files if not name.startswith((".", "__"))]
+    return sorted(file for file in found if file.name not in METADATA and TABULAR & {*_suffixes(file)})
 
 
 def parse_line(line: bytes) -> Any:
@@ -86,7 +128,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _json_lines(path: Path, _: Sequence[str]) -> Iterator[Piece]:
@@ -224,6 +266,10 @@ def known(columns: Sequence[str]) -> set[str]:
     return {*FIELDS, "conversations", *columns}
 
 
+def _sliced(batch: pa.RecordBatch, start: int, stop: int) -> pa.RecordBatch:
+    return batch.slice(start, max(0, stop - start))
+
+
 def _from_arrow(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadRow]:
     """The rows of a batch, looked through first: borders that lie outside it would end the process."""
     if _problem(batch) is None:
@@ -247,6 +293,7 @@ def _problem(batch: pa.RecordBatch) -> BadRow | None:
 
 _READERS: dict[str, Reader] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,

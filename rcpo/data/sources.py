@@ -2,12 +2,16 @@
 
 A folder in the hub's layout is resolved by the datasets library (splits, subsets, patterns, a README's
 settings) and its files are read by rcpo, which knows their lines; a set on the hub is read by the library.
+A single file is the split `train`. `train[:10%]` is a part of a split, as the library has it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,26 +19,35 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rcpo.caching import file_hash
 from rcpo.config import ConfigError
 from rcpo.config.data import SourceSpec
-from rcpo.data.readers import ROWS, Piece, arrow_pieces, kind, read_file
+from rcpo.data.readers import ROWS, Piece, arrow_pieces, count_rows, data_files, kind, read_file
+from rcpo.data.splits import WHOLE, read_split
 from rcpo.visible import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Say = Callable[[str], None]
+MANY = 5_000  # files of a folder from which on the user hears that it takes a while
+
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or a split of a set on the hub: how messages name it, how ids do, and its rows."""
+    """A file, or a split of a set on the hub: how messages name it, how ids do, and its rows.
+
+    Of a file only those rows are read whose place, counted from 0, is in `window`; None is all of them.
+    """
 
     place: str
     label: str
     file: Path | None = None
     dataset: Any = None
+    window: range | None = None
 
     def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
         """The rows, a piece at a time."""
         if self.file is not None:
-            yield from read_file(self.file, columns)
+            pieces = read_file(self.file, columns)
+            yield from pieces if self.window is None else _within(pieces, self.window)
             return
         try:
             yield from arrow_pieces(_batches(self.dataset), columns)
@@ -51,60 +64,145 @@ class Source:
     key: str
 
 
-def find_source(spec: SourceSpec, memo: Path | None) -> Source:
+def find_source(spec: SourceSpec, memo: Path | None, say: Say) -> Source:
     """The rows that a specification names; raises ConfigError where there are none.
 
-    `memo` is the folder that remembers the hashes of files, None to hash all of them.
+    `memo` is the folder that remembers the hashes of files, None to hash all of them. `say` takes lines for
+    the user, who may have to wait for a large folder.
     """
     path = Path(spec.path).expanduser()
-    if path.is_file():
-        return _of_files(spec, [path], memo)
-    if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _of_files(spec, _saved_files(path, spec), memo)
-        return _of_files(spec, _folder_files(path, spec), memo)
+    try:
+        if path.is_file():
+            return _of_files(spec, {WHOLE: [path]}, memo)
+        if path.is_dir():
+            saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+            return _of_files(spec, _saved_files(path) if saved else _folder_files(path, spec, say), memo)
+    except OSError as error:
+        raise ConfigError(f"{spec.key('path')}={spec.path} cannot be read: {first_line(error)}") from error
     return _on_hub(spec)
 
 
-def _of_files(spec: SourceSpec, files: Sequence[Path], memo: Path | None) -> Source:
+def _of_files(spec: SourceSpec, splits: Mapping[str, Sequence[Path]], memo: Path | None) -> Source:
+    """The wanted split or parts of splits of a folder or file."""
+    chosen = _windows(spec, splits)
+    names = Counter(file.name for file in {file for file, _ in chosen})
     digest = hashlib.sha256()
     parts = []
-    for file in files:
+    for file, window in chosen:
         if not kind(file):
             raise ConfigError(f"{file}: neither JSON (Lines), CSV, Parquet nor Arrow by its name")
-        digest.update(f"{file.name} {file_hash(file, memo)}\n".encode())
-        parts.append(Part(str(file), _label(file, files), file))
+        digest.update(f"{file.name} {window} {file_hash(file, memo)}\n".encode("utf-8", "surrogateescape"))
+        # where two files have one name, their folders' names tell them apart
+        label = file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}"
+        parts.append(Part(str(file), label, file, window=window))
     return Source(spec.name, tuple(parts), digest.hexdigest())
 
 
-def _label(file: Path, files: Sequence[Path]) -> str:
-    """The file's name, behind its folder's where another file is called the same."""
-    alike = sum(other.name == file.name for other in files) > 1
-    return f"{file.parent.name}/{file.name}" if alike else file.name
+def _windows(spec: SourceSpec, splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, range | None]]:
+    """The files of the wanted split, each with the rows that are wanted of it (None: all of them)."""
+    if spec.split in splits:
+        return [(file, None) for file in splits[spec.split]]
+    wanted = read_split(spec)
+    for name in wanted.names:
+        if name not in splits:
+            _no_split(spec, list(splits))
+    sizes = {name: [count_rows(file) for file in splits[name]] for name in wanted.names}
+    found: list[tuple[Path, range | None]] = []
+    for name, first, end in wanted.rows({name: sum(counts) for name, counts in sizes.items()}):
+        start = 0
+        for file, size in zip(splits[name], sizes[name], strict=True):
+            window = range(max(first - start, 0), min(end - start, size))
+            if len(window):
+                found.append((file, window))
+            start += size
+    if not found:
+        raise ConfigError(f"{spec.key('split')}={spec.split} leaves no row of {spec.path}")
+    return found
 
 
-def _saved_files(folder: Path, spec: SourceSpec) -> list[Path]:
-    """The files of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(entry.name for entry in folder.iterdir() if (entry / "state.json").is_file())
-        if spec.split not in splits:
-            _no_split(spec, splits)
-        folder = folder / spec.split
-    files = sorted(folder.glob("*.arrow"))
-    if not files:
-        raise ConfigError(f"{folder} holds no .arrow file, although the datasets library saved it")
-    return files
+def _within(pieces: Iterator[Piece], window: range) -> Iterator[Piece]:
+    """Those rows of a file whose place, counted from 0, is in the window."""
+    start = 0
+    for piece in pieces:
+        part = piece.part(max(window.start - start, 0), max(window.stop - start, 0))
+        if len(part.numbers):
+            yield part
+        start += len(piece.numbers)
+        if start >= window.stop:
+            return
 
 
-def _folder_files(folder: Path, spec: SourceSpec) -> list[Path]:
+def _saved_files(folder: Path) -> dict[str, list[Path]]:
+    """By split, the files of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    if not (folder / "dataset_dict.json").is_file():
+        return {WHOLE: _listed_files(folder)}
+    splits = sorted(entry for entry in folder.iterdir() if (entry / "state.json").is_file())
+    return {split.name: _listed_files(split) for split in splits}
+
+
+def _listed_files(folder: Path) -> list[Path]:
+    """The files that a saved dataset's state.json lists: the library puts caches of its own beside them."""
+    state = folder / "state.json"
+    try:
+        listed = [folder / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{state} does not list the files of a saved dataset; save it again") from error
+    for file in listed:
+        if not file.is_file():
+            raise ConfigError(f"{state} lists {file.name}, which is not there; save the dataset again")
+    if not listed:
+        raise ConfigError(f"{state} lists no file: the saved dataset is empty")
+    return listed
+
+
+def _folder_files(folder: Path, spec: SourceSpec, say: Say) -> dict[str, list[Path]]:
+    """By split, the files of a folder in the hub's layout; refuses files that would not be read."""
+    inside = folder / (spec.data_dir or "")
+    if not inside.is_dir():
+        raise ConfigError(f"{spec.key('data_dir')}={spec.data_dir}: {spec.path} holds no such folder")
+    there = data_files(inside)
+    if len(there) > MANY:
+        say(
+            f"{folder}: {len(there):,} files; to find their splits takes a minute for every 30,000. "
+            "One file with all the rows is read at once"
+        )
     builder = _builder(str(folder), spec)
-    files = builder.config.data_files or {}
-    if spec.split not in files:
-        _no_split(spec, [str(split) for split in files])
-    return [Path(file) for file in files[spec.split]]
+    splits = {
+        str(split): [Path(file) for file in files]
+        for split, files in (builder.config.data_files or {}).items()
+    }
+    if not _names_its_files(folder):
+        _refuse_unread(spec, folder, there, splits)
+    return splits
+
+
+def _names_its_files(folder: Path) -> bool:
+    """Whether a README says which files belong to which split: then leaving some out is meant."""
+    readme = folder / "README.md"
+    return readme.is_file() and re.search(rb"^configs:", readme.read_bytes(), re.MULTILINE) is not None
+
+
+def _refuse_unread(
+    spec: SourceSpec, folder: Path, there: Sequence[Path], splits: Mapping[str, Sequence[Path]]
+) -> None:
+    """Raises ConfigError for files of data that the library puts into no split."""
+    read = {file.resolve() for files in splits.values() for file in files}
+    left = [str(file.relative_to(folder)) for file in there if file.resolve() not in read]
+    if left:
+        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        raise ConfigError(
+            f"{spec.key('path')}={spec.path}: {len(left)} of {len(there)} files would not be read ({shown}): "
+            "a folder holds files of one kind, and where one file's name has a split (train, test), every "
+            f"name needs one; move or rename them, or give a single file: {spec.key('path')}={there[0]}"
+        )
 
 
 def _no_split(spec: SourceSpec, splits: Sequence[str]) -> NoReturn:
+    if Path(spec.path).expanduser().is_file():
+        raise ConfigError(
+            f"{spec.key('split')}={spec.split}: {spec.path} is one file, and its only split is {WHOLE}; "
+            f"a part of it is {spec.key('split')}='{WHOLE}[:90%]' or '{WHOLE}[100:200]'"
+        )
     raise ConfigError(
         f"{spec.key('split')}={spec.split}: {spec.path} has no such split; there are: {', '.join(splits)}"
     )
@@ -135,15 +233,21 @@ def _on_hub(spec: SourceSpec) -> Source:
 
     builder = _builder(spec.path, spec)
     splits = [str(split) for split in builder.info.splits or builder.config.data_files or {}]
-    if splits and spec.split.partition("[")[0] not in splits:
+    wanted = read_split(spec)
+    if splits and not set(wanted.names) <= set(splits):
         _no_split(spec, splits)
+    if spec.streaming and wanted.text not in splits:
+        raise ConfigError(
+            f"{spec.key('split')}={spec.split}: a part of a split cannot be streamed; leave data.streaming "
+            "out, or take the first rows of the split with data.max_examples"
+        )
     try:
         loaded = datasets.load_dataset(
             spec.path,
             spec.subset,
             data_dir=spec.data_dir,
             revision=spec.revision,
-            split=spec.split,
+            split=wanted.text,
             streaming=spec.streaming,
         )
     except (ConnectionError, TimeoutError) as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+from permissions import no_permission
 from transformers import AutoTokenizer
 
 import rcpo.data
@@ -122,7 +123,7 @@ def test_a_folder_in_the_hub_s_layout_has_splits_and_folders(tmp_path: Path) -> 
         load(path=folder, split="nix")
     with pytest.raises(ConfigError, match=r"data.eval_split=nix: .* there are: train, test"):
         load(path=folder, eval_split="nix")
-    with pytest.raises(ConfigError, match=r"data.path=.*doesn't contain any data files"):
+    with pytest.raises(ConfigError, match=r"data.data_dir=nix: .* holds no such folder"):
         load(path=folder, data_dir="nix")
 
 
@@ -172,6 +173,121 @@ def test_the_same_rows_from_every_kind_of_file_are_the_same_tokens(tmp_path: Pat
         assert [(e.prompt, e.chosen, e.rejected) for e in examples] == [
             (e.prompt, e.chosen, e.rejected) for e in found[0]
         ]
+
+
+def test_the_library_s_cache_files_beside_a_saved_set_are_not_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(pairs(5)).save_to_disk(tmp_path / "one")
+    saved = datasets.load_from_disk(tmp_path / "one")
+    saved.map(lambda row: {"prompt": row["prompt"] + "!"})  # leaves cache-*.arrow beside the data
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
+    assert len(load(path=str(tmp_path / "one"), eval_fraction=0).train) == 5
+    (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(ConfigError, match=r"state.json lists data-00000.*not there"):
+        load(path=str(tmp_path / "one"), eval_fraction=0)
+
+
+def test_parts_of_a_split_as_the_library_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(1050))
+    library = datasets.load_dataset("json", data_files=path, cache_dir=str(tmp_path / "hf"))["train"]
+    for split in ("[:10%]", "[100:200]", "[-7:]", "[33%:34%]", "[1049:]"):
+        rows = datasets.load_dataset(
+            "json", data_files=path, split=f"train{split}", cache_dir=str(tmp_path / "hf")
+        )
+        first = library["prompt"].index(rows[0]["prompt"])
+        for name in (split, f"train{split}"):
+            ids = list(load(path=path, split=name, eval_fraction=0).train.ids)
+            assert ids == [f"x.jsonl:{first + n + 1}" for n in range(len(rows))], name
+    data = load(path=path, split="train[:90%]", eval_split="train[90%:]")
+    assert (len(data.train), len(data.evaluation), data.report.shared_prompts) == (945, 105, 0)
+    assert list(load(path=path, split="train[:1]+train[-1:]", eval_fraction=0).train.ids) == [
+        "x.jsonl:1",
+        "x.jsonl:1050",
+    ]
+
+
+def test_a_part_may_span_the_files_of_a_folder(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"train-{number}.jsonl", pairs(4, f"f{number}-"))
+    ids = list(load(path=str(tmp_path), split="train[2:9]", eval_fraction=0).train.ids)
+    assert ids == [*(f"train-0.jsonl:{n}" for n in (3, 4)), *(f"train-1.jsonl:{n}" for n in (1, 2, 3, 4)),
+                   "train-2.jsonl:1"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "reason"),
+    [
+        ("split", {"split": "test"}, r"data.split=test: .* one file, and its only split is train"),
+        ("eval_split", {"eval_split": "test"}, r"data.eval_split=test: .* one file"),
+        ("eval_split", {"eval_split": "train"}, r"data.eval_split=train of .* is what is trained on"),
+        (
+            "split",
+            {"split": "train[::2]"},
+            r"data.split=train\[::2\] is not a split: write train",
+        ),
+        ("split", {"split": "train[:ten%]"}, r"data.split=train\[:ten%\] is not a split"),
+        ("split", {"split": "train[50:]"}, r"data.split=train\[50:\] leaves no row"),
+    ],
+)
+def test_a_split_that_a_file_does_not_have_is_refused(
+    tmp_path: Path, key: str, settings: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load(path=write(tmp_path / "x.jsonl", pairs(30)), **settings)
+
+
+def test_a_file_to_hold_out_is_read_whole_whatever_part_is_trained_on(tmp_path: Path) -> None:
+    train, held_out = write(tmp_path / "a.jsonl", pairs(9)), write(tmp_path / "b.jsonl", pairs(8, "b"))
+    data = load(path=train, split="train[:5]", eval_path=held_out)
+    assert (len(data.train), len(data.evaluation)) == (5, 8)
+    data = load(path=train, eval_path=held_out, eval_split="train[:3]")
+    assert (len(data.train), len(data.evaluation)) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (("part-0.jsonl", "part-1.jsonl", "part-2.csv"), "part-2.csv"),
+        (("train_a.jsonl", "more.jsonl"), "more.jsonl"),
+        (("a.jsonl", "b.jsonl", "c.xlsx"), "c.xlsx"),
+    ],
+)
+def test_a_folder_that_would_be_read_in_part_is_refused(
+    tmp_path: Path, names: tuple[str, ...], left: str
+) -> None:
+    for number, name in enumerate(names):
+        write(tmp_path / name, pairs(3, f"{number}-"))
+    write(tmp_path / "LICENSE.txt", [])
+    with pytest.raises(ConfigError, match=rf"path=.* 1 of {len(names)} files would not be read \({left}\)"):
+        load(path=str(tmp_path))
+    (tmp_path / left).unlink()
+    assert len(load(path=str(tmp_path), eval_fraction=0).train) == 3 * (len(names) - 1)
+
+
+def test_a_large_folder_says_that_it_takes_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rcpo.data.sources.MANY", 2)
+    for number in range(3):
+        write(tmp_path / f"{number}.jsonl", pairs(2, f"{number}-"))
+    said: list[str] = []
+    config = DataConfig(name="pairs", path=str(tmp_path), cache="off", eval_fraction=0)
+    load_datasets(config, TOKENIZER, 1, said.append)
+    assert f"{tmp_path}: 3 files; to find their splits" in said[0]
+
+
+@pytest.mark.parametrize("inside", [".", "secret"])
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, inside: str) -> None:
+    write(tmp_path / "secret" / "x.jsonl", pairs(3))
+    folder = tmp_path / inside
+    with no_permission(folder), pytest.raises(ConfigError, match=r"data.path=.* cannot be read: .*ermission"):
+        load(path=str(tmp_path))
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(3))
+    with (
+        no_permission(Path(path)),
+        pytest.raises(ConfigError, match=r"x.jsonl.*read: .*ermission"),
+    ):
+        load(path=path)
 
 
 def test_a_mixture_of_sources_by_weight(tmp_path: Path) -> None:
