@@ -49,7 +49,7 @@ class ScoredData:
     """A dataset whose responses the reference scores: the first `sides` of each example in `positions`.
 
     `batches` yields this rank's share of them, as many batches on every rank; `positions` None is all.
-    `layout` is that of the batches' rows.
+    `layout` is that of the batches' rows. `partial`: other examples will be asked for too, and have none.
     """
 
     name: str
@@ -58,6 +58,7 @@ class ScoredData:
     positions: np.ndarray | None
     layout: str
     batches: Callable[[], Iterator[TokenBatch]]
+    partial: bool = False
 
 
 class ReferencePass:
@@ -92,7 +93,7 @@ class ReferencePass:
         own = self._own_ingredients(cache)
         references: list[Reference] = []
         for part in data:
-            rows = Rows(part.dataset, part.sides, part.positions)
+            rows = Rows(part.dataset, part.sides, part.positions, partial=part.partial)
             ingredients = own | {
                 "dataset": part.dataset.fingerprint,
                 "examples": keys.positions_hash(part.positions),

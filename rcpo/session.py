@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from enum import Enum
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -20,6 +22,7 @@ from rcpo.config import ConfigError, RunConfig
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets
+from rcpo.data.identity import smallest_ids
 from rcpo.data.records import SFT, UNPAIRED
 from rcpo.data.store import PairDataset
 from rcpo.dynamics import check_geometry
@@ -31,9 +34,22 @@ from rcpo.reference.keys import source_hash
 from rcpo.reference_pass import ReferencePass, ScoredData, Stop, check_start
 from rcpo.scoring import Scorer
 from rcpo.start import find_start, load_policy, reference_source
+from rcpo.tracking.tracker import METRICS_FILE
 from rcpo.types import TokenBatch
 
 log = logging.getLogger(__name__)
+
+# Held-out examples: the standard error of a mean log-ratio is then 6 % of the spread between pairs. To score
+# them once costs a forward pass over them, a third of what as many pairs cost in training steps.
+TRACKED = 256
+
+
+class Tracking(Enum):
+    """Of which examples the reference's log-probs are known."""
+
+    EVERYTHING = "everything"
+    SOME = "some"  # `TRACKED` held-out ones
+    NOTHING = "nothing"
 
 
 class Session:
@@ -71,7 +87,11 @@ class Session:
         policy = load_policy(config, self.start, final)
         if config.train.gradient_checkpointing:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
-        wanted = self.objective.needs_reference or self.tracks_reference
+        changes = training or final is not None or (run_dir / METRICS_FILE).exists()
+        self.tracking = tracking(config, self.objective, self.datasets, changes=changes)
+        if self.tracking is Tracking.SOME:  # too few to hold a second model for
+            config = replace(config, reference=replace(config.reference, mode="precompute"))
+        wanted = self.tracking is not Tracking.NOTHING
         self._reference = ReferencePass(config, policy, self.start, final) if wanted else None
         scoring = [policy.model.config]
         if self._reference is not None and self._reference.other is not None:
@@ -84,16 +104,19 @@ class Session:
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
 
-    @property
-    def tracks_reference(self) -> bool:
-        """Whether log-ratios are wanted where the objective itself needs no reference."""
-        track = self.config.reference.track
-        return self.config.data.name == "sums" if track is None else track
+    @cached_property
+    def tracked_positions(self) -> frozenset[int] | None:
+        """The held-out examples that have reference log-probs; None: all that this run uses."""
+        if self.tracking is not Tracking.SOME or self.datasets.evaluation is None:
+            return None
+        dataset = self.datasets.evaluation
+        return frozenset(smallest_ids(dataset[: self._held_out_count(dataset)], TRACKED))
 
     @property
     def scores_any_tokens(self) -> bool:
         """Whether the reference is a model at hand, which can score what was not in the data."""
-        return self.config.reference.mode == "model" and self.heldout.reference is not None
+        everything = self.tracking is Tracking.EVERYTHING and self.config.reference.mode == "model"
+        return everything and self.heldout.reference is not None
 
     @cached_property
     def contents(self) -> dict[str, str]:
@@ -131,17 +154,25 @@ class Session:
     def _scored_data(self) -> list[ScoredData]:
         """What the reference scores: of each split the examples that this run uses."""
         data = []
-        if self._training:
+        if self._training and self.tracking is Tracking.EVERYTHING:
             visited = None
             if self.total_steps < self.batches.steps_per_epoch:
                 steps = map(self.batches.indices, range(self.total_steps))
                 visited = np.unique(np.fromiter(chain.from_iterable(steps), dtype=np.int64))
             data.append(self._scored("train", self.datasets.train, visited))
         if self.datasets.evaluation is not None:
-            count, limit = len(self.datasets.evaluation), self.config.eval.max_examples
-            first = None if limit is None or limit >= count else np.arange(limit)
-            data.append(self._scored("held out", self.datasets.evaluation, first))
+            dataset = self.datasets.evaluation
+            count = self._held_out_count(dataset)
+            positions = None if count == len(dataset) else np.arange(count)
+            if self.tracked_positions is not None:
+                positions = np.array(sorted(self.tracked_positions))
+            data.append(self._scored("held out", dataset, positions))
         return data
+
+    def _held_out_count(self, dataset: PairDataset) -> int:
+        """How many held-out examples an evaluation uses: the first ones."""
+        limit = self.config.eval.max_examples
+        return len(dataset) if limit is None else min(limit, len(dataset))
 
     def _scored(self, name: str, dataset: PairDataset, positions: np.ndarray | None) -> ScoredData:
         everything = np.arange(len(dataset)) if positions is None else positions
@@ -152,6 +183,7 @@ class Session:
             positions,
             self.layout,
             lambda: self.batches_at(dataset, everything),
+            partial=self.tracking is Tracking.SOME,
         )
 
     def collate(self, dataset: PairDataset, indices: list[int]) -> TokenBatch:
@@ -202,6 +234,19 @@ class Session:
             part = positions[start : start + ranks * size].tolist()
             for indices in split(part, distributed.rank(), ranks, min(size, math.ceil(len(part) / ranks))):
                 yield self._collate(dataset, indices, sides)
+
+
+def tracking(config: RunConfig, objective: Objective, datasets: Datasets, *, changes: bool) -> Tracking:
+    """What is compared with the reference: everything where the loss needs it, else what `track` asks for.
+
+    Left alone, that is everything for the embedded data, and some held-out examples of other data where there
+    is something to compare with: a named model, or the start of a policy that `changes`.
+    """
+    track = config.reference.track
+    if objective.needs_reference or track or (track is None and config.data.name == "sums"):
+        return Tracking.EVERYTHING
+    comparable = datasets.evaluation is not None and (changes or config.reference.path is not None)
+    return Tracking.SOME if track is None and comparable else Tracking.NOTHING
 
 
 def refuse_kind(objective: Objective, kind: str) -> None:

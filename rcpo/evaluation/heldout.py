@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from rcpo import distributed
+from rcpo.data.identity import example_id
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import answer, decoding_of, text_of
 from rcpo.evaluation.divergence import distinct_prompts, kl_columns
 from rcpo.evaluation.geometry import HeldOutDynamics
-from rcpo.evaluation.identity import example_id
 from rcpo.evaluation.lengths import PREFIX, by_length
 from rcpo.evaluation.preference import (
     PreferenceScores,
@@ -24,7 +24,6 @@ from rcpo.evaluation.preference import (
     write_examples,
 )
 from rcpo.evaluation.scorers import scorer_of
-from rcpo.objectives import Objective
 from rcpo.scoring import Scored
 from rcpo.session import Session
 from rcpo.tracking.jsonl import write_json
@@ -101,17 +100,18 @@ def score_preferences(session: Session, dataset: PairDataset, dynamics: HeldOutD
             scored = session.heldout(batch, dynamics.sketch)
         incentives = dynamics.observe(scored)
         if scored.count:
-            parts.append(_columns(session.objective, dataset, scored, incentives))
+            parts.append(_columns(session, dataset, scored, incentives))
     gathered = [part for rank in distributed.gather_objects(parts) for part in rank]
     return PreferenceScores.gather(gathered)
 
 
 def _columns(
-    objective: Objective,
+    session: Session,
     dataset: PairDataset,
     scored: Scored,
     incentives: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> PreferenceScores:
+    objective, tracked = session.objective, session.tracked_positions
     batch, pairs = scored.batch, scored.pairs
     real = (batch.weights > 0).tolist()
     indices = batch.indices[batch.weights > 0].cpu().numpy()
@@ -143,6 +143,7 @@ def _columns(
         chosen_incentives=None if incentives is None else array(incentives[0]),
         rejected_incentives=None if incentives is None else array(incentives[1]),
         prompts=dataset.prompts[indices],
+        tracked=None if tracked is None else np.isin(indices, sorted(tracked)),
     )
 
 

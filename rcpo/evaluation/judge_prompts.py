@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config import ConfigError
+from rcpo.data.identity import HEX_DIGITS
 from rcpo.data.readers import read_file
 from rcpo.data.records import BadRow
-from rcpo.evaluation.identity import HEX_DIGITS
 
 COLUMNS = ("instruction", "prompt", "output", "output_1", "output_2", "preference")
 

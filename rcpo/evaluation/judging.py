@@ -15,11 +15,11 @@ from rcpo.config import ConfigError, DataConfig, RunConfig
 from rcpo.config.judge_checks import REFERENCE
 from rcpo.config.parsing import read_tree, structure
 from rcpo.data.dataset import load_datasets, make_encoder
+from rcpo.data.identity import example_id
 from rcpo.data.records import BadRow, Example
 from rcpo.evaluation.answers import longest_answer, own_stop_ids, turn_ends
 from rcpo.evaluation.endpoint import Endpoint
 from rcpo.evaluation.generation import Decoding, generate
-from rcpo.evaluation.identity import example_id
 from rcpo.evaluation.judge import Pair
 from rcpo.evaluation.judge_prompts import Prompt, read_answers, read_prompts
 from rcpo.evaluation.whole import load_whole, policy_source

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpo.evaluation.preference import PreferenceScores, preference_columns
+from rcpo.evaluation.preference import PreferenceScores, preference_columns, rows_with
 
 PREFIX = "eval/by_length/"
 METRICS = (
@@ -34,10 +34,17 @@ def by_length(scores: PreferenceScores) -> dict[str, float]:
     record: dict[str, float] = {}
     for bucket in np.unique(buckets[scores.has_chosen]).tolist():
         inside = scores.has_chosen & (buckets == bucket)
-        record |= _figures(f"{PREFIX}{2**bucket}-{2 ** (bucket + 1) - 1}", columns, inside)
+        record |= _figures(f"{PREFIX}{2**bucket}-{2 ** (bucket + 1) - 1}", scores, columns, inside)
     return record
 
 
-def _figures(prefix: str, columns: Mapping[str, NDArray[Any]], inside: NDArray[np.bool_]) -> dict[str, float]:
-    means = {f"{prefix}/{name}": float(values[inside].mean()) for name, values in columns.items()}
+def _figures(
+    prefix: str, scores: PreferenceScores, columns: Mapping[str, NDArray[Any]], inside: NDArray[np.bool_]
+) -> dict[str, float]:
+    rows = {name: inside & rows_with(scores, name) for name in columns}
+    means = {
+        f"{prefix}/{name}": float(values[rows[name]].mean())
+        for name, values in columns.items()
+        if rows[name].any()
+    }
     return {f"{prefix}/examples": int(inside.sum()), **means}

@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 2000  # the ends of a 95 % interval then move by 0.06 standard errors from seed to seed
 CONFIDENCE = 0.95
+COMPARED = "eval/logratios/examples"
 NOTHING_HELD_OUT = "no held-out example to evaluate: see data.eval_path and data.eval_fraction"
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices, whatever the size of the held-out set
 
@@ -34,7 +35,8 @@ class PreferenceScores:
     `*_token_logratios` means a token whatever the reduction, `*_incentives` d_w and d_l.
     The rejected side is None for data without one; `losses` and `*_incentives` for an objective whose loss is
     not a mean over pairs. In unpaired data an example lacks one side: its length is 0, its other values say
-    nothing. `prompts` are equal where the examples' prompts are; None: all prompts differ.
+    nothing. `prompts` are equal where the examples' prompts are; None: all prompts differ. `tracked` are the
+    examples that were compared with the reference (None: all); the others' log-ratios mean nothing.
     """
 
     example_ids: Sequence[str]
@@ -55,6 +57,7 @@ class PreferenceScores:
     chosen_incentives: Floats | None = None
     rejected_incentives: Floats | None = None
     prompts: NDArray[np.uint64] | None = None
+    tracked: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         for name, values in self._columns().items():
@@ -156,26 +159,35 @@ def _negative(values: Floats | None) -> Floats | None:
 def preference_metrics(scores: PreferenceScores, seed: int, resamples: int = RESAMPLES) -> dict[str, float]:
     """The flat record of held-out means with their intervals, and `eval/examples`, the number of pairs.
 
-    In unpaired data the mean of a side is over the examples that have it.
+    In unpaired data the mean of a side is over the examples that have it; where the reference knows some
+    examples alone, log-ratios are theirs, `eval/logratios/examples` of them.
     """
     columns = preference_columns(scores)
     record: dict[str, float] = {"eval/examples": len(scores)}
-    prompts = scores.prompts
-    if scores.paired:
-        return record | means_with_intervals(columns, seed, resamples, prompts)
-    for name, values in columns.items():
-        rows = rows_with(scores, name)
+    if scores.tracked is not None and scores.chosen_logratios is not None:
+        record[COMPARED] = int(scores.tracked.sum())
+    alike: dict[bytes, list[str]] = {}  # columns about the same examples share their resamples
+    for name in columns:
+        alike.setdefault(rows_with(scores, name).tobytes(), []).append(name)
+    for names in alike.values():
+        rows = rows_with(scores, names[0])
         if rows.any():
-            own = None if prompts is None else prompts[rows]
-            record |= means_with_intervals({name: values[rows]}, seed, resamples, own)
+            prompts = None if scores.prompts is None else scores.prompts[rows]
+            values = {name: columns[name][rows] for name in names}
+            record |= means_with_intervals(values, seed, resamples, prompts)
     return record
 
 
 def rows_with(scores: PreferenceScores, name: str) -> NDArray[np.bool_]:
-    """The examples that a column is about, (B,): those with the side that it names."""
-    if name.endswith(("chosen", "winner_fell")):
-        return scores.has_chosen
-    return scores.has_rejected if name.endswith("rejected") else np.ones(len(scores), bool)
+    """The examples that a column is about, (B,): they have its side, and a log-ratio if it is of one."""
+    rows = np.ones(len(scores), bool)
+    if not scores.paired:
+        if name.endswith(("chosen", "winner_fell")):
+            rows = scores.has_chosen
+        elif name.endswith("rejected"):
+            rows = scores.has_rejected
+    compares = name == "winner_fell" or "logratios/" in name
+    return rows & scores.tracked if compares and scores.tracked is not None else rows
 
 
 def means_with_intervals(

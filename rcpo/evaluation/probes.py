@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from rcpo import distributed
+from rcpo.data.identity import example_id, smallest_ids
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_score, text_of
 from rcpo.evaluation.divergence import seed_of
 from rcpo.evaluation.generation import Answer, repetition
-from rcpo.evaluation.identity import example_id
 from rcpo.evaluation.probe_file import PROBES, ProbeFile
 from rcpo.evaluation.scorers import scorer_of
 from rcpo.incentives import incentives
@@ -119,6 +119,12 @@ class Probe:
             lacking = [side for side in ("chosen", "rejected") if row.get(f"{side}_length") == 0]
             for name in [name for name in row for side in lacking if side in name]:
                 del row[name]
+        tracked = self._session.tracked_positions
+        if self._split == "held out" and tracked is not None:
+            for position, row in zip(positions, rows, strict=True):
+                if position not in tracked:
+                    row.pop("chosen_logratios", None)
+                    row.pop("rejected_logratios", None)
         return dict(zip(positions, rows, strict=True))
 
     def _generate(self, step: int, measured: Mapping[int, Row], tracker: Tracker) -> None:
@@ -196,7 +202,7 @@ def probe_positions(session: Session, dataset: PairDataset, size: int) -> list[i
             if len(found) >= min(size, len(dataset)) or step + 1 >= session.total_steps:
                 return list(found)[:size]
     known = len(dataset) if (limit := session.config.eval.max_examples) is None else min(limit, len(dataset))
-    return sorted(range(known), key=lambda position: example_id(dataset[position]))[:size]
+    return smallest_ids(dataset[:known], size)
 
 
 def _open_samples(path: Path, resume_step: int | None) -> JsonLines:

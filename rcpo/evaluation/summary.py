@@ -66,7 +66,7 @@ def move(low: float, high: float) -> Move:
 def describe(values: Mapping[str, float | None]) -> str:
     """The sentence for a record of evaluation.json (`eval/NAME`, `…/low`, `…/high`).
 
-    Without log-ratios (no reference to compare with) it says so and gives the log-probs instead.
+    Without log-ratios (no reference to compare with) it prints that and the log-probs instead.
     """
     return _what_moved(values) + _how_good(values) + "."
 
@@ -80,7 +80,7 @@ def _what_moved(values: Mapping[str, float | None]) -> str:
             if _value(values, f"logps/{key}") is not None
         )
         return f"There is no reference to compare with (mean log-probs: {shown or 'unknown'})"
-    won = f"mean log-ratio {interval(values, 'logratios/chosen')}"
+    won = f"mean log-ratio {interval(values, 'logratios/chosen')}{_of_how_many(values)}"
     if loser is None:
         return f"The winner {winner.value} ({won})"
     lost = interval(values, "logratios/rejected")
@@ -90,6 +90,12 @@ def _what_moved(values: Mapping[str, float | None]) -> str:
         return f"The winner fell ({won}) although the loser {_did(loser)} ({lost})"
     joint = "while" if loser in (Move.FELL, Move.OPEN) else "and"
     return f"The winner {winner.value} ({won}) {joint} the loser {loser.value} ({lost})"
+
+
+def _of_how_many(values: Mapping[str, float | None]) -> str:
+    """How many pairs the log-ratios are of, where they are not of all."""
+    compared = _value(values, "logratios/examples")
+    return "" if compared is None else f" of {int(compared):,} pairs"
 
 
 def _did(loser: Move) -> str:
@@ -191,4 +197,6 @@ def judge_table(values: Mapping[str, float | None]) -> Table:
 
 def _title(values: Mapping[str, float | None]) -> str:
     count = _value(values, "examples")
-    return "Held-out evaluation" if count is None else f"Held-out evaluation on {int(count):,} pairs"
+    title = "Held-out evaluation" if count is None else f"Held-out evaluation on {int(count):,} pairs"
+    compared = _value(values, "logratios/examples")
+    return title if compared is None else f"{title}, log-ratios on {int(compared):,} of them"

@@ -17,6 +17,7 @@ from torch import Tensor
 from rcpo.data.store import PairDataset
 from rcpo.types import TokenBatch
 
+FILLER, NOT_STORED = -1, -2  # places of tokens that have none
 Reference = Callable[[TokenBatch], Tensor]
 """A batch → (N,) log-probs of its response tokens under the reference, no gradient."""
 
@@ -24,16 +25,25 @@ Reference = Callable[[TokenBatch], Tensor]
 class Rows:
     """Where each response of a dataset lies: `offsets` (n·sides + 1,) int64, response i·sides + side.
 
-    `positions` are the examples that are stored, ascending (None: all of them); the others have no tokens.
+    `positions` are the examples that are stored (None: all of them); the others have no tokens. Batches hold
+    stored examples alone, unless the rows are `partial`.
     """
 
-    def __init__(self, dataset: PairDataset, sides: int, positions: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        dataset: PairDataset,
+        sides: int,
+        positions: np.ndarray | None = None,
+        *,
+        partial: bool = False,
+    ) -> None:
         lengths = dataset.response_lengths(sides)
         if positions is not None:
             kept = np.zeros_like(lengths)
             kept[positions] = lengths[positions]
             lengths = kept
         self.sides = sides
+        self._partial = partial
         self.offsets = np.concatenate([[0], np.cumsum(lengths.ravel(), dtype=np.int64)])
 
     @property
@@ -49,14 +59,16 @@ class Rows:
         return np.where(indices < 0, -1, rows).ravel()
 
     def places(self, batch: TokenBatch) -> np.ndarray:
-        """The place in the array of each response token of a batch, (N,), −1 in fillers."""
+        """The place in the array of each response token of a batch, (N,): `FILLER`, or `NOT_STORED`."""
         rows, lengths = self.of_batch(batch), batch.lengths.cpu().numpy()
         starts, real = self.offsets[rows], rows >= 0
         stored = self.offsets[rows + 1] - starts
-        assert (stored == lengths)[real].all(), "a batch has responses that are not those of the stored rows"
+        missing = real & (stored == 0) & (lengths > 0) & self._partial
+        assert (stored == lengths)[real & ~missing].all(), "a batch has responses that are not those stored"
         firsts = np.cumsum(lengths) - lengths
         places = np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
-        return np.where(np.repeat(real, lengths), places, -1)
+        places[np.repeat(missing, lengths)] = NOT_STORED
+        return np.where(np.repeat(real, lengths), places, FILLER)
 
     def pieces(self, batch: TokenBatch, logps: Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """A batch's log-probs (N,) as pieces of the array: (place, float32 values), fillers left out."""
@@ -72,7 +84,8 @@ class Rows:
 class StoredReference:
     """A reference whose log-probs (T,) were computed before: an array in memory or a file's.
 
-    `check` is called before each batch is read: it raises where the values are no longer those.
+    `check` is called before each batch is read: it raises where the values are no longer those. Of examples
+    that partial rows do not hold, the log-probs are NaN.
     """
 
     def __init__(self, rows: Rows, logps: np.ndarray, check: Callable[[], None] = lambda: None) -> None:
@@ -87,4 +100,5 @@ class StoredReference:
         real = places >= 0
         values = np.zeros(len(places), dtype=np.float32)
         values[real] = self._logps[places[real]]
+        values[places == NOT_STORED] = np.nan
         return torch.from_numpy(values).to(batch.labels.device)

@@ -41,7 +41,7 @@ def sides(axes: Axes, runs: Sequence[Run], width: int) -> None:
     """Winner and loser against the reference (log-probs of runs that have none); diamonds are held out."""
     related = any(run.has("logratios/chosen") for run in runs)
     names = "logratios" if related else "logps"
-    axes.set_title("Winner and loser against the reference" if related else "Winner and loser, log-probs")
+    axes.set_title(f"Winner and loser: {'log-ratios to the reference' if related else 'log-probs'}")
     axes.set_ylabel(unit_of(runs))
     if related:
         level(axes, 0.0, SMALL)

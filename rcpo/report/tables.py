@@ -45,16 +45,18 @@ SCORES = {"eval/exact_match", "eval/rewards/accuracies", *(metric.key for metric
 def held_out(run: Run) -> list[Table]:
     """Everything evaluation.json has: the means with their intervals, then what else was measured."""
     values = run.evaluation
-    known = {name for _, name, _ in ROWS}
+    known, counts = {name for _, name, _ in ROWS}, {"examples", "logratios/examples"}
     others = sorted(
         key.removeprefix("eval/")
         for key in values
         if key.startswith("eval/") and not _OWN_TABLES.match(key) and not key.endswith(("/low", "/high"))
     )
     rows = [(title, interval(values, name, unit)) for title, name, unit in ROWS if f"eval/{name}" in values]
-    rows += [(name, interval(values, name, "other")) for name in others if name not in known | {"examples"}]
-    count = values.get("eval/examples")
+    rows += [(name, interval(values, name, "other")) for name in others if name not in known | counts]
+    count, compared = (values.get(f"eval/{name}") for name in ("examples", "logratios/examples"))
     caption = "" if count is None else f"{count:,.0f} held-out pairs; 95 % bootstrap intervals over prompts."
+    if compared is not None:
+        caption += f" Log-ratios are of {compared:,.0f} of the pairs (reference.track=true: of all)."
     tables = [Table(("held-out", "mean [95 % interval]"), rows, caption)] if rows else []
     return [*tables, *_judged(run), *_by_length(values), *_scores(values), *_dynamics(values)]
 

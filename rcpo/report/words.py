@@ -72,8 +72,9 @@ def _standing(run: Run) -> str:
     parts = [
         f"the {side} at {number(mean)}" for side, mean in zip(("winner", "loser"), means) if mean is not None
     ]
+    kind = "log-ratios" if names == "logratios" else "log-probs"
     unit = UNITS.get(str(run.settings.get("objective.reduction")), "nats")
-    return f"{' and '.join(parts)} {unit}"
+    return f"{' and '.join(parts)} ({kind}, {unit})"
 
 
 def number(value: float) -> str:

@@ -15,9 +15,7 @@ from rcpo.tracking.sparkline import History, extent, sparkline
 
 PLAIN_LINES = 20  # a whole run fits on one screen of a log file
 PLAIN_SECONDS = 60.0  # but a slow run still shows that it is alive
-WINNER_KEYS = ("logratios/chosen", "logps/chosen")
-LOSER_KEYS = ("logratios/rejected", "logps/rejected")
-MARGIN_KEYS = ("rewards/margins",)
+SIDES = {"log-ratio": "logratios", "log-prob": "logps"}  # what a side is shown by: the first that a row has
 CHART_STYLES = {"winner": "#0072b2", "loser": "#d55e00", "margin": "default"}  # as in the report
 CHART_TEXT = 30  # columns of a chart's line beside the chart: its name and its scale
 
@@ -43,15 +41,16 @@ def open_display(console: Console, total_steps: int, first_step: int) -> Display
 
 
 class _Bar(Progress):
-    """The bar, a line for the figures, a line for each chart: all fit a terminal of 80 columns."""
+    """The bar, two lines for the figures, a line for each chart: all fit a terminal of 80 columns."""
 
-    figures = ""
+    figures: Sequence[str] = ()
     unicode = True  # the ellipsis is none of ASCII's letters
     charts: Sequence[Text] = ()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        yield Text(self.figures, no_wrap=True, overflow="ellipsis" if self.unicode else "crop")
+        for line in self.figures:
+            yield Text(line, no_wrap=True, overflow="ellipsis" if self.unicode else "crop")
         yield from self.charts
 
 
@@ -62,9 +61,10 @@ class _Charts:
         self._histories = {name: History() for name in ("winner", "loser", "margin")}
 
     def add(self, row: Mapping[str, Scalar]) -> None:
-        keys = {"winner": WINNER_KEYS, "loser": LOSER_KEYS, "margin": MARGIN_KEYS}
+        _, winner, loser = _sides(row)
+        values = {"winner": winner, "loser": loser, "margin": row.get("rewards/margins")}
         for name, history in self._histories.items():
-            history.add(_first(row, *keys[name]))
+            history.add(values[name])
 
     def lines(self, width: int) -> list[Text]:
         """One line for each quantity that is known, in a terminal of `width` columns."""
@@ -98,7 +98,9 @@ class LiveDisplay:
 
     def row(self, step: int, row: Mapping[str, Scalar]) -> None:
         alpha = "α" if self._bar.unicode else "alpha"
-        self._bar.figures = "  ".join(_figures(row, alpha, width=0))
+        objective, calibration = _figures(row, alpha, width=0)
+        lines = (objective + calibration, _side_figures(row, width=0))
+        self._bar.figures = ["  ".join(line) for line in lines if line]
         self._charts.add(row)
         if self._bar.unicode:
             self._bar.charts = self._charts.lines(self._console.width)
@@ -131,7 +133,8 @@ class PlainDisplay:
             return
         self._shown = step, now
         width = len(str(self._total))
-        figures = "  ".join(_figures(row, "alpha", width=9))
+        objective, calibration = _figures(row, "alpha", width=9)
+        figures = "  ".join([*objective, *_side_figures(row, width=9), *calibration])
         line = f"step {step:>{width}}/{self._total}  {figures}  {self._time_left(step, now)}"
         _print(self._console, line.rstrip())
 
@@ -168,22 +171,36 @@ def nice_stride(total: int, lines: int) -> int:
         stride *= factors[2]
 
 
-def _figures(row: Mapping[str, Scalar], alpha: str, width: int) -> list[str]:
-    """`name value` for the figures that the row has; values are right-aligned to `width`."""
+def _figures(row: Mapping[str, Scalar], alpha: str, width: int) -> tuple[list[str], list[str]]:
+    """`name value` for loss and margin, and for α and speed, as far as the row has them; right-aligned."""
+
+    def shown(name: str, value: Scalar, form: str) -> list[str]:
+        return [] if value is None else [f"{name} {form.format(value):>{width}}"]
+
+    objective = shown("loss", row.get("loss"), "{:.4f}")
+    objective += shown("margin", row.get("rewards/margins"), "{:+.4f}")
+    calibration = shown(alpha, row.get("rc/alpha"), "{:.3f}")
+    speed = row.get("tokens_per_second")
+    if speed is not None:
+        calibration.append(f"{_compact(speed):>{min(width, 6)}} tok/s")
+    return objective, calibration
+
+
+def _side_figures(row: Mapping[str, Scalar], width: int) -> list[str]:
+    """`log-ratio: winner value`, `loser value`, or the same with log-probs where that is all there is."""
+    unit, *values = _sides(row)
     shown = [
-        ("loss", _first(row, "loss"), "{:.4f}"),
-        ("margin", _first(row, *MARGIN_KEYS), "{:+.4f}"),
-        ("winner", _first(row, *WINNER_KEYS), "{:+.3f}"),
-        ("loser", _first(row, *LOSER_KEYS), "{:+.3f}"),
-        (alpha, _first(row, "rc/alpha"), "{:.3f}"),
+        f"{name} {value:>+{width}.3f}"
+        for name, value in zip(("winner", "loser"), values)
+        if value is not None
     ]
-    figures = [f"{name} {form.format(value):>{width}}" for name, value, form in shown if value is not None]
-    speed = _first(row, "tokens_per_second")
-    return figures if speed is None else [*figures, f"{_compact(speed):>{min(width, 6)}} tok/s"]
+    return [f"{unit}: {shown[0]}", *shown[1:]] if shown else []
 
 
-def _first(row: Mapping[str, Scalar], *keys: str) -> Scalar:
-    return next((row[key] for key in keys if row.get(key) is not None), None)
+def _sides(row: Mapping[str, Scalar]) -> tuple[str, Scalar, Scalar]:
+    """What the sides are shown by, and their values."""
+    kinds = [(unit, row.get(f"{name}/chosen"), row.get(f"{name}/rejected")) for unit, name in SIDES.items()]
+    return next((kind for kind in kinds if kind[1:] != (None, None)), kinds[-1])
 
 
 def _compact(value: float) -> str:

@@ -18,6 +18,9 @@ from rcpo.tracking.wandb_run import WandbRun
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+NOTHING_HELD_OUT = (
+    "nothing is held out, so nothing is evaluated: set data.eval_fraction above 0, or data.eval_path"
+)
 EVALUATION_LINE = (
     "loss",
     "rewards/accuracies",
@@ -70,11 +73,14 @@ class Tracker:
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Print held-out values (`eval/…`) and keep them for the row of this step.
 
-        Call it before the step's `log`. Where no `log` of that step follows they become a row of their own;
-        where it came already they go to wandb alone, so that no step has two rows.
+        Without a value it prints that nothing is held out. Call it before the step's `log`. Where no `log` of
+        that step follows they become a row of their own; where it came already they go to wandb alone: no step
+        has two rows.
         """
-        if self._outputs is not None:
+        if self._outputs is not None and values:
             self._outputs.evaluation(step, clean_row(values))
+        elif self._outputs is not None:
+            self._outputs.display.message(NOTHING_HELD_OUT)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Answers of a step as a table in wandb, with the columns of the first row."""

@@ -100,6 +100,31 @@ def test_a_nan_is_neither_hidden_nor_counted_as_a_miss() -> None:
     assert found["eval/rewards/chosen"] == pytest.approx(-1 / 3)
 
 
+def test_log_ratios_are_of_the_examples_that_were_compared() -> None:
+    """a and c were compared with the reference, b was not: its NaN is nothing that went wrong."""
+    ratios = np.array([-0.5, math.nan, -0.25])
+    scores = replace(
+        three(),
+        chosen_logratios=ratios,
+        rejected_logratios=ratios * 2,
+        chosen_token_logratios=ratios,
+        rejected_token_logratios=ratios,
+        tracked=np.array([True, False, True]),
+    )
+    found = preference_metrics(scores, seed=1)
+    assert found["eval/logratios/chosen"] == -0.375 and found["eval/logratios/rejected"] == -0.75
+    assert found["eval/token_logratios/chosen"] == -0.375 and found["eval/winner_fell"] == 1.0
+    assert (found["eval/examples"], found["eval/logratios/examples"]) == (3, 2)
+    assert (found["eval/logratios/chosen/low"], found["eval/logratios/chosen/high"]) == (-0.5, -0.25)
+    assert found["eval/logps/chosen"] == -2.0 and found["eval/rewards/accuracies"] == pytest.approx(2 / 3)
+    buckets = by_length(scores)  # 3 tokens; 4 and 5
+    assert buckets["eval/by_length/2-3/logratios/chosen"] == -0.5
+    assert buckets["eval/by_length/4-7/logratios/chosen"] == -0.25
+    assert buckets["eval/by_length/4-7/examples"] == 2
+    lost = preference_metrics(replace(scores, tracked=np.ones(3, bool)), seed=1)
+    assert math.isnan(lost["eval/logratios/chosen"])
+
+
 def test_interval_of_a_mean_is_the_normal_one() -> None:
     generator = np.random.default_rng(5)
     values = generator.normal(3.0, 2.0, (4000, 1))
@@ -176,7 +201,9 @@ def test_no_example_is_an_error_that_names_the_keys() -> None:
 def part(scores: PreferenceScores, rows: list[int], filler: int = 0) -> PreferenceScores:
     """Some rows of the scores, as a rank has them, and fillers."""
     kept = rows + [0] * filler
-    columns = {name: np.asarray(value)[kept] for name, value in vars(scores).items()}
+    columns = {
+        name: None if value is None else np.asarray(value)[kept] for name, value in vars(scores).items()
+    }
     columns["indices"][len(rows) :] = -1
     texts = {name: list(columns[name]) for name in ("example_ids", "sources")}
     return PreferenceScores(**{**columns, **texts})

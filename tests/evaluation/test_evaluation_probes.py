@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo import distributed, trainer
 from rcpo.config import ObjectiveConfig, RunConfig
-from rcpo.evaluation.identity import example_id
+from rcpo.data.identity import example_id
 from rcpo.evaluation.probe_file import COLUMNS, ProbeFile
 from rcpo.evaluation.probes import Probe, probe_positions
 from rcpo.session import Session

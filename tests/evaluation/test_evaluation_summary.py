@@ -21,6 +21,12 @@ def values(winner: tuple[float, float, float] | None, loser: tuple[float, float,
     return record
 
 
+def test_log_ratios_of_some_pairs_say_of_how_many() -> None:
+    record = values((-1.2, -1.3, -1.1), (-1.2, -1.3, -1.1)) | {"eval/logratios/examples": 256}
+    assert "(mean log-ratio −1.20 [−1.30, −1.10] of 256 pairs; the loser's" in describe(record)
+    assert summary_table(record).title == "Held-out evaluation on 1,280 pairs, log-ratios on 256 of them"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [

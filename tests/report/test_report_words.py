@@ -74,7 +74,8 @@ def test_a_run_says_where_it_stands(tmp_path: Path) -> None:
     silent = a_run(tmp_path / "silent", metrics=rows(2))
     # θ after one step is 0.1 · (0.2, −0.4), so the winner's mean over both rows is 0.01, the loser's −0.02
     expected = (
-        "Finished after 2 steps, not evaluated; the winner at 0.01 and the loser at −0.02 nats a token."
+        "Finished after 2 steps, not evaluated; the winner at 0.01 and the loser at −0.02 "
+        "(log-ratios, nats a token)."
     )
     assert words.headline_of_run(silent) == expected
 

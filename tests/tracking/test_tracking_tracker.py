@@ -204,7 +204,7 @@ def test_plain_lines_are_aligned_and_thinned(tmp_path: Path, capsys: pytest.Capt
     assert len(lines) == 21  # the first step, then every tenth
     assert len({len(line.split("  tok/s")[0].split(" left")[0]) for line in lines[1:]}) == 1
     assert re.match(
-        r"step  10/200  loss    0\.1000  margin   \+0\.2500  winner    -0\.030  loser    -1\.200"
+        r"step  10/200  loss    0\.1000  margin   \+0\.2500  log-ratio: winner    -0\.030  loser    -1\.200"
         r"  alpha     1\.500   12\.3k tok/s  +\d+:\d\d left",
         lines[1],
     )
@@ -221,7 +221,7 @@ def test_the_live_display_shows_the_figures_and_leaves_messages(tmp_path: Path) 
         "20/40",
         "loss 0.0500",
         "margin +0.2500",
-        "winner -0.030",
+        "log-ratio: winner -0.030  loser -1.200",
         "α 1.500",
         "12.3k tok/s",
         "Saved step 20",
@@ -258,6 +258,25 @@ def test_charts_are_left_out_where_there_is_nothing_to_draw_or_draw_with() -> No
     plain_letters.close()
     raw.seek(0)
     assert "winner -0.030" in raw.read()
+
+
+def test_log_probs_are_not_shown_as_log_ratios() -> None:
+    console = plain()
+    display = PlainDisplay(console, 2)
+    display.row(1, {"logps/chosen": -12.5, "logps/rejected": -14.25})
+    display.row(2, {"logps/chosen": -12.5, "logps/rejected": -14.25, "logratios/rejected": -0.5})
+    first, second = text_of(console).splitlines()
+    assert "log-prob: winner   -12.500  loser   -14.250" in first and "log-ratio" not in first
+    # one side's log-ratio never stands beside the other's log-prob
+    assert "log-ratio: loser    -0.500" in second and "winner" not in second
+
+
+def test_an_evaluation_of_nothing_names_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker(tmp_path, config(), 2, True) as tracker:
+        tracker.evaluation(1, {})
+        tracker.log(row(1))
+    text = capsys.readouterr().out
+    assert "nothing is held out" in text and "data.eval_fraction" in text and "evaluation at step" not in text
 
 
 def test_an_evaluation_line_leaves_intervals_to_the_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,3 +18,9 @@ def example_id(example: Example) -> str:
     for part in (example.prompt, example.chosen, example.rejected):
         digest.update(len(part).to_bytes(4, "little") + np.asarray(part, "<i4").tobytes())
     return digest.hexdigest()[:HEX_DIGITS]
+
+
+def smallest_ids(examples: Sequence[Example], size: int) -> list[int]:
+    """Positions of the `size` examples with the smallest ids, in the ids' order: a fixed sample of them."""
+    ids = [example_id(example) for example in examples]
+    return sorted(range(len(ids)), key=ids.__getitem__)[:size]
