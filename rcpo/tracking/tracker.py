@@ -74,8 +74,8 @@ class Tracker:
         """Print held-out values (`eval/…`) and keep them for the row of this step.
 
         Without a value it prints that nothing is held out. Call it before the step's `log`. Where no `log` of
-        that step follows they become a row of their own; where it came already they go to wandb alone: no step
-        has two rows.
+        that step follows they become a row of their own; where it came already they go to wandb alone, so no
+        step has two rows.
         """
         if self._outputs is not None and values:
             self._outputs.evaluation(step, clean_row(values))
