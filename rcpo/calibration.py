@@ -108,7 +108,8 @@ class DynamicsMeter:
     `observe` takes the incentives of each chosen and each rejected response, for a loss that is the mean over
     pairs, and the sides' summed scores (2, …). Where responses are not paired the sides may differ in length:
     incentives are then per (n_w + n_l)/2 and scores per response of their own side, so that d·s stays each
-    side's part of the loss's gradient.
+    side's part of the loss's gradient. `weights` are the responses' parts in the loss's mean (None: all 1),
+    by which the scores are summed already: one of weight 2 counts as two.
 
     >>> meter = DynamicsMeter()
     >>> meter.observe((torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])), torch.tensor([[[4.0]], [[6.0]]]))
@@ -120,10 +121,13 @@ class DynamicsMeter:
         self._sums: Tensor | None = None
         self._scores: Tensor | None = None
 
-    def observe(self, incentives: tuple[Tensor, Tensor], scores: Tensor) -> None:
-        d_w, d_l = incentives
-        counts = d_w.new_tensor([len(d_w), len(d_l)]).double()
-        sums = torch.cat([torch.stack([d_w.double().sum(), d_l.double().sum()]), counts])
+    def observe(
+        self, incentives: tuple[Tensor, Tensor], scores: Tensor, weights: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        d = [side.double() for side in incentives]
+        parts = [torch.ones_like(side) for side in d] if weights is None else [w.double() for w in weights]
+        weighted = [(part * side).sum() for part, side in zip(parts, d, strict=True)]
+        sums = torch.stack([*weighted, *(part.sum() for part in parts)])
         self._sums = sums if self._sums is None else self._sums + sums
         self._scores = scores.detach() if self._scores is None else self._scores.add_(scores.detach())
 
@@ -139,8 +143,8 @@ class DynamicsMeter:
         scores = total[: self._scores.numel()].view_as(self._scores)
         d_w, d_l, *counts = total[self._scores.numel() :].view_as(words).double().sum(0).tolist()
         self._sums = self._scores = None
-        n_w, n_l = (max(count, 1.0) for count in counts)
-        pairs = max(sum(counts) / 2, 1.0)
+        n_w, n_l = (count or 1.0 for count in counts)
+        pairs = sum(counts) / 2 or 1.0
         geometry = ScoreGeometry.of(scores)
         mean = ScoreGeometry(geometry.norm_chosen / n_w, geometry.norm_rejected / n_l, geometry.cosine)
         return Dynamics(d_w / pairs, d_l / pairs, mean)
@@ -251,18 +255,20 @@ class StepCalibration:
         self._reduce = reduce
         self._meter = DynamicsMeter()
 
-    def observe(self, incentives: tuple[Tensor, Tensor], scores: Tensor) -> None:
+    def observe(
+        self, incentives: tuple[Tensor, Tensor], scores: Tensor, weights: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """A micro-batch, as `DynamicsMeter.observe` takes it; a rank without responses joins the sums too."""
         if self.by_microbatch and self.calibrator is not None:
             local: Dynamics | None = None
             if len(incentives[0]) and len(incentives[1]):
                 alone = DynamicsMeter()
-                alone.observe(incentives, scores.clone())
+                alone.observe(incentives, scores.clone(), weights)
                 local = alone.collect()
             common = average_logs(local, self._reduce)
             if common is not None:
                 self.calibrator.update(common)
-        self._meter.observe(incentives, scores)
+        self._meter.observe(incentives, scores, weights)
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""

@@ -74,9 +74,12 @@ class StepDynamics:
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
         none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
         d = incentives(self.objective, scored.pairs) if scored.count else (none, none)
+        weights = scored.pairs.pair_weights, scored.pairs.pair_weights
         if scored.count:  # an unpaired example has one side only
-            d = d[0][scored.pairs.has_chosen], d[1][scored.pairs.has_rejected]
-        self._statistics.observe(d, scores)
+            there = scored.pairs.has_chosen, scored.pairs.has_rejected
+            d = d[0][there[0]], d[1][there[1]]
+            weights = weights[0][there[0]], weights[1][there[1]]
+        self._statistics.observe(d, scores, weights)
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""

@@ -186,6 +186,8 @@ def pair_logps(batch: TokenBatch, logps: Tensor, weights: Tensor, ref_logps: Ten
         chosen_means=means.view(sides, -1)[0],
         kl_chosen=z[2] if sides > 2 else None,
         ref_kl_chosen=ref[2] if ref is not None and sides > 2 else None,
+        weights=batch.weights,
+        margins=batch.margins,
     )
 
 

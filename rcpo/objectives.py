@@ -32,7 +32,8 @@ class Specification:
     """What the runner knows of an objective beside its loss.
 
     `couples_batch`: a pair's loss depends on the other pairs of its micro-batch, so it is not invariant under
-    another split of the global batch. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so
+    another split of the global batch. `sorts_batch`: the losses are not in the pairs' order, so that a pair's
+    weight has no place. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so
     far is handed to the loss as `running_mean`. `token_weighted`: pairs count by their response tokens in the
     batch mean. `takes_unpaired`: a side that a pair lacks (length 0) has no part in its loss.
     """
@@ -45,6 +46,7 @@ class Specification:
     needs_mismatched: bool = False
     takes_unpaired: bool = False
     couples_batch: bool = False
+    sorts_batch: bool = False
     token_weighted: bool = False
     running_mean: Loss | None = None
 
@@ -109,7 +111,7 @@ def names() -> list[str]:
 class RunningMean:
     """Mean of everything observed up to the last optimizer step: constant inside a step.
 
-    Micro-batches add to `pending` (sum, count); `step` reduces it over ranks and folds it in.
+    Micro-batches add to `pending` (sum, weight); `step` reduces it over ranks and folds it in.
     """
 
     def __init__(self) -> None:
@@ -121,9 +123,12 @@ class RunningMean:
     def value(self) -> float:
         return self.total / self.count if self.count else 0.0
 
-    def observe(self, values: Tensor) -> None:
-        self._pending[0] += float(values.detach().double().sum())
-        self._pending[1] += float(values.numel())
+    def observe(self, values: Tensor, weights: Tensor | None = None) -> None:
+        """Adds values, each by its weight (None: 1)."""
+        values = values.detach().double()
+        parts = torch.ones_like(values) if weights is None else weights.double()
+        self._pending[0] += float((parts * values).sum())
+        self._pending[1] += float(parts.sum())
 
     def step(self, reduce: Callable[[Tensor], Tensor] = lambda x: x, *, keep: bool = True) -> None:
         """Folds in the step's values over all ranks, or drops them where `keep` is false."""
@@ -190,7 +195,8 @@ class Objective:
     def observe(self, logps: PairLogps) -> None:
         """Adds a micro-batch of pairs to the running state, where the objective has one."""
         if self.state is not None and self.spec.running_mean is not None:
-            self.state.observe(self.spec.running_mean(logps, **self.hyperparameters))
+            values = self.spec.running_mean(logps, **self.hyperparameters)  # (B,), or side after side
+            self.state.observe(values, logps.pair_weights.repeat(len(values) // len(logps.chosen)))
 
     def mean_slope(self, logps: PairLogps) -> Tensor | float:
         """∂ mean log-prob / ∂ z: 1 / length for sums, 1 for means."""
@@ -207,10 +213,10 @@ class Objective:
     def weights(self, logps: PairLogps) -> Tensor:
         """Each pair's weight in the batch mean, shape (B,), before normalisation."""
         if not self.spec.token_weighted:
-            return torch.ones_like(logps.chosen)
+            return logps.pair_weights
         if logps.chosen_lengths is None:
             raise ValueError(f"objective {self.name} needs PairLogps.chosen_lengths")
-        return logps.chosen_lengths.to(logps.chosen)
+        return logps.pair_weights * logps.chosen_lengths.to(logps.chosen)
 
     def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor | None]:
         """Implicit rewards β u, or β z without a reference (β = 1 where there is none), shape (B,) each."""
@@ -327,7 +333,7 @@ def sppo(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     return (logps.chosen_logratios - target).square() + (logps.rejected_logratios + target).square()
 
 
-@register("aot", reduction="sum", needs_reference=True, couples_batch=True)
+@register("aot", reduction="sum", needs_reference=True, couples_batch=True, sorts_batch=True)
 def aot(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     """−logσ(β[sort Δ − sort Δ_ref]), Melnyk et al. 2024 (paired); sorts within the micro-batch."""
     delta = logps.chosen - logps.losers
@@ -335,7 +341,7 @@ def aot(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     return -F.logsigmoid(beta * (delta.sort().values - reference.sort().values))
 
 
-@register("aot_unpaired", reduction="sum", needs_reference=True, couples_batch=True)
+@register("aot_unpaired", reduction="sum", needs_reference=True, couples_batch=True, sorts_batch=True)
 def aot_unpaired(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     """−logσ(β[sort u_w − sort u_l]), Melnyk et al. 2024 (unpaired); sorts within the micro-batch."""
     chosen, rejected = logps.chosen_logratios.sort().values, logps.rejected_logratios.sort().values
@@ -389,12 +395,14 @@ def kto(
 ) -> Tensor:
     """λ_w(1−σ(β(u_w−K))) + λ_l(1−σ(β(K−u_l))), Ethayarajh et al. 2024.
 
-    K = max(0, mean u of mismatched completions) over the micro-batch, detached. A side that a pair lacks adds
-    nothing, so the mean over B of unpaired data is the mean over all its completions.
+    K = max(0, mean u of mismatched completions) over the micro-batch, by the pairs' weights, detached. A side
+    that a pair lacks adds nothing, so the mean over B of unpaired data is the mean over all its completions.
     """
     if logps.kl_chosen is None or logps.ref_kl_chosen is None:
         raise ValueError("objective kto needs PairLogps.kl_chosen and ref_kl_chosen (mismatched completions)")
-    baseline = (logps.kl_chosen - logps.ref_kl_chosen).mean().clamp(min=0).detach()
+    weights = logps.pair_weights
+    baseline = (weights * (logps.kl_chosen - logps.ref_kl_chosen)).sum() / weights.sum()
+    baseline = baseline.clamp(min=0).detach()
     chosen = 1 - (beta * (logps.chosen_logratios - baseline)).sigmoid()
     rejected = 1 - (beta * (baseline - logps.rejected_logratios)).sigmoid()
     return lambda_chosen * chosen * logps.has_chosen + lambda_rejected * rejected * logps.has_rejected

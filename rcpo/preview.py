@@ -34,7 +34,7 @@ from rcpo.visible import visible
 SHOWN = 3  # examples, without `show=`
 LONGEST = 1200  # characters of a part that are shown: its first and last halves
 BINS, BAR = 12, 40  # of a histogram: rows, and columns of the longest bar
-STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "gold": "yellow"}
 
 
 def preview(arguments: Sequence[str]) -> int:
@@ -95,9 +95,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> s
 
 def _panel(example: Example, tokenizer: PreTrainedTokenizerBase) -> Panel:
     """An example's parts in their colours; the prompt is given, the responses are learned."""
-    parts = {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected}
     body = Text()
-    for name, ids in parts.items():
+    for name, ids in zip(STYLES, example.parts, strict=True):
         if ids:
             what = "given" if name == "prompt" else "learned"
             body.append(f"{name} ({len(ids)} tokens, {what})\n", style="bold")

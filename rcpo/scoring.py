@@ -55,7 +55,7 @@ class Scored:
         return means.view(batch.sides, -1)[:, batch.weights > 0]
 
     def head_scores(self) -> Tensor:
-        """Σ over the real pairs of ∇z by the head's weight: (2, k, D), chosen and rejected."""
+        """Σ over the pairs, by their weights, of ∇z by the head's weight: (2, k, D), chosen and rejected."""
         pairs = self.batch.num_pairs
         coefficients = self.weights * self.batch.weights.double()[self.batch.sequences % pairs]
         sides = []
@@ -70,8 +70,10 @@ class Scored:
         return torch.stack(sides)
 
     def parameter_scores(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Σ over the real pairs of ∇z by all trainable parameters: (2, P)."""
-        return parameter_scores(self.pairs.chosen.sum(), self.pairs.losers.sum(), parameters)
+        """Σ over the pairs, by their weights, of ∇z by all trainable parameters: (2, P)."""
+        weights = self.pairs.pair_weights
+        chosen, rejected = ((weights * side).sum() for side in (self.pairs.chosen, self.pairs.losers))
+        return parameter_scores(chosen, rejected, parameters)
 
 
 class Scorer:

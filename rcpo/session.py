@@ -74,6 +74,7 @@ class Session:
         if self.objective.spec.needs_mismatched:
             for dataset in filter(None, (self.datasets.train, self.datasets.evaluation)):
                 _ = dataset.partners  # refuses data with a single prompt before any weights load
+        refuse_numbers(self.objective, self.datasets)
         if training and config.checkpoint.best is not None and self.datasets.evaluation is None:
             raise ConfigError(
                 f"checkpoint.best={config.checkpoint.best}: nothing is held out; set data.eval_path, or "
@@ -247,6 +248,16 @@ def tracking(config: RunConfig, objective: Objective, datasets: Datasets, *, cha
         return Tracking.EVERYTHING
     comparable = datasets.evaluation is not None and (changes or config.reference.path is not None)
     return Tracking.SOME if track is None and comparable else Tracking.NOTHING
+
+
+def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
+    """Raises ConfigError for pair weights that the objective has no place for."""
+    weighted = np.flatnonzero(datasets.train.weights != 1)
+    if objective.spec.sorts_batch and len(weighted):
+        raise ConfigError(
+            f"{datasets.train.id(int(weighted[0]))}: a weight, and objective={objective.name} sorts the "
+            "pairs of a batch, so that no loss belongs to one pair; choose another objective, or remove them"
+        )
 
 
 def refuse_kind(objective: Objective, kind: str) -> None:

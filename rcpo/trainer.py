@@ -66,9 +66,9 @@ class Trainer:
 
     def _batch_weight(self, indices: list[int]) -> float:
         """Σ w_i of a global batch."""
-        if not self.objective.spec.token_weighted:
-            return float(len(indices))
-        return float(self.session.datasets.train.lengths[indices, 1].sum())
+        train = self.session.datasets.train
+        lengths = train.lengths[indices, 1] if self.objective.spec.token_weighted else 1
+        return float((train.weights[indices] * lengths).sum())
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics row, equal on all ranks."""

@@ -21,7 +21,8 @@ class PairLogps:
     is None for supervised objectives, the references for those that need none. `*_lengths` count response
     tokens, 0 where unpaired data has none on that side. `chosen_means` is the chosen responses' mean log-prob
     a token, needed by `nll_coef` on summed log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses
-    under prompts of other pairs (kto's K).
+    under prompts of other pairs (kto's K). `weights` are the pairs' parts in the batch mean (None: all
+    alike), `margins` how far somebody scored the chosen responses above the rejected ones.
 
     >>> chosen, rejected, reference = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([-1.5])
     >>> logps = PairLogps(chosen, rejected, ref_chosen=reference, ref_rejected=reference)
@@ -38,6 +39,8 @@ class PairLogps:
     chosen_means: Tensor | None = None
     kl_chosen: Tensor | None = None
     ref_kl_chosen: Tensor | None = None
+    weights: Tensor | None = None
+    margins: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,6 +67,16 @@ class PairLogps:
     def losers(self) -> Tensor:
         """z_l, shape (B,); an error where the objective was given no rejected side."""
         return _require(self.rejected, "rejected")
+
+    @property
+    def score_margins(self) -> Tensor:
+        """How far the chosen responses were scored above the rejected ones, shape (B,)."""
+        return _require(self.margins, "margins")
+
+    @property
+    def pair_weights(self) -> Tensor:
+        """The pairs' parts in the batch mean, shape (B,): 1 where nothing else is said."""
+        return torch.ones_like(self.chosen) if self.weights is None else self.weights
 
     @property
     def has_chosen(self) -> Tensor:
@@ -103,11 +116,12 @@ class TokenBatch:
     `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body;
     so do `segments` (R, L) where rows hold more than one sequence (`rcpo.attention` makes a mask of them).
     `predictors` (N,) are flat indices into R·L of the positions whose hidden states predict the N response
-    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are
-    0..B−1, the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,)
-    counts response tokens, `weights` (B,) is 1 for a pair and 0 for a filler that evens out the ranks' last
-    batch. `ref_logps` (N,) are the reference's log-probs of the same tokens. `num_tokens` counts what the
-    model's body computes for real pairs: neither padding nor fillers, a shared prompt once.
+    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are 0..B−1,
+    the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,) counts
+    response tokens, `weights` (B,) are the pairs' weights in the loss, 0 for a filler that evens out the
+    ranks' last batch, `margins` (B,) how far the chosen response was scored above the other, None where
+    nobody says so of each. `ref_logps` (N,) are the reference's log-probs of the same tokens. `num_tokens`
+    counts what the model's body computes for real pairs: neither padding nor fillers, a shared prompt once.
 
     >>> one = torch.tensor([[5, 6, 7]])  # a prompt of one token, a response of two; no rejected side
     >>> batch = TokenBatch(
@@ -133,6 +147,7 @@ class TokenBatch:
     sides: int = 2
     ref_logps: Tensor | None = None
     segments: Tensor | None = None
+    margins: Tensor | None = None
     num_tokens: int = 0
 
     @property

@@ -599,3 +599,33 @@ def test_microbatch_updates_reach_the_micro_batch_that_made_them() -> None:
     assert calibrator.alpha == pytest.approx(4.0, rel=1e-12)
     with pytest.raises(ValueError, match=r"rc\.update=epoch"):
         StepCalibration(calibrator, update="epoch")
+
+
+# --- Weights ------------------------------------------------------------------------------------------------
+
+
+@given(weights=st.lists(st.integers(1, 4), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_a_whole_weight_counts_as_so_many_pairs(weights: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    d_w, d_l = torch.rand(2, len(weights), generator=generator, dtype=torch.float64)
+    scores = torch.randn(len(weights), 2, 3, 4, generator=generator, dtype=torch.float64)  # per pair
+    parts = torch.tensor(weights, dtype=torch.float64)
+    weighted, repeated = DynamicsMeter(), DynamicsMeter()
+    weighted.observe((d_w, d_l), (parts[:, None, None, None] * scores).sum(0), (parts, parts))
+    times = torch.tensor(weights)
+    d = d_w.repeat_interleave(times), d_l.repeat_interleave(times)
+    repeated.observe(d, scores.repeat_interleave(times, 0).sum(0))
+    repeated_metrics = repeated.collect().metrics()
+    for name, value in weighted.collect().metrics().items():
+        other = repeated_metrics[name]
+        assert value == (other if value is None else pytest.approx(other, rel=1e-9, abs=1e-12)), name
+
+
+def test_weights_below_one_are_not_taken_for_no_pair() -> None:
+    # Σ w = 0.2: d = (0.1·1 + 0.1·3)/0.2 = 2, s_w = 0.1·(3, 4)·2 / 0.2
+    meter, parts = DynamicsMeter(), torch.tensor([0.1, 0.1], dtype=torch.float64)
+    scores = torch.tensor([[0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
+    meter.observe((torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])), scores, (parts, parts))
+    found = meter.collect()
+    assert (found.incentive_chosen, found.incentive_rejected) == pytest.approx((2, 2), rel=1e-12)
+    assert (found.scores.norm_chosen, found.scores.norm_rejected) == pytest.approx((5, 5), rel=1e-12)

@@ -479,3 +479,32 @@ def test_running_mean_over_ranks_and_through_a_checkpoint() -> None:
         assert state.value == 4  # (9 + 7) / 4
     mean.step()  # nothing new
     assert mean.value == 4
+
+
+# --- Pair weights -------------------------------------------------------------------------------------------
+
+
+def test_pair_weights_in_the_batch_mean() -> None:
+    logps = hand_pairs().replace(weights=vector(0.5, 2, 1))
+    assert get_objective("dpo").weights(logps).tolist() == [0.5, 2, 1]
+    assert get_objective("sft").weights(logps).tolist() == [2, 4, 8]  # times response tokens 4, 2, 8
+
+
+@pytest.mark.parametrize("name", ["bco", "kto"])
+def test_what_pairs_share_counts_a_whole_weight_as_so_many_pairs(name: str) -> None:
+    # bco's running mean, kto's K
+    pairs = hand_pairs()
+    pairs = pairs.replace(kl_chosen=vector(0.3, 0.5, 0.1), ref_kl_chosen=vector(0, 0, 0))
+    weighted = pairs.replace(weights=vector(1, 3, 2))
+    times = torch.tensor([0, 1, 1, 1, 2, 2])
+    losses = []
+    for logps in (weighted, pairs.select(times)):
+        objective = get_objective(name)
+        objective.observe(logps)
+        if objective.state is not None:
+            objective.state.step()
+            # β u = 0.04 −0.09 0.01 and −0.04 0.03 0.08 by 1, 3, 2, both sides
+            expected = (0.04 - 0.27 + 0.02 - 0.04 + 0.09 + 0.16) / 12
+            assert objective.state.value == pytest.approx(expected, abs=1e-15)
+        losses.append(objective(logps))
+    torch.testing.assert_close(losses[0][times], losses[1], rtol=1e-12, atol=0)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import sums_file, tiny_llama
+
+from rcpo import distributed
+from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
+from rcpo.session import Session
+from rcpo.trainer import Trainer
 
 Rows = list[dict[str, float | None]]
 WORKER = str(Path(__file__).parent / "workers" / "split_invariance.py")
@@ -22,7 +28,7 @@ def run_splits(
     model, pairs = folder / "model", folder / "pairs.jsonl"
     if not model.exists():
         tiny_llama(model)
-        sums_file(pairs, 24)
+        sums_file(pairs, 24, weighted=True)
     output = folder / f"{ranks}.json"
     launcher = [sys.executable]
     if ranks > 1:
@@ -78,3 +84,35 @@ def test_other_objectives_agree_too(tmp_path: Path, stage: str) -> None:
     for name, rows in results.items():
         worst, where = worst_difference(rows, results[f"{name.split()[0]} sgd 1x1x16 zero{stage}"])
         assert worst < 1e-5, (name, where, worst)
+
+
+def test_the_loss_is_the_weighted_mean_over_the_pairs(tmp_path: Path) -> None:
+    config = RunConfig()
+    config.wandb.mode = "disabled"
+    config.model.name, config.model.path = "local", tiny_llama(tmp_path / "model")
+    config.data.name, config.data.eval_fraction = "pairs", 0.0
+    config.data.path = sums_file(tmp_path / "pairs.jsonl", 8, weighted=True)
+    config.objective = ObjectiveConfig(name="simpo", reduction="mean", hyperparameters={})
+    config.train.batch_size, config.train.micro_batch_size, config.dynamics.every = 8, 4, 0
+    distributed.initialize()
+    session = Session(config, tmp_path / "run", training=True)
+    row = Trainer(session).train_step()
+    # again, pair by pair, before the step: a session starts from the same weights
+    session = Session(config, tmp_path / "other", training=True)
+    total = weight = 0.0
+    for n in range(8):
+        pairs = session.scorer(session.collate(session.datasets.train, [n])).pairs
+        margin = 2 * (pairs.chosen - pairs.losers).item() - 1
+        total += (0.1 + 0.3 * (n % 5)) * math.log1p(math.exp(-margin))
+        weight += 0.1 + 0.3 * (n % 5)
+    assert row["loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert row["loss"] != pytest.approx(row["loss"] * weight / 8, rel=1e-2)  # the weights do not add up to 8
+
+
+def test_weights_are_refused_where_the_losses_are_sorted(tmp_path: Path) -> None:
+    config = RunConfig()
+    config.data.name, config.data.eval_fraction = "pairs", 0.0
+    config.data.path = sums_file(tmp_path / "pairs.jsonl", 8, weighted=True)
+    config.objective = ObjectiveConfig(name="aot", hyperparameters={})
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl:1: a weight, and objective=aot sorts the pairs"):
+        Session(config, tmp_path / "run", training=True)

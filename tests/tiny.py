@@ -34,14 +34,18 @@ def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> str:
     return str(folder)
 
 
-def sums_file(path: Path, count: int) -> str:
-    """A JSONL file of `count` ≤ 89 pairs with distinct prompts and responses of several lengths."""
+def sums_file(path: Path, count: int, *, weighted: bool = False) -> str:
+    """A JSONL file of `count` ≤ 89 pairs with distinct prompts and responses of several lengths.
+
+    Where `weighted`, their weights go from 0.1 to 1.3 in turn.
+    """
     rows = [
         {
             "prompt": f"{10 + n}+{99 - n}=",
             "chosen": "it is 109" if n % 3 else "= 109",
             "rejected": str(110 + n),
         }
+        | ({"weight": 0.1 + 0.3 * (n % 5)} if weighted else {})
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

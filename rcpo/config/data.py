@@ -26,11 +26,13 @@ class DataConfig:
 
     `path` is a file, a folder or a set on the hub; `subset`, `data_dir`, `split` and `revision` are what the
     datasets library calls so; `sources` are several sets. Held out are `eval_path`, else `eval_split`, else
-    `eval_fraction` of the prompts. `columns` maps our names to the file's. `train_examples` is how many
-    pairs the embedded task makes. `template` is None (messages: the tokenizer's), `tokenizer`, a named one or
-    a Jinja file. `truncation` is which side of a prompt stays. `cache` keeps tokens: a folder, None (the
-    user's) or off. `workers` None is a process a core. `layout` says how pairs lie in rows: auto, shared (a
-    prompt once) or separate. `group_by_length` None is: unless the micro-batch itself matters.
+    `eval_fraction` of the prompts. `columns` maps our names to the file's. `train_examples` is how many pairs
+    the embedded task makes. `template` is None (messages: the tokenizer's), `tokenizer`, a named one or a
+    Jinja file. `min_margin` and `max_margin` bound how far the two scores of a pair may be apart, `ties` keep
+    or drop pairs with equal scores. `truncation` is which side of a prompt stays. `cache` keeps tokens: a
+    folder, None (the user's) or off. `workers` None is a process a core. `layout` says how pairs lie in rows:
+    auto, shared (a prompt once) or separate. `group_by_length` None is: unless the micro-batch itself
+    matters.
     """
 
     name: str = "sums"
@@ -54,6 +56,9 @@ class DataConfig:
     max_prompt_length: int | None = None
     truncation: str = "keep_end"
     on_bad: str = "refuse"
+    min_margin: float | None = None
+    max_margin: float | None = None
+    ties: str = "keep"
     cache: str | None = None
     workers: int | None = None
     layout: str = "auto"

@@ -20,7 +20,11 @@ def check_data(data: DataConfig) -> None:
             f"data.max_prompt_length={data.max_prompt_length} leaves no token for a response "
             f"within data.max_length={data.max_length}"
         )
+    lowest, highest = data.min_margin, data.max_margin
+    if lowest is not None and highest is not None and lowest > highest:
+        raise ConfigError(f"data.min_margin={lowest:g} is above data.max_margin={highest:g}: no pair is left")
     if data.name == "sums":
+        _refuse_margins(data)
         return
     if data.path is None and not data.sources:
         raise ConfigError(
@@ -41,6 +45,14 @@ def check_data(data: DataConfig) -> None:
         _check_path(f"{node}.path", source.path)
     if data.cache is not None and Path(data.cache).expanduser().is_file():
         raise ConfigError(f"data.cache={data.cache} is a file; give a folder, null (the user's own) or off")
+
+
+def _refuse_margins(data: DataConfig) -> None:
+    for key, value in (("min_margin", data.min_margin), ("max_margin", data.max_margin)):
+        if value is not None:
+            raise ConfigError(f"data.{key}={value:g}: data=sums has no scores; leave it out")
+    if data.ties == "drop":
+        raise ConfigError("data.ties=drop: data=sums has no scores; leave it out")
 
 
 def _check_path(key: str, value: str | None) -> None:

@@ -33,6 +33,7 @@ def collate(
     layout: str = "separate",
     indices: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
+    margins: Sequence[float] | None = None,
     mismatched: Sequence[list[int]] | None = None,
 ) -> TokenBatch:
     """B examples as sequences: all chosen, with `sides` ≥ 2 then all rejected, with 3 then all mismatched.
@@ -40,7 +41,8 @@ def collate(
     Of an unpaired example one of the first two has no token, and no row of its own.
 
     `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers
-    and 1 for the others. `mismatched` are B completions, scored after these examples' prompts.
+    and 1 for the others, `margins` to None: nobody scored the responses. `mismatched` are B completions,
+    scored after these examples' prompts.
     """
     if sides not in (1, 2, 3) or (sides == 3) != (mismatched is not None):
         raise ValueError(
@@ -70,7 +72,8 @@ def collate(
     computed = responses.sum(axis=1) + repeats * lengths[:, 0]  # (B,)
     return TokenBatch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        weights=torch.tensor(weights, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float64),
+        margins=None if margins is None else torch.tensor(margins, dtype=torch.float64),
         indices=torch.tensor(positions, dtype=torch.long),
         example_ids=[example.id for example in examples],
         sides=sides,
@@ -83,9 +86,20 @@ def collate_indices(
 ) -> TokenBatch:
     """The examples at these positions as a batch; a filler (−1) has the shortest one's tokens, weight 0."""
     positions = [dataset.shortest if index == FILLER else index for index in indices]
+    weights = np.where(np.asarray(indices) == FILLER, 0.0, dataset.weights[positions])
     mismatched = [dataset.mismatched(position) for position in positions] if sides == 3 else None
     examples = [dataset[position] for position in positions]
-    return collate(examples, pad_id, sides=sides, layout=layout, indices=indices, mismatched=mismatched)
+    margins = dataset.margins[positions]
+    return collate(
+        examples,
+        pad_id,
+        sides=sides,
+        layout=layout,
+        indices=indices,
+        weights=weights.tolist(),
+        margins=None if np.isnan(margins).any() else margins.tolist(),
+        mismatched=mismatched,
+    )
 
 
 def _separate(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:

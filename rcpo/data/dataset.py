@@ -21,7 +21,7 @@ from rcpo.data.invariant import check_prompts
 from rcpo.data.limits import Limits
 from rcpo.data.records import PAIRS, UNPAIRED
 from rcpo.data.report import DataReport, Tally
-from rcpo.data.selection import mixture, split_prompts
+from rcpo.data.selection import by_margin, mixture, split_prompts
 from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset, TokenStore
 from rcpo.data.templates import ChatTemplate, find_template
@@ -125,15 +125,18 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     specs, held_out_specs = train_sources(config), eval_sources(config)
     _refuse_same(specs, held_out_specs)
     stores = loader.load(specs)
-    prompts = np.concatenate([store.prompts for store in stores])
+    rows = _within_margins(stores, config, report)
+    prompts = np.concatenate([store.prompts for store in stores])[rows]
     evaluation = None
     if held_out_specs:
-        rows = np.arange(len(prompts))
-        evaluation = PairDataset(loader.load(held_out_specs), config.max_length, kind=loader.kind)
+        other = loader.load(held_out_specs)
+        chosen = _within_margins(other, config, report)
+        evaluation = PairDataset(other, config.max_length, rows=chosen, kind=loader.kind)
     else:
-        rows, held_out = split_prompts(prompts, config.eval_fraction, seed)
+        trained, held_out = split_prompts(prompts, config.eval_fraction, seed)
         if len(held_out):
-            evaluation = PairDataset(stores, config.max_length, rows=held_out, kind=loader.kind)
+            evaluation = PairDataset(stores, config.max_length, rows=rows[held_out], kind=loader.kind)
+        rows = rows[trained]
     if config.sources:
         rows = mixture(rows, [len(store) for store in stores], [spec.weight for spec in specs], seed)
     train = PairDataset(stores, config.max_length, rows=rows, kind=loader.kind)
@@ -160,6 +163,32 @@ def _rows_of(spec: SourceSpec) -> tuple[Any, ...]:
     path = Path(spec.path).expanduser()
     place = str(path.resolve()) if path.exists() else spec.path
     return place, spec.subset, spec.data_dir, spec.revision, spec.split
+
+
+def _within_margins(stores: Sequence[TokenStore], config: DataConfig, report: DataReport) -> np.ndarray:
+    """The rows of some stores whose margins are wanted, ascending; those left out are counted."""
+    count = sum(map(len, stores))
+    if config.min_margin is None and config.max_margin is None and config.ties == "keep":
+        return np.arange(count)
+    everything = PairDataset(stores)
+    margins = everything.margins
+    unknown = np.flatnonzero(np.isnan(margins))
+    if len(unknown):
+        raise ConfigError(
+            f"{everything.id(int(unknown[0]))}: neither a margin nor two scores, which data.min_margin, "
+            "data.max_margin and data.ties=drop go by; give them, name their columns (data.columns), or "
+            "leave the three out"
+        )
+    left_out = by_margin(margins, config.min_margin, config.max_margin, ties=config.ties == "keep")
+    kept = np.ones(count, dtype=bool)
+    for reason, rows in left_out.items():
+        if rows.any():
+            report.leave_out(reason, int(rows.sum()), everything.id(int(np.flatnonzero(rows)[0])))
+            kept &= ~rows
+    if not kept.any():
+        reasons = ", ".join(f"{number} with {reason}" for reason, number in report.left_out.items())
+        raise ConfigError(f"no pair is left: {reasons}")
+    return np.flatnonzero(kept)
 
 
 class _Loader:

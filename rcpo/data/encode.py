@@ -7,7 +7,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import numpy as np
@@ -15,27 +15,29 @@ import numpy as np
 from rcpo.config import ConfigError
 from rcpo.data.formats import FIELDS, as_conversation, read_row
 from rcpo.data.readers import Piece
-from rcpo.data.records import BadRow, Example, Row, TextPair
+from rcpo.data.records import VALUES, BadRow, Content, Example, Row, TextPair
 from rcpo.data.report import Tally
+from rcpo.data.store import PARTS
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
 
-_MADE = "2"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "3"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The n usable rows of a piece, and what became of the others; places in the tally are row numbers.
 
-    `numbers` (n,) int64 are the rows' numbers in their file, `tokens` (T,) int32 and `lengths` (n, 3) int32
-    prompt, chosen and rejected one after the other, `prompts` (n,) uint64 hashes of the uncut prompts' text,
-    or of a text that has no prompt.
+    `numbers` (n,) int64 are the rows' numbers in their file, `tokens` (T,) int32 and `lengths` (n, 4) int32
+    prompt, chosen, rejected and gold one after the other, `prompts` (n,) uint64 hashes of the uncut prompts'
+    text, or of a text that has no prompt, `values` (n, 4) the rows' numbers (`VALUES`).
     """
 
     numbers: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
     prompts: np.ndarray
+    values: np.ndarray
     kinds: frozenset[str]
     tally: Tally
 
@@ -43,7 +45,14 @@ class Encoded:
         """The first `count` usable rows, with the tally of all."""
         lengths = self.lengths[:count]
         kept = self.tokens[: int(lengths.sum())]
-        return Encoded(self.numbers[:count], kept, lengths, self.prompts[:count], self.kinds, self.tally)
+        return replace(
+            self,
+            numbers=self.numbers[:count],
+            tokens=kept,
+            lengths=lengths,
+            prompts=self.prompts[:count],
+            values=self.values[:count],
+        )
 
 
 class Encoder:
@@ -93,6 +102,7 @@ class Encoder:
         tally = Tally()
         texts: dict[bool, list[TextPair]] = {False: [], True: []}
         prompts: dict[int, str] = {}
+        values: dict[int, tuple[float, ...]] = {}
         kinds = set()
         for number, value in piece.parsed():
             tally.counts["read"] += 1
@@ -105,10 +115,11 @@ class Encoder:
                 continue
             kinds.add(row.kind)
             tally.counts["longer_responses"] += any(
-                isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected)
+                isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected, row.gold)
             )
             tally.counts["templated"] += templated
             prompts[number] = pair.prompt or pair.chosen or ""  # plain text is its own
+            values[number] = row.values
             texts[templated].append(pair)
         examples = [
             *self._plain.encode(texts[False], tally),
@@ -116,7 +127,7 @@ class Encoder:
         ]
         tally.bad.sort(key=lambda place: int(place[0]))
         examples.sort(key=lambda example: int(example.id))
-        return self._arrays(examples, prompts, frozenset(kinds), tally)
+        return self._arrays(examples, prompts, values, frozenset(kinds), tally)
 
     def render(self, value: object, name: str) -> tuple[bool, Row, TextPair]:
         """Whether a template is used, the row in its one form, and its text; raises BadRow."""
@@ -129,8 +140,8 @@ class Encoder:
                     "data.system_prompt needs messages, and the data is text: make them with "
                     "data.template=tokenizer, or with a named template"
                 )
-            chosen, rejected = (None if part is None else str(part) for part in (row.chosen, row.rejected))
-            return False, row, TextPair(name, row.prompt, chosen, rejected)
+            answers = (row.chosen, row.rejected, row.gold)
+            return False, row, TextPair(name, row.prompt, *(_as_text(part) for part in answers))
         template = self.template
         if template is None:
             raise ConfigError(
@@ -138,11 +149,11 @@ class Encoder:
                 "chatml|gemma|llama3|mistral|plain|zephyr, or a Jinja file"
             )
         prompt = template.prompt(row)
-        chosen, rejected = (
+        rendered = (
             None if answer is None else template.response(prompt, row, answer)
-            for answer in (row.chosen, row.rejected)
+            for answer in (row.chosen, row.rejected, row.gold)
         )
-        return True, row, TextPair(name, prompt, chosen, rejected)
+        return True, row, TextPair(name, prompt, *rendered)
 
     def prompt_ids(self, pair: TextPair, *, templated: bool) -> list[int]:
         """The uncut prompt of a rendered row."""
@@ -151,24 +162,34 @@ class Encoder:
         return tokeniser.prompts([pair.prompt])[0]
 
     def _arrays(
-        self, examples: Sequence[Example], prompts: Mapping[int, str], kinds: frozenset[str], tally: Tally
+        self,
+        examples: Sequence[Example],
+        prompts: Mapping[int, str],
+        values: Mapping[int, tuple[float, ...]],
+        kinds: frozenset[str],
+        tally: Tally,
     ) -> Encoded:
         tokens, lengths = array("i"), array("i")
         for example in examples:
-            for part in (example.prompt, example.chosen, example.rejected):
+            for part in example.parts:
                 tokens.extend(part)
                 lengths.append(len(part))
         numbers = [int(example.id) for example in examples]
         encoded = Encoded(
             np.array(numbers, dtype=np.int64),
             np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32),
-            np.frombuffer(lengths, dtype=np.int32).reshape(-1, 3) if lengths else np.zeros((0, 3), np.int32),
+            np.array(lengths, dtype=np.int32).reshape(-1, PARTS),
             np.array([prompt_hash(prompts[number]) for number in numbers], dtype=np.uint64),
+            np.array([values[number] for number in numbers]).reshape(-1, len(VALUES)),
             kinds,
             tally,
         )
         tally.counts["special_tokens"] += self._plain.spelled_special_tokens(encoded.tokens, encoded.lengths)
         return encoded
+
+
+def _as_text(part: Content | None) -> str | None:
+    return None if part is None else str(part)
 
 
 def prompt_hash(prompt: str) -> int:

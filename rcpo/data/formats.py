@@ -5,6 +5,8 @@
 - `prompt`, `completion`, and `label` (kto) or not (sft).
 - `messages` (sft): the last message is the response. `text` (sft): all of it is.
 
+A pair may have a third answer, `gold`, and any row numbers (`rcpo.data.values`).
+
 Nothing is changed silently: what does not fit is a `BadRow`.
 """
 
@@ -25,11 +27,12 @@ from rcpo.data.conversations import (
     split_conversations,
     split_texts,
 )
-from rcpo.data.records import PAIRS, SFT, UNPAIRED, BadRow, Content, Message, Row
+from rcpo.data.records import PAIRS, SFT, UNPAIRED, VALUES, BadRow, Content, Message, Row
+from rcpo.data.values import read_values
 
 FIELDS = (
     "prompt", "chosen", "rejected", "completion", "label", "messages", "text", "system", "tools",
-    "chat_template_kwargs",
+    "chat_template_kwargs", "gold", *VALUES,
 )  # fmt: skip
 _KNOWN = frozenset(FIELDS)
 _ALIASES = {"messages": "conversations"}  # ShareGPT's name
@@ -47,8 +50,10 @@ def read_row(row: Any, columns: Mapping[str, str]) -> Row:
     prompt: Content
     chosen: Content | None
     rejected: Content | None
+    gold: Content | None = None
     if "chosen" in fields or "rejected" in fields:
         kind, (prompt, chosen, rejected) = PAIRS, _preference(fields)
+        gold = _gold(fields, prompt)
     elif "completion" in fields:
         kind, (prompt, chosen, rejected) = _completion(fields)
     elif "messages" in fields:
@@ -60,8 +65,9 @@ def read_row(row: Any, columns: Mapping[str, str]) -> Row:
         kind, prompt, chosen, rejected = SFT, "", _text(fields["text"], "text"), None
     else:
         raise BadRow("no field 'chosen', 'completion', 'messages' or 'text'")
-    prompt, chosen, rejected = _alike(_with_system(prompt, fields), chosen, rejected)
-    found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields))
+    prompt, chosen, rejected, gold = _alike(_with_system(prompt, fields), chosen, rejected, gold)
+    numbers = read_values(fields)
+    found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields), gold, **numbers)
     _refuse_unusable(found, needs_prompt="text" not in fields or kind != SFT)
     return found
 
@@ -75,8 +81,9 @@ def as_conversation(row: Row) -> Row:
         return row
     prompt = parse_prompt(row.prompt)
     read = parse_response if row.prompt.endswith(TURN) else _said_by_assistant
-    chosen, rejected = (None if text is None else read(str(text)) for text in (row.chosen, row.rejected))
-    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
+    answers = (row.chosen, row.rejected, row.gold)
+    chosen, rejected, gold = (None if text is None else read(str(text)) for text in answers)
+    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected, gold=gold)
 
 
 def _said_by_assistant(text: str) -> list[Message]:
@@ -135,6 +142,27 @@ def _explicit(
     return prompt, chosen[count:], rejected[count:]
 
 
+def _gold(fields: dict[str, Any], prompt: Content) -> Content | None:
+    """A pair's third answer: by itself, or a whole conversation or text that begins with the pair's prompt.
+
+    Files with columns give every row one, empty where the pair has none.
+    """
+    if fields.get("gold") in (None, "", []):
+        return None
+    gold = _content(fields["gold"], "gold")
+    if isinstance(gold, str) and isinstance(prompt, str):
+        if "prompt" in fields:
+            return gold
+        if not gold.startswith(prompt):
+            raise BadRow("field 'gold' does not begin as the two responses do")
+        return gold[len(prompt) :]
+    if isinstance(gold, str) or gold[0]["role"] == "assistant":
+        return gold
+    if isinstance(prompt, str) or gold[: len(prompt)] != prompt:
+        raise BadRow("field 'gold' does not begin with the prompt's messages")
+    return gold[len(prompt) :]
+
+
 def _completion(fields: dict[str, Any]) -> tuple[str, tuple[Content, Content | None, Content | None]]:
     if "prompt" not in fields:
         raise BadRow("no field 'prompt'")
@@ -165,17 +193,15 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _alike(*parts: Content | None) -> tuple[Any, Any, Any]:
+def _alike(*parts: Content | None) -> list[Any]:
     """All parts as messages where one of them is: text beside messages is what its side said."""
-    prompt, chosen, rejected = parts
-    if not (isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list)):
-        return prompt, chosen, rejected
-    roles = ("user", "assistant", "assistant")
-    prompt, chosen, rejected = (
+    if not any(isinstance(part, list) for part in parts):
+        return list(parts)
+    roles = ("user", "assistant", "assistant", "assistant")
+    return [
         [{"role": role, "content": part}] if isinstance(part, str) else part
         for role, part in zip(roles, parts, strict=True)
-    )
-    return prompt, chosen, rejected
+    ]
 
 
 def _with_system(prompt: Content, fields: dict[str, Any]) -> Content:
@@ -213,12 +239,12 @@ def _options(fields: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse_unusable(row: Row, *, needs_prompt: bool) -> None:
-    parts = (row.prompt, row.chosen, row.rejected)
+    parts = (row.prompt, row.chosen, row.rejected, row.gold)
     if any(_broken_unicode(part) for part in parts if part is not None):
         raise BadRow("invalid Unicode: half of a surrogate pair")
     if needs_prompt and _is_empty(row.prompt):
         raise BadRow("empty prompt")
-    for side, response in (("chosen", row.chosen), ("rejected", row.rejected)):
+    for side, response in (("chosen", row.chosen), ("rejected", row.rejected), ("gold", row.gold)):
         if response is not None and _is_empty(response):
             raise BadRow("empty completion" if row.kind != PAIRS else f"empty {side} response")
         if isinstance(response, list) and response[0]["role"] != "assistant":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
 Content = str | list[Message]
 """Plain text, or the messages of a conversation: `role`, `content` and whatever else a template reads."""
+
+VALUES = ("score_chosen", "score_rejected", "margin", "weight")
+"""The numbers that a row may give beside its texts."""
 
 PAIRS, UNPAIRED, SFT = "pairs", "unpaired", "sft"
 """Kinds of data: both responses of each prompt; one, wanted or unwanted (kto); one, to imitate."""
@@ -22,7 +26,8 @@ class Row:
     """One row in the one form that all others are brought to; a response is None where there is none.
 
     Either all parts are text, or all are messages. `tools` are the functions that a template describes,
-    `options` what it reads besides.
+    `options` what it reads besides. `gold` is a third answer of a pair, better than both. `score_chosen` and
+    `score_rejected` are someone's marks, `margin` their difference, `weight` the row's part in the loss.
     """
 
     kind: str
@@ -31,6 +36,17 @@ class Row:
     rejected: Content | None
     tools: list[Any] | None = None
     options: dict[str, Any] | None = None
+    gold: Content | None = None
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    margin: float | None = None
+    weight: float | None = None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The numbers in the order of `VALUES`, NaN for those that the row does not give."""
+        found = (getattr(self, name) for name in VALUES)
+        return tuple(math.nan if value is None else value for value in found)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class TextPair:
     prompt: str
     chosen: str | None
     rejected: str | None
+    gold: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,3 +68,9 @@ class Example:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    gold: list[int] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[list[int], ...]:
+        """Prompt, chosen, rejected and gold, as they lie in a store."""
+        return self.prompt, self.chosen, self.rejected, self.gold

@@ -35,7 +35,9 @@ class DataReport:
 
     `drop` is `data.on_bad=drop`: unusable pairs are counted and left out, otherwise the first is an error.
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
-    `template` is the chat template's name. `shared_prompts` are held-out pairs whose prompt is trained on.
+    `left_out` counts the usable pairs that the configuration leaves out, by reason, `left_out_first` has the
+    first of each. `template` is the chat template's name. `shared_prompts` are held-out pairs whose prompt is
+    trained on.
     """
 
     source: str
@@ -45,6 +47,8 @@ class DataReport:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    left_out_first: dict[str, str] = field(default_factory=dict)
     template: str | None = None
     shared_prompts: int = 0
 
@@ -54,6 +58,11 @@ class DataReport:
             raise ConfigError(f"{place}: {reason}; mend it, or leave such pairs out: data.on_bad=drop")
         self.dropped[reason] += 1
         self.examples.setdefault(reason, place)
+
+    def leave_out(self, reason: str, count: int, first: str) -> None:
+        """Counts usable pairs that the configuration leaves out; `first` names one of them."""
+        self.left_out[reason] += count
+        self.left_out_first.setdefault(reason, first)
 
     def add(self, tally: Tally, place: Callable[[str], str] = str) -> None:
         """Takes a tally in; `place` makes a name for the user of one of its places."""
@@ -71,6 +80,7 @@ class DataReport:
             "evaluation": self.evaluation,
             "dropped": dict(self.dropped),
             "first_dropped": dict(self.examples),
+            "left_out": dict(self.left_out),
             **dict.fromkeys(names, 0),
             **self.counts,
             "shared_prompts": self.shared_prompts,
@@ -90,6 +100,8 @@ class DataReport:
             told.append(f"{total} pairs dropped:")
             for reason, count in self.dropped.most_common():
                 told.append(f"  {count} {reason} (first: {self.examples[reason]})")
+        for reason, count in self.left_out.items():
+            told.append(f"left out: {count} pairs with {reason} (first: {self.left_out_first[reason]})")
         if counts["tokens_cut"]:
             told.append(
                 f"truncated: {counts['truncated_prompts']} prompts (data.max_prompt_length), "

@@ -33,6 +33,26 @@ def split_prompts(prompts: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return rows[~is_held_out], rows[is_held_out]
 
 
+def by_margin(
+    margins: np.ndarray, lowest: float | None, highest: float | None, *, ties: bool
+) -> dict[str, np.ndarray]:
+    """Which rows are left out, (n,) bool each, by the reason: a row counts for the first that applies.
+
+    The margins (n,) are how far the chosen response was scored above the rejected one; without `ties` those
+    of 0 go.
+    """
+    left_out: dict[str, np.ndarray] = {}
+    seen = np.zeros(len(margins), dtype=bool)
+    for reason, rows in (
+        ("tied scores (data.ties=drop)", (margins == 0) & (not ties)),
+        (f"a margin below data.min_margin={lowest}", margins < (-np.inf if lowest is None else lowest)),
+        (f"a margin above data.max_margin={highest}", margins > (np.inf if highest is None else highest)),
+    ):
+        left_out[reason] = rows & ~seen
+        seen |= rows
+    return left_out
+
+
 def mixture(rows: np.ndarray, sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
     """The rows of an epoch: those of source i, `sizes[i]` of all, `weights[i]` times each.
 

@@ -11,13 +11,17 @@ from typing import overload
 import numpy as np
 
 from rcpo.config import ConfigError
-from rcpo.data.records import PAIRS, Example
+from rcpo.data.records import PAIRS, VALUES, Example
+
+PARTS = 4  # of an example: prompt, chosen, rejected, gold
 
 
 class TokenStore:
-    """n tokenised pairs: `tokens` (T,) int32 and `offsets` (3n + 1,) int64, parts prompt, chosen, rejected.
+    """n tokenised pairs: `tokens` (T,) int32 and `offsets` (4n + 1,) int64.
 
-    `prompts` (n,) uint64 stand for the prompts' texts. `digest` is of all of these and the ids.
+    A pair's parts are prompt, chosen, rejected and gold. `prompts` (n,) uint64 stand for the prompts' texts,
+    `values` (n, 4) are the rows' numbers (`VALUES`), NaN where a row gives none. `digest` covers all of these
+    and the ids.
     """
 
     def __init__(
@@ -26,22 +30,25 @@ class TokenStore:
         offsets: np.ndarray,
         prompts: np.ndarray,
         ids: Sequence[str],
+        values: np.ndarray | None = None,
         digest: str | None = None,
     ) -> None:
-        assert len(offsets) == 3 * len(ids) + 1 and len(prompts) == len(ids), (len(offsets), len(ids))
+        assert len(offsets) == PARTS * len(ids) + 1 and len(prompts) == len(ids), (len(offsets), len(ids))
         self.tokens = tokens
         self.offsets = offsets
         self.prompts = prompts
         self.ids = ids
+        self.values = np.full((len(ids), len(VALUES)), np.nan) if values is None else values
+        assert self.values.shape == (len(ids), len(VALUES)), self.values.shape
         self._digest = digest
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> TokenStore:
+    def of(cls, examples: Iterable[Example], values: np.ndarray | None = None) -> TokenStore:
         """The examples in memory, in their order; a prompt's tokens stand for its text."""
         tokens, offsets = array("i"), array("q", [0])
         prompts, ids = array("Q"), []
         for example in examples:
-            for part in (example.prompt, example.chosen, example.rejected):
+            for part in example.parts:
                 tokens.extend(part)
                 offsets.append(len(tokens))
             own = hashlib.blake2b(array("i", example.prompt).tobytes(), digest_size=8)
@@ -52,6 +59,7 @@ class TokenStore:
             np.frombuffer(offsets, dtype=np.int64),
             np.frombuffer(prompts, dtype=np.uint64) if prompts else np.zeros(0, dtype=np.uint64),
             ids,
+            values,
         )
 
     def __len__(self) -> int:
@@ -59,7 +67,7 @@ class TokenStore:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of ids, tokens and their borders: equal exactly where the contents are."""
+        """SHA-256 of ids, tokens, their borders and values: equal exactly where the contents are."""
         if self._digest is not None:
             return self._digest
         digest = hashlib.sha256(str(len(self)).encode())
@@ -68,11 +76,12 @@ class TokenStore:
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         digest.update(self.offsets.astype("<i8").tobytes())
         digest.update(self.tokens.astype("<i4").tobytes())
+        digest.update(self.values.astype("<f8").tobytes())
         return digest.hexdigest()
 
     def part(self, row: int, part: int) -> list[int]:
-        """One part of a pair: 0 the prompt, 1 the chosen response, 2 the rejected one."""
-        first, end = self.offsets[3 * row + part : 3 * row + part + 2]
+        """One part of a pair: 0 the prompt, 1 the chosen response, 2 the rejected one, 3 the gold one."""
+        first, end = self.offsets[PARTS * row + part : PARTS * row + part + 2]
         return self.tokens[first:end].tolist()
 
 
@@ -103,9 +112,11 @@ class PairDataset(Sequence[Example]):
         self.kind = kind
 
     @classmethod
-    def of(cls, examples: Iterable[Example], max_length: int | None = None) -> PairDataset:
-        """The examples themselves, in memory."""
-        return cls([TokenStore.of(examples)], max_length)
+    def of(
+        cls, examples: Iterable[Example], max_length: int | None = None, values: np.ndarray | None = None
+    ) -> PairDataset:
+        """The examples themselves, in memory; `values` (n, 4) are their numbers."""
+        return cls([TokenStore.of(examples, values)], max_length)
 
     def __len__(self) -> int:
         return self._count
@@ -120,7 +131,7 @@ class PairDataset(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         store, row = self._find(index % len(self))
-        return Example(store.ids[row], *(store.part(row, part) for part in range(3)))
+        return Example(store.ids[row], *(store.part(row, part) for part in range(PARTS)))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -164,9 +175,25 @@ class PairDataset(Sequence[Example]):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Token counts (n, 3): prompt, chosen, rejected."""
-        lengths = [np.diff(store.offsets).reshape(-1, 3) for store in self._stores]
+        """Token counts (n, 4): prompt, chosen, rejected, gold."""
+        lengths = [np.diff(store.offsets).reshape(-1, PARTS) for store in self._stores]
         return self._chosen_rows(lengths[0] if len(lengths) == 1 else np.concatenate(lengths))
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The rows' numbers (n, 4) in the order of `VALUES`; NaN where a row gives none."""
+        return self._chosen_rows(np.concatenate([store.values for store in self._stores]))
+
+    @property
+    def margins(self) -> np.ndarray:
+        """By how much each chosen response was scored above the rejected one, (n,); NaN where nobody says."""
+        return self.values[:, VALUES.index("margin")]
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Each example's weight in the loss, (n,): 1 where its row gives none."""
+        weights = self.values[:, VALUES.index("weight")]
+        return np.where(np.isnan(weights), 1.0, weights)
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -180,7 +207,7 @@ class PairDataset(Sequence[Example]):
 
     def response_lengths(self, sides: int) -> np.ndarray:
         """Token counts (n, sides) of the responses that are scored: chosen, rejected, mismatched."""
-        responses = self.lengths[:, 1:]
+        responses = self.lengths[:, 1:3]
         if sides < 3:
             return responses[:, :sides]
         partners = np.where(responses[:, 0] > 0, responses[:, 0], responses[:, 1])[self.partners]

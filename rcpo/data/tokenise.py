@@ -66,13 +66,13 @@ class PairTokeniser:
         for start in range(0, len(pairs), _BATCH):
             chunk = pairs[start : start + _BATCH]
             prompts = self.prompts([pair.prompt for pair in chunk])
-            texts = [text for pair in chunk for text in (pair.chosen, pair.rejected) if text is not None]
+            answers = [(pair.chosen, pair.rejected, pair.gold) for pair in chunk]
+            texts = [text for answer in answers for text in answer if text is not None]
             responses = iter(self.responses(texts))
-            for pair, prompt in zip(chunk, prompts, strict=True):
-                chosen = [] if pair.chosen is None else next(responses)
-                rejected = [] if pair.rejected is None else next(responses)
+            for pair, prompt, answer in zip(chunk, prompts, answers, strict=True):
+                own = [[] if text is None else next(responses) for text in answer]
                 try:
-                    yield self._fit(Example(pair.id, prompt, chosen, rejected), tally)
+                    yield self._fit(Example(pair.id, prompt, *own), tally)
                 except UnusablePair as problem:
                     tally.bad.append((pair.id, str(problem)))
 
@@ -119,13 +119,13 @@ class PairTokeniser:
         return self._backend(texts)
 
     def spelled_special_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> int:
-        """How many responses hold a special token before their last: tokens (T,), lengths (n, 3) by part."""
+        """How many responses hold a special token before their last: tokens (T,), lengths (n, parts)."""
         if not len(tokens) or not self._special:
             return 0
         table = np.zeros(max(int(tokens.max()), *self._special) + 1, dtype=bool)
         table[list(self._special)] = True
         before = np.concatenate([[0], np.cumsum(table[tokens])])
-        ends = np.cumsum(lengths.ravel()).reshape(-1, 3)
+        ends = np.cumsum(lengths.ravel()).reshape(lengths.shape)
         starts = ends - lengths
         interior = before[np.maximum(ends - 1, starts)] - before[starts]
         return int((interior[:, 1:] > 0).sum())
@@ -135,19 +135,15 @@ class PairTokeniser:
         prompt = self.cut_prompt(whole.prompt)
         if not prompt:
             raise UnusablePair("prompt without a token")
-        if whole.chosen == [self.end] or whole.rejected == [self.end]:
+        if [self.end] in whole.parts[1:]:
             raise UnusablePair("response without a token")
-        chosen, rejected = (
-            self.limits.cut_response(part, len(prompt)) for part in (whole.chosen, whole.rejected)
-        )
-        if chosen == rejected:
+        responses = [self.limits.cut_response(part, len(prompt)) for part in whole.parts[1:]]
+        if responses[0] == responses[1]:
             raise UnusablePair("both responses have the same tokens within data.max_length")
-        if prompt is whole.prompt and chosen is whole.chosen and rejected is whole.rejected:
-            return whole
         tally.cut("prompts", len(whole.prompt) - len(prompt))
-        tally.cut("responses", len(whole.chosen) - len(chosen))
-        tally.cut("responses", len(whole.rejected) - len(rejected))
-        return Example(whole.id, prompt, chosen, rejected)
+        for before, after in zip(whole.parts[1:], responses, strict=True):
+            tally.cut("responses", len(before) - len(after))
+        return Example(whole.id, prompt, *responses)
 
     def _opening_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What the tokenizer puts before a text by itself."""

@@ -1,7 +1,7 @@
 """A source's tokens as files: written a piece at a time, checked, and mapped, so that ranks share one copy.
 
-A folder holds `tokens` (int32), `offsets`, `numbers` (int64) and `prompts` (uint64), little-endian, and
-`meta.json`, which says what they are and holds their checksums; its own is its last line.
+A folder holds `tokens` (int32), `offsets`, `numbers` (int64), `prompts` (uint64) and `values` (float64),
+little-endian, and `meta.json`, which says what they are and holds their checksums; its own is its last line.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import IO, Any, overload
 import numpy as np
 
 from rcpo.data.encode import Encoded
+from rcpo.data.records import VALUES
 from rcpo.data.store import TokenStore
 
 META = "meta.json"
-ARRAYS = {"tokens": "<i4", "offsets": "<i8", "numbers": "<i8", "prompts": "<u8"}
+ARRAYS = {"tokens": "<i4", "offsets": "<i8", "numbers": "<i8", "prompts": "<u8", "values": "<f8"}
 _BLOCK = 1 << 20
 
 
@@ -73,6 +74,7 @@ class TokenWriter:
             ("offsets", ends),
             ("numbers", encoded.numbers),
             ("prompts", encoded.prompts),
+            ("values", encoded.values.ravel()),
         ):
             self._write(name, values)
         self.meta.rows[-1] += len(encoded.numbers)
@@ -150,7 +152,8 @@ def _store(meta: Meta, arrays: dict[str, np.ndarray]) -> TokenStore:
     ids = _Numbered(meta.labels, meta.rows, arrays["numbers"])
     fixed = [meta.labels, meta.rows, *(meta.arrays[name][1] for name in ARRAYS)]
     digest = hashlib.sha256(repr(fixed).encode()).hexdigest()
-    return TokenStore(arrays["tokens"], arrays["offsets"], arrays["prompts"], ids, digest)
+    values = arrays["values"].reshape(-1, len(VALUES))
+    return TokenStore(arrays["tokens"], arrays["offsets"], arrays["prompts"], ids, values, digest)
 
 
 class _Numbered(Sequence[str]):

@@ -50,9 +50,9 @@ class HeldOutDynamics:
         d = incentives(self._objective, scored.pairs) if scored.count else (none, none)
         for name, meter in self._meters.items():
             by_head = name == "dynamics"
-            meter.observe(
-                d, scored.head_scores() if by_head else scored.parameter_scores(self._engine.trainable)
-            )
+            scores = scored.head_scores() if by_head else scored.parameter_scores(self._engine.trainable)
+            weights = scored.pairs.pair_weights
+            meter.observe(d, scores, (weights, weights))
         return d
 
     def metrics(self) -> dict[str, Any]:

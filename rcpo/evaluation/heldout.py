@@ -12,6 +12,7 @@ import torch
 
 from rcpo import distributed
 from rcpo.data.identity import example_id
+from rcpo.data.records import VALUES
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import answer, decoding_of, text_of
 from rcpo.evaluation.divergence import distinct_prompts, kl_columns
@@ -144,7 +145,14 @@ def _columns(
         rejected_incentives=None if incentives is None else array(incentives[1]),
         prompts=dataset.prompts[indices],
         tracked=None if tracked is None else np.isin(indices, sorted(tracked)),
+        **_given(dataset, indices),
     )
+
+
+def _given(dataset: PairDataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows' own numbers, of those that any row of the dataset gives."""
+    there = ~np.isnan(dataset.values).all(axis=0)
+    return {name: dataset.values[indices, place] for place, name in enumerate(VALUES) if there[place]}
 
 
 def _lengths(lengths: torch.Tensor | None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from rcpo.data.records import VALUES
 from rcpo.tracking.jsonl import clean_row, write_lines
 
 Floats = NDArray[np.float64]
@@ -36,7 +37,8 @@ class PreferenceScores:
     The rejected side is None for data without one; `losses` and `*_incentives` for an objective whose loss is
     not a mean over pairs. In unpaired data an example lacks one side: its length is 0, its other values say
     nothing. `prompts` are equal where the examples' prompts are; None: all prompts differ. `tracked` are the
-    examples that were compared with the reference (None: all); the others' log-ratios mean nothing.
+    examples that were compared with the reference (None: all); the others' log-ratios mean nothing. The last
+    four are the rows' own numbers, NaN where a row gives none, None where no row does.
     """
 
     example_ids: Sequence[str]
@@ -58,6 +60,10 @@ class PreferenceScores:
     rejected_incentives: Floats | None = None
     prompts: NDArray[np.uint64] | None = None
     tracked: NDArray[np.bool_] | None = None
+    score_chosen: Floats | None = None
+    score_rejected: Floats | None = None
+    margin: Floats | None = None
+    weight: Floats | None = None
 
     def __post_init__(self) -> None:
         for name, values in self._columns().items():
@@ -268,7 +274,8 @@ def write_examples(
 ) -> None:
     """examples.jsonl: one object a pair, keyed by its stable `id`, in dataset order.
 
-    The names are those of the means, with `lengths/*` and each pair's incentives under `dynamics/*`;
+    The names are those of the means, with `lengths/*`, each pair's incentives under `dynamics/*`, and the
+    numbers that its row gives (`score_chosen`, …);
     `answers` adds an example's own fields by id (such as a generated `answer` and whether it is `correct`).
     """
     columns: dict[str, NDArray[Any] | None] = {
@@ -281,6 +288,8 @@ def write_examples(
     present = {
         name: (values, rows_with(scores, name)) for name, values in columns.items() if values is not None
     }
+    given = {name: getattr(scores, name) for name in VALUES}
+    present |= {name: (values, ~np.isnan(values)) for name, values in given.items() if values is not None}
     extra = answers or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(

@@ -323,7 +323,7 @@ def test_unpaired_rows_have_one_side(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "completion": "yes", "label": n % 2 == 0} for n in range(4)]
     train = load(path=write(tmp_path / "x.jsonl", rows), eval_fraction=0).train
     assert train.kind == "unpaired"
-    assert train.lengths.tolist() == [[3, 4, 0], [3, 0, 4], [3, 4, 0], [3, 0, 4]]
+    assert train.lengths.tolist() == [[3, 4, 0, 0], [3, 0, 4, 0], [3, 4, 0, 0], [3, 0, 4, 0]]
 
 
 @pytest.mark.parametrize(("label", "lacking"), [(True, "unwanted"), (False, "wanted")])

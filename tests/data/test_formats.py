@@ -36,7 +36,7 @@ FORMS: dict[str, tuple[dict[str, Any], Row]] = {
     "ultrafeedback": (
         {"prompt": "q", "prompt_id": "1", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A],
          "score_chosen": 8.0, "score_rejected": 2.0},
-        Row(PAIRS, [Q], [A], [B]),
+        Row(PAIRS, [Q], [A], [B], score_chosen=8.0, score_rejected=2.0, margin=6.0),
     ),
     "whole, with prompt": ({"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]}, Row(PAIRS, [Q], [A], [B])),
     "whole": ({"chosen": [Q, A], "rejected": [Q, B]}, Row(PAIRS, [Q], [A], [B])),

@@ -1,6 +1,8 @@
 """The flat token store."""
 
 import hashlib
+import math
+import struct
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from rcpo.data.records import Example
 from rcpo.data.store import PairDataset, TokenStore
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
-examples = st.lists(st.builds(Example, st.text(max_size=3), ids, ids, ids), max_size=6)
+examples = st.lists(st.builds(Example, st.text(max_size=3), ids, ids, ids, ids), max_size=6)
 
 
 @given(pairs=examples)
@@ -20,7 +22,8 @@ def test_what_goes_in_comes_out(pairs: list[Example]) -> None:
     dataset = PairDataset.of(pairs)
     assert list(dataset) == pairs
     assert dataset[:] == pairs
-    assert dataset.lengths.tolist() == [[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]
+    expected = [[len(p.prompt), len(p.chosen), len(p.rejected), len(p.gold)] for p in pairs]
+    assert dataset.lengths.tolist() == expected
 
 
 def test_indexing_is_a_sequences() -> None:
@@ -64,11 +67,13 @@ def test_partners_by_search(prompts: list[int]) -> None:
 
 
 def test_the_fingerprint_by_hand() -> None:
-    # 1 pair; id "x" behind its length; offsets 0 1 2 4; tokens 7 8 9 10; all little-endian
+    # 1 pair; id "x" behind its length; offsets 0 1 2 4 4 (no gold response); tokens 7 8 9 10; its four
+    # numbers, of which the row gives the weight alone; all little-endian
     content = b"1" + (1).to_bytes(8, "little") + b"x"
-    content += b"".join(n.to_bytes(8, "little") for n in (0, 1, 2, 4))
+    content += b"".join(n.to_bytes(8, "little") for n in (0, 1, 2, 4, 4))
     content += b"".join(n.to_bytes(4, "little") for n in (7, 8, 9, 10))
-    store = TokenStore.of([Example("x", [7], [8], [9, 10])])
+    content += struct.pack("<4d", math.nan, math.nan, math.nan, 0.5)
+    store = TokenStore.of([Example("x", [7], [8], [9, 10])], np.array([[np.nan, np.nan, np.nan, 0.5]]))
     assert store.digest == hashlib.sha256(content).hexdigest()
     # the dataset: 1 pair, no limit; its one store
     whole = hashlib.sha256(b"(1, None)" + store.digest.encode()).hexdigest()
@@ -85,7 +90,9 @@ def test_the_fingerprint_sees_every_change() -> None:
     ]
     prints = [PairDataset.of(pairs).fingerprint for pairs in variants]
     prints.append(PairDataset.of(variants[0], max_length=4).fingerprint)
-    assert len(set(prints)) == 6
+    prints.append(PairDataset.of([Example("x", [7], [8], [9], [10])]).fingerprint)
+    prints.append(PairDataset.of(variants[0], values=np.array([[np.nan, np.nan, np.nan, 2.0]])).fingerprint)
+    assert len(set(prints)) == 8
     assert PairDataset.of(variants[0]).fingerprint == prints[0]
 
 
@@ -95,7 +102,7 @@ def test_rows_of_several_stores() -> None:
     assert [example.id for example in dataset] == ["11", "00", "11"] == list(dataset.ids)
     assert dataset.ids[1:] == ["00", "11"]
     assert [dataset.mismatched(n) for n in range(3)] == [[0], [1], [0]]  # the last two ends are one prompt
-    assert dataset.lengths.tolist() == [[2, 1, 1]] * 3
+    assert dataset.lengths.tolist() == [[2, 1, 1, 0]] * 3
     everything = PairDataset(stores)
     assert [example.id for example in everything] == ["00", "01", "02", "10", "11", "12"]
     assert PairDataset(stores, rows=np.arange(6)).fingerprint == everything.fingerprint

@@ -41,6 +41,10 @@ def three() -> PreferenceScores:
         chosen_token_logratios=np.array([-0.5, 0.5, -0.75]),
         rejected_token_logratios=np.array([-1.0, 0.25, -0.75]),
         prompts=np.array([11, 12, 13], np.uint64),
+        score_chosen=np.array([9.0, 8.0, 7.0]),
+        score_rejected=np.array([6.0, 8.5, 5.0]),
+        margin=np.array([3.0, -0.5, 2.0]),
+        weight=np.array([1.0, math.nan, 0.5]),
     )
 
 
@@ -261,9 +265,13 @@ def test_examples_file_is_keyed_by_id(tmp_path: Path) -> None:
         "dynamics/incentive_rejected": 0.5,
         "lengths/chosen": 4,
         "lengths/rejected": 2,
+        "score_chosen": 8.0,
+        "score_rejected": 8.5,
+        "margin": -0.5,
         "answer": "17 – süß",
         "correct": True,
     }
+    assert [line.get("weight") for line in lines] == [1.0, None, 0.5]  # b's row gives none
 
 
 def test_unpaired_examples_count_for_the_side_that_they_have() -> None:
