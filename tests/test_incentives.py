@@ -17,7 +17,7 @@ from rcpo.objectives import Objective, get_objective, names, specification
 from rcpo.types import PairLogps
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "objectives.json").read_text())
-NAMES = [name for name in names() if specification(name).loss.__module__ == "rcpo.objectives"]
+NAMES = [name for name in names() if specification(name).loss.__module__ == "rcpo.losses"]
 REDUCTIONS = ("sum", "mean", "importance")
 
 

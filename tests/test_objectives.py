@@ -28,7 +28,7 @@ from rcpo.types import PairLogps
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "objectives.json").read_text())
 # Other test modules may register objectives of their own.
-NAMES = [name for name in names() if specification(name).loss.__module__ == "rcpo.objectives"]
+NAMES = [name for name in names() if specification(name).loss.__module__ == "rcpo.losses"]
 
 # The name in the reference file, ours, and its hyper-parameters under our names.
 HYPER = REFERENCE["hyper"]
@@ -371,7 +371,7 @@ def test_a_name_is_taken_once() -> None:
     def other(logps: PairLogps) -> Tensor:
         return logps.chosen
 
-    with pytest.raises(ValueError, match=r"'dpo' is registered already, by rcpo\.objectives"):
+    with pytest.raises(ValueError, match=r"'dpo' is registered already, by rcpo\.losses"):
         register("dpo", reduction="sum", needs_reference=True)(other)
     original = specification("dpo").loss
     assert register("dpo", reduction="sum", needs_reference=True)(original) is original  # a module read twice

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "rcpo"
 
 # A module imports lower rows, or earlier modules of its own row. A package counts as one module.
 ROWS: list[list[str]] = [
-    ["types", "objectives", "incentives", "geometry", "logps", "calibration"],
+    ["types", "registry", "losses", "objectives", "incentives", "geometry", "logps", "calibration"],
     [
         "config",
         "building",

@@ -122,7 +122,7 @@ def flow(d_w: float, d_l: float, scores: ScoreGeometry) -> tuple[float, float, f
 OBJECTIVES = [
     name
     for name in names()
-    if specification(name).loss.__module__ == "rcpo.objectives"
+    if specification(name).loss.__module__ == "rcpo.losses"
     and specification(name).needs_rejected
     and not specification(name).needs_mismatched
 ]

@@ -1,0 +1,97 @@
+"""The registry of preference objectives: what the runner knows of each beside its loss."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+REDUCTIONS = ("sum", "mean", "importance")
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What the runner knows of an objective beside its loss.
+
+    `couples_batch`: a pair's loss depends on the other pairs of its micro-batch, so it is not invariant under
+    another split of the global batch. `sorts_batch`: the losses are not in the pairs' order, so that a pair's
+    weight has no place. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so
+    far is handed to the loss as `running_mean`. `token_weighted`: pairs count by their response tokens in the
+    batch mean. `takes_unpaired`: a side that a pair lacks (length 0) has no part in its loss.
+    """
+
+    name: str
+    loss: Loss
+    reduction: str
+    needs_reference: bool
+    needs_rejected: bool = True
+    needs_mismatched: bool = False
+    takes_unpaired: bool = False
+    couples_batch: bool = False
+    sorts_batch: bool = False
+    token_weighted: bool = False
+    running_mean: Loss | None = None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Keyword-only parameters of the loss with their defaults, the running mean excepted."""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return {
+            p.name: p.default
+            for p in parameters
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "running_mean"
+        }
+
+
+_REGISTRY: dict[str, Specification] = {}
+
+
+def register(
+    name: str, *, reduction: str, needs_reference: bool, **properties: Any
+) -> Callable[[Loss], Loss]:
+    """Decorator that makes a loss function selectable as `objective=NAME`; see `Specification`.
+
+    >>> @register("shy_hinge", reduction="mean", needs_reference=False)
+    ... def shy_hinge(logps: PairLogps, *, gamma: float = 1.0) -> Tensor:
+    ...     return (gamma - (logps.chosen - logps.losers)).relu()
+    >>> get_objective("shy_hinge")(PairLogps(torch.tensor([-1.0]), torch.tensor([-1.5])))
+    tensor([0.5000])
+    >>> del _REGISTRY["shy_hinge"]
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"objective {name}: reduction={reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+
+    def add(loss: Loss) -> Loss:
+        known = _REGISTRY.get(name)
+        if known is not None and (known.loss.__module__, known.loss.__qualname__) != (
+            loss.__module__,
+            loss.__qualname__,
+        ):
+            raise ValueError(f"objective {name!r} is registered already, by {known.loss.__module__}")
+        _REGISTRY[name] = Specification(name, loss, reduction, needs_reference, **properties)
+        return loss
+
+    return add
+
+
+def specification(name: str, module: str | None = None) -> Specification:
+    """The registered objective `name`; `module` is imported first (a user's own package)."""
+    if module is not None:
+        importlib.import_module(module)
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_REGISTRY))}"
+        raise ValueError(f"objective.name={name!r} is not registered; {hint}")
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    """All registered objectives."""
+    return sorted(_REGISTRY)
