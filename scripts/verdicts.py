@@ -51,7 +51,7 @@ class Step:
 
     @property
     def winner_rate(self) -> float:
-        """z_w' / η, DESIGN §1."""
+        """z_w' / η to first order, as README's section on the mathematics has it."""
         return self.scale_winner * (self.ratio - self.cosine * self.center)
 
     @property

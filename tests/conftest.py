@@ -27,6 +27,19 @@ settings.register_profile("rcpo", deadline=None, derandomize=True, max_examples=
 settings.load_profile("rcpo")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Writes why tests were skipped to the file that scripts/test names, a line for each test."""
+    file = os.environ.get("RCPO_SKIPPED")
+    if file is None or hasattr(terminalreporter.config, "workerinput"):  # pytest-xdist's workers have one too
+        return
+    reasons = [
+        " ".join(str(report.longrepr[2]).removeprefix("Skipped: ").split())
+        for report in terminalreporter.stats.get("skipped", [])
+    ]
+    with Path(file).open("a", encoding="utf-8") as lines:
+        lines.writelines(f"{reason}\n" for reason in reasons)
+
+
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """What a test's libraries leave in the environment, such as ranks, is not the next one's."""

@@ -55,7 +55,9 @@ def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.serial
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the bench extra")
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install 'rcpo[bench]'"
+)
 def test_both_sides_compute_the_same_losses(tmp_path: Path) -> None:
     """DPO from the same weights on the same tokens: log 2 at first, then nearly so at a tiny rate."""
     results = bench(tmp_path, "peers,trl")

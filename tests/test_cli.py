@@ -65,6 +65,16 @@ def test_each_command_has_our_help_wherever_the_flag_stands(command: str) -> Non
     assert f"rcpo {command}" in text
 
 
+def test_python_dash_m_is_the_command_line(tmp_path: Path) -> None:
+    for module, arguments, code, part in (
+        ("rcpo", ["--version"], 0, "rcpo "),
+        ("rcpo", ["train", "objective=smpo"], 2, "did you mean simpo?"),
+    ):
+        command = [sys.executable, "-m", module, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == code and part in result.stdout + result.stderr
+
+
 def test_help_lists_the_commands_and_exit_codes() -> None:
     text = CliRunner().invoke(app, ["--help"]).output
     for part in ("train", "evaluate", "doctor", "75 stopped", "rcpo train objective=simpo rc=on"):

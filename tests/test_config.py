@@ -47,7 +47,7 @@ from rcpo.config.validation import CHOICES, HYPERPARAMETER_RANGES, RANGES
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))]
 
-# DESIGN §4, typed in from the table: reduction and hyper-parameters with their defaults
+# typed in from the published losses: reduction and hyper-parameters with their defaults
 OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "dpo": ("sum", {"beta": 0.1, "epsilon": 0.0}),
     "robust": ("sum", {"beta": 0.1, "epsilon": 0.1}),

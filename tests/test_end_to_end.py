@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# DESIGN's names, by where they come from
+# the names that users rely on, by where they come from
 TRAINING = {
     "step",
     "epoch",

@@ -66,7 +66,7 @@ def test_losses_of_the_reference_code(published: str) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
 
 
-# --- DESIGN's formulas, written again with `math` for one pair of floats ------------------------------------
+# --- the published formulas, written again with `math` for one pair of floats -------------------------------
 
 
 def log_sigmoid(x: float) -> float:
@@ -334,7 +334,7 @@ def test_an_uncoupled_objective_sees_each_pair_alone(name: str) -> None:
 
 
 def test_default_reductions() -> None:
-    # the third column of DESIGN's table of objectives
+    # a published loss on means has them; the others are on sums
     means = "ipo bce simpo alphapo cpo orpo slic lsif ukl ddro sft"
     for name in NAMES:
         expected = "mean" if name in means.split() else "importance" if name == "tidpo" else "sum"

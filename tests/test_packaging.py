@@ -143,10 +143,66 @@ def test_constraints_pin_all_that_is_installed() -> None:
     assert not needed - set(pins()), "add these to scripts/constraints.txt"
 
 
-@pytest.mark.skipif("RCPO_CONSTRAINTS" in os.environ, reason="other versions were asked for")
+@pytest.mark.skipif(
+    "RCPO_CONSTRAINTS" in os.environ, reason="other versions were asked for: unset RCPO_CONSTRAINTS"
+)
 def test_tests_run_with_the_pinned_versions() -> None:
     installed = {name: Version(metadata.version(name)).public for name in closure() & set(pins())}
     assert installed == {name: pins()[name] for name in installed}
+
+
+# Stands in for the tests' Python: ruff passes, mypy as MYPY says, pytest writes what SKIPPED holds.
+STAND_IN_TOOLS = """#!/bin/bash
+case $2 in
+    mypy) exit "${MYPY:-0}";;
+    pytest) if [[ "$*" == *"not serial"* ]]; then printf "$SKIPPED" >>"$RCPO_SKIPPED"; fi;;
+esac
+"""
+
+
+def last_line(clone: Clone, *arguments: str, **environment: str) -> tuple[int, str]:
+    """scripts/test with stand-ins for its tools: its exit code and the last line of its output."""
+    subprocess.run(
+        ["bash", "-uc", f". {clone.root}/scripts/setup.sh && ensure_environment dev"],
+        env=clone.environment,
+        check=True,
+        capture_output=True,
+    )
+    (clone.venv / "bin" / "python").write_text(STAND_IN_TOOLS)
+    command = [clone.root / "scripts" / "test", *arguments]
+    result = subprocess.run(
+        command, env={**clone.environment, **environment}, capture_output=True, text=True, timeout=60
+    )
+    return result.returncode, result.stdout.splitlines()[-1]
+
+
+def test_the_last_line_names_what_was_not_tested_and_how_to_enable_it(clone: Clone) -> None:
+    slurm = "SLURM is not installed (sbatch): apt-get install slurm-wlm munge"
+    skipped = f"{slurm}\\n" * 5 + "no git\\n"
+    assert last_line(clone, SKIPPED=skipped) == (
+        0,
+        f"scripts/test: not tested: 5 tests: {slurm}; 1 test: no git",
+    )
+    assert last_line(clone, SKIPPED="") == (0, "scripts/test: nothing was left out")
+    code, line = last_line(clone, "--fast", SKIPPED=skipped, MYPY="1")
+    assert code == 1 and line.startswith(
+        "scripts/test: not tested: the tests marked slow or cluster (without"
+    )
+    assert line.endswith("; 1 test: no git")
+
+
+def test_pytest_writes_down_why_it_skipped(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\ndef test_a(): pytest.skip('no\\nSLURM')\ndef test_b(): pass\n"
+    )
+    (tmp_path / "test_two.py").write_text("import pytest\npytest.importorskip('nothing_of_this_name')\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = {**os.environ, "RCPO_SKIPPED": str(tmp_path / "skipped")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    reasons = sorted((tmp_path / "skipped").read_text().splitlines())
+    assert len(reasons) == 2 and reasons[0].startswith("could not import") and reasons[1] == "no SLURM"
 
 
 class Clone:

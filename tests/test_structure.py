@@ -163,6 +163,21 @@ def test_commits_name_no_machine_and_no_registry() -> None:
     assert not found, "\n".join(found)
 
 
+def test_nothing_refers_to_a_document_that_is_not_here() -> None:
+    """A design document, or a section of one; a paper's section stands beside its name."""
+    absent = re.compile(r"\bDES[I]GN\b|[§] ?\d")
+    found = []
+    for name in committed():
+        data = (ROOT / name).read_bytes()
+        lines = [] if b"\0" in data else data.decode("utf-8", "replace").splitlines()
+        found += [
+            f"{name}:{number}"
+            for number, line in enumerate(lines, start=1)
+            if absent.search(line) and "arXiv" not in line
+        ]
+    assert not found, found
+
+
 def test_temporary_folders_are_asked_for_not_named() -> None:
     python = [path for path in sources() if re.search(r"[\"']/t[m]p\b", path.read_text(encoding="utf-8"))]
     assert not python

@@ -1,4 +1,4 @@
-"""Theory against reality: what a small step of plain SGD does to z_w and z_l, and what DESIGN's formulas say.
+"""Theory against reality: what a small step of plain SGD does to z_w and z_l, and what the formulas say.
 
 A two-layer language model in float64, all parameters trained (`geometry=parameters`). For one pair
 

@@ -111,7 +111,7 @@ RANGES = {
     "checkpoint.keep": (1, math.inf, True, False),
 }
 
-# the hyper-parameters that DESIGN gives a meaning of its own; a user's objective may have others, unchecked
+# the hyper-parameters that rcpo's own objectives have; a user's objective may have others, unchecked
 HYPERPARAMETER_RANGES = {
     "beta": (0, math.inf, False, False),
     "tau": (0, math.inf, False, False),

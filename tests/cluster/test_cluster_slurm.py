@@ -122,7 +122,9 @@ def runs(user: User) -> list[Path]:
 
 
 def test_hydra_s_submitit_launcher_runs_a_sweep(user: User, cluster: Cluster) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra [slurm] is not installed")
+    pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher", reason="submitit is not installed: pip install 'rcpo[slurm]'"
+    )
     said = user.rcpo(
         *("sweep", "seed=1,2", *ONE_STEP, "hydra/launcher=submitit_slurm", "hydra.sweep.dir=submitit"),
         *("hydra.launcher.timeout_min=15", "hydra.launcher.cpus_per_task=1"),

@@ -26,7 +26,7 @@ from rcpo.evaluation.run import load_whole
 from rcpo.hub import Source
 from rcpo.models import load_model, load_tokenizer
 
-pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'rcpo[eval]'")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,6 +24,7 @@ from rcpo.session import Session
 from rcpo.trainer import Trainer
 
 WORKER = str(Path(__file__).parents[1] / "workers" / "adapter_ranks.py")
+NO_BITS = "bitsandbytes is not installed: pip install 'rcpo[qlora]'"
 IDS = torch.arange(4, 16)[None]
 
 
@@ -294,7 +295,7 @@ def test_other_adapters_are_refused(
 def test_four_bits_have_the_gradients_of_the_weights_they_stand_for(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_BITS)
     base = Path(tiny_llama(tmp_path / "base", hidden=64))
     packed, plain = load_model(base, config, quantization="nf4"), load_model(base, config)
     layers = dict(plain.named_modules())
@@ -319,7 +320,7 @@ def test_four_bits_have_the_gradients_of_the_weights_they_stand_for(
 
 @pytest.mark.parametrize("start", ["fresh", "tuned", "merged"])
 def test_four_bits(config: RunConfig, tmp_path: Path, start: str) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=NO_BITS)
     base = Path(tiny_llama(tmp_path / "base", hidden=64))  # its blocks are of 64 weights in a row
     config.model.path = str(base)
     config.adapter.quantization, config.adapter.save_merged = "nf4", True
