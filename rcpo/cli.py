@@ -113,6 +113,31 @@ def evaluate(ctx: typer.Context) -> None:
     _finish(jobs.evaluate, ctx.args)
 
 
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def sample(ctx: typer.Context) -> None:
+    """Preference pairs of answers that the policy itself writes. Arguments are KEY=VALUE, in any order.
+
+    \b
+    From a run or a model, to the training prompts of any data:
+      rcpo sample run=outputs/DIR score=number
+      rcpo sample model=local model.path=DIR data=pairs data.path=pairs.jsonl \
+          score=reward_model score.path=DIR
+      rcpo sample ... sample.base_url=http://127.0.0.1:8000/v1 sample.model=NAME    a server of final/ answers
+      rcpo sample ... launch.processes=2                                            ranks of this machine do
+
+    \b
+    Scores and pairs:
+      score=exact|number|pattern|reward_model|judge|length|loglik
+      pairing=best_worst|random|margin pairing.min_margin=0.5
+
+    The folder that is printed at the start, or hydra.run.dir=DIR, gets pairs.jsonl, which data=pairs reads,
+    and pairs.json, which says where it comes from. The same call continues one that was killed.
+    """
+    from rcpo.onpolicy.command import sample as make
+
+    _finish(make, ctx.args)
+
+
 @app.command(name="data", context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def show_data(ctx: typer.Context) -> None:
     """Show a dataset as the model will see it, and train nothing. Arguments are those of train.

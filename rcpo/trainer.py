@@ -300,7 +300,7 @@ def train(
     Raises ConfigError for a folder in use or a checkpoint of another run, RunError for what ends a run.
     """
     distributed.initialize()
-    with StopRequest() as stop, _alone_in(run_dir):
+    with StopRequest() as stop, alone_in(run_dir):
         if config.resume is not None and is_complete(config, run_dir):
             _say(f"the run in {run_dir} is complete: there is nothing to continue")
             return 0
@@ -353,7 +353,7 @@ def _train(
 
 
 @contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
+def alone_in(run_dir: Path) -> Iterator[None]:
     """Rank 0 holds the folder's lock; raises ConfigError on all ranks where another run has it."""
     with ExitStack() as stack:
         problem = None

@@ -41,6 +41,7 @@ from rcpo.config.composition import (
     split_arguments,
     user_part,
 )
+from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys
 from rcpo.config.validation import CHOICES, HYPERPARAMETER_RANGES, RANGES
 
@@ -103,9 +104,12 @@ def refusal(*overrides: str) -> str:
 
 
 def command_keys() -> set[str]:
-    nodes = {"sweep": SweepConfig, "plan": PlanConfig, "gpu": GpuConfig, "slurm": SlurmConfig}
+    nodes: dict[str, Any] = {
+        "sweep": SweepConfig, "plan": PlanConfig, "gpu": GpuConfig, "slurm": SlurmConfig,
+        "sample": SampleConfig, "score": ScoreConfig, "pairing": PairingConfig, "iterate": IterateConfig,
+    }
     leaves = {f"{node}.{field.name}" for node, kind in nodes.items() for field in dataclasses.fields(kind)}
-    return {*nodes, *leaves}
+    return {*nodes, *leaves, "rounds"}
 
 
 def test_the_defaults_of_conf_are_those_of_the_dataclasses() -> None:

@@ -39,8 +39,8 @@ ROWS: list[list[str]] = [
         *("checkpoint", "saving", "final", "resume", "nonfinite", "trainer"),
     ],
     [
-        *("evaluation", "comparison", "report", "launch", "jobs", "slurm", "planner", "integrations"),
-        *("preview", "doctor"),
+        *("evaluation", "comparison", "report", "launch", "jobs", "slurm", "onpolicy", "planner"),
+        *("integrations", "preview", "doctor"),
     ],
     ["cli", "__main__"],
 ]

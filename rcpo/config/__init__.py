@@ -4,7 +4,7 @@ Nothing here imports torch; Hydra is imported when something is composed.
 """
 
 from rcpo.config.data import DataConfig, SourceConfig
-from rcpo.config.judge import JudgeConfig
+from rcpo.config.judge import EndpointConfig, JudgeConfig
 from rcpo.config.parsing import load_run_config, parse, save_run_config, to_container
 from rcpo.config.schema import (
     AdapterConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DynamicsConfig",
+    "EndpointConfig",
     "EngineConfig",
     "EvalConfig",
     "JudgeConfig",

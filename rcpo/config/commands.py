@@ -24,6 +24,11 @@ COMMAND_NODES = {
     "plan": "rcpo plan",
     "gpu": "rcpo plan",
     "slurm": "rcpo submit",
+    "sample": "rcpo sample and rcpo iterate",
+    "score": "rcpo sample and rcpo iterate",
+    "pairing": "rcpo sample and rcpo iterate",
+    "iterate": "rcpo iterate",
+    "rounds": "rcpo iterate",
 }
 
 
@@ -108,12 +113,12 @@ class GpuConfig:
 
 def plan_config(cfg: DictConfig) -> tuple[PlanConfig, GpuConfig | None]:
     """The validated `plan` and `gpu` nodes, None where no GPU is chosen; raises ConfigError."""
-    config = _node(cfg, "plan", PlanConfig())
+    config = read_node(cfg, "plan", PlanConfig())
     for key, bounds in PLAN_RANGES.items():
         check_range(f"plan.{key}", getattr(config, key), bounds)
     if OmegaConf.select(cfg, "gpu") is None:
         return config, None
-    gpu = _node(cfg, "gpu", GpuConfig())
+    gpu = read_node(cfg, "gpu", GpuConfig())
     for figure in dataclasses.fields(gpu):
         if figure.name != "name":
             check_range(f"gpu.{figure.name}", getattr(gpu, figure.name), (0, math.inf, False, False))
@@ -184,8 +189,8 @@ SLURM_RANGES: dict[str, Range] = {
 
 def slurm_config(cfg: DictConfig) -> SlurmConfig:
     """The validated `slurm` node of a composed configuration; raises ConfigError with key, value, remedy."""
-    config = _node(cfg, "slurm", SlurmConfig())
-    _check("slurm", config, SLURM_CHOICES, SLURM_RANGES)
+    config = read_node(cfg, "slurm", SlurmConfig())
+    check_node("slurm", config, SLURM_CHOICES, SLURM_RANGES)
     if config.gpus_per_node and config.ranks > config.gpus_per_node:
         raise ConfigError(
             f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "
@@ -218,22 +223,23 @@ def slurm_seconds(time: str) -> float:
 
 def sweep_config(cfg: DictConfig) -> SweepConfig:
     """The validated `sweep` node of a composed configuration; raises ConfigError with key, value, remedy."""
-    config = _node(cfg, "sweep", SweepConfig())
-    _check("sweep", config, SWEEP_CHOICES, SWEEP_RANGES)
+    config = read_node(cfg, "sweep", SweepConfig())
+    check_node("sweep", config, SWEEP_CHOICES, SWEEP_RANGES)
     return config
 
 
-def _check(
+def check_node(
     name: str, config: Any, choices: Mapping[str, tuple[str, ...]], ranges: Mapping[str, Range]
 ) -> None:
+    """Raises ConfigError for the first value of a node that is no choice, or out of range."""
     for key, known in choices.items():
         check_choice(f"{name}.{key}", getattr(config, key), known)
     for key, bounds in ranges.items():
         check_range(f"{name}.{key}", getattr(config, key), bounds)
 
 
-def _node(cfg: DictConfig, name: str, default: Node) -> Node:
-    """A node's dataclass; a primary configuration of the user's own may lack the node."""
+def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
+    """A node's dataclass; a primary configuration of the user's own may lack the node. Raises ConfigError."""
     given = OmegaConf.select(cfg, name, default={})
     known = {f"{name}.{field.name}" for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     for key in given:

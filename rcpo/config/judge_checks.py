@@ -6,18 +6,17 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rcpo.config.judge import JudgeConfig
+from rcpo.config.judge import EndpointConfig, JudgeConfig
 from rcpo.config.schema import ConfigError
 
 REFERENCE = "reference"  # judge.against: the policy that training compares with
-FIELDS = ("{instruction}", "{first}", "{second}")
+COMPARED = ("{instruction}", "{first}", "{second}")
+RATED = ("{instruction}", "{answer}")
 
 
 def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
     """Raises ConfigError for what no judgement could use; `wanted`: one is asked for."""
-    _check_key_name(judge.api_key_env)
-    if judge.base_url is not None:
-        _check_url(judge.base_url)
+    check_endpoint("judge", judge)
     for key, value in (("prompts", judge.prompts), ("template", judge.template)):
         if value is not None and not Path(value).expanduser().is_file():
             raise ConfigError(f"judge.{key}={value} is not a file")
@@ -35,36 +34,43 @@ def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
         read_template(judge.template)
 
 
-def read_template(path: str) -> str:
+def check_endpoint(node: str, config: EndpointConfig) -> None:
+    """Raises ConfigError for an address or a key's name that is none; `node` holds the keys."""
+    _check_key_name(node, config.api_key_env)
+    if config.base_url is not None:
+        _check_url(node, config.base_url)
+
+
+def read_template(path: str, fields: tuple[str, ...] = COMPARED) -> str:
     """The text of `judge.template`; raises ConfigError where it lacks a field."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"judge.template={path} cannot be read: {error}") from error
-    lacking = [field for field in FIELDS if field not in text]
+    lacking = [field for field in fields if field not in text]
     if lacking:
         raise ConfigError(f"judge.template={path} lacks {', '.join(lacking)}")
     return text
 
 
-def _check_key_name(name: str) -> None:
+def _check_key_name(node: str, name: str) -> None:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ConfigError(
-            "judge.api_key_env is no name of an environment variable (capitals, digits, underscores); "
-            "export the key and give the variable's name: judge.api_key_env=OPENAI_API_KEY"
+            f"{node}.api_key_env is no name of an environment variable (capitals, digits, underscores); "
+            f"export the key and give the variable's name: {node}.api_key_env=OPENAI_API_KEY"
         )
 
 
-def _check_url(url: str) -> None:
+def _check_url(node: str, url: str) -> None:
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         whole = False
     if not whole or not url.isascii() or not url.isprintable() or " " in url:
-        raise ConfigError("judge.base_url is no http or https address, such as https://host/v1")
+        raise ConfigError(f"{node}.base_url is no http or https address, such as https://host/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
-            "judge.base_url holds a user, a query or a fragment; give the address alone, such as "
-            "https://host/v1: a key goes into the environment (judge.api_key_env)"
+            f"{node}.base_url holds a user, a query or a fragment; give the address alone, such as "
+            f"https://host/v1: a key goes into the environment ({node}.api_key_env)"
         )

@@ -157,9 +157,23 @@ class Encoder:
 
     def prompt_ids(self, pair: TextPair, *, templated: bool) -> list[int]:
         """The uncut prompt of a rendered row."""
+        return self._tokeniser(templated).prompts([pair.prompt])[0]
+
+    def cut_prompt(self, ids: list[int], *, templated: bool) -> list[int]:
+        """A prompt within the limits."""
+        return self._tokeniser(templated).cut_prompt(ids)
+
+    def answer_ids(self, value: object, name: str) -> tuple[list[int], list[int]]:
+        """A row's prompt within the limits and its whole chosen response; raises BadRow."""
+        templated, _, pair = self.render(value, name)
+        tokeniser = self._tokeniser(templated)
+        prompt = self.cut_prompt(self.prompt_ids(pair, templated=templated), templated=templated)
+        return prompt, [] if pair.chosen is None else tokeniser.responses([pair.chosen])[0]
+
+    def _tokeniser(self, templated: bool) -> PairTokeniser:
         tokeniser = self._chat if templated else self._plain
         assert tokeniser is not None
-        return tokeniser.prompts([pair.prompt])[0]
+        return tokeniser
 
     def _arrays(
         self,

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible chat-completions endpoint, over the standard library's HTTP.
+"""Any OpenAI-compatible endpoint of chat or text completions, over the standard library's HTTP.
 
 What passes (limits, time-outs, broken connections and answers) is tried again with waits that double, less a
 random half so that threads do not return together; a Retry-After is honoured by all threads. The key comes
@@ -22,9 +22,10 @@ from typing import IO, Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from rcpo.config import ConfigError, JudgeConfig
+from rcpo.config import ConfigError, EndpointConfig
 from rcpo.visible import visible
 
+CHAT, TEXT = "chat/completions", "completions"  # routes: messages, or text as it stands
 LONGEST_WAIT = 60.0  # seconds between tries, where the endpoint names no time
 LONGEST_RETRY_AFTER = 600.0  # seconds that an endpoint may ask for; a longer wish is cut to this
 _MOST_BYTES = 1 << 24  # of an answer
@@ -51,19 +52,24 @@ class _Passing(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said, and the tokens that the endpoint counted (0 where it does not)."""
+    """What the model said, and the tokens that the endpoint counted (0 where it does not).
+
+    `finish` is why it ended, in the endpoint's words: `stop`, or `length` for an answer that was cut.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    finish: str | None
 
 
 class Endpoint:
-    """Answers to requests, from any thread. Raises ConfigError for a key that is none."""
+    """Answers requests, from any thread; `node` holds its keys. Raises ConfigError for an unusable key."""
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: EndpointConfig, node: str = "judge") -> None:
         assert config.base_url is not None
         self._config = config
+        self._node = node
         self._base = config.base_url.rstrip("/")
         self._key = read_key(config.api_key_env)
         self._opener = build_opener(_NoRedirect)
@@ -81,16 +87,16 @@ class Endpoint:
         except (Refused, Unanswered, _Passing) as problem:
             cause = problem.__cause__
             if not isinstance(cause, HTTPError):
-                raise ConfigError(f"judge.base_url={self._base}: {problem}") from None
+                raise ConfigError(f"{self._node}.base_url={self._base}: {problem}") from None
             if cause.code in _NO_KEY:
                 raise ConfigError(str(problem)) from None
 
-    def complete(self, body: Mapping[str, Any]) -> Reply:
+    def complete(self, body: Mapping[str, Any], route: str = CHAT) -> Reply:
         """The model's reply to a request's body; raises Unanswered after all tries, and Refused."""
         for tried in range(self._config.retries + 1):
             self._wait_for_quiet()
             try:
-                return self._reply(self._try("chat/completions", body))
+                return self._reply(self._try(route, body))
             except _Passing as problem:
                 reason = str(problem)
                 if problem.wait is not None:
@@ -137,20 +143,23 @@ class Endpoint:
             if code in _NO_KEY:
                 state = "is not set" if self._key is None else "is not accepted"
                 hint = f"; the key in the environment variable {self._config.api_key_env} {state}"
-            raise Refused(f"judge.base_url={self._base} answered {said}{hint}") from error
+            raise Refused(f"{self._node}.base_url={self._base} answered {said}{hint}") from error
         raise Unanswered(said) from error
 
     def _reply(self, content: bytes) -> Reply:
         try:
             answer = json.loads(content)
-            text = answer["choices"][0]["message"]["content"]
+            choice = answer["choices"][0]
+            text = choice["text"] if "message" not in choice else choice["message"]["content"]
+            finish = choice.get("finish_reason")
             usage = answer.get("usage") or {}
             counts = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise _Passing("the answer is no chat completion") from error
         if not isinstance(text, str):
             raise _Passing("the answer holds no text")
-        return Reply(self._struck(text), *counts)
+        reason = None if finish is None else str(finish)
+        return Reply(self._struck(text), counts[0], counts[1], reason)
 
     def _struck(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, "***")

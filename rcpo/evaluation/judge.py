@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.config import JudgeConfig, RunError
+from rcpo.config import JudgeConfig
 from rcpo.config.judge_checks import read_template
-from rcpo.evaluation.endpoint import Endpoint, Refused, Reply, Unanswered
+from rcpo.evaluation.asking import Asking, Request
+from rcpo.evaluation.endpoint import Endpoint, Reply
 from rcpo.runfolder import read_lines
 from rcpo.tracking.jsonl import JsonLines, write_lines
 
 VERDICTS = "judge.jsonl"
-PATIENCE = 10  # requests in a row without an answer, after all their tries: then the endpoint is gone
-CHARACTERS = 4  # of English text in a token, roughly; the estimate says that it counts so
 
 TEMPLATE = """\
 Two assistants were given the same instruction. Decide which answer serves the person who wrote it better.
@@ -75,17 +72,6 @@ class Question:
     key: str
 
 
-@dataclass
-class Judgement:
-    """The verdicts by question, reasons for those that are missing, and what was used for the new ones."""
-
-    verdicts: dict[str, str]
-    failed: Counter[str] = field(default_factory=Counter)
-    asked: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 def questions(config: JudgeConfig, pairs: Sequence[Pair]) -> list[Question]:
     """Both orders of each pair whose answers differ; equal answers are a tie without asking."""
     template = TEMPLATE if config.template is None else read_template(config.template)
@@ -116,36 +102,27 @@ def verdict_of(text: str, order: int) -> str | None:
     return _MEANING[order].get(found[-1])
 
 
-def estimate(config: JudgeConfig, missing: Sequence[Question]) -> str:
-    """What is about to be asked, in a line: requests, tokens, and the price where it is given."""
-    characters = sum(len(question.body["messages"][0]["content"]) for question in missing)
-    tokens = round(characters / CHARACTERS)
-    line = f"judge: {len(missing):,} requests to {config.model}, about {tokens:,} tokens of prompts "
-    line += f"(characters ÷ {CHARACTERS})"
-    if config.max_tokens is None:
-        return line + ", verdicts of any length"
-    most = len(missing) * config.max_tokens
-    line += f", at most {most:,} of verdicts"
-    price = _price(config, tokens, most)
-    return line if price is None else f"{line}; at most {price:,.2f} at the prices given"
+def asking(
+    config: JudgeConfig,
+    endpoint: Endpoint,
+    questions: Mapping[str, Question],
+    say: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> Asking:
+    """How questions, by key, are put to the judge."""
+
+    def read(request: Request, reply: Reply) -> dict[str, Any] | None:
+        question = questions[request.key]
+        verdict = verdict_of(reply.text, question.order)
+        return None if verdict is None else _line(question, reply, verdict)
+
+    unusable = "the reply holds no [[A]], [[B]] or [[C]]"
+    return Asking(config, endpoint, "judge", "verdicts", read, unusable, say, stop)
 
 
-def spent(config: JudgeConfig, judgement: Judgement) -> str:
-    """What was asked and used, as the endpoint counted it, in a line."""
-    line = f"judge: {judgement.asked:,} answered"
-    if judgement.prompt_tokens:
-        line += f", {judgement.prompt_tokens:,} + {judgement.completion_tokens:,} tokens"
-        price = _price(config, judgement.prompt_tokens, judgement.completion_tokens)
-        line += "" if price is None else f", {price:,.2f} at the prices given"
-    for reason, count in judgement.failed.most_common(3):
-        line += f"\njudge: {count:,} without a verdict: {reason}"
-    return line
-
-
-def _price(config: JudgeConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
-    if config.price_in is None and config.price_out is None:
-        return None
-    return ((config.price_in or 0) * prompt_tokens + (config.price_out or 0) * completion_tokens) / 1e6
+def request_of(question: Question) -> Request:
+    """A question as it is sent."""
+    return Request(question.key, question.body, question.body["messages"][0]["content"])
 
 
 def judge(
@@ -154,7 +131,8 @@ def judge(
     asked: Sequence[Question],
     path: Path,
     say: Callable[[str], None],
-) -> Judgement:
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, str]:
     """The verdicts on all questions: those that `path` holds, and the endpoint's on the others, added there.
 
     Raises RunError where the endpoint refuses or stays silent; what it said so far is kept.
@@ -162,68 +140,23 @@ def judge(
     lines = read_lines(path)
     write_lines(path, lines)  # a line that a killed process left unfinished is gone, and no new one joins it
     known = {str(line["key"]): str(line["verdict"]) for line in lines if line.get("verdict") in SCORES}
-    judgement = Judgement({one.key: known[one.key] for one in asked if one.key in known})
+    verdicts = {one.key: known[one.key] for one in asked if one.key in known}
     missing = [one for one in asked if one.key not in known]
-    if judgement.verdicts:
-        say(f"judge: {len(judgement.verdicts):,} verdicts are known from before")
+    if verdicts:
+        say(f"judge: {len(verdicts):,} verdicts are known from before")
     if missing:
-        say(estimate(config, missing))
+        put = asking(config, endpoint, {one.key: one for one in missing}, say, stop)
+        requests = [request_of(one) for one in missing]
+        say(put.estimate(requests, config.max_tokens))
         with JsonLines(path) as file:
-            _ask(config, endpoint, missing, judgement, file, say)
-        say(spent(config, judgement))
-    return judgement
 
+            def keep(line: dict[str, Any]) -> None:
+                file.write(line)
+                verdicts[line["key"]] = line["verdict"]
 
-def _ask(
-    config: JudgeConfig,
-    endpoint: Endpoint,
-    missing: Sequence[Question],
-    judgement: Judgement,
-    file: JsonLines,
-    say: Callable[[str], None],
-) -> None:
-    waiting = iter(missing)
-    silent = 0
-    with ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge") as pool:
-        running: dict[Future[tuple[Reply, str]], Question] = {}
-        try:
-            while True:
-                while len(running) < config.concurrency and (question := next(waiting, None)) is not None:
-                    running[pool.submit(_answer, endpoint, question)] = question
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    question = running.pop(future)
-                    try:
-                        reply, verdict = future.result()
-                    except Unanswered as problem:
-                        judgement.failed[str(problem)] += 1
-                        silent += 1
-                        if silent >= PATIENCE:
-                            raise RunError(
-                                f"the judge left {silent} requests in a row unanswered ({problem}); what it "
-                                "said is kept, and the same command goes on from there"
-                            ) from problem
-                        continue
-                    silent = 0
-                    file.write(_line(question, reply, verdict))
-                    _count(judgement, question, reply, verdict)
-                    if judgement.asked % max(10, len(missing) // 10) == 0:
-                        say(f"judge: {judgement.asked:,} of {len(missing):,}")
-        except Refused as problem:
-            raise RunError(str(problem)) from problem
-        finally:
-            endpoint.stop()
-
-
-def _answer(endpoint: Endpoint, question: Question) -> tuple[Reply, str]:
-    """A reply with its verdict; asked once more where it has none. Raises Unanswered and Refused."""
-    for _ in range(2):
-        reply = endpoint.complete(question.body)
-        verdict = verdict_of(reply.text, question.order)
-        if verdict is not None:
-            return reply, verdict
-    raise Unanswered("the reply holds no [[A]], [[B]] or [[C]]")
+            found = put.ask(requests, keep)
+        say(put.spent(found, "a verdict"))
+    return verdicts
 
 
 def _line(question: Question, reply: Reply, verdict: str) -> dict[str, Any]:
@@ -237,10 +170,3 @@ def _line(question: Question, reply: Reply, verdict: str) -> dict[str, Any]:
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
     }
-
-
-def _count(judgement: Judgement, question: Question, reply: Reply, verdict: str) -> None:
-    judgement.verdicts[question.key] = verdict
-    judgement.asked += 1
-    judgement.prompt_tokens += reply.prompt_tokens
-    judgement.completion_tokens += reply.completion_tokens

@@ -32,8 +32,8 @@ def judge_pairs(
     equal = len(pairs) - len(asked) // len(ORDERS)
     if equal:
         say(f"judge: {equal:,} of {len(pairs):,} pairs of answers are equal: ties, nothing to ask")
-    judgement = judge(settings, endpoint, asked, folder / VERDICTS, say)
-    found = judged(pairs, asked, judgement.verdicts)
+    verdicts = judge(settings, endpoint, asked, folder / VERDICTS, say)
+    found = judged(pairs, asked, verdicts)
     if not len(found.verdicts):
         raise RunError("the judge gave no pair of answers both verdicts; the lines above say why")
     failed = len(pairs) - len(found.verdicts)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rcpo import distributed
 from rcpo.config import ConfigError, JudgeConfig, RunConfig, RunError, save_run_config
 from rcpo.evaluation.endpoint import Endpoint
-from rcpo.evaluation.judge import Pair, estimate, questions, verdict_of
+from rcpo.evaluation.judge import Pair, asking, questions, request_of, verdict_of
 from rcpo.evaluation.judge_prompts import read_answers, read_prompts
 from rcpo.evaluation.judge_record import judge_pairs
 from rcpo.evaluation.run import evaluate_run
@@ -222,11 +222,14 @@ def test_the_estimate_by_hand() -> None:
     config = JudgeConfig(model="m", price_in=2.0, price_out=10.0, max_tokens=50)
     asked = questions(config, [Pair("0", "i" * 4000, "o" * 2000, "t" * 2000)])
     tokens = round(sum(len(one.body["messages"][0]["content"]) for one in asked) / 4)
-    line = estimate(config, asked)
+    config.base_url = "http://127.0.0.1:1/v1"
+    put = asking(config, Endpoint(config), {}, lambda line: None)
+    requests = [request_of(one) for one in asked]
+    line = put.estimate(requests, config.max_tokens)
     assert f"2 requests to m, about {tokens:,} tokens" in line and "at most 100 of verdicts" in line
     assert tokens > 4000 and f"at most {(2 * tokens + 10 * 100) / 1e6:.2f}" in line
     config.price_in = config.price_out = None
-    assert "price" not in estimate(config, asked)
+    assert "price" not in put.estimate(requests, config.max_tokens)
 
 
 def test_prompts_in_alpaca_eval_s_formats(tmp_path: Path) -> None:

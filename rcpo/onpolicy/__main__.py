@@ -1,0 +1,30 @@
+"""`python -m rcpo.onpolicy FOLDER`: what local ranks and SLURM jobs run; FOLDER holds a sample.yaml."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rcpo.config import ConfigError
+from rcpo.launch import REFUSED, configure_log, external_ranks, refused
+from rcpo.onpolicy.command import start
+from rcpo.onpolicy.settings import Settings
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m rcpo.onpolicy FOLDER", file=sys.stderr)
+        return REFUSED
+    folder = Path(arguments[0])
+    try:
+        settings = Settings.read(folder)
+        ranks = external_ranks()
+        configure_log(folder, file=ranks is None or ranks.rank == 0)
+    except ConfigError as error:
+        return refused(error)
+    return start(settings, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

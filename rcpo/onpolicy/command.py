@@ -1,0 +1,111 @@
+"""`rcpo sample`: a folder of pairs, from a command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rcpo.config import ConfigError, RunConfig, parse, to_container
+from rcpo.config.commands import refuse_command_keys
+from rcpo.config.composition import (
+    PRIMARY,
+    compose_with,
+    hydra_session,
+    over_run,
+    split_arguments,
+    user_part,
+)
+from rcpo.config.onpolicy import onpolicy_config
+from rcpo.config.parsing import read_tree, structure
+from rcpo.jobs.folders import resolved_dir
+from rcpo.jobs.show import show, shows
+from rcpo.launch import check, configure_log, external_ranks, run_here, world_size
+from rcpo.launch.local import launch_workers
+from rcpo.onpolicy.scoring_models import fetch
+from rcpo.onpolicy.settings import Settings
+from rcpo.runfolder import refuse_locked
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+NODES = ("sample", "score", "pairing")
+_OWN = (*NODES, "hydra")
+
+
+def sample(arguments: Sequence[str]) -> int:
+    """`rcpo sample ARGUMENTS`: returns the exit code; raises ConfigError for what is refused beforehand."""
+    flags = split_arguments(arguments)
+    name = flags.config_name or PRIMARY
+    if flags.multirun:
+        raise ConfigError("command line: sample makes one set of pairs at a time, without -m")
+    runs = [override.removeprefix("run=") for override in flags.overrides if override.startswith("run=")]
+    overrides = with_folder([one for one in flags.overrides if not one.startswith("run=")], "sample")
+    refuse_command_keys(overrides, NODES)
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            return show(hydra, name, flags, overrides)
+        settings, folder = _settings(hydra, name, overrides, Path(runs[0]) if runs else None)
+    ready(settings)
+    ranks = external_ranks()
+    main_rank = ranks is None or ranks.rank == 0
+    if main_rank:
+        refuse_locked(folder)
+        settings.write(folder)
+    configure_log(folder, file=main_rank)
+    return start(settings, folder if main_rank else None)
+
+
+def with_folder(overrides: Sequence[str], what: str) -> list[str]:
+    """The overrides with a folder of the command's own, where none is given."""
+    if any(override.startswith("hydra.run.dir=") for override in overrides):
+        return list(overrides)
+    return [*overrides, f"hydra.run.dir='outputs/${{now:%Y-%m-%d_%H-%M-%S-%f}}_{what}'"]
+
+
+def _settings(hydra: Hydra, name: str, overrides: Sequence[str], run: Path | None) -> tuple[Settings, Path]:
+    if run is None:
+        cfg = compose_with(hydra, name, overrides)
+        return settings_of(cfg, parse(user_part(cfg)), None), resolved_dir(cfg, None)
+    own = [one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] in _OWN]
+    base = to_container(structure(read_tree(run / "config.yaml")))
+    config = parse(over_run(hydra, base, [one for one in overrides if one not in own]))
+    cfg = compose_with(hydra, name, own)
+    return settings_of(cfg, config, run.resolve()), resolved_dir(cfg, None)
+
+
+def settings_of(cfg: DictConfig, config: RunConfig, run: Path | None) -> Settings:
+    """The validated settings; raises ConfigError."""
+    # nothing is trained, so the global batch need not fit this number of processes
+    config.train.batch_size = config.train.micro_batch_size * world_size(config)
+    return Settings(config, onpolicy_config(cfg, config), run)
+
+
+def ready(settings: Settings) -> None:
+    """Refuses what no sampling could use, and downloads what it needs; raises ConfigError."""
+    config = settings.config
+    check(config, world_size(config))
+    fetch(settings.nodes.score, pickle=config.model.allow_pickle, code=config.model.trust_remote_code)
+
+
+def start(settings: Settings, folder: Path | None) -> int:
+    """Makes the pairs in this process or in local ranks; `folder` is None on ranks other than 0."""
+    processes = settings.config.launch.processes
+    if external_ranks() is None and processes > 1:
+        assert folder is not None
+        return launch_workers(processes, sample_command(folder))
+
+    def sample(config: RunConfig, folder: Path) -> int:
+        from rcpo.onpolicy.work import make
+
+        return make(settings, folder)
+
+    return run_here(sample, settings.config, folder)
+
+
+def sample_command(folder: Path) -> list[str]:
+    """The command that makes the pairs of FOLDER as its settings say."""
+    return [sys.executable, "-m", "rcpo.onpolicy", str(folder)]

@@ -1,0 +1,177 @@
+"""Scores that a model gives: a reward model's number, or the log-likelihood of an answer.
+
+Axes: R rows of a batch, L their padded length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rcpo import distributed, hub
+from rcpo.config import ConfigError, RunConfig
+from rcpo.config.onpolicy import ScoreConfig
+from rcpo.data.conversations import parse_prompt
+from rcpo.data.dataset import make_encoder
+from rcpo.evaluation.whole import load_whole
+from rcpo.hub import Source
+from rcpo.models import load_tokenizer
+from rcpo.models.loading import DTYPES
+from rcpo.onpolicy.prompts import Prompt
+
+Ids = list[int]
+
+
+class ScoringModel(Protocol):
+    """Tokens of an answer behind its prompt, and the scores of some."""
+
+    limit: int | None
+
+    def ids(self, prompt: Prompt, text: str) -> Ids: ...
+
+    def load(self) -> None:
+        """Reads the weights."""
+
+    def release(self) -> None:
+        """Lets them go."""
+
+    def __call__(self, prompts: Sequence[Prompt], rows: Sequence[Ids]) -> list[float]: ...
+
+
+class RewardModel:
+    """A sequence-classification model with one label; its own tokenizer and chat template.
+
+    Raises ConfigError for a model with more labels, before its weights are read.
+    """
+
+    def __init__(self, config: RunConfig, score: ScoreConfig) -> None:
+        assert score.path is not None
+        self._config = config
+        self._folder = hub.folder("score.path", score.path, score.revision)
+        self._tokenizer = load_tokenizer(self._folder, config.model)
+        self._own = AutoConfig.from_pretrained(self._folder, trust_remote_code=config.model.trust_remote_code)
+        if self._own.num_labels != 1:
+            raise ConfigError(
+                f"score.path={score.path} has {self._own.num_labels} labels, and a reward model has one: "
+                "give a sequence-classification model with num_labels=1"
+            )
+        self.limit = score.max_length or getattr(self._own.get_text_config(), "max_position_embeddings", None)
+
+    def ids(self, prompt: Prompt, text: str) -> Ids:
+        """Raises ConfigError for a conversation that the model has no template for."""
+        tokenizer = self._tokenizer
+        if not tokenizer.chat_template:
+            if not isinstance(prompt.content, str):
+                raise ConfigError(
+                    f"{prompt.place} holds messages, and the reward model in {self._folder} has no chat "
+                    "template; give its tokenizer one"
+                )
+            return list(tokenizer(prompt.content + text)["input_ids"])
+        content = parse_prompt(prompt.content) if isinstance(prompt.content, str) else prompt.content
+        messages = [*content, {"role": "assistant", "content": text}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, tools=prompt.more.get("tools"))
+        # the template writes what the tokenizer would put before a text
+        return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+
+    def load(self) -> None:
+        self._own.pad_token_id = _padding(self._own, self._tokenizer)
+        self._model = AutoModelForSequenceClassification.from_pretrained(
+            self._folder,
+            config=self._own,
+            dtype=DTYPES[self._config.train.dtype],
+            trust_remote_code=self._config.model.trust_remote_code,
+            use_safetensors=None if self._config.model.allow_pickle else True,
+        )
+        self._model.to(distributed.device()).eval()
+
+    def release(self) -> None:
+        del self._model
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], rows: Sequence[Ids]) -> list[float]:
+        pad = self._own.pad_token_id
+        if pad is None:  # it could not tell a row's last token from padding
+            return [self._scores([row], 0)[0] for row in rows]
+        return self._scores(rows, pad)
+
+    def _scores(self, rows: Sequence[Ids], pad: int) -> list[float]:
+        ids, mask = _right_pad(rows, pad)
+        logits = self._model(input_ids=ids, attention_mask=mask).logits
+        assert logits.shape == (len(rows), 1), logits.shape
+        return [float(value) for value in logits[:, 0].float()]
+
+
+def _padding(own: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that pads: the model's, else the tokenizer's if it does nothing else; None without one."""
+    if own.pad_token_id is not None:
+        return int(own.pad_token_id)
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) and pad != tokenizer.eos_token_id else None
+
+
+class Likelihood:
+    """A causal language model: the mean log-probability of an answer's tokens, its end among them."""
+
+    def __init__(self, config: RunConfig, score: ScoreConfig, policy: Source) -> None:
+        self._config = config
+        self._source = policy
+        if score.path is not None:
+            self._source = Source(hub.folder("score.path", score.path, score.revision))
+        self._tokenizer = load_tokenizer(self._source.tokenizer, config.model)
+        self._encoder = make_encoder(replace(config.data, columns={}), self._tokenizer)
+        own = AutoConfig.from_pretrained(self._source.base, trust_remote_code=config.model.trust_remote_code)
+        self.limit = score.max_length or getattr(own.get_text_config(), "max_position_embeddings", None)
+
+    def ids(self, prompt: Prompt, text: str) -> Ids:
+        before, answer = self._encoder.answer_ids(_completion(prompt, text), prompt.place)
+        return before + answer
+
+    def load(self) -> None:
+        self._model = load_whole(self._config, self._source).to(distributed.device()).eval()
+
+    def release(self) -> None:
+        del self._model
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], rows: Sequence[Ids]) -> list[float]:
+        pad = self._tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        ids, mask = _right_pad(rows, pad)
+        logits = self._model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        logps = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]  # (R, L − 1)
+        starts = [
+            len(self._encoder.answer_ids(_completion(prompt, "-"), prompt.place)[0]) for prompt in prompts
+        ]
+        return [
+            float(row[start - 1 : len(tokens) - 1].double().mean())
+            for row, start, tokens in zip(logps, starts, rows, strict=True)
+        ]
+
+
+def _completion(prompt: Prompt, text: str) -> dict[str, Any]:
+    if isinstance(prompt.content, str):
+        return {"prompt": prompt.content, "completion": text}
+    said = [{"role": "assistant", "content": text}]
+    return {"prompt": prompt.content, "completion": said, **prompt.more}
+
+
+def _right_pad(rows: Sequence[Ids], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, each (R, L)."""
+    length, where = max(map(len, rows)), distributed.device()
+    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=where)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=where)
+    return ids, mask
+
+
+def fetch(score: ScoreConfig, *, pickle: bool, code: bool) -> Path | None:
+    """Downloads the model that scores, so that no rank has to; None where none is named."""
+    if score.path is None:
+        return None
+    folder = hub.fetch("score.path", score.path, score.revision, pickle=pickle, code=code)
+    hub.check_weights("score.path", folder, pickle=pickle)
+    return folder

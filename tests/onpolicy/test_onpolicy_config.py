@@ -1,0 +1,122 @@
+"""Keys of `rcpo sample` and `rcpo iterate`: defaults, and refusals with key, value and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from rcpo.config import ConfigError, RunConfig, parse
+from rcpo.config.commands import refuse_command_keys
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, user_part
+from rcpo.config.onpolicy import (
+    IterateConfig,
+    OnPolicyConfig,
+    PairingConfig,
+    SampleConfig,
+    ScoreConfig,
+    iterate_config,
+    onpolicy_config,
+)
+
+
+@pytest.fixture(scope="module")
+def hydra() -> Iterator[Any]:
+    with hydra_session() as session:
+        yield session
+
+
+def composed(hydra: Any, *overrides: str) -> tuple[DictConfig, RunConfig]:
+    cfg = compose_with(hydra, PRIMARY, list(overrides))
+    return cfg, parse(user_part(cfg))
+
+
+def test_the_defaults_of_conf_are_those_of_the_dataclasses(hydra: Any) -> None:
+    cfg, run = composed(hydra)
+    assert onpolicy_config(cfg, run) == OnPolicyConfig(sample=SampleConfig(prompts=1024, batch_size=512))
+    assert iterate_config(cfg) == (3, IterateConfig())
+    data = ["data=pairs", f"data.path={__file__}"]  # sums alone knows how many of its prompts are enough
+    cfg, run = composed(hydra, *data)
+    assert onpolicy_config(cfg, run).sample == SampleConfig()
+    for name in ("length", "number"):
+        cfg, run = composed(hydra, f"score={name}")
+        assert onpolicy_config(cfg, run).score == ScoreConfig(name=name)
+    cfg, run = composed(hydra, "score=loglik", "pairing=margin", "pairing.min_margin=0.5", "rounds=1")
+    config = onpolicy_config(cfg, run)
+    assert config.score == ScoreConfig(name="loglik")
+    assert config.pairing == PairingConfig(name="margin", min_margin=0.5)
+    assert iterate_config(cfg)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sample.n=1"], "sample.n=1 is out of range"),
+        (["sample.top_p=0"], "sample.top_p=0 is out of range"),
+        (["sample.temperature=0"], "sample.temperature=0 is out of range"),
+        (["sample.base_url=http://127.0.0.1:1/v1"], "an endpoint needs both"),
+        (["sample.base_url=127.0.0.1", "sample.model=m"], "sample.base_url is no http or https address"),
+        (["sample.api_key_env=sk-secret"], "sample.api_key_env is no name of an environment variable"),
+        (["score=reward_model"], "score=reward_model needs a model: score.path=DIR"),
+        (["score=pattern"], "score=pattern goes with a regular"),
+        (["score=pattern", "score.pattern='('"], "is not a regular expression"),
+        (["score=judge"], "judge.base_url="),
+        (["score=judge", "score.mode=stars"], "score.mode=stars is not one of rating, pairwise"),
+        (["pairing.min_margin=-1"], "pairing.min_margin=-1 is out of range"),
+        (["pairing.per_prompt=0"], "pairing.per_prompt=0 is out of range"),
+    ],
+)
+def test_what_no_sampling_could_use(hydra: Any, overrides: list[str], message: str) -> None:
+    cfg, run = composed(hydra, *overrides)
+    with pytest.raises(ConfigError) as refused:
+        onpolicy_config(cfg, run)
+    assert message in str(refused.value) and "sk-secret" not in str(refused.value)
+
+
+def test_a_template_of_the_judge_has_what_its_mode_fills_in(hydra: Any, tmp_path: Path) -> None:
+    template = tmp_path / "mine.txt"
+    template.write_text("{instruction} {answer}")
+    words = [
+        "score=judge",
+        "judge.base_url=http://127.0.0.1:1/v1",
+        "judge.model=m",
+        f"judge.template={template}",
+    ]
+    cfg, run = composed(hydra, *words)
+    assert onpolicy_config(cfg, run).score == ScoreConfig(name="judge", mode="rating")
+    cfg, run = composed(hydra, *words, "score.mode=pairwise")
+    with pytest.raises(ConfigError, match=r"lacks \{first\}, \{second\}"):
+        onpolicy_config(cfg, run)
+
+
+@pytest.mark.parametrize("override", ["rounds=0", "rounds=two", "rounds=true", "iterate.reference=last"])
+def test_what_no_iteration_could_use(hydra: Any, override: str) -> None:
+    cfg, _ = composed(hydra, override)
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        iterate_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "override", ["sample.n=4", "score=length", "pairing=random", "rounds=2", "iterate.reference=first"]
+)
+def test_other_commands_refuse_these_keys(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"is read by rcpo (sample and rcpo )?iterate alone"):
+        refuse_command_keys([override], ("sweep",))
+
+
+def test_no_range_is_of_a_key_that_does_not_exist() -> None:
+    from rcpo.config.onpolicy import CHOICES, ONPOLICY_RANGES
+
+    kinds: dict[str, Any] = {
+        "sample": SampleConfig,
+        "score": ScoreConfig,
+        "pairing": PairingConfig,
+        "iterate": IterateConfig,
+    }
+    for name, kind in kinds.items():
+        known = {field.name for field in dataclasses.fields(kind)}
+        assert {*CHOICES[name], *ONPOLICY_RANGES[name]} <= known
