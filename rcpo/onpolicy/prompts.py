@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from rcpo.config.data import train_sources
 from rcpo.data import sums
 from rcpo.data.dataset import load_datasets, make_encoder
 from rcpo.data.encode import Encoder, prompt_hash
+from rcpo.data.identity import HEX_DIGITS
 from rcpo.data.records import BadRow, Content, Row
 from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import longest_answer
-from rcpo.evaluation.identity import HEX_DIGITS
 from rcpo.onpolicy.kept import whole_rows
 from rcpo.onpolicy.ranks import on_main_or_refused
 from rcpo.tracking.jsonl import write_lines
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPTS = "prompts.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, train: PairDat
     cache = cache_folder(config.cache)
     memo = None if cache is None else cache / "hashes"
     for spec in train_sources(config):
-        for part in find_source(spec, memo).parts:
+        for part in find_source(spec, memo, log.info).parts:
             for piece in part.pieces(list(encoder.columns.values())):
                 for number, value in piece.parsed():
                     prompt = _wanted(encoder, value, f"{part.label}:{number}", wanted)
