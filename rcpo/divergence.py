@@ -6,18 +6,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rcpo.config import RunConfig
 
 
+def tokens_per_winner(reduction: str, lengths: np.ndarray) -> float:
+    """Return what divides a winner's log-ratio to give nats a token, from its reduction and the lengths.
+
+    Only sums grow with the response. A length of 0 is that of a response that unpaired data does not have.
+    """
+    there = lengths[lengths > 0]
+    return float(there.mean()) if reduction == "sum" and len(there) else 1.0
+
+
 class DivergenceWatch:
-    """Looks at the rows of a run, the same on all ranks; `tokens` is the mean length of a chosen response."""
+    """Looks at the rows of a run, the same on all ranks; `tokens` is what `tokens_per_winner` gives."""
 
     def __init__(self, config: RunConfig, tokens: float) -> None:
         self._watch = config.watch
         self._calibrated = config.rc.enabled
         self._alpha_max = config.rc.alpha_max
-        # log-ratios of sums grow with the response: the threshold is a token's
-        self._unit = tokens if config.objective.reduction == "sum" else 1.0
+        self._unit = tokens
         self._in_a_row = {"margin": 0, "alpha": 0}
         self._first_margin = 0.0
         self._said: set[str] = set()

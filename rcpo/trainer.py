@@ -21,7 +21,7 @@ import torch
 from rcpo import distributed
 from rcpo.checkpoint import Checkpoint
 from rcpo.config import ConfigError, RunConfig, RunError, to_container
-from rcpo.divergence import DivergenceWatch
+from rcpo.divergence import DivergenceWatch, tokens_per_winner
 from rcpo.dynamics import StepDynamics
 from rcpo.final import FINAL, save_best, save_model
 from rcpo.metrics import VOTES, StepSums, pair_values, peak_memory
@@ -56,7 +56,7 @@ class Trainer:
         self.engine = session.engine
         self.dynamics = StepDynamics(session.config, session.objective, session.engine)
         self.watch = NonFiniteWatch(session.run_dir, session.config.train)
-        tokens = float(session.datasets.train.lengths[:, 1].mean())
+        tokens = tokens_per_winner(session.objective.reduction, session.datasets.train.lengths[:, 1])
         self.divergence = DivergenceWatch(session.config, tokens)
         self.checkpoints = CheckpointWriter(session.run_dir, session.config)
         self.best = BestStep(session.config.checkpoint)
@@ -93,7 +93,7 @@ class Trainer:
         learning_rate = self.engine.learning_rate
         measured = self.dynamics.end()
         update = self.engine.step()
-        bad = bad or not (update.applied or self.config.train.dtype == "fp16")
+        bad = bad or not (update.applied or update.rescaled)
         seconds = time.perf_counter() - began
         tokens = means.pop("real_tokens")
         means.pop("pairs")

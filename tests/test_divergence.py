@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rcpo.config import RunConfig
-from rcpo.divergence import DivergenceWatch
+from rcpo.divergence import DivergenceWatch, tokens_per_winner
 
 
 def watch(reduction: str = "mean", tokens: float = 1.0, **settings: Any) -> DivergenceWatch:
     config = RunConfig()
-    config.objective.reduction = reduction
+    tokens = tokens_per_winner(reduction, np.array([tokens]))
     config.watch.patience = 3
     for key, value in settings.items():
         setattr(config.watch, key, value)
@@ -34,6 +35,17 @@ def test_a_falling_winner_is_said_once(reduction: str, tokens: float, first: flo
     lines = said(rows, watch(reduction, tokens))
     assert len(lines) == 1 and lines[0].startswith("step 3: the winner lost 0.31 nats a token")
     assert not said(rows, watch(reduction, tokens, winner=None))
+
+
+def test_only_the_winners_that_are_there_count() -> None:
+    # unpaired data: half the rows have no chosen response; those that have one are 18 and 22 tokens long
+    lengths = np.array([18, 0, 22, 0])
+    assert tokens_per_winner("sum", lengths) == 20.0
+    judge = watch("sum", tokens_per_winner("sum", lengths))
+    # 0.3 nats a token are 6 nats of a sum; with the empty ones counted, 3 would do
+    lines = said([{"logratios/chosen": -3.5}, {"logratios/chosen": -5.9}, {"logratios/chosen": -6.1}], judge)
+    assert len(lines) == 1 and lines[0].startswith("step 3:")
+    assert tokens_per_winner("sum", np.zeros(3)) == tokens_per_winner("mean", lengths) == 1.0
 
 
 @pytest.mark.parametrize(
