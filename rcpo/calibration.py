@@ -129,7 +129,8 @@ class DynamicsMeter:
         weighted = [(part * side).sum() for part, side in zip(parts, d, strict=True)]
         sums = torch.stack([*weighted, *(part.sum() for part in parts)])
         self._sums = sums if self._sums is None else self._sums + sums
-        self._scores = scores.detach() if self._scores is None else self._scores.add_(scores.detach())
+        # a copy, for the next call adds to it
+        self._scores = scores.detach().clone() if self._scores is None else self._scores.add_(scores.detach())
 
     @property
     def empty(self) -> bool:
@@ -263,7 +264,7 @@ class StepCalibration:
             local: Dynamics | None = None
             if len(incentives[0]) and len(incentives[1]):
                 alone = DynamicsMeter()
-                alone.observe(incentives, scores.clone(), weights)
+                alone.observe(incentives, scores, weights)
                 local = alone.collect()
             common = average_logs(local, self._reduce)
             if common is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rcpo import distributed
-from rcpo.config import ConfigError, EngineConfig, RunConfig
+from rcpo.config import ConfigError, RunConfig
 from rcpo.geometry import Sketch
 from rcpo.models import Policy, policy_inputs
 from rcpo.pieces import Saved, collect, find_pieces, publish, restore
@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -39,7 +40,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed calls collectives by names that PyTorch is renaming: a warning for each call, on each rank
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
-# what moves in DeepSpeed's loss scalers for fp16, of which each has some
+# what moves in DeepSpeed's loss scaler for fp16
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -74,7 +75,7 @@ def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": config.train.accumulation(distributed.world_size()),
         "bf16": {"enabled": dtype == "bf16"},
         "fp16": {"enabled": dtype == "fp16"},
-        "zero_optimization": _zero(config.engine, training),
+        "zero_optimization": _zero(config, training),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -83,16 +84,21 @@ def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
     # said even where DeepSpeed clips nothing: its own default clips at 1
     clips = training and not _plain(config) and config.train.max_grad_norm is not None
     settings["gradient_clipping"] = config.train.max_grad_norm if clips else 0.0
+    if training and dtype != "fp32":
+        # bf16 has 8 significant bits: a sum of 64 micro-batches in it was off by 0.9 %
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     return settings
 
 
 def _plain(config: RunConfig) -> bool:
     """Whether DeepSpeed leaves the optimizer bare: gradient norm and clipping are then the engine's own."""
-    return config.engine.stage == 0 and config.train.dtype == "fp32"
+    return config.zero_stage == 0
 
 
-def _zero(engine: EngineConfig, training: bool) -> dict[str, Any]:
-    stage = engine.stage if training or engine.stage == 3 else 0
+def _zero(config: RunConfig, training: bool) -> dict[str, Any]:
+    engine = config.engine
+    stage = config.zero_stage if training or engine.stage == 3 else 0
     settings: dict[str, Any] = {"stage": stage, "reduce_scatter": True}
     if stage == 3:
         # a layer is gathered whole: tiny models would otherwise stay unpartitioned
@@ -107,16 +113,38 @@ def _zero(engine: EngineConfig, training: bool) -> dict[str, Any]:
     return settings
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer of `optim=…` over the trainable parameters."""
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of `optim=…` over the trainable parameters of a model."""
     optim = config.optim
+    groups = parameter_groups(model, optim.weight_decay)
     if optim.name == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps,
-            weight_decay=optim.weight_decay,
+            groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps,
             fused=True,  # one pass over weights and moments: a quarter of the time of the default on a CPU
         )  # fmt: skip
-    return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that decay, and norms and biases, which do not.
+
+    The trainers of transformers and TRL make the same exception. Without decay there is a single group.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    exempt = _norms_and_biases(model) if weight_decay else set()
+    decaying = [p for name, p in trainable.items() if name not in exempt]
+    others = [p for name, p in trainable.items() if name in exempt]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _norms_and_biases(model: nn.Module) -> set[str]:
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        norm = "norm" in type(module).__name__.lower()
+        own = [name for name, _ in module.named_parameters(recurse=False) if norm or "bias" in name]
+        names.update(f"{prefix}.{name}" if prefix else name for name in own)
+    return names
 
 
 def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
@@ -124,7 +152,7 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optim
 
     The factors are those of transformers' schedules of the same names, whose module imports peft and more.
     """
-    warmup, shape = round(config.optim.warmup_ratio * total_steps), config.optim.schedule
+    warmup, shape = math.ceil(config.optim.warmup_ratio * total_steps), config.optim.schedule
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -144,13 +172,13 @@ class Engine:
 
     def __init__(self, policy: Policy, config: RunConfig, total_steps: int | None = None) -> None:
         self.device = distributed.device()
-        if config.train.dtype == "fp16" and self.device.type == "cpu":
+        if config.train.dtype == "fp16" and not get_accelerator().is_fp16_supported():
             raise ConfigError(
                 "train.dtype=fp16 is refused on a CPU by DeepSpeed; use train.dtype=bf16 or fp32"
             )
         training = total_steps is not None
         parameters = [p for p in policy.parameters() if p.requires_grad] if training else []
-        optimizer = build_optimizer(parameters, config) if training else None
+        optimizer = build_optimizer(policy, config) if training else None
         with redirect_stdout(io.StringIO()):  # it prints which operator it built
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=policy,
@@ -171,6 +199,8 @@ class Engine:
             # nothing to reduce; DeepSpeed would still copy all gradients to one buffer and back
             self._engine.enable_backward_allreduce = False
         self._max_norm = config.train.max_grad_norm
+        if training and self._engine.fp16_enabled():
+            self._scaler.raise_error_at_min_scale = False  # `step` reports it, and the trainer ends the run
 
     @property
     def policy(self) -> Policy:
@@ -214,9 +244,11 @@ class Engine:
     def step(self) -> Update:
         """Clips, updates weights and learning rate; an update that is not finite is left out on all ranks."""
         if not self._plain:  # DeepSpeed checks the reduced norm itself
+            rescales = self._engine.fp16_enabled() and self._scaler.cur_scale > self._scaler.min_scale
             self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-            return Update(norm, bool(self._engine.was_step_applied()))
+            norm, applied = self._engine.get_global_grad_norm(), bool(self._engine.was_step_applied())
+            # it keeps the last step's norm where it finds an overflow first
+            return Update(float(norm) if applied else math.inf, applied, rescales and not applied)
         norm = self._plain_norm()
         if math.isfinite(norm):
             if self._max_norm is not None and norm > self._max_norm:
@@ -297,16 +329,19 @@ class Engine:
     @property
     def _scaler(self) -> Any:
         """What holds the loss scale in fp16."""
-        optimizer = self._engine.optimizer
-        return optimizer.loss_scaler if self._engine.zero_optimization() else optimizer.loss_scale_config
+        return self._engine.optimizer.loss_scaler
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did: the global gradient norm before clipping; whether weights changed."""
+    """What an optimizer step did: the global gradient norm before clipping; whether weights changed.
+
+    `rescaled`: gradients overflowed fp16, and a smaller loss scale will be tried in the next step.
+    """
 
     grad_norm: float
     applied: bool
+    rescaled: bool = False
 
 
 def scaler_state(scaler: Any) -> dict[str, Any]:

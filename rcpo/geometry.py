@@ -156,10 +156,14 @@ def head_scores(
 
 
 def parameter_scores(chosen: Tensor, rejected: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """∇_θ of two scalars (sums of z over the pairs) over all parameters: (2, P). Keeps the graph."""
+    """∇_θ of two scalars (sums of z over the pairs) over all parameters: (2, P). Keeps the graph.
+
+    In fp32 or better, for they are added up over micro-batches and ranks.
+    """
     rows = []
     for total in (chosen, rejected):
         gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-        rows.append(torch.cat([gradient.reshape(-1) for gradient in filled]))
+        precise = [g.reshape(-1).to(torch.promote_types(g.dtype, torch.float32)) for g in filled]
+        rows.append(torch.cat(precise))
     return torch.stack(rows)

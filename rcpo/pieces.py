@@ -1,8 +1,8 @@
 """What a rank holds of each trained parameter in fp32, with its optimizer state, under every ZeRO stage.
 
-DeepSpeed keeps them as the parameters themselves (stage 0 in fp32), as copies of them (stage 0 otherwise), as
-one flat partition of all (stages 1 and 2) or as flat groups of each parameter's partition (stage 3). Pieces
-describe all four alike, so that what one layout wrote any other can read. Labels are NAME|KEY@START.
+DeepSpeed keeps them as the parameters themselves (stage 0), as one flat partition of all (stages 1 and 2) or
+as flat groups of each parameter's partition (stage 3). Pieces describe all three alike, so that what one
+layout wrote any other can read. Labels are NAME|KEY@START.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def find_pieces(engine: Any) -> list[Piece]:
     if engine.zero_optimization():
         found = (_flat(engine.basic_optimizer, name, parameter) for name, parameter in named)
         return [piece for piece in found if piece is not None]
-    copies = dict(_copies(optimizer))
-    return [Piece(name, 0, p.numel(), copies.get(p, p)) for name, p in named]
+    return [Piece(name, 0, p.numel(), p) for name, p in named]
 
 
 def _stage3(optimizer: Any, name: str, parameter: Any) -> Piece:
@@ -82,14 +81,6 @@ def _flat(optimizer: torch.optim.Optimizer, name: str, parameter: Any) -> Piece 
     return Piece(name, mapping.lp_fragment_address.start, there.numel, holder, there.start)
 
 
-def _copies(optimizer: Any) -> list[tuple[Tensor, Tensor]]:
-    """Stage 0: parameters with their fp32 copies; none where the optimizer steps the parameters."""
-    if not hasattr(optimizer, "fp32_groups"):
-        return []
-    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return [pair for low, full in groups for pair in zip(low, full, strict=True)]
-
-
 def publish(engine: Any) -> None:
     """Gives the model the weights that are in the holders. Collective."""
     optimizer = engine.optimizer
@@ -100,8 +91,6 @@ def publish(engine: Any) -> None:
         optimizer.checkpoint_event_epilogue()
     elif engine.zero_optimization():
         optimizer.update_lp_params()
-    for parameter, copy in _copies(optimizer):
-        parameter.data.copy_(copy.data)
 
 
 def collect(pieces: list[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -209,6 +209,17 @@ def test_opposite_and_equal_scores() -> None:
     assert ScoreGeometry.of(torch.stack([a, -a])).cosine == pytest.approx(-1, rel=1e-12)
 
 
+def test_parameter_scores_of_bf16_weights_are_added_up_in_fp32() -> None:
+    weight = torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    meter = DynamicsMeter()
+    for _ in range(1000):  # in bf16 the sum of the first would stop at 256
+        scores = parameter_scores(weight[0] * 1.0, weight[1] * 3.0, [weight])
+        kept = scores.clone()
+        meter.observe((torch.ones(1), torch.ones(1)), scores)
+        assert torch.equal(scores, kept)  # the caller's own
+    assert meter.collect().scores == ScoreGeometry(1.0, 3.0, 0.0)
+
+
 def test_parameter_scores_equal_autograd() -> None:
     weight, bias, unused = draw(1, 3, 2).requires_grad_(), draw(2, 3).requires_grad_(), draw(3, 2)
     unused.requires_grad_()

@@ -300,6 +300,14 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that trains: without fp32 weights, stage 0 runs as stage 1.
+
+        DeepSpeed's own stage 0 in fp16 applies no loss scale, and in bf16 it cannot add up gradients in fp32.
+        """
+        return self.engine.stage if self.train.dtype == "fp32" else max(1, self.engine.stage)
+
     def groups_by_length(self, couples_batch: bool) -> bool:
         """Whether a step's pairs are dealt to micro-batches by length, so that little is padded.
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from rcpo.config import RunConfig
 from rcpo.metrics import StepSums
 from rcpo.planner.gathers import Gathers
-from rcpo.planner.states import ELEMENT, Parameter, flat_elements, partition, plain
+from rcpo.planner.states import (
+    ELEMENT,
+    SUM,
+    Parameter,
+    flat_elements,
+    partition,
+    plain,
+    sums_apart,
+)
 
 BUCKET = 500_000_000  # elements of gradients that DeepSpeed reduces in one message: its default
 # of a rank's bytes in a message, those that cross its link in a ring, as multiples of (ranks - 1) / ranks
@@ -45,12 +53,12 @@ def messages(
 
     `gathered` are ZeRO-3's all-gathers of a micro-batch.
     """
-    element, stage = ELEMENT[config.train.dtype], config.engine.stage
+    element, stage = ELEMENT[config.train.dtype], config.zero_stage
     trained = [p.numel for p in parameters if p.trained]
     half = config.train.dtype != "fp32"
     if stage == 0:
         buckets = [] if plain(config) and ranks == 1 else list(_overflowing(trained))
-        return list(_counted("all_reduce", (element * size for size in buckets), 1, "gradients"))
+        return list(_counted("all_reduce", (SUM * size for size in buckets), 1, "gradients"))
     if stage == 3:
         assert gathered is not None
         numels = {p.name: p.numel for p in parameters}
@@ -60,23 +68,21 @@ def messages(
         whole = [] if ranks == 1 else gathered.sizes(numels, ranks).elements()
         return [
             *_counted("all_gather_into_tensor", (element * n for n in whole), microbatches, "weights"),
-            *_counted("reduce_scatter_tensor", (element * n for n in buckets), microbatches, "gradients"),
+            *_counted("reduce_scatter_tensor", (SUM * n for n in buckets), microbatches, "gradients"),
             Message("all_reduce", 8, 1, "gradient norm"),
         ]
-    order = trained if stage == 1 else list(reversed(trained))
-    found = [
-        *_counted(
-            "all_reduce",
-            (element * sum(bucket) for bucket in _filled(order)),
-            1 if stage == 1 else microbatches,
-            "gradients",
-        ),
-        Message("all_reduce", 4, 1, "gradient norm"),
-    ]
-    if half:
-        found.append(Message("all_reduce", 1, 1, "overflow"))
+    flat = flat_elements(trained, ranks)
+    if sums_apart(config):
+        found = [Message("all_reduce", SUM * flat, 1, "gradients")]
+    else:
+        order = trained if stage == 1 else list(reversed(trained))
+        sizes = (SUM * sum(bucket) for bucket in _filled(order))
+        found = list(_counted("all_reduce", sizes, 1 if stage == 1 else microbatches, "gradients"))
+        found.append(Message("all_reduce", 4, 1, "gradient norm"))
+        if half:
+            found.append(Message("all_reduce", 1, 1, "overflow"))
     if ranks > 1:
-        own = flat_elements(trained, ranks) // ranks
+        own = flat // ranks
         found.append(Message("all_gather_into_tensor", element * own, 1, "weights"))
     return found
 

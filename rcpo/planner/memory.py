@@ -12,13 +12,14 @@ from rcpo.planner.gathers import Gathers
 from rcpo.planner.states import (
     ELEMENT,
     MASTER,
+    SUM,
     Parameter,
     States,
     flat_elements,
     partition,
     plain,
-    reduced_elements,
     states,
+    sums_apart,
 )
 from rcpo.planner.trace import Trace
 
@@ -81,7 +82,7 @@ class Step:
 
     @property
     def _stage(self) -> int:
-        return self.config.engine.stage
+        return self.config.zero_stage
 
     @property
     def _element(self) -> int:
@@ -109,7 +110,7 @@ class Step:
             host["optimizer"], device["optimizer"] = device["optimizer"], 0
             host["gradients"] = MASTER * self.own_elements
             if self._stage > 1:  # reduced pieces go there, to be added up
-                host["gradients"] += self._element * self.own_elements
+                host["gradients"] += SUM * self.own_elements
                 device["gradients"] = 0
         if self.config.engine.offload_parameters:
             for part in ("weights", "reference"):
@@ -132,6 +133,8 @@ class Step:
     @property
     def _standing_gradients(self) -> int:
         """Gradients that stay from one step to the next."""
+        if sums_apart(self.config):
+            return SUM * flat_elements(self._trained, self.ranks)
         return self._states.gradients if self._stage == 3 else 0
 
     @property
@@ -140,10 +143,10 @@ class Step:
         if self._stage == 3:
             return self._states.gradients
         if self.microbatches == 1:
-            return 0
-        if self._stage == 2:
-            return self._element * reduced_elements(self._trained, self.ranks, self.rank)
-        return self._element * sum(self._trained)
+            return self._standing_gradients
+        if self._stage == 2 or sums_apart(self.config):
+            return self._states.gradients
+        return SUM * sum(self._trained)
 
     def _backward(self) -> Iterator[Phase]:
         """The moments of the last backward pass."""
@@ -157,8 +160,10 @@ class Step:
     def _reduction(self) -> Phase:
         """The end of the last backward pass: gradients, the buffer that they go through, a flat message."""
         total = sum(self._trained)
-        message = self._element * min(total, BUCKET)
-        gradients = self._element * total if self._stage == 0 else self._earlier_gradients
+        message = SUM * min(total, BUCKET)
+        gradients = SUM * total if self._stage == 0 else self._earlier_gradients
+        if sums_apart(self.config):  # sent as they lie
+            return self._phase("reduction", self._states.gradients, self.training.kept)
         if self._stage == 0 and self.ranks == 1 and plain(self.config):
             message = 0
         if self._stage == 1:  # moved into the buffer as it is filled
@@ -171,9 +176,7 @@ class Step:
 
     def _update(self) -> Phase:
         """The optimizer's step: gradients once more, flat and in the masters' precision."""
-        copies = 0 if self._stage == 0 else self._element * self.own_elements
-        if self._element != MASTER:
-            copies += MASTER * self.own_elements
-        if self.config.engine.offload_optimizer:
+        copies = 0 if self._stage == 0 else MASTER * self.own_elements
+        if self.config.engine.offload_optimizer or sums_apart(self.config):
             copies = 0
         return self._phase("update", self._states.gradients, self.training.kept, copies, gathers=False)

@@ -13,6 +13,7 @@ from rcpo.config import RunConfig
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER = 4  # bytes of an element that the optimizer updates, and of each of its moments
+SUM = 4  # bytes of an element of the gradients that are added up, and sent
 MOMENTS = {"adamw": 2, "sgd": 0}
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time: DeepSpeed's default
 
@@ -37,7 +38,13 @@ class States:
 
 def plain(config: RunConfig) -> bool:
     """Whether torch's optimizer works on the model's own weights: ZeRO-0 in fp32."""
-    return config.engine.stage == 0 and config.train.dtype == "fp32"
+    return config.zero_stage == 0
+
+
+def sums_apart(config: RunConfig) -> bool:
+    """Whether gradients are added up in a buffer of their own that always stands: ZeRO-1 in bf16."""
+    apart = config.zero_stage == 1 and config.train.dtype == "bf16"
+    return apart and not config.engine.offload_optimizer
 
 
 def moments(config: RunConfig) -> int:
@@ -49,24 +56,29 @@ def moments(config: RunConfig) -> int:
 
 def states(parameters: Sequence[Parameter], config: RunConfig, ranks: int, rank: int = 0) -> States:
     """The bytes of one rank of `ranks`."""
-    element, stage = ELEMENT[config.train.dtype], config.engine.stage
+    element, stage = ELEMENT[config.train.dtype], config.zero_stage
     trained = [p.numel for p in parameters if p.trained]
     frozen = sum(p.numel for p in parameters if not p.trained)
     steps = MASTER if config.optim.name == "adamw" else 0  # AdamW counts the steps of each tensor
     if stage == 0:
         total = sum(trained)
-        masters = 0 if plain(config) else total
-        optimizer = MASTER * (masters + moments(config) * total) + steps * len(trained)
-        return States(element * (total + frozen), element * total, optimizer)
+        optimizer = MASTER * moments(config) * total + steps * len(trained)
+        return States(element * (total + frozen), SUM * total, optimizer)
     if stage == 3:
         total = sum(partition(numel, ranks) for numel in trained)
         still = sum(partition(p.numel, ranks) for p in parameters if not p.trained)
         optimizer = MASTER * (1 + moments(config)) * total + steps * sub_groups(trained, ranks)
-        return States(element * (total + still), element * total, optimizer)
+        return States(element * (total + still), SUM * total, optimizer)
     flat = flat_elements(trained, ranks)
     own = flat // ranks
     optimizer = MASTER * own * (1 + moments(config)) + steps
-    return States(element * (flat + frozen), element * reduced_elements(trained, ranks, rank), optimizer)
+    if sums_apart(config):
+        gradients = element * sum(trained) + SUM * flat
+    elif stage == 2 and element != SUM:
+        gradients = SUM * own
+    else:
+        gradients = SUM * reduced_elements(trained, ranks, rank)
+    return States(element * (flat + frozen), gradients, optimizer)
 
 
 def partition(numel: int, ranks: int) -> int:

@@ -99,7 +99,7 @@ def test_what_is_on_the_host_is_not_on_the_gpu() -> None:
     weights = 8_030_261_248
     # 2 bytes of weights; masters, two moments and a step count for each group of a thousand million (the last
     # is smaller); gradients as reduced and as the optimizer reads them
-    host = {"weights": 2 * weights, "optimizer": 12 * weights + 4 * 8, "gradients": (2 + 4) * weights}
+    host = {"weights": 2 * weights, "optimizer": 12 * weights + 4 * 8, "gradients": (4 + 4) * weights}
     assert {part: size for part, size in plan.worst.host.items() if size} == host
     assert plan.fits and plan.times is not None and plan.times.host > 0
     assert not Planner(settings, dataclasses.replace(gpu, host_memory=100e9)).plan(config, 1).fits

@@ -29,14 +29,16 @@ def config(stage: int, dtype: str, optimizer: str = "adamw") -> RunConfig:
     [
         # 17 trained and 7 frozen; two moments of 17 and a step count for each of three tensors
         (0, "fp32", States(4 * 24, 4 * 17, 4 * 2 * 17 + 4 * 3)),
-        # the optimizer has masters of its own
-        (0, "bf16", States(2 * 24, 2 * 17, 4 * 3 * 17 + 4 * 3)),
+        # runs as ZeRO-1: gradients of 2 bytes, and a buffer of 18 in fp32 that they are added to
+        (0, "bf16", States(2 * (18 + 7), 2 * 17 + 4 * 18, 4 * 3 * 6 + 4)),
+        (1, "bf16", States(2 * (18 + 7), 2 * 17 + 4 * 18, 4 * 3 * 6 + 4)),
         # one buffer of 17 padded to 18, of which each of 3 ranks updates 6; rank 0's piece lies in `a` alone
         (1, "fp32", States(4 * (18 + 7), 4 * 10, 4 * 3 * 6 + 4)),
-        (2, "bf16", States(2 * (18 + 7), 2 * 10, 4 * 3 * 6 + 4)),
+        # gradients are added up in fp32, just the 6 of its piece
+        (2, "bf16", States(2 * (18 + 7), 4 * 6, 4 * 3 * 6 + 4)),
         # pieces of 4 (of 10), 3 (of 7), 2 (of 5), 1 (of 2)
         (3, "fp32", States(4 * (7 + 3), 4 * 7, 4 * 3 * 7 + 4)),
-        (3, "bf16", States(2 * (7 + 3), 2 * 7, 4 * 3 * 7 + 4)),
+        (3, "bf16", States(2 * (7 + 3), 4 * 7, 4 * 3 * 7 + 4)),
     ],
 )
 def test_by_hand_on_three_ranks(stage: int, dtype: str, expected: States) -> None:
