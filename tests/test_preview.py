@@ -39,7 +39,13 @@ def test_a_dataset_as_the_model_sees_it(tmp_path: Path) -> None:
         "path", "eval_path"
     )
     code, output = shown(
-        "data=pairs", path, held_out, "data.max_prompt_length=5", "data.on_bad=drop", "show=2"
+        "data=pairs",
+        path,
+        held_out,
+        "data.max_prompt_length=5",
+        "data.on_bad=drop",
+        "data.max_dropped=1",
+        "show=2",
     )
     assert code == 0, output
     assert "26 pairs read, 21 to train on, 4 held out" in output

@@ -51,7 +51,7 @@ def test_evil_rows_and_planted_secrets_leave_no_trace(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "model")
     data = Path(sums_file(tmp_path / "pairs.jsonl", 32))
     data.write_text(data.read_text(encoding="utf-8") + "\n".join(EVIL) + "\n", encoding="utf-8")
-    result = run(tmp_path, str(data), "data.on_bad=drop")
+    result = run(tmp_path, str(data), "data.on_bad=drop", "data.max_dropped=1")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "3 pairs dropped" in result.stdout  # the last three: no JSON, or too deep to be a pair
     shown = result.stdout + result.stderr

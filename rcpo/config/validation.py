@@ -77,6 +77,7 @@ RANGES = {
     "data.eval_fraction": (0, 1, True, False),
     "data.min_margin": (-math.inf, math.inf, False, False),
     "data.max_margin": (-math.inf, math.inf, False, False),
+    "data.max_dropped": (0, 1, True, True),
     "data.max_examples": (1, math.inf, True, False),
     "data.workers": (0, math.inf, True, False),
     "data.max_length": (1, math.inf, True, False),

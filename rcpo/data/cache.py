@@ -21,7 +21,7 @@ from typing import Any
 from rcpo import distributed
 from rcpo.caching import Lock, sync_folder
 from rcpo.config import ConfigError
-from rcpo.data.encode import Encoder
+from rcpo.data.encode import Encoded, Encoder
 from rcpo.data.readers import Piece
 from rcpo.data.sources import Source
 from rcpo.data.store import TokenStore
@@ -175,15 +175,17 @@ class TokenCache:
         try:
             for part in wanted.source.parts:
                 writer.begin_part()
-                pieces = part.pieces(list(wanted.encoder.columns.values()))
+                if left == 0:
+                    continue
+                pieces = part.pieces()
                 if (first := next(pieces, None)) is None:
                     continue
                 wanted.check(first, part.place)
                 pieces = chain([first], pieces)
                 # closed where a few rows are enough: workers would go on
                 with contextlib.closing(encode_all(wanted.encoder, pieces, wanted.workers)) as encoded_pieces:
-                    while left != 0 and (encoded := next(encoded_pieces, None)) is not None:
-                        encoded = encoded if left is None else encoded.first(left)
+                    while left != 0 and (found := next(encoded_pieces, None)) is not None:
+                        encoded = found[1] if left is None else _first(wanted.encoder, *found, left)
                         left = None if left is None else left - len(encoded.numbers)
                         writer.add(encoded, part.place)
                         _refuse_bad(meta, wanted)
@@ -214,6 +216,14 @@ class TokenCache:
     def _say_main(self, text: str) -> None:
         if distributed.is_main():
             self._say(text)
+
+
+def _first(encoder: Encoder, piece: Piece, encoded: Encoded, count: int) -> Encoded:
+    """The first `count` usable rows of an encoded piece, as if the rows behind them were not there."""
+    if len(encoded.numbers) <= count:
+        return encoded
+    end = list(piece.numbers).index(int(encoded.numbers[count - 1])) + 1
+    return encoder(piece.part(0, end)).first(count)
 
 
 def _refuse_bad(meta: Meta, wanted: Wanted) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,6 +10,17 @@ from rcpo.data.records import BadRow, Message
 
 TURN = "Assistant:"
 _TURNS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_CONTENTS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "gold",
+    "completion",
+    "messages",
+)  # fields that may hold messages
+_RESPONSES = ("chosen", "rejected", "completion")
+_JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(role|from|content|value)"\s*:')
+_PYTHON_LIST = re.compile(r"\s*(array\()?\[?\s*\{\s*'(role|from|content|value)'\s*:")
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
@@ -47,10 +59,36 @@ def _message(value: Any, name: str) -> Message:
     return message
 
 
-def is_said(text: str, message: Message) -> bool:
-    """Whether a message says exactly this, white space around it aside."""
+def is_asked(text: str, message: Message) -> bool:
+    """Whether a message asks exactly this, white space around it aside."""
     content = message.get("content")
-    return isinstance(content, str) and content.strip() == text.strip()
+    return message["role"] != "assistant" and isinstance(content, str) and content.strip() == text.strip()
+
+
+def read_json_messages(fields: dict[str, Any]) -> dict[str, Any]:
+    """A row's fields with messages that a cell holds as JSON text, as CSV and Parquet exports write them.
+
+    Responses are messages if all that the row has are. Raises BadRow where only one of them is, and for what
+    Python prints for a list, which is not JSON.
+    """
+    found = {name: _from_json(fields[name], name) for name in _CONTENTS if isinstance(fields.get(name), str)}
+    texts = [name for name in _RESPONSES if name in found]
+    if len({found[name] is None for name in texts}) > 1:
+        raise BadRow("one response holds messages as JSON text, the other does not")
+    return fields | {name: messages for name, messages in found.items() if messages is not None}
+
+
+def _from_json(text: str, name: str) -> list[Any] | None:
+    """The messages in a text of JSON; None where it is another text."""
+    if _PYTHON_LIST.match(text) is not None:
+        raise BadRow(f"field {name!r} holds messages as Python prints them; write them as JSON (json.dumps)")
+    if _JSON_MESSAGES.match(text) is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"field {name!r} holds messages as broken JSON text") from error
+    return value if isinstance(value, list) else [value]
 
 
 def split_conversations(
@@ -70,21 +108,25 @@ def split_conversations(
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Two whole texts: the longest common prefix that ends in "Assistant:" (HH-RLHF).
+def has_turns(text: str) -> bool:
+    """Whether a text has HH-RLHF's turns."""
+    return _TURNS.search(text) is not None
 
-    Texts without any turn are cut at the last word that both have, before the white space that follows it.
-    """
-    end = _common_prefix(chosen, rejected)
-    if _TURNS.search(chosen) is None and _TURNS.search(rejected) is None:
-        end = next((place for place in range(end, 0, -1) if _both_space(chosen, rejected, place)), 0)
-        if end == 0:
-            raise BadRow("no field 'prompt', and the responses have no common beginning")
-    else:
-        found = chosen.rfind(TURN, 0, end)
-        if found < 0:
-            raise BadRow(f"no field 'prompt', and no common beginning that ends in {TURN!r}")
-        end = found + len(TURN)
+
+def without_prompt(prompt: str, *responses: str) -> list[str]:
+    """Responses to a prompt with turns, without the prompt where all of them repeat it; raises BadRow."""
+    repeated = {response.startswith(prompt) for response in responses}
+    if repeated == {True, False}:
+        raise BadRow("one response repeats the prompt, the other does not")
+    return [response[len(prompt) :] for response in responses] if repeated == {True} else list(responses)
+
+
+def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Two texts with turns: the longest common prefix that ends in "Assistant:" (HH-RLHF); raises BadRow."""
+    found = chosen.rfind(TURN, 0, _common_prefix(chosen, rejected))
+    if found < 0:
+        raise BadRow(f"no field 'prompt', and no common beginning that ends in {TURN!r}")
+    end = found + len(TURN)
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -110,10 +152,6 @@ def _turns(pieces: list[str]) -> list[Message]:
     """Speakers and words in turn, white space around the words left out."""
     roles = ("user" if name == "Human" else "assistant" for name in pieces[::2])
     return [{"role": role, "content": words.strip()} for role, words in zip(roles, pieces[1::2], strict=True)]
-
-
-def _both_space(one: str, other: str, place: int) -> bool:
-    return one[place : place + 1].isspace() and other[place : place + 1].isspace()
 
 
 def _common_prefix(one: str, other: str) -> int:

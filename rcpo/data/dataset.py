@@ -223,8 +223,16 @@ class _Loader:
         for reason, (place, count) in meta.bad.items():
             self._report.dropped[reason] += count
             self._report.examples.setdefault(reason, place)
+        read = meta.counts.get("read", 0)
         if not len(store):
-            raise ConfigError(_nothing(spec.name, meta.counts.get("read", 0), meta.bad))
+            raise ConfigError(f"{spec.name}: no usable example in {read} rows{_reasons(meta.bad)}")
+        dropped = sum(count for _, count in meta.bad.values())
+        if dropped > config.max_dropped * read:
+            raise ConfigError(
+                f"{spec.name}: {dropped} of {read} rows ({dropped / read:.1%}) cannot be used, more than "
+                f"data.max_dropped={config.max_dropped:g} allows{_reasons(meta.bad)}; fix the file or how it "
+                "is read (data.columns), or raise data.max_dropped"
+            )
         for kind in meta.kinds:
             self._kinds.setdefault(kind, spec.name)
         if len(self._kinds) > 1:
@@ -234,6 +242,6 @@ class _Loader:
         return store
 
 
-def _nothing(name: str, read: int, bad: dict[str, tuple[str, int]]) -> str:
+def _reasons(bad: dict[str, tuple[str, int]]) -> str:
     reasons = ", ".join(f"{count} {reason} (first: {place})" for reason, (place, count) in bad.items())
-    return f"{name}: no usable example in {read} rows" + (f": {reasons}" if reasons else "")
+    return f": {reasons}" if reasons else ""

@@ -1,7 +1,8 @@
 """Rows in the forms that the field uses -> `Row`. The form is read off the columns that a row has.
 
 - `chosen`, `rejected`, with or without `prompt`: strings or messages; without a prompt, or with responses
-  that repeat it, they are whole conversations and the prompt is what they have in common.
+  that repeat it, they are whole conversations (messages, or text with turns) and the prompt is what they have
+  in common. Plain text needs a prompt: what two answers have in common by chance is none.
 - `prompt`, `completion`, and `label` (kto) or not (sft).
 - `messages` (sft): the last message is the response. `text` (sft): all of it is.
 
@@ -21,11 +22,14 @@ from typing import Any
 from rcpo.data.conversations import (
     TURN,
     as_messages,
-    is_said,
+    has_turns,
+    is_asked,
     parse_prompt,
     parse_response,
+    read_json_messages,
     split_conversations,
     split_texts,
+    without_prompt,
 )
 from rcpo.data.records import PAIRS, SFT, UNPAIRED, VALUES, BadRow, Content, Message, Row
 from rcpo.data.values import read_values
@@ -36,6 +40,7 @@ FIELDS = (
 )  # fmt: skip
 _KNOWN = frozenset(FIELDS)
 _ALIASES = {"messages": "conversations"}  # ShareGPT's name
+_PROMPT_LIKE = re.compile("prompt|instruction|question|query|input|problem|request|task|context|user")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -46,13 +51,13 @@ def read_row(row: Any, columns: Mapping[str, str]) -> Row:
     """
     if not isinstance(row, dict):
         raise BadRow("not a JSON object")
-    fields = _fields(row, columns)
+    fields = read_json_messages(_fields(row, columns))
     prompt: Content
     chosen: Content | None
     rejected: Content | None
     gold: Content | None = None
     if "chosen" in fields or "rejected" in fields:
-        kind, (prompt, chosen, rejected) = PAIRS, _preference(fields)
+        kind, (prompt, chosen, rejected) = PAIRS, _preference(fields, row)
         gold = _gold(fields, prompt)
     elif "completion" in fields:
         kind, (prompt, chosen, rejected) = _completion(fields)
@@ -101,7 +106,7 @@ def _fields(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-def _preference(fields: dict[str, Any]) -> tuple[Content, Content, Content]:
+def _preference(fields: dict[str, Any], row: Mapping[str, Any]) -> tuple[Content, Content, Content]:
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise BadRow(f"no field {name!r}")
@@ -109,17 +114,31 @@ def _preference(fields: dict[str, Any]) -> tuple[Content, Content, Content]:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("one response is a string, the other a list of messages")
     if "prompt" not in fields:
-        return _implicit(chosen, rejected)
+        return _implicit(chosen, rejected, row)
     prompt = _content(fields["prompt"], "prompt")
     if isinstance(chosen, str) or isinstance(rejected, str):
+        if isinstance(prompt, str) and has_turns(prompt):
+            chosen, rejected = without_prompt(prompt, str(chosen), str(rejected))
         return prompt, chosen, rejected
     return _explicit(prompt, chosen, rejected)
 
 
-def _implicit(chosen: Content, rejected: Content) -> tuple[Content, Content, Content]:
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        return split_texts(str(chosen), str(rejected))
-    return split_conversations(chosen, rejected)
+def _implicit(chosen: Content, rejected: Content, row: Mapping[str, Any]) -> tuple[Content, Content, Content]:
+    if not (isinstance(chosen, str) or isinstance(rejected, str)):
+        return split_conversations(chosen, rejected)
+    chosen, rejected = str(chosen), str(rejected)
+    if has_turns(chosen) or has_turns(rejected):
+        return split_texts(chosen, rejected)
+    raise BadRow(f"no field 'prompt'{_likely_prompt(row)}")
+
+
+def _likely_prompt(row: Mapping[str, Any]) -> str:
+    """Advice with the text column that may hold the prompt."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in FIELDS]
+    named = [name for name in texts if _PROMPT_LIKE.search(name.lower())]
+    if not texts:
+        return ", and no other column of text that could be one"
+    return f"; name the column that holds it, such as data.columns.prompt={(named or texts)[0]}"
 
 
 def _explicit(
@@ -128,18 +147,19 @@ def _explicit(
     """A prompt beside message lists: the answers alone, or whole conversations that repeat it."""
     answers = chosen[0]["role"] == rejected[0]["role"] == "assistant"
     if isinstance(prompt, str):
-        if answers:
+        if answers and not any(is_asked(prompt, message) for message in (*chosen, *rejected)):
             return [{"role": "user", "content": prompt}], chosen, rejected
         shared, chosen, rejected = split_conversations(chosen, rejected)
-        if not any(is_said(prompt, message) for message in shared):
+        if not any(is_asked(prompt, message) for message in shared):
             raise BadRow("the prompt is not in the conversations' common beginning")
         return shared, chosen, rejected
-    if answers and prompt[-1]["role"] != "assistant":
-        return prompt, chosen, rejected
     count = len(prompt)
-    if chosen[:count] != prompt or rejected[:count] != prompt:
+    repeated = [side[:count] == prompt for side in (chosen, rejected)]
+    if all(repeated):
+        return prompt, chosen[count:], rejected[count:]
+    if any(repeated) or not answers or prompt[-1]["role"] == "assistant":
         raise BadRow("the conversations do not begin with the prompt's messages")
-    return prompt, chosen[count:], rejected[count:]
+    return prompt, chosen, rejected
 
 
 def _gold(fields: dict[str, Any], prompt: Content) -> Content | None:
@@ -169,6 +189,10 @@ def _completion(fields: dict[str, Any]) -> tuple[str, tuple[Content, Content | N
     prompt, completion = (_content(fields[name], name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and isinstance(completion, list) and completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :]
+    elif isinstance(prompt, str) and isinstance(completion, str) and has_turns(prompt):
+        [completion] = without_prompt(prompt, completion)
     if "label" not in fields:
         return SFT, (prompt, completion, None)
     wanted = _label(fields["label"])
@@ -240,7 +264,7 @@ def _options(fields: dict[str, Any]) -> dict[str, Any] | None:
 
 def _refuse_unusable(row: Row, *, needs_prompt: bool) -> None:
     parts = (row.prompt, row.chosen, row.rejected, row.gold)
-    if any(_broken_unicode(part) for part in parts if part is not None):
+    if any(_broken_unicode(part) for part in (*parts, row.tools, row.options)):
         raise BadRow("invalid Unicode: half of a surrogate pair")
     if needs_prompt and _is_empty(row.prompt):
         raise BadRow("empty prompt")

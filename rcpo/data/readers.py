@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rcpo.config import ConfigError
-from rcpo.data.formats import FIELDS
 from rcpo.data.records import BadRow
 from rcpo.visible import first_line
 
@@ -61,11 +60,11 @@ class Piece:
         return Piece(self.numbers[start:stop], rows)
 
 
-Reader = Callable[[Path, Sequence[str]], Iterator[Piece]]
+Reader = Callable[[Path], Iterator[Piece]]
 
 
-def read_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Piece]:
-    """The rows of a file, by its suffix; `columns` are wanted beside those that rcpo knows.
+def read_file(path: Path) -> Iterator[Piece]:
+    """The rows of a file, by its suffix.
 
     Raises ConfigError for a file of another kind, and for one that is damaged in more than a row.
     """
@@ -73,7 +72,7 @@ def read_file(path: Path, columns: Sequence[str] = ()) -> Iterator[Piece]:
     if reader is None:
         raise ConfigError(f"{path}: files of preference data end in {', '.join(_READERS)} (text also in .gz)")
     try:
-        yield from reader(path, columns)
+        yield from reader(path)
     except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
 
@@ -131,7 +130,7 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _json_lines(path: Path, _: Sequence[str]) -> Iterator[Piece]:
+def _json_lines(path: Path) -> Iterator[Piece]:
     with _open(path) as file:
         numbered = enumerate(file, start=1)
         while lines := list(islice(numbered, ROWS)):
@@ -141,12 +140,12 @@ def _json_lines(path: Path, _: Sequence[str]) -> Iterator[Piece]:
             yield Piece([number for number, _ in kept], [line for _, line in kept])
 
 
-def _json(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
+def _json(path: Path) -> Iterator[Piece]:
     """An array of objects, or JSON Lines under another name."""
     with _open(path) as file:
         start = file.read(4096).removeprefix(BOM).lstrip()
         if not start.startswith(b"["):
-            yield from _json_lines(path, columns)
+            yield from _json_lines(path)
             return
         file.seek(0)
         content = file.read().removeprefix(BOM)
@@ -194,7 +193,7 @@ def _broken_array(text: str, place: int, path: Path) -> ConfigError:
     return ConfigError(f"{path}:{line}: broken JSON; mend it, or give JSON Lines to leave such rows out")
 
 
-def _csv(path: Path, _: Sequence[str]) -> Iterator[Piece]:
+def _csv(path: Path) -> Iterator[Piece]:
     csv.field_size_limit(2**31 - 1)  # its own limit is shorter than many responses
     delimiter = "\t" if kind(path) == ".tsv" else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
@@ -219,19 +218,17 @@ def _csv_row(header: list[str], values: list[str], line: int) -> tuple[int, dict
     return line, dict(zip(header, values, strict=True))
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
+def _parquet(path: Path) -> Iterator[Piece]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        wanted = [name for name in file.schema_arrow.names if name in known(columns)]
-        yield from arrow_pieces(file.iter_batches(ROWS, columns=wanted))
+        yield from arrow_pieces(pq.ParquetFile(path).iter_batches(ROWS))
     except pa.ArrowException as error:
         raise ConfigError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
 
-def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
+def _arrow(path: Path) -> Iterator[Piece]:
     """Both of Arrow's formats: a stream, as the datasets library writes it, or a file."""
     import pyarrow as pa
 
@@ -244,26 +241,19 @@ def _arrow(path: Path, columns: Sequence[str]) -> Iterator[Piece]:
                 batches = (file.get_batch(number) for number in range(file.num_record_batches))
             else:
                 batches = iter(pa.ipc.open_stream(mapped))
-            yield from arrow_pieces(batches, columns)
+            yield from arrow_pieces(batches)
     except pa.ArrowException as error:
         raise ConfigError(f"{path} cannot be read as Arrow: {first_line(error)}") from error
 
 
-def arrow_pieces(batches: Iterator[pa.RecordBatch], columns: Sequence[str] | None = None) -> Iterator[Piece]:
-    """Record batches as pieces, rows counted from 1; `columns` are read beside rcpo's own, None: all are."""
+def arrow_pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[Piece]:
+    """Record batches as pieces, rows counted from 1."""
     first = 1
     for batch in batches:
-        if columns is not None:
-            batch = batch.select([name for name in batch.schema.names if name in known(columns)])
         for start in range(0, batch.num_rows, ROWS):
             part = batch.slice(start, ROWS)
             yield Piece(range(first, first + part.num_rows), part)
             first += part.num_rows
-
-
-def known(columns: Sequence[str]) -> set[str]:
-    """The columns that may be read."""
-    return {*FIELDS, "conversations", *columns}
 
 
 def _sliced(batch: pa.RecordBatch, start: int, stop: int) -> pa.RecordBatch:

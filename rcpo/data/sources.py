@@ -43,14 +43,14 @@ class Part:
     dataset: Any = None
     window: range | None = None
 
-    def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece]:
         """The rows, a piece at a time."""
         if self.file is not None:
-            pieces = read_file(self.file, columns)
+            pieces = read_file(self.file)
             yield from pieces if self.window is None else _within(pieces, self.window)
             return
         try:
-            yield from arrow_pieces(_batches(self.dataset), columns)
+            yield from arrow_pieces(_batches(self.dataset))
         except (OSError, ValueError) as error:  # a connection that breaks, a damaged file of the hub
             raise ConfigError(f"{self.place} cannot be read: {first_line(error)}") from error
 

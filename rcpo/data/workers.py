@@ -30,8 +30,8 @@ _LENGTH = struct.Struct("<Q")
 
 def encode_all(
     encoder: Encoder, pieces: Iterable[Piece], workers: int | None
-) -> Generator[Encoded, None, None]:
-    """The pieces encoded, in their order; `workers` None is one a core, below 2 is this process alone.
+) -> Generator[tuple[Piece, Encoded], None, None]:
+    """The pieces, each encoded, in their order; `workers` None is one a core, below 2 this process alone.
 
     A few pieces are encoded here in any case. Raises ConfigError as `Encoder` does.
     """
@@ -39,11 +39,11 @@ def encode_all(
     if workers is None:
         workers = cores()
     if workers < 2 or not encoder.portable:
-        yield from map(encoder, remaining)
+        yield from ((piece, encoder(piece)) for piece in remaining)
         return
     head = list(islice(remaining, ALONE + 1))
     if len(head) <= ALONE:
-        yield from map(encoder, head)
+        yield from ((piece, encoder(piece)) for piece in head)
         return
     pool = _Pool(encoder, workers)
     try:
@@ -67,14 +67,15 @@ class _Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(workers, initializer=self._start)
 
-    def map(self, pieces: Iterable[Piece]) -> Iterator[Encoded]:
-        waiting: deque[Future[Encoded]] = deque()
+    def map(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Encoded]]:
+        waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
         for piece in pieces:
-            waiting.append(self._threads.submit(self._encode, piece))
+            waiting.append((piece, self._threads.submit(self._encode, piece)))
             if len(waiting) >= AHEAD * self._workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -14,8 +14,6 @@ from rcpo.data.identity import HEX_DIGITS
 from rcpo.data.readers import read_file
 from rcpo.data.records import BadRow
 
-COLUMNS = ("instruction", "prompt", "output", "output_1", "output_2", "preference")
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -84,7 +82,7 @@ def read_answers(path: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for piece in read_file(path, COLUMNS):
+    for piece in read_file(path):
         for number, row in piece.parsed():
             place = f"{path.name}:{number}"
             if isinstance(row, BadRow) or not isinstance(row, dict):

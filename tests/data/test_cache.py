@@ -148,7 +148,8 @@ def test_workers_make_the_same_in_the_same_order() -> None:
     alone = list(encode_all(encoder, pieces(MANY), 1))
     together = list(encode_all(encoder, pieces(MANY), 2))
     assert len(alone) == len(together) == ALONE + 3
-    for one, other in zip(alone, together, strict=True):
+    for (piece, one), (same, other) in zip(alone, together, strict=True):
+        assert piece.numbers == same.numbers
         assert one.tally == other.tally and one.kinds == other.kinds
         for name in ("numbers", "tokens", "lengths", "prompts"):
             assert np.array_equal(getattr(one, name), getattr(other, name))

@@ -91,7 +91,7 @@ def test_bad_rows_are_refused_with_their_line_or_dropped_and_counted(tmp_path: P
     for _ in range(2):  # made, and read from the cache
         with pytest.raises(ConfigError, match=rf"^{path}:4: no field 'chosen'; .* data.on_bad=drop"):
             load(path=path)
-        data = load(path=path, on_bad="drop", eval_fraction=0)
+        data = load(path=path, on_bad="drop", max_dropped=0.5, eval_fraction=0)
         assert list(data.train.ids) == [f"x.jsonl:{n}" for n in (1, 2, 3, 7)]
         assert dict(data.report.dropped) == {"no field 'chosen'": 1, "empty rejected response": 2}
         assert data.report.examples["empty rejected response"] == f"{path}:5"
@@ -304,11 +304,40 @@ def test_a_mixture_of_sources_by_weight(tmp_path: Path) -> None:
     assert not set(held_out.train.ids) & set(held_out.evaluation.ids)
 
 
-def test_at_most_max_examples_are_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", [{}, *pairs(2000)])
-    data = load(path=path, max_examples=3, on_bad="drop", eval_fraction=0)
-    assert list(data.train.ids) == ["x.jsonl:2", "x.jsonl:3", "x.jsonl:4"]
-    assert data.report.counts["read"] == 512  # a piece
+def test_at_most_max_examples_are_read_and_nothing_is_said_of_the_rows_behind_them(tmp_path: Path) -> None:
+    rows = [*pairs(4), {"prompt": "p"}, *pairs(2000, "r")]
+    path = write(tmp_path / "x.jsonl", rows)
+    data = load(path=path, max_examples=4, eval_fraction=0)  # the bad row behind them is not reached
+    assert list(data.train.ids) == [f"x.jsonl:{n}" for n in (1, 2, 3, 4)]
+    assert data.report.counts["read"] == 4 and not data.report.dropped
+    with pytest.raises(ConfigError, match=r"x.jsonl:5: no field 'chosen'"):
+        load(path=path, max_examples=5, eval_fraction=0)
+    data = load(path=path, max_examples=600, on_bad="drop", eval_fraction=0)
+    assert (len(data.train), data.report.counts["read"], sum(data.report.dropped.values())) == (600, 601, 1)
+
+
+def test_more_than_a_few_dropped_rows_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [*pairs(18), {"prompt": "p"}, {"chosen": "c"}])
+    reason = (
+        r"x.jsonl: 2 of 20 rows \(10.0%\) cannot be used, more than data.max_dropped=0.05 allows: "
+        r"1 no field 'chosen' .*; fix the file"
+    )
+    with pytest.raises(ConfigError, match=reason):
+        load(path=path, on_bad="drop")
+    assert len(load(path=path, on_bad="drop", max_dropped=0.1, eval_fraction=0).train) == 18
+
+
+def test_a_prompt_is_not_guessed_from_what_answers_have_in_common(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "i", "chosen": f"45 kilometers is {n}", "rejected": f"45 kilometers is {n + 1}"}
+        for n in range(20)
+    ]
+    for suffix in ("jsonl", "parquet"):
+        path = tmp_path / f"x.{suffix}"
+        getattr(datasets.Dataset.from_list(rows), "to_json" if suffix == "jsonl" else "to_parquet")(path)
+        with pytest.raises(ConfigError, match=r"no field 'prompt'.* data.columns.prompt=instruction"):
+            load(path=str(path), on_bad="drop", eval_fraction=0)
+        assert len(load(path=str(path), columns={"prompt": "instruction"}, eval_fraction=0).train) == 20
 
 
 def test_kinds_of_data_do_not_mix(tmp_path: Path) -> None:

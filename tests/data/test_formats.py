@@ -67,13 +67,35 @@ FORMS: dict[str, tuple[dict[str, Any], Row]] = {
         Row(PAIRS, "\n\nHuman: 1\n\nAssistant:", " A\n\nHuman: 2\n\nAssistant: x",
             " A\n\nHuman: 3\n\nAssistant: x"),
     ),
-    # TRL's documentation has this one, and gives the same prompt
-    "implicit": (
-        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-        Row(PAIRS, "The sky is", " blue.", " green."),
+    "hh, prompt repeated": (
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "\n\nHuman: q\n\nAssistant: a",
+         "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        Row(PAIRS, "\n\nHuman: q\n\nAssistant:", " a", " b"),
     ),
-    "implicit, one longer": (
-        {"chosen": "The sky is", "rejected": "The sky is green."}, Row(PAIRS, "The sky", " is", " is green."),
+    "hh, prompt repeated by a completion": (
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "completion": "\n\nHuman: q\n\nAssistant: a"},
+        Row(SFT, "\n\nHuman: q\n\nAssistant:", " a", None),
+    ),
+    "a greeting first, repeated": (
+        {"prompt": [A, Q], "chosen": [A, Q, A], "rejected": [A, Q, B]}, Row(PAIRS, [A, Q], [A], [B]),
+    ),
+    "a greeting first, the prompt as text": (
+        {"prompt": "q", "chosen": [A, Q, A], "rejected": [A, Q, B]}, Row(PAIRS, [A, Q], [A], [B]),
+    ),
+    "a completion that repeats the prompt": (
+        {"prompt": [Q], "completion": [Q, A]}, Row(SFT, [Q], [A], None),
+    ),
+    "messages as JSON text": (
+        {"prompt": json.dumps([Q]), "chosen": json.dumps([A], indent=1), "rejected": json.dumps([B])},
+        Row(PAIRS, [Q], [A], [B]),
+    ),
+    "answers as JSON text": (
+        {"prompt": "q", "chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])},
+        Row(PAIRS, [Q], [A], [B]),
+    ),
+    "a conversation as JSON text": ({"messages": json.dumps([Q, A])}, Row(SFT, [Q], [A], None)),
+    "text that is JSON, not messages": (
+        {"prompt": "p", "chosen": '[{"a": 1}]', "rejected": "[]"}, Row(PAIRS, "p", '[{"a": 1}]', "[]"),
     ),
     "sharegpt": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -135,8 +157,24 @@ BAD_ROWS: dict[bytes, str] = {
     b'{"prompt": "p", "chosen": "c", "rejected": " \\n"}': "empty rejected response",
     b'{"prompt": "p", "chosen": "c", "rejected": "c"}': "identical responses",
     b'{"chosen": "Human: a", "rejected": "Human: b"}': "no common beginning that ends in 'Assistant:'",
-    b'{"chosen": "blue", "rejected": "blur"}': "no common beginning",
-    b'{"chosen": " blue", "rejected": " green"}': "no common beginning",
+    b'{"chosen": "The sky is blue.", "rejected": "The sky is green."}': "no field 'prompt', and no other",
+    b'{"n": 3, "title": "t", "instruction": "i", "chosen": "45 kilometers is 45,000 m", "rejected": '
+    b'"45 kilometers is far"}': "no field 'prompt'; name the column that holds it, such as "
+        "data.columns.prompt=instruction",
+    b'{"title": "t", "chosen": "a", "rejected": "b"}': "such as data.columns.prompt=title",
+    b'{"prompt": "\\n\\nHuman: q\\n\\nAssistant:", "chosen": "\\n\\nHuman: q\\n\\nAssistant: a",'
+    b'"rejected": "b"}': "one response repeats the prompt, the other does not",
+    b'{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}],'
+    b'"rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]}':
+        "the conversations do not begin with the prompt's messages",
+    b'{"prompt": "p", "chosen": "[{\\"role\\": \\"user\\"}]", "rejected": "b"}': "one response holds",
+    b'{"prompt": "p", "chosen": "[{\\"role\\": ", "rejected": "b"}': "'chosen' holds messages as broken JSON",
+    b"""{"prompt": "p", "chosen": "[{'content': 'a', 'role': 'assistant'}]", "rejected": "b"}""":
+        "field 'chosen' holds messages as Python prints them",
+    b"""{"messages": "array([{'from': 'gpt', 'value': 'a'}])"}""": "holds messages as Python prints",
+    b'{"prompt": "p", "chosen": "c", "rejected": "r", "tools": [{"name": "\\ud83d"}]}': "invalid Unicode",
+    b'{"prompt": "p", "chosen": "c", "rejected": "r", "chat_template_kwargs": {"\\ud83d": 1}}':
+        "invalid Unicode",
     b'{"chosen": "Assistant:", "rejected": "Assistant: b"}': "empty chosen response",
     b'{"prompt": "p", "chosen": "caf\xe9", "rejected": "r"}': "invalid UTF-8",
     b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}': "invalid Unicode",
@@ -210,9 +248,10 @@ texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1).f
 
 @given(shared=texts, chosen=texts, rejected=texts)
 def test_an_implicit_prompt_loses_no_character(shared: str, chosen: str, rejected: str) -> None:
+    begin = f"Human: {shared}\n\nAssistant:"
     try:
-        row = read_row({"chosen": shared + chosen, "rejected": shared + rejected}, {})
+        row = read_row({"chosen": begin + chosen, "rejected": begin + rejected}, {})
     except BadRow:
         return
     assert isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)
-    assert (row.prompt + row.chosen, row.prompt + row.rejected) == (shared + chosen, shared + rejected)
+    assert (row.prompt + row.chosen, row.prompt + row.rejected) == (begin + chosen, begin + rejected)

@@ -153,7 +153,13 @@ def outcome(path: Path, count: int) -> str:
 
     def load(on_bad: str) -> Any:
         config = DataConfig(
-            name="pairs", path=str(path), cache="off", eval_fraction=0, template="plain", on_bad=on_bad
+            name="pairs",
+            path=str(path),
+            cache="off",
+            eval_fraction=0,
+            template="plain",
+            on_bad=on_bad,
+            max_dropped=1,
         )
         return load_datasets(config, TOKENIZER, 1)
 
