@@ -29,7 +29,7 @@ class DataConfig:
     `eval_fraction` of the prompts. `columns` maps our names to the file's. `train_examples` is how many pairs
     the embedded task makes. `template` is None (messages: the tokenizer's), `tokenizer`, a named one or a
     Jinja file. `min_margin` and `max_margin` bound how far the two scores of a pair may be apart, `ties` keep
-    or drop pairs with equal scores. `max_dropped` is the share of a source's rows that `on_bad=drop` may leave
+    or drop pairs with equal scores. `max_dropped` is the share of rows that `on_bad=drop` may leave
     out. `truncation` is which side of a prompt stays. `cache` keeps tokens: a folder, None (the user's) or
     off. `workers` None is a process a core. `layout` says how pairs lie in rows: auto, shared (a prompt once)
     or separate. `group_by_length` None is: unless the micro-batch itself matters.
