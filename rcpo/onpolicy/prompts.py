@@ -117,7 +117,7 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, train: PairDat
     memo = None if cache is None else cache / "hashes"
     for spec in train_sources(config):
         for part in find_source(spec, memo, log.info).parts:
-            for piece in part.pieces(list(encoder.columns.values())):
+            for piece in part.pieces():
                 for number, value in piece.parsed():
                     prompt = _wanted(encoder, value, f"{part.label}:{number}", wanted)
                     if prompt is not None:
