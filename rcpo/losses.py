@@ -9,6 +9,7 @@ beside the function; no code anywhere branches on an objective's name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,36 @@ def _margin(logps: PairLogps) -> Tensor:
     return logps.chosen_logratios - logps.rejected_logratios
 
 
+DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda u, _: u,
+    "forward_kl": lambda u, _: -torch.exp(-u),
+    "js": lambda u, _: math.log(2) + F.logsigmoid(u),
+    "alpha": lambda u, alpha: -torch.expm1(-alpha * u) / alpha,
+}
+"""f′(t) of a divergence, from u = log t: Wang et al. 2023 (f-DPO), up to constants that cancel in pairs."""
+
+
 @register("dpo", reduction="sum", needs_reference=True)
-def dpo(logps: PairLogps, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
-    """−logσ(βm), Rafailov et al. 2023; label smoothing ε gives conservative DPO (Mitchell 2023)."""
-    x = beta * _margin(logps)
+def dpo(
+    logps: PairLogps,
+    *,
+    beta: float = 0.1,
+    epsilon: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+) -> Tensor:
+    """−logσ(βm), Rafailov et al. 2023; label smoothing ε gives conservative DPO (Mitchell 2023).
+
+    Another divergence from the reference than the reverse KL has f′(e^u) in the place of u (f-DPO, Wang et
+    al. 2023). The α-divergence is the reverse KL for α → 0, the forward KL for α = 1.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"objective.divergence={divergence!r}: choose one of {', '.join(DIVERGENCES)}")
+    score = DIVERGENCES[divergence]
+    chosen, rejected = (
+        score(u, divergence_alpha) for u in (logps.chosen_logratios, logps.rejected_logratios)
+    )
+    x = beta * (chosen - rejected)
     return -(1 - epsilon) * F.logsigmoid(x) - epsilon * F.logsigmoid(-x)
 
 
@@ -126,6 +153,99 @@ def dpop(logps: PairLogps, *, beta: float = 0.1, lambda_penalty: float = 50.0) -
     return -F.logsigmoid(beta * (_margin(logps) - penalty))
 
 
+@register("dpo_shift", reduction="sum", needs_reference=True)
+def dpo_shift(
+    logps: PairLogps,
+    *,
+    beta: float = 0.1,
+    shift_start: float = 0.75,
+    shift_end: float = 0.75,
+    progress: float = 0.0,
+) -> Tensor:
+    """−logσ(β(u_w − λu_l)), Yang et al. 2025 (DPO-Shift): a λ below 1 holds the loser back less firmly.
+
+    λ goes linearly from `shift_start` to `shift_end` over the run; it is fixed where they are equal.
+    """
+    shift = shift_start + (shift_end - shift_start) * progress
+    return -F.logsigmoid(beta * (logps.chosen_logratios - shift * logps.rejected_logratios))
+
+
+@register("cal_dpo", reduction="sum", needs_reference=True)
+def cal_dpo(logps: PairLogps, *, beta: float = 0.002) -> Tensor:
+    """−logσ(m) + ½(u_w − 1/(2β))² + ½(u_l + 1/(2β))², Xiao et al. 2024 (Cal-DPO).
+
+    The squares hold the rewards to a scale of their own; the weight ½ is that of the authors' code.
+    """
+    target = 1 / (2 * beta)
+    squares = (logps.chosen_logratios - target).square() + (logps.rejected_logratios + target).square()
+    return -F.logsigmoid(_margin(logps)) + 0.5 * squares
+
+
+@register("bdpo", reduction="sum", needs_reference=True)
+def bdpo(logps: PairLogps, *, beta: float = 0.1, lambda_mix: float = 0.5) -> Tensor:
+    """−logσ(β(u_w − log(λe^(u_l) + 1 − λ))), Cho et al. 2025 (bounded DPO).
+
+    The loser's probability is mixed with the reference's, so that it can win at most −log(1 − λ) by falling.
+    """
+    mixed = torch.logaddexp(
+        logps.rejected_logratios + math.log(lambda_mix),
+        torch.full_like(logps.rejected_logratios, math.log1p(-lambda_mix)),
+    )
+    return -F.logsigmoid(beta * (logps.chosen_logratios - mixed))
+
+
+@register("mappo", reduction="sum", needs_reference=True, needs_margins=True, margins=(0.0, 1.0))
+def mappo(logps: PairLogps, *, beta: float = 0.1, score_scale: float = 1.0) -> Tensor:
+    """−logσ(β(u_w − Δu_l)), Lan et al. 2025 (MaPPO), Δ ∈ [0, 1] the pair's scaled score margin."""
+    gap = score_scale * logps.score_margins
+    return -F.logsigmoid(beta * (logps.chosen_logratios - gap * logps.rejected_logratios))
+
+
+def _rewards_of_scores(logps: PairLogps, beta: float, score_scale: float) -> tuple[Tensor, Tensor]:
+    """βm and ηΔ: what the policy and the scores say of a pair."""
+    return beta * _margin(logps), score_scale * logps.score_margins
+
+
+def _bernoulli_kl(x: Tensor, y: Tensor) -> Tensor:
+    """KL(σ(x) ‖ σ(y)) of the pair's order."""
+    ahead = x.sigmoid() * (F.logsigmoid(x) - F.logsigmoid(y))
+    return ahead + (-x).sigmoid() * (F.logsigmoid(-x) - F.logsigmoid(-y))
+
+
+@register("rpo_sq", reduction="sum", needs_reference=True, needs_margins=True)
+def rpo_sq(logps: PairLogps, *, beta: float = 0.1, score_scale: float = 1.0) -> Tensor:
+    """(βm − ηΔ)², Sun et al. 2025 (reward-aware preference optimisation), Δ the pair's score margin."""
+    own, given = _rewards_of_scores(logps, beta, score_scale)
+    return (own - given).square()
+
+
+@register("rpo_bwd_kl", reduction="sum", needs_reference=True, needs_margins=True)
+def rpo_bwd_kl(logps: PairLogps, *, beta: float = 0.1, score_scale: float = 1.0) -> Tensor:
+    """KL(σ(ηΔ) ‖ σ(βm)), Sun et al. 2025 (reward-aware preference optimisation)."""
+    own, given = _rewards_of_scores(logps, beta, score_scale)
+    return _bernoulli_kl(given, own)
+
+
+@register("rpo_fwd_kl", reduction="sum", needs_reference=True, needs_margins=True)
+def rpo_fwd_kl(logps: PairLogps, *, beta: float = 0.1, score_scale: float = 1.0) -> Tensor:
+    """KL(σ(βm) ‖ σ(ηΔ)), Sun et al. 2025 (reward-aware preference optimisation)."""
+    own, given = _rewards_of_scores(logps, beta, score_scale)
+    return _bernoulli_kl(own, given)
+
+
+@register("apo_zero_unpaired", reduction="sum", needs_reference=True, takes_unpaired=True)
+def apo_zero_unpaired(
+    logps: PairLogps, *, beta: float = 0.1, lambda_chosen: float = 1.0, lambda_rejected: float = 1.0
+) -> Tensor:
+    """λ_w(1 − σ(βu_w)) + λ_l σ(βu_l), D'Oosterlinck et al. 2024: apo_zero on completions with labels.
+
+    A side that a pair lacks adds nothing.
+    """
+    chosen = 1 - (beta * logps.chosen_logratios).sigmoid()
+    rejected = (beta * logps.rejected_logratios).sigmoid()
+    return lambda_chosen * chosen * logps.has_chosen + lambda_rejected * rejected * logps.has_rejected
+
+
 @register("bce", reduction="mean", needs_reference=True)
 def bce(logps: PairLogps) -> Tensor:
     """−logσ(u_w) − logσ(−u_l)."""
@@ -199,6 +319,12 @@ def tidpo(logps: PairLogps, *, beta: float = 0.1, epsilon: float = 0.0) -> Tenso
 def simpo(logps: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     """−logσ(βΔ̄ − γ), Meng et al. 2024."""
     return -F.logsigmoid(beta * (logps.chosen - logps.losers) - gamma)
+
+
+@register("simper", reduction="mean", needs_reference=False)
+def simper(logps: PairLogps) -> Tensor:
+    """−e^z̄_w + e^z̄_l, Xiao et al. 2025 (SimPER): the inverse perplexities; nothing to tune."""
+    return -logps.chosen.exp() + logps.losers.exp()
 
 
 @register("alphapo", reduction="mean", needs_reference=False)

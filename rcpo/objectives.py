@@ -68,6 +68,7 @@ class Objective:
         self.nll_coef = nll_coef
         self.hyperparameters = hyperparameters
         self.state = RunningMean() if spec.running_mean is not None else None
+        self.progress = 0.0  # the share of the run that is done
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.hyperparameters.items())
@@ -86,13 +87,25 @@ class Objective:
         return self.spec.needs_rejected
 
     @property
+    def sorts_batch(self) -> bool:
+        """Whether the losses are not in the pairs' order."""
+        return self.spec.sorts_batch
+
+    @property
+    def margin_scale(self) -> float | None:
+        """What the pairs' margins are multiplied by; None where the loss takes no margins."""
+        return float(self.hyperparameters.get("score_scale", 1.0)) if self.spec.needs_margins else None
+
+    @property
     def sides(self) -> int:
         """Sequences a pair: chosen, rejected, mismatched."""
         return 1 + self.needs_rejected + self.spec.needs_mismatched
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        state = {} if self.state is None else {"running_mean": self.state.value}
-        losses = self.spec.loss(logps, **self.hyperparameters, **state)
+        supplied: dict[str, float] = {} if self.state is None else {"running_mean": self.state.value}
+        if self.spec.takes_progress:
+            supplied["progress"] = self.progress
+        losses = self.spec.loss(logps, **self.hyperparameters, **supplied)
         if losses.shape != logps.chosen.shape:
             raise ValueError(
                 f"objective {self.name} returned shape {tuple(losses.shape)} for "

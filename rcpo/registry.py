@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from torch import Tensor
 
 REDUCTIONS = ("sum", "mean", "importance")
+
+SUPPLIED = ("running_mean", "progress")
+"""Keywords of a loss that the runner fills in: no hyper-parameters."""
 
 Loss = Callable[..., Tensor]
 
@@ -22,9 +26,11 @@ class Specification:
 
     `couples_batch`: a pair's loss depends on the other pairs of its micro-batch, so it is not invariant under
     another split of the global batch. `sorts_batch`: the losses are not in the pairs' order, so that a pair's
-    weight has no place. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so
-    far is handed to the loss as `running_mean`. `token_weighted`: pairs count by their response tokens in the
-    batch mean. `takes_unpaired`: a side that a pair lacks (length 0) has no part in its loss.
+    weight has no place. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so far is handed
+    to the loss as `running_mean`; a loss with the keyword `progress` gets the share of the run that is done.
+    `token_weighted`: pairs count by their response tokens in the batch mean. `takes_unpaired`: a side that a
+    pair lacks (length 0) has no part in its loss. `needs_margins`: the responses have to be scored, and
+    `score_scale` times their margin has to lie inside `margins`.
     """
 
     name: str
@@ -34,6 +40,8 @@ class Specification:
     needs_rejected: bool = True
     needs_mismatched: bool = False
     takes_unpaired: bool = False
+    needs_margins: bool = False
+    margins: tuple[float, float] = (-math.inf, math.inf)
     couples_batch: bool = False
     sorts_batch: bool = False
     token_weighted: bool = False
@@ -41,13 +49,18 @@ class Specification:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Keyword-only parameters of the loss with their defaults, the running mean excepted."""
+        """Keyword-only parameters of the loss with their defaults, without those of `SUPPLIED`."""
+        return {name: value for name, value in self._keywords.items() if name not in SUPPLIED}
+
+    @property
+    def takes_progress(self) -> bool:
+        """Whether the loss changes as the run goes on."""
+        return "progress" in self._keywords
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
         parameters = inspect.signature(self.loss).parameters.values()
-        return {
-            p.name: p.default
-            for p in parameters
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "running_mean"
-        }
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 _REGISTRY: dict[str, Specification] = {}

@@ -251,13 +251,36 @@ def tracking(config: RunConfig, objective: Objective, datasets: Datasets, *, cha
 
 
 def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
-    """Raises ConfigError for pair weights that the objective has no place for."""
+    """Raises ConfigError for weights that the objective has no place for, and for scores that it lacks."""
     weighted = np.flatnonzero(datasets.train.weights != 1)
-    if objective.spec.sorts_batch and len(weighted):
+    if objective.sorts_batch and len(weighted):
         raise ConfigError(
             f"{datasets.train.id(int(weighted[0]))}: a weight, and objective={objective.name} sorts the "
             "pairs of a batch, so that no loss belongs to one pair; choose another objective, or remove them"
         )
+    for dataset in filter(None, (datasets.train, datasets.evaluation)):
+        _refuse_margins(objective, dataset)
+
+
+def _refuse_margins(objective: Objective, dataset: PairDataset) -> None:
+    """Raises ConfigError for pairs whose margins the objective needs, and that have none or another range."""
+    scale, (lowest, highest) = objective.margin_scale, objective.spec.margins
+    if scale is None:
+        return
+    margins = scale * dataset.margins
+    wrong = np.flatnonzero(~((margins >= lowest) & (margins <= highest)))
+    if not len(wrong):
+        return
+    place, margin = dataset.id(int(wrong[0])), margins[wrong[0]]
+    if np.isnan(margin):
+        raise ConfigError(
+            f"{place}: no scores, and objective={objective.name} needs them; give score_chosen and "
+            "score_rejected, or their margin (data.columns names other columns)"
+        )
+    raise ConfigError(
+        f"{place}: objective.score_scale times the margin is {margin:g}, and objective={objective.name} "
+        f"takes {lowest:g} to {highest:g}; set objective.score_scale, data.min_margin or data.max_margin"
+    )
 
 
 def refuse_kind(objective: Objective, kind: str) -> None:

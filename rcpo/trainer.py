@@ -77,6 +77,7 @@ class Trainer:
         indices = batches.indices(self.step)
         scale = distributed.world_size() / self._batch_weight(indices)
         micro = session.rank_microbatches(self.step)
+        self.objective.progress = self.step / session.total_steps
         self.step += 1
         self.engine.train()
         self.dynamics.begin(self.step)

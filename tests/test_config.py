@@ -43,14 +43,23 @@ from rcpo.config.composition import (
 )
 from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys
-from rcpo.config.validation import CHOICES, HYPERPARAMETER_RANGES, RANGES
+from rcpo.config.validation import CHOICES, HYPERPARAMETER_CHOICES, HYPERPARAMETER_RANGES, RANGES
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))]
 
 # typed in from the published losses: reduction and hyper-parameters with their defaults
 OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
-    "dpo": ("sum", {"beta": 0.1, "epsilon": 0.0}),
+    "dpo": ("sum", {"beta": 0.1, "epsilon": 0.0, "divergence": "reverse_kl", "divergence_alpha": 0.5}),
+    "dpo_shift": ("sum", {"beta": 0.1, "shift_start": 0.75, "shift_end": 0.75}),
+    "cal_dpo": ("sum", {"beta": 0.002}),
+    "bdpo": ("sum", {"beta": 0.1, "lambda_mix": 0.5}),
+    "mappo": ("sum", {"beta": 0.1, "score_scale": 1.0}),
+    "rpo_sq": ("sum", {"beta": 0.1, "score_scale": 1.0}),
+    "rpo_bwd_kl": ("sum", {"beta": 0.1, "score_scale": 1.0}),
+    "rpo_fwd_kl": ("sum", {"beta": 0.1, "score_scale": 1.0}),
+    "apo_zero_unpaired": ("sum", {"beta": 0.1, "lambda_chosen": 1.0, "lambda_rejected": 1.0}),
+    "simper": ("mean", {}),
     "robust": ("sum", {"beta": 0.1, "epsilon": 0.1}),
     "ipo": ("mean", {"tau": 0.1}),
     "hinge": ("sum", {"beta": 0.1}),
@@ -151,7 +160,7 @@ def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
     for node, leaves in nodes.items():
         assert node in ("hydra", "defaults") or node in known, node
         for leaf in leaves if node not in ("hydra", "defaults") and isinstance(leaves, DictConfig) else ():
-            own = node == "objective" and leaf in HYPERPARAMETER_RANGES
+            own = node == "objective" and leaf in {*HYPERPARAMETER_RANGES, *HYPERPARAMETER_CHOICES}
             assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
 
 

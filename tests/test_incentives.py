@@ -52,6 +52,8 @@ def test_incentives_of_the_reference_code(name: str) -> None:
 # Policy = reference and z_w = z_l = −log 2, so u = m = Δ = 0 and σ(0) = 1/2. Columns: loss, d_w, d_l.
 LOG2 = math.log(2)
 SIGMOID1 = 1 / (1 + math.exp(-1))
+MARGIN = 0.3  # of the scores of every pair here
+P = 1 / (1 + math.exp(-MARGIN))
 AT_THE_START = {
     "dpo": (LOG2, 0.05, 0.05),  # β/2
     "tidpo": (LOG2, 0.05, 0.05),
@@ -74,6 +76,23 @@ AT_THE_START = {
     # s = ½, ds/dx = ¼/0.05 = 5: slope by x = 5·(−log 2) − ½·½ + 5 − ½; both incentives are negative here
     "discopop": (0.5 * LOG2 + 0.5, -0.1 * (4.25 - 5 * LOG2), -0.1 * (4.25 - 5 * LOG2)),
     "dpop": (LOG2, 0.05, 0.05),  # no penalty at u_w = 0
+    "dpo_shift": (LOG2, 0.05, 0.0375),  # β/2, and 0.75 of it
+    "cal_dpo": (LOG2 + 250**2, 250.5, 250.5),  # σ(0), and the square's slope 250
+    "bdpo": (LOG2, 0.05, 0.025),  # half of the mixture is the policy
+    "mappo": (LOG2, 0.05, 0.015),  # 0.3 β/2
+    "rpo_sq": (0.09, 0.06, 0.06),  # (0 − 0.3)², 2·0.3 β
+    "rpo_bwd_kl": (
+        P * math.log(2 * P) + (1 - P) * math.log(2 * (1 - P)),
+        0.1 * (P - 0.5),  # the slope by x = βm is σ(x) − P
+        0.1 * (P - 0.5),
+    ),
+    "rpo_fwd_kl": (
+        0.5 * math.log(0.5 / P) + 0.5 * math.log(0.5 / (1 - P)),
+        0.1 * 0.3 / 4,  # σ'(0) [log(½/P) − log(½/(1−P))] = −¼ · 0.3
+        0.1 * 0.3 / 4,
+    ),
+    "apo_zero_unpaired": (1, 0.025, 0.025),  # βσ'(0)
+    "simper": (0, 0.5, 0.5),  # e^z
     "bce": (2 * LOG2, 0.5, 0.5),
     "kto": (1, 0.025, 0.025),  # K = 0, βσ'(0)
     "lsif": (-0.5, 1, 1),  # e^0, e^(2·0)
@@ -92,7 +111,8 @@ AT_THE_START = {
 @pytest.mark.parametrize("name", NAMES)
 def test_at_the_start(name: str) -> None:
     z = vector(-LOG2, -LOG2)
-    logps = PairLogps(z, z, z, z, kl_chosen=z, ref_kl_chosen=z)
+    margins = torch.full_like(z, MARGIN)
+    logps = PairLogps(z, z, z, z, kl_chosen=z, ref_kl_chosen=z, margins=margins)
     objective = get_objective(name)
     loss, d_w, d_l = (vector(value, value) for value in AT_THE_START[name])
     close = {"rtol": 1e-12, "atol": 1e-15}
@@ -123,7 +143,8 @@ def reduce_pairs(reduction: str, tokens: Tensor) -> tuple[PairLogps, Tensor]:
         for values, c in ((tokens, weights), (token_logps(99), weights), (tokens, means))
     )
     kl, ref_kl = token_logps(5)[:PAIRS], token_logps(6)[:PAIRS]
-    logps = PairLogps(*z, *r, LENGTHS[:PAIRS], LENGTHS[PAIRS:], mean[0], kl, ref_kl)
+    margins = torch.full((PAIRS,), MARGIN, dtype=torch.float64)
+    logps = PairLogps(*z, *r, LENGTHS[:PAIRS], LENGTHS[PAIRS:], mean[0], kl, ref_kl, margins=margins)
     return logps, weights
 
 
@@ -214,7 +235,8 @@ def test_calibration_keeps_every_bit_of_the_forward_pass(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float64, torch.float32):
         z_w, z_l, r_w, r_l = -torch.rand(4, 200, generator=generator, dtype=dtype) * 3
-        logps = PairLogps(z_w, z_l, r_w, r_l, kl_chosen=z_w, ref_kl_chosen=r_w)
+        margins = torch.full_like(z_w, MARGIN)
+        logps = PairLogps(z_w, z_l, r_w, r_l, kl_chosen=z_w, ref_kl_chosen=r_w, margins=margins)
         for alpha in (1 / 3, 7.3):
             calibrator = RewardCalibrator()
             calibrator.alpha = alpha

@@ -103,6 +103,18 @@ def ddro_by_hand(w: float, v: float, r: float, s: float) -> float:
     return 2 * math.log(2) - (w - r) + tail
 
 
+MARGIN = 0.3  # of the scores of every pair here
+
+
+def bernoulli_kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def mixed_by_hand(v: float, s: float) -> float:
+    """log of ½ e^v + ½ e^s over e^s: the loser's log-ratio in bdpo."""
+    return math.log((0.5 * math.exp(v) + 0.5 * math.exp(s)) / math.exp(s))
+
+
 # Default hyper-parameters; the arguments are w = z_w, v = z_l, r = r_w, s = r_l.
 BY_HAND: dict[str, Callable[[float, float, float, float], float]] = {
     "dpo": lambda w, v, r, s: -log_sigmoid(0.1 * ((w - r) - (v - s))),
@@ -122,11 +134,22 @@ BY_HAND: dict[str, Callable[[float, float, float, float], float]] = {
     "apo_down": lambda w, v, r, s: sigmoid(0.1 * (w - r)) + 1 - sigmoid(0.1 * ((w - r) - (v - s))),
     "discopop": discopop_by_hand,
     "dpop": lambda w, v, r, s: -log_sigmoid(0.1 * ((w - r) - (v - s) - 50 * max(0.0, r - w))),
+    "dpo_shift": lambda w, v, r, s: -log_sigmoid(0.1 * ((w - r) - 0.75 * (v - s))),
+    "cal_dpo": lambda w, v, r, s: (
+        -log_sigmoid((w - r) - (v - s)) + ((w - r - 250) ** 2 + (v - s + 250) ** 2) / 2
+    ),
+    "bdpo": lambda w, v, r, s: -log_sigmoid(0.1 * ((w - r) - mixed_by_hand(v, s))),
+    "mappo": lambda w, v, r, s: -log_sigmoid(0.1 * ((w - r) - MARGIN * (v - s))),
+    "rpo_sq": lambda w, v, r, s: (0.1 * ((w - r) - (v - s)) - MARGIN) ** 2,
+    "rpo_bwd_kl": lambda w, v, r, s: bernoulli_kl(sigmoid(MARGIN), sigmoid(0.1 * ((w - r) - (v - s)))),
+    "rpo_fwd_kl": lambda w, v, r, s: bernoulli_kl(sigmoid(0.1 * ((w - r) - (v - s))), sigmoid(MARGIN)),
+    "apo_zero_unpaired": lambda w, v, r, s: 1 - sigmoid(0.1 * (w - r)) + sigmoid(0.1 * (v - s)),
     "bce": lambda w, v, r, s: -log_sigmoid(w - r) - log_sigmoid(s - v),
     "lsif": lambda w, v, r, s: -math.exp(w - r) + 0.5 * math.exp(2 * (v - s)),
     "ukl": lambda w, v, r, s: -w + math.exp(v - s),
     "ddro": ddro_by_hand,
     "simpo": lambda w, v, r, s: -log_sigmoid(2 * (w - v) - 1),
+    "simper": lambda w, v, r, s: -math.exp(w) + math.exp(v),
     "alphapo": alphapo_by_hand,
     "cpo": lambda w, v, r, s: -log_sigmoid(0.1 * (w - v)) - w,
     "orpo": lambda w, v, r, s: -w - 0.1 * log_sigmoid(logit_exp(w) - logit_exp(v)),
@@ -141,7 +164,12 @@ HAND_PAIRS = [(-1.2, -2.5, -1.6, -2.1), (-3.1, -0.7, -2.2, -1.0), (-0.4, -1.1, -
 
 def hand_pairs() -> PairLogps:
     z_w, z_l, r_w, r_l = (vector(*column) for column in zip(*HAND_PAIRS, strict=True))
-    return PairLogps(z_w, z_l, r_w, r_l, vector(4, 2, 8), vector(3, 5, 6), kl_chosen=z_w, ref_kl_chosen=r_w)
+    return PairLogps(
+        *(z_w, z_l, r_w, r_l, vector(4, 2, 8), vector(3, 5, 6)),
+        kl_chosen=z_w,
+        ref_kl_chosen=r_w,
+        margins=torch.full_like(z_w, MARGIN),
+    )
 
 
 def test_every_objective_has_a_formula_by_hand() -> None:
@@ -164,7 +192,8 @@ def test_losses_by_hand(name: str) -> None:
     s=st.floats(-4, -0.1),
 )
 def test_losses_by_hand_for_any_pair(w: float, v: float, r: float, s: float) -> None:
-    logps = PairLogps(vector(w), vector(v), vector(r), vector(s), vector(3), vector(3))
+    pair = (vector(w), vector(v), vector(r), vector(s), vector(3), vector(3))
+    logps = PairLogps(*pair, margins=vector(MARGIN))
     for name, formula in BY_HAND.items():
         expected = formula(w, v, r, s)
         assert get_objective(name)(logps).item() == pytest.approx(expected, rel=1e-9, abs=1e-12), name
@@ -179,6 +208,77 @@ def test_label_smoothing_by_hand() -> None:
     # robust with ε = 0.2 divides by 1 − 0.4
     expected = (-0.8 * log_sigmoid(0.08) + 0.2 * log_sigmoid(-0.08)) / 0.6
     assert get_objective("robust", epsilon=0.2)(logps).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "alpha", "score"),
+    [
+        ("reverse_kl", 0.5, lambda u: u),
+        ("forward_kl", 0.5, lambda u: 1 - 1 / math.exp(u)),  # f′(t) = 1 − 1/t; the constant cancels
+        ("js", 0.5, lambda u: math.log(2 * math.exp(u) / (1 + math.exp(u)))),
+        ("alpha", 0.5, lambda u: (1 - math.exp(u) ** -0.5) / 0.5),
+        ("alpha", 0.25, lambda u: (1 - math.exp(u) ** -0.25) / 0.25),
+        ("alpha", 1.0, lambda u: 1 - 1 / math.exp(u)),  # the forward KL
+        ("alpha", 1e-9, lambda u: u),  # towards the reverse KL
+    ],
+)
+def test_divergences_by_hand(divergence: str, alpha: float, score: Callable[[float], float]) -> None:
+    objective = get_objective("dpo", divergence=divergence, divergence_alpha=alpha)
+    expected = [-log_sigmoid(0.1 * (score(w - r) - score(v - s))) for w, v, r, s in HAND_PAIRS]
+    torch.testing.assert_close(objective(hand_pairs()), vector(*expected), rtol=1e-8, atol=0)
+
+
+def test_an_unknown_divergence_is_named() -> None:
+    with pytest.raises(ValueError, match=r"objective\.divergence='kl': choose one of reverse_kl, forward_kl"):
+        get_objective("dpo", divergence="kl")(hand_pairs())
+
+
+def test_shift_goes_linearly_over_the_run() -> None:
+    # λ from 0.75 to 0.95: at 0.6 of the run 0.87
+    objective = get_objective("dpo_shift", shift_start=0.75, shift_end=0.95)
+    for progress, shift in ((0.0, 0.75), (0.6, 0.87), (1.0, 0.95)):
+        objective.progress = progress
+        expected = [-log_sigmoid(0.1 * ((w - r) - shift * (v - s))) for w, v, r, s in HAND_PAIRS]
+        torch.testing.assert_close(objective(hand_pairs()), vector(*expected), rtol=1e-12, atol=0)
+
+
+def test_scores_are_scaled() -> None:
+    logps = hand_pairs().replace(margins=vector(1, 4, 10))
+    expected = [
+        -log_sigmoid(0.1 * ((w - r) - gap * (v - s)))
+        for gap, (w, v, r, s) in zip((0.1, 0.4, 1.0), HAND_PAIRS, strict=True)
+    ]
+    objective = get_objective("mappo", score_scale=0.1)
+    torch.testing.assert_close(objective(logps), vector(*expected), rtol=1e-12, atol=0)
+    expected = [
+        (0.1 * ((w - r) - (v - s)) - 0.2 * margin) ** 2
+        for margin, (w, v, r, s) in zip((1, 4, 10), HAND_PAIRS, strict=True)
+    ]
+    objective = get_objective("rpo_sq", score_scale=0.2)
+    torch.testing.assert_close(objective(logps), vector(*expected), rtol=1e-12, atol=0)
+
+
+def test_limits_of_dpos_relatives() -> None:
+    pairs = hand_pairs()
+    dpo = get_objective("dpo")(pairs)
+    one = pairs.replace(margins=torch.ones_like(pairs.chosen))
+    torch.testing.assert_close(get_objective("mappo")(one), dpo, rtol=1e-12, atol=0)
+    mostly = get_objective("bdpo", lambda_mix=1 - 1e-12)
+    torch.testing.assert_close(mostly(pairs), dpo, rtol=1e-9, atol=0)
+    whole = get_objective("dpo_shift", shift_start=1.0, shift_end=1.0)
+    torch.testing.assert_close(whole(pairs), dpo, rtol=1e-12, atol=0)
+    # bdpo's loser is bounded: even at u_l → −∞ it wins no more than −log ½
+    far = pairs.replace(rejected=pairs.losers - 1e4)
+    expected = [-log_sigmoid(0.1 * ((w - r) + math.log(2))) for w, _, r, _ in HAND_PAIRS]
+    torch.testing.assert_close(get_objective("bdpo")(far), vector(*expected), rtol=1e-12, atol=0)
+
+
+def test_apo_zero_of_completions_counts_the_sides_that_are_there() -> None:
+    logps = hand_pairs().replace(chosen_lengths=vector(4, 0, 8), rejected_lengths=vector(0, 5, 0))
+    objective = get_objective("apo_zero_unpaired", lambda_chosen=2.0, lambda_rejected=3.0)
+    # u_w = 0.4 and 0.1 of the first and the last, u_l = 0.3 of the second
+    expected = [2 * (1 - sigmoid(0.04)), 3 * sigmoid(0.03), 2 * (1 - sigmoid(0.01))]
+    torch.testing.assert_close(objective(logps), vector(*expected), rtol=1e-12, atol=0)
 
 
 def test_aot_by_hand() -> None:
@@ -252,7 +352,8 @@ def test_extreme_log_probs_give_finite_losses_and_gradients(name: str) -> None:
     grid = torch.cartesian_prod(*[vector(*EXTREMES)] * 4)
     grid = grid[representable(name, *grid.unbind(1))]
     w, v, r, s = (column.clone().requires_grad_() for column in grid.unbind(1))
-    losses = get_objective(name)(PairLogps(w, v, r, s, kl_chosen=w.detach(), ref_kl_chosen=r.detach()))
+    given = {"kl_chosen": w.detach(), "ref_kl_chosen": r.detach(), "margins": torch.full_like(w, MARGIN)}
+    losses = get_objective(name)(PairLogps(w, v, r, s, **given))
     assert len(grid) > 100
     assert losses.isfinite().all(), grid[~losses.isfinite()]
     gradients = torch.autograd.grad(losses.sum(), [w, v], allow_unused=True)
@@ -323,6 +424,11 @@ def test_what_an_objective_declares_is_what_it_reads(name: str) -> None:
     if objective.spec.needs_mismatched:
         with pytest.raises(ValueError, match="mismatched"):
             objective(without_mismatched)
+    if objective.spec.needs_margins:
+        with pytest.raises(ValueError, match=r"PairLogps\.margins"):
+            objective(logps.replace(margins=None))
+    else:
+        torch.testing.assert_close(objective(logps.replace(margins=None)), objective(logps), rtol=0, atol=0)
     assert objective.sides == 1 + objective.needs_rejected + (name == "kto")
 
 
@@ -335,7 +441,7 @@ def test_an_uncoupled_objective_sees_each_pair_alone(name: str) -> None:
 
 def test_default_reductions() -> None:
     # a published loss on means has them; the others are on sums
-    means = "ipo bce simpo alphapo cpo orpo slic lsif ukl ddro sft"
+    means = "ipo bce simpo simper alphapo cpo orpo slic lsif ukl ddro sft"
     for name in NAMES:
         expected = "mean" if name in means.split() else "importance" if name == "tidpo" else "sum"
         assert get_objective(name).reduction == expected, name

@@ -8,12 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import sums_file, tiny_llama
 
 from rcpo import distributed
 from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
-from rcpo.session import Session
+from rcpo.data.dataset import Datasets
+from rcpo.data.records import Example
+from rcpo.data.report import DataReport
+from rcpo.data.store import PairDataset
+from rcpo.objectives import get_objective
+from rcpo.session import Session, refuse_numbers
 from rcpo.trainer import Trainer
 
 Rows = list[dict[str, float | None]]
@@ -116,3 +122,35 @@ def test_weights_are_refused_where_the_losses_are_sorted(tmp_path: Path) -> None
     config.objective = ObjectiveConfig(name="aot", hyperparameters={})
     with pytest.raises(ConfigError, match=r"pairs\.jsonl:1: a weight, and objective=aot sorts the pairs"):
         Session(config, tmp_path / "run", training=True)
+
+
+@pytest.mark.parametrize(
+    ("margins", "settings", "message"),
+    [
+        (
+            [0.5, None],
+            {},
+            r"^1: no scores, and objective=mappo needs them; give score_chosen and score_rejected",
+        ),
+        (
+            [0.5, 1.5],
+            {},
+            r"^1: objective\.score_scale times the margin is 1\.5, and objective=mappo takes 0 to 1",
+        ),
+        ([-0.5, 0.5], {}, r"^0: objective\.score_scale times the margin is -0\.5"),
+        ([5, 10], {"score_scale": 0.1}, None),
+    ],
+)
+def test_scores_that_an_objective_needs(
+    margins: list[float | None], settings: dict[str, float], message: str | None
+) -> None:
+    values = np.full((2, 4), np.nan)
+    values[:, 2] = [np.nan if margin is None else margin for margin in margins]
+    pairs = PairDataset.of([Example(str(n), [1], [n + 2], [5]) for n in range(2)], values=values)
+    datasets = Datasets(pairs, None, DataReport("x"))
+    refuse_numbers(get_objective("dpo"), datasets)
+    if message is None:
+        refuse_numbers(get_objective("mappo", **settings), datasets)
+        return
+    with pytest.raises(ConfigError, match=message):
+        refuse_numbers(get_objective("mappo", **settings), datasets)

@@ -80,7 +80,14 @@ class ObjectiveConfig:
     reduction: str | None = "sum"
     nll_coef: float = 0.0
     optional: list[str] = field(default_factory=list)
-    hyperparameters: dict[str, Any] = field(default_factory=lambda: {"beta": 0.1, "epsilon": 0.0})
+    hyperparameters: dict[str, Any] = field(
+        default_factory=lambda: {
+            "beta": 0.1,
+            "epsilon": 0.0,
+            "divergence": "reverse_kl",
+            "divergence_alpha": 0.5,
+        }
+    )
 
 
 @dataclass(kw_only=True)

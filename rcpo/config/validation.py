@@ -123,7 +123,14 @@ HYPERPARAMETER_RANGES = {
     "lambda_penalty": (0, math.inf, True, False),
     "lambda_chosen": (0, math.inf, False, False),
     "lambda_rejected": (0, math.inf, False, False),
+    "lambda_mix": (0, 1, False, False),
+    "shift_start": (0, math.inf, True, False),
+    "shift_end": (0, math.inf, True, False),
+    "score_scale": (0, math.inf, False, False),
+    "divergence_alpha": (0, 1, False, True),
 }
+
+HYPERPARAMETER_CHOICES = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
 
 # the same in the order smallest, largest, smallest allowed, largest allowed
 Range = tuple[float, float, bool, bool]
@@ -168,6 +175,8 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         if name in HYPERPARAMETER_RANGES:
             key = f"objective.{name}"
             check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
+    for name, choices in HYPERPARAMETER_CHOICES.items():
+        check_choice(f"objective.{name}", config.objective.hyperparameters.get(name), choices)
     for index, beta in enumerate(config.optim.betas):
         check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
     if len(config.optim.betas) != 2:
@@ -197,7 +206,7 @@ def _number(key: str, value: Any) -> float:
 
 def check_choice(key: str, value: str | None, known: tuple[str, ...]) -> None:
     if value is not None and value not in known:
-        near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{key}={value} is not one of {', '.join(known)}{hint}")
 

@@ -110,7 +110,8 @@ def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
 
 
 def restore_objective(session: Session, state: dict[str, Any] | None) -> None:
-    """Gives the objective the running mean that it had when the weights were saved."""
+    """Gives the objective the running mean that it had when the weights were saved; its run is done."""
+    session.objective.progress = 1.0
     if session.objective.state is not None and state is not None and state["objective"] is not None:
         session.objective.state.load_state_dict(state["objective"])
 
