@@ -32,6 +32,7 @@ from rcpo.objectives import Objective
 from rcpo.reference.cache import Cache, Say
 from rcpo.reference.keys import source_hash
 from rcpo.reference_pass import ReferencePass, ScoredData, Stop, check_start
+from rcpo.runfolder import stored_state
 from rcpo.scoring import Scorer
 from rcpo.start import find_start, load_policy, reference_source
 from rcpo.tracking.tracker import METRICS_FILE
@@ -70,6 +71,8 @@ class Session:
         self.start = find_start(config, run_dir)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.tokenizer, config.model)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
+        if not training:
+            refuse_other_split(config, run_dir, self.datasets)
         refuse_kind(self.objective, self.datasets.train.kind)
         if self.objective.spec.needs_mismatched:
             for dataset in filter(None, (self.datasets.train, self.datasets.evaluation)):
@@ -123,7 +126,7 @@ class Session:
     def contents(self) -> dict[str, str]:
         """Hashes of what a run that goes on has to find unchanged, by names for people. Collective."""
         config = self.config
-        found = {"the training examples": self.datasets.train.fingerprint}
+        found = {"the training examples": self.datasets.train.fingerprint, **self.datasets.split}
         if distributed.is_main():
             memo = Cache(cache_folder(config.reference.cache), log.info).memo
             found["the model it starts from"] = source_hash(self.start, config.seed, memo)
@@ -281,6 +284,27 @@ def _refuse_margins(objective: Objective, dataset: PairDataset) -> None:
         f"{place}: objective.score_scale times the margin is {margin:g}, and objective={objective.name} "
         f"takes {lowest:g} to {highest:g}; set objective.score_scale, data.min_margin or data.max_margin"
     )
+
+
+def refuse_other_split(config: RunConfig, run_dir: Path, datasets: Datasets) -> None:
+    """Raises ConfigError where a trained run would be evaluated on pairs that it may have been trained on.
+
+    Held-out data that the evaluation names itself (`data.eval_path`, `data.eval_split`) are as they are.
+    """
+    state = stored_state(run_dir)
+    if state is None:
+        return
+    data = state["config"]["data"]
+    if (config.data.eval_path, config.data.eval_split) != (data["eval_path"], data["eval_split"]):
+        return
+    known = state["contents"]
+    changed = [what for what, content in datasets.split.items() if known.get(what, content) != content]
+    if changed:
+        raise ConfigError(
+            f"run={run_dir}: {' and '.join(changed)} are not those of the run, so it may have been "
+            "trained on what would be held out: its data, the seed, or a key of data has changed; restore "
+            "them, or name the pairs to evaluate on: data.eval_path=FILE"
+        )
 
 
 def refuse_kind(objective: Objective, kind: str) -> None:

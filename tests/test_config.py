@@ -114,8 +114,14 @@ def refusal(*overrides: str) -> str:
 
 def command_keys() -> set[str]:
     nodes: dict[str, Any] = {
-        "sweep": SweepConfig, "plan": PlanConfig, "gpu": GpuConfig, "slurm": SlurmConfig,
-        "sample": SampleConfig, "score": ScoreConfig, "pairing": PairingConfig, "iterate": IterateConfig,
+        "sweep": SweepConfig,
+        "plan": PlanConfig,
+        "gpu": GpuConfig,
+        "slurm": SlurmConfig,
+        "sample": SampleConfig,
+        "score": ScoreConfig,
+        "pairing": PairingConfig,
+        "iterate": IterateConfig,
     }
     leaves = {f"{node}.{field.name}" for node, kind in nodes.items() for field in dataclasses.fields(kind)}
     return {*nodes, *leaves, "rounds"}

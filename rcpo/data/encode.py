@@ -13,6 +13,7 @@ from importlib import metadata
 import numpy as np
 
 from rcpo.config import ConfigError
+from rcpo.data.conversations import parse_prompt
 from rcpo.data.formats import FIELDS, as_conversation, read_row
 from rcpo.data.readers import Piece
 from rcpo.data.records import VALUES, BadRow, Content, Example, Row, TextPair
@@ -21,7 +22,7 @@ from rcpo.data.store import PARTS
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
 
-_MADE = "3"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "4"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Encoded:
     """The n usable rows of a piece, and what became of the others; places in the tally are row numbers.
 
     `numbers` (n,) int64 are the rows' numbers in their file, `tokens` (T,) int32 and `lengths` (n, 4) int32
-    prompt, chosen, rejected and gold one after the other, `prompts` (n,) uint64 hashes of the uncut prompts'
-    text, or of a text that has no prompt, `values` (n, 4) the rows' numbers (`VALUES`).
+    prompt, chosen, rejected and gold one after the other, `prompts` (n,) uint64 hashes of the rows' prompts
+    (`prompt_key`), `values` (n, 4) the rows' numbers (`VALUES`).
     """
 
     numbers: np.ndarray
@@ -118,7 +119,7 @@ class Encoder:
                 isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected, row.gold)
             )
             tally.counts["templated"] += templated
-            prompts[number] = pair.prompt or pair.chosen or ""  # plain text is its own
+            prompts[number] = prompt_key(row)
             values[number] = row.values
             texts[templated].append(pair)
         examples = [
@@ -206,7 +207,25 @@ def _as_text(part: Content | None) -> str | None:
     return None if part is None else str(part)
 
 
+def prompt_key(row: Row) -> str:
+    """What makes two rows' prompts the same: the words and roles in the file, whatever renders them.
+
+    Text with turns and the messages that it is read as are the same prompt, and so are a single message of
+    the user and its text. Text without a prompt (`text`) is its own.
+    """
+    prompt = row.prompt or row.chosen or row.rejected or ""
+    try:
+        messages = parse_prompt(prompt) if isinstance(prompt, str) else prompt
+    except BadRow:  # text before its first turn
+        return str(prompt)
+    if len(messages) == 1 and messages[0].keys() == {"role", "content"} and messages[0]["role"] == "user":
+        content = messages[0]["content"]
+        if isinstance(content, str):
+            return content
+    return json.dumps(messages, sort_keys=True, ensure_ascii=False)
+
+
 def prompt_hash(prompt: str) -> int:
-    """64 bits that stand for a prompt's text: of a million distinct ones two are alike with 3 in 10⁸."""
+    """64 bits that stand for a prompt's key: of a million distinct ones two are alike with 3 in 10⁸."""
     digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -201,6 +201,11 @@ class PairDataset(Sequence[Example]):
         return self._chosen_rows(np.concatenate([store.prompts for store in self._stores]))
 
     @cached_property
+    def prompts_fingerprint(self) -> str:
+        """SHA-256 of the distinct prompts, whatever their order and their tokens."""
+        return hashlib.sha256(np.unique(self.prompts).astype("<u8").tobytes()).hexdigest()
+
+    @cached_property
     def shortest(self) -> int:
         """The position of the example with the fewest tokens: the cheapest filler."""
         return int(self.lengths.sum(axis=1).argmin())

@@ -25,6 +25,7 @@ from rcpo.evaluation.judge_prompts import Prompt, read_answers, read_prompts
 from rcpo.evaluation.whole import load_whole, policy_source
 from rcpo.hub import Source
 from rcpo.models import load_tokenizer
+from rcpo.session import refuse_other_split
 from rcpo.start import reference_source
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Judging:
         endpoint = Endpoint(config.judge)
         source = policy_source(config, run_dir, final)
         tokenizer = load_tokenizer(source.tokenizer, config.model)
-        prompts, asked = _prompts(config, config.data, tokenizer)
+        prompts, asked = _prompts(config, run_dir, config.data, tokenizer)
         given: dict[str, str] = {}
         against = config.judge.against
         if against is not None and against != REFERENCE and Path(against).expanduser().is_file():
@@ -117,7 +118,7 @@ class Judging:
             )
         source = hub.source("judge.against", str(folder), hub.folder)
         tokenizer = load_tokenizer(source.tokenizer, config.model)
-        prompts, asked = _prompts(config, data, tokenizer)
+        prompts, asked = _prompts(config, run_dir, data, tokenizer)
         if [prompt.place for prompt in prompts] != [prompt.place for prompt in self.prompts]:
             raise ConfigError(
                 f"judge.against={against}: its tokenizer leaves other held-out prompts; give both the same "
@@ -153,11 +154,11 @@ class Judging:
 
 
 def _prompts(
-    config: RunConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, run_dir: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Prompt], Asked]:
     judge = config.judge
     if judge.prompts is None:
-        return _held_out(config, data, tokenizer)
+        return _held_out(config, run_dir, data, tokenizer)
     prompts = read_prompts(Path(judge.prompts).expanduser(), judge.max_examples)
     if all(prompt.ours is not None for prompt in prompts):
         return prompts, Asked({}, set(), LONGEST)
@@ -165,10 +166,12 @@ def _prompts(
 
 
 def _held_out(
-    config: RunConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, run_dir: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Prompt], Asked]:
     """The held-out prompts, each once, with their first chosen response."""
-    dataset = load_datasets(data, tokenizer, config.seed).evaluation
+    datasets = load_datasets(data, tokenizer, config.seed)
+    refuse_other_split(config, run_dir, datasets)
+    dataset = datasets.evaluation
     if dataset is None:
         raise ConfigError(
             "nothing is held out to ask the judge about; give judge.prompts, data.eval_path, or "

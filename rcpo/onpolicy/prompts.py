@@ -14,7 +14,7 @@ from rcpo.config import ConfigError, DataConfig
 from rcpo.config.data import train_sources
 from rcpo.data import sums
 from rcpo.data.dataset import load_datasets, make_encoder
-from rcpo.data.encode import Encoder, prompt_hash
+from rcpo.data.encode import Encoder, prompt_hash, prompt_key
 from rcpo.data.identity import HEX_DIGITS
 from rcpo.data.records import BadRow, Content, Row
 from rcpo.data.sources import find_source
@@ -131,12 +131,12 @@ def _wanted(encoder: Encoder, value: object, place: str, wanted: set[int]) -> Pr
     if isinstance(value, BadRow):
         return None
     try:
-        _, _, pair = encoder.render(value, place)
+        _, row, pair = encoder.render(value, place)
     except BadRow:
         return None
     if not pair.prompt:
         raise ConfigError(f"{place}: text without a prompt (`text`) leaves nothing to answer")
-    name = prompt_hash(pair.prompt)
+    name = prompt_hash(prompt_key(row))
     if name not in wanted:
         return None
     wanted.discard(name)

@@ -71,6 +71,22 @@ def test_loading_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:
     assert not set(first.train.ids) & set(first.evaluation.ids)
 
 
+def test_what_is_held_out_depends_on_the_prompts_in_the_file_alone(tmp_path: Path) -> None:
+    """Not on the template, the system prompt, or the day that a template writes."""
+    text = [{"prompt": f"q{n}", "chosen": f"a{n}", "rejected": "b"} for n in range(40)]
+    turns = [row | {"prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant:"} for row in text]
+    messages = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in text]
+    found = []
+    for name, rows in (("text", text), ("turns", turns), ("messages", messages)):
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        for settings in ({"template": "chatml"}, {"template": "zephyr", "system_prompt": "Today is 1 May"}):
+            data = load(path=path, eval_fraction=0.25, **settings)
+            found.append(([place.partition(":")[2] for place in data.evaluation.ids], data.split))
+    assert len(found) == 6 and len(found[0][0]) == 10
+    assert all(other == found[0] for other in found[1:])
+    assert load(2, path=path, eval_fraction=0.25, template="chatml").split != found[0][1]
+
+
 def test_held_out_pairs_may_come_from_a_file(tmp_path: Path) -> None:
     data = load(
         path=write(tmp_path / "train.jsonl", pairs(10)), eval_path=write(tmp_path / "e.jsonl", pairs(12))
