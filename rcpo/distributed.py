@@ -20,14 +20,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 _BEAT = 2.0  # seconds between signs of life to ranks that wait
+LOCAL = "RCPO_LOCAL_RANK"  # the launcher's LOCAL_RANK
 BROADCAST_ELEMENTS = 1 << 22  # a piece of an array on the device
 
 
 def device() -> torch.device:
     """This rank's accelerator, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", device_index(local_rank(), torch.cuda.device_count()))
     return torch.device("cpu")
+
+
+def local_rank() -> int:
+    """This process's place among those of its node; 0 where no launcher gave it one."""
+    return int(os.environ.get(LOCAL) or os.environ.get("LOCAL_RANK") or "0")
+
+
+def device_index(local: int, visible: int) -> int:
+    """The GPU of a node's process: the only one that it sees, or the one of its number."""
+    return 0 if visible == 1 else local
 
 
 def meeting_store(*, holds: bool, seconds: float) -> Any:
@@ -60,12 +71,13 @@ def initialize(timeout_minutes: float = 30, store: Any = None) -> None:
     A collective operation that some rank does not join within the time fails on the others. `store` is where
     the ranks have met (None: they meet where the environment says).
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, whoever made the group
+    alone = int(os.environ.get("WORLD_SIZE") or "1") == 1
+    where = device()
+    # DeepSpeed takes it for the number of the GPU, which is another one where each process sees its own alone
+    os.environ.setdefault(LOCAL, str(local_rank()))
+    os.environ["LOCAL_RANK"] = str(local_rank() if where.index is None else where.index)
     if dist.is_initialized():
         return
-    where = device()
     if where.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:

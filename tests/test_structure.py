@@ -21,6 +21,7 @@ ROWS: list[list[str]] = [
         "config",
         "building",
         "distributed",
+        "terminal",
         "caching",
         "visible",
         "attention",
@@ -33,6 +34,7 @@ ROWS: list[list[str]] = [
         "metrics",
         "divergence",
         "reference",
+        "inputs",
     ],
     [
         *("pieces", "tensorfiles", "engine", "start", "reference_pass", "scoring", "dynamics", "session"),

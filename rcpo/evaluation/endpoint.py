@@ -20,7 +20,8 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import IO, Any, NoReturn
 from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener, getproxies, proxy_bypass
 
 from rcpo.config import ConfigError, EndpointConfig
 from rcpo.visible import visible
@@ -31,7 +32,8 @@ LONGEST_RETRY_AFTER = 600.0  # seconds that an endpoint may ask for; a longer wi
 _MOST_BYTES = 1 << 24  # of an answer
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _NO_KEY = (401, 403)
-_FOR_ALL = (*range(300, 400), *_NO_KEY, 404, 405)  # no other request would fare better
+_PROXY = 407
+_FOR_ALL = (*range(300, 400), *_NO_KEY, 404, 405, _PROXY)  # no other request would fare better
 
 
 class Unanswered(Exception):
@@ -127,7 +129,7 @@ class Endpoint:
             if isinstance(reason, TimeoutError):
                 raise _Passing(f"no answer within {self._config.timeout:g} s") from error
             said = str(reason) or type(reason).__name__
-            raise _Passing(f"the connection failed ({self._clean(said)})") from error
+            raise _Passing(f"the connection failed ({self._clean(said)}){self._by_proxy()}") from error
 
     def _explain(self, error: HTTPError) -> NoReturn:
         """Raises what an HTTP status other than 200 means."""
@@ -143,8 +145,23 @@ class Endpoint:
             if code in _NO_KEY:
                 state = "is not set" if self._key is None else "is not accepted"
                 hint = f"; the key in the environment variable {self._config.api_key_env} {state}"
-            raise Refused(f"{self._node}.base_url={self._base} answered {said}{hint}") from error
+            raise Refused(
+                f"{self._node}.base_url={self._base} answered {said}{hint}{self._by_proxy()}"
+            ) from error
         raise Unanswered(said) from error
+
+    def _by_proxy(self) -> str:
+        """Which proxy requests go through, without its password; nothing where they go straight."""
+        parts = urlsplit(self._base)
+        name = f"{parts.scheme}_proxy"
+        proxy = getproxies().get(parts.scheme)
+        if not proxy or proxy_bypass(parts.hostname or ""):
+            return ""
+        shown = self._clean(proxy.rpartition("@")[2])
+        return (
+            f"; requests go through the proxy {shown}, which the environment variable {name} names: "
+            f"check it, or add {parts.hostname} to no_proxy"
+        )
 
     def _reply(self, content: bytes) -> Reply:
         try:

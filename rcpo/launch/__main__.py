@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rcpo import terminal
 from rcpo.config import ConfigError, load_run_config
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
@@ -18,6 +19,7 @@ from rcpo.launch.run import TASKS, launch, refused
 
 def main(arguments: list[str]) -> int:
     """`python -m rcpo.launch RUN_DIR [TASK]`; returns the exit code."""
+    terminal.prepare()
     task = arguments[1] if len(arguments) > 1 else "train"
     if len(arguments) not in (1, 2) or task not in TASKS:
         print(f"usage: python -m rcpo.launch RUN_DIR [{'|'.join(TASKS)}]", file=sys.stderr)

@@ -23,6 +23,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_installed(config)
     import torch
 
+    _check_accelerator(torch.cuda.is_available())
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         raise ConfigError(
             "train.dtype=fp16 needs a GPU: DeepSpeed refuses it on a CPU, whose fp16 kernels are partial and "
@@ -32,6 +33,19 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"launch.processes={config.launch.processes} is more than this machine's "
             f"{torch.cuda.device_count()} GPU(s), and a process needs one for itself"
+        )
+
+
+def _check_accelerator(gpu: bool) -> None:
+    """DeepSpeed lets the environment choose; raises ConfigError where it is not what torch computes on."""
+    given, wanted = os.environ.get("DS_ACCELERATOR"), "cuda" if gpu else "cpu"
+    if given == "":
+        del os.environ["DS_ACCELERATOR"]
+    elif given not in (None, wanted):
+        sees = "a GPU" if gpu else "no GPU"
+        raise ConfigError(
+            f"the environment has DS_ACCELERATOR={given}, and torch sees {sees}: unset DS_ACCELERATOR"
+            + (', or hide the GPU: CUDA_VISIBLE_DEVICES=""' if gpu else "")
         )
 
 
@@ -84,7 +98,8 @@ def _check_objective(config: RunConfig) -> None:
 
     wanted = config.objective
     if wanted.module is not None:
-        sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
+        # last: a file there that is named like a library's module is not meant
+        sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
         if importlib.util.find_spec(wanted.module.partition(".")[0]) is None:
             raise ConfigError(
                 f"objective.module={wanted.module} is not installed and not in {os.getcwd()}; "

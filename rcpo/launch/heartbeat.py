@@ -6,11 +6,14 @@ in a collective for half an hour, and do not learn for whom. Each has a socket a
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
@@ -22,6 +25,8 @@ from rcpo.launch.ranks import Ranks
 
 _BEATS = 6  # within the silence that is one too many
 _BEAT = b"."
+_GREETING_BYTES = 512  # the longest first line of a rank: its token and its name
+_STRANGERS = 16  # connections beyond the ranks' own that are listened to at a time
 
 log = logging.getLogger(__name__)
 Lost = Callable[[str], None]
@@ -53,6 +58,8 @@ class Heartbeat:
         self._seconds, self._lost = seconds, lost
         self._leaving = threading.Event()
         self._sockets: list[socket.socket] = []
+        self._token = ""
+        self._places = threading.BoundedSemaphore(_STRANGERS)
         self._threads: list[threading.Thread] = []
 
     def begin(self, ranks: Ranks, store: Any) -> None:
@@ -60,10 +67,15 @@ class Heartbeat:
         if ranks.rank == 0:
             listening = server(os.environ["MASTER_ADDR"], ranks.world_size)
             self._sockets.append(listening)
+            self._token = secrets.token_hex(16)
+            self._places = threading.BoundedSemaphore(ranks.world_size + _STRANGERS)
+            store.set("heartbeat token", self._token)
             store.set("heartbeat", str(listening.getsockname()[1]))
             self._thread(self._accept, listening)
         else:
             address = os.environ["MASTER_ADDR"], int(store.get("heartbeat"))
+            token = store.get("heartbeat token")
+            self._token = token.decode() if isinstance(token, bytes) else str(token)
             try:
                 connection = socket.create_connection(address, timeout=self._seconds)
             except OSError as error:
@@ -71,7 +83,7 @@ class Heartbeat:
                 return
             self._sockets.append(connection)
             connection.settimeout(self._seconds / _BEATS)
-            connection.sendall(f"rank {ranks.rank} on {node_name()}\n".encode())
+            connection.sendall(f"{self._token} rank {ranks.rank} on {node_name()}\n".encode())
             self._thread(self._beat, connection)
 
     def stop(self) -> None:
@@ -96,15 +108,28 @@ class Heartbeat:
                 continue
             except OSError:  # closed by `stop`
                 return
+            if not self._places.acquire(blocking=False):
+                connection.close()
+                continue
             connection.settimeout(self._seconds / _BEATS)
             self._thread(self._listen, connection)
 
     def _listen(self, connection: socket.socket) -> None:
         """Rank 0's side of a rank: whoever leaves, or dies, closes the connection; a cut link does not."""
+        try:
+            self._follow(connection)
+        finally:
+            self._places.release()
+
+    def _follow(self, connection: socket.socket) -> None:
         with connection:
             try:
-                name = _line(connection)
-            except OSError:  # who says no name is none of ours: a scanner of ports
+                token, _, name = _line(connection, self._seconds).partition(" ")
+            except OSError:
+                return
+            # who does not know the token is none of ours: a scanner of ports, or worse
+            if not hmac.compare_digest(token.encode(), self._token.encode()):
+                log.info("heartbeat: a stranger was turned away")
                 return
             try:
                 while _heard(connection) == _BEAT:
@@ -158,9 +183,11 @@ def _heard(connection: socket.socket) -> bytes:
     return connection.recv(1)
 
 
-def _line(connection: socket.socket) -> str:
-    """The name that a rank begins with, up to its line's end."""
-    name = b""
+def _line(connection: socket.socket, seconds: float) -> str:
+    """What a rank begins with, up to its line's end; raises OSError where that is long, or long in coming."""
+    line, end = b"", time.monotonic() + seconds
     while (byte := connection.recv(1)) not in (b"\n", b""):
-        name += byte
-    return name.decode(errors="replace")
+        line += byte
+        if len(line) > _GREETING_BYTES or time.monotonic() > end:
+            raise OSError("a greeting without an end")
+    return line.decode(errors="replace")

@@ -151,4 +151,14 @@ def _message(failure: ProcessFailure) -> str:
 
 def run_command(run_dir: Path, task: str = "train") -> list[str]:
     """The command that trains, or evaluates, RUN_DIR as the configuration in it says."""
-    return [sys.executable, "-m", "rcpo.launch", str(run_dir), task]
+    return [*python(), "-m", "rcpo.launch", str(run_dir), task]
+
+
+def python() -> list[str]:
+    """This interpreter, which imports nothing from the working folder: a `random.py` there is the user's own.
+
+    Only where rcpo itself is found there alone, as in a checkout that is not installed, the folder counts.
+    """
+    root = Path(__file__).resolve().parents[2]
+    elsewhere = any(Path(entry or ".").resolve() == root for entry in sys.path[1:])
+    return [sys.executable] if root == Path.cwd() and not elsewhere else [sys.executable, "-P"]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from rcpo import terminal
 from rcpo.launch.local import Node, launch_workers, run_command
 from rcpo.launch.ranks import meeting_point
 
@@ -19,6 +20,7 @@ def this_node(environment: Mapping[str, str] = os.environ) -> Node:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of this node's ranks."""
+    terminal.prepare()
     ranks, run_dir = int(arguments[0]), Path(arguments[1])
     return launch_workers(ranks, run_command(run_dir), this_node())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rcpo.config import ConfigError
 from rcpo.launch.logs import LOG_FILE
-from rcpo.runfolder import OUTCOME_FILE
+from rcpo.runfolder import OUTCOME_FILE, read_record
 from rcpo.signals import STOPPED
 from rcpo.tracking.jsonl import replace_text
 from rcpo.visible import text_lines
@@ -41,10 +41,17 @@ class Outcome:
 
 def read_outcome(run_dir: Path) -> Outcome | None:
     """What `Outcome.write` left in a folder; None where it left nothing."""
+    path = run_dir / OUTCOME_FILE
     try:
-        return Outcome(**json.loads((run_dir / OUTCOME_FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        record = read_record(path, "the run's rcpo.log says how it ended")
+    except ConfigError as error:
+        return Outcome(FAILED, str(error))
+    if record is None:
         return None
+    code, reason = record.get("code"), record.get("reason")
+    if not isinstance(code, int) or not isinstance(reason, str | None):
+        return Outcome(FAILED, f"{path} is damaged, it holds no outcome")
+    return Outcome(code, reason)
 
 
 def outcome_of(code: int, run_dir: Path) -> Outcome:
@@ -77,16 +84,21 @@ def report_refusal(error: ConfigError) -> None:
     """One message on standard error from each node, and to the local launcher where there is one."""
     if os.environ.get(WORKER) == "1":
         tell_agent(error)
-    elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+    elif _first_of_node():
         print(f"rcpo: {error}", file=sys.stderr)
     log.info("refused: %s", error)
+
+
+def _first_of_node() -> bool:
+    names = ("RCPO_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
+    return next((value for name in names if (value := os.environ.get(name))), "0") == "0"
 
 
 def report_failure(error: Exception, *, everywhere: bool = False) -> None:
     """One message on standard error from rank 0, or every rank, or by the local launcher."""
     if os.environ.get(WORKER) == "1":
         tell_agent(error)
-    elif everywhere or os.environ.get("RANK", "0") == "0":
+    elif everywhere or (os.environ.get("RANK") or "0") == "0":
         print(f"rcpo: {error}", file=sys.stderr, flush=True)
 
 

@@ -28,21 +28,54 @@ def external_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 
     srun counts inside a job step only: a batch script has SLURM_PROCID too, and is a process alone.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        local = int(environment.get("LOCAL_RANK", "0"))
+    rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    local = _number(environment, "LOCAL_RANK") or 0
+    if rank is not None and size is not None:
+        if size == 1 and "MASTER_ADDR" not in environment:  # nobody to meet
+            return None
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "an outer launcher"
-        return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]), local, launcher)
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "SLURM_PROCID" in environment:
-        return Ranks(
-            int(environment["SLURM_PROCID"]), tasks, int(environment.get("SLURM_LOCALID", "0")), "srun"
+        if rank >= size:
+            raise ConfigError(f"the environment has RANK={rank} and WORLD_SIZE={size}: ranks count from 0")
+        return Ranks(rank, size, local, launcher)
+    tasks, place = _number(environment, "SLURM_STEP_NUM_TASKS") or 1, _number(environment, "SLURM_PROCID")
+    if tasks > 1 and place is not None:
+        return Ranks(place, tasks, _number(environment, "SLURM_LOCALID") or 0, "srun")
+    if size not in (None, 1):
+        raise ConfigError(
+            f"the environment has WORLD_SIZE={size} and no RANK: start all processes by torchrun, deepspeed "
+            "or srun, which set both, or unset WORLD_SIZE to train in one process"
         )
     return None
 
 
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """A variable's whole number; None where it is not set, or empty. Raises ConfigError for anything else."""
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ConfigError(f"the environment has {name}={text}, which is not a whole number; unset it")
+    return int(text)
+
+
+def _refuse_incomplete(environment: Mapping[str, str], ranks: Ranks) -> None:
+    """Raises ConfigError for ranks that cannot meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise ConfigError(
+                f"the environment has RANK={ranks.rank} and WORLD_SIZE={ranks.world_size} and no {name}: "
+                "set it to where rank 0 is, as torchrun, deepspeed and srun do; or unset RANK and WORLD_SIZE"
+            )
+    _number(environment, "MASTER_PORT")
+
+
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
-    """Writes srun's ranks and meeting point the way torch.distributed and DeepSpeed read them."""
+    """Writes srun's ranks and meeting point the way torch.distributed and DeepSpeed read them.
+
+    Raises ConfigError where another launcher left out where the ranks meet.
+    """
     if ranks.launcher != "srun":
+        _refuse_incomplete(environment, ranks)
         return
     environment.update(
         RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank)

@@ -89,13 +89,13 @@ def _leave(heartbeat: Heartbeat) -> None:
 
 def refused(error: ConfigError) -> int:
     """The exit code after what was refused before the ranks met, which the other ranks are told."""
-    ranks = external_ranks()
-    if ranks is not None:
-        try:
+    try:
+        ranks = external_ranks()
+        if ranks is not None:
             export_ranks(ranks, os.environ)
             error = meeting.refuse(ranks, str(error))
-        except ConfigError as unreachable:
-            log.info("the other ranks were not told: %s", unreachable)
+    except ConfigError as unreachable:
+        log.info("the other ranks were not told: %s", unreachable)
     report_refusal(error)
     return REFUSED
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rcpo import terminal
 from rcpo.config import ConfigError
 from rcpo.launch import REFUSED, configure_log, external_ranks, refused
 from rcpo.onpolicy.command import start
@@ -13,6 +14,7 @@ from rcpo.onpolicy.settings import Settings
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
+    terminal.prepare()
     if len(arguments) != 1:
         print("usage: python -m rcpo.onpolicy FOLDER", file=sys.stderr)
         return REFUSED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from rcpo.config.parsing import read_tree, structure
 from rcpo.jobs.folders import resolved_dir
 from rcpo.jobs.show import show, shows
 from rcpo.launch import check, configure_log, external_ranks, run_here, world_size
-from rcpo.launch.local import launch_workers
+from rcpo.launch.local import launch_workers, python
 from rcpo.onpolicy.scoring_models import fetch
 from rcpo.onpolicy.settings import Settings
 from rcpo.runfolder import refuse_locked
@@ -80,7 +79,7 @@ def _settings(hydra: Hydra, name: str, overrides: Sequence[str], run: Path | Non
 def settings_of(cfg: DictConfig, config: RunConfig, run: Path | None) -> Settings:
     """The validated settings; raises ConfigError."""
     # nothing is trained, so the global batch need not fit this number of processes
-    config.train.batch_size = config.train.micro_batch_size * world_size(config)
+    config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)
     return Settings(config, onpolicy_config(cfg, config), run)
 
 
@@ -108,4 +107,4 @@ def start(settings: Settings, folder: Path | None) -> int:
 
 def sample_command(folder: Path) -> list[str]:
     """The command that makes the pairs of FOLDER as its settings say."""
-    return [sys.executable, "-m", "rcpo.onpolicy", str(folder)]
+    return [*python(), "-m", "rcpo.onpolicy", str(folder)]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import html
 import io
+import os
 import re
 from contextlib import AbstractContextManager
 from typing import Any
+
+os.environ["MPLBACKEND"] = "agg"  # read at import; a notebook's own exists in its kernel alone
 
 import matplotlib as mpl
 from matplotlib.figure import Figure

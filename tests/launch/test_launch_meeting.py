@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -254,12 +256,41 @@ def test_a_silent_rank_is_lost_by_name() -> None:
     lost: list[str] = []
     first, _, store = heartbeats(lost.append, 0.5)
     with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as silent:
-        silent.sendall(b"n7\n.")
+        silent.sendall(store["heartbeat token"].encode() + b" n7\n.")
         end = time.monotonic() + 20
         while not lost and time.monotonic() < end:
             time.sleep(0.05)
     first.stop()
     assert lost == ["n7"]
+
+
+@pytest.mark.parametrize("words", [b"n7\n.", b"0" * 32 + b" n7\n.", b"\n.", b"x" * 100_000, b"\xff\n."])
+def test_a_stranger_who_talks_ends_nothing(words: bytes) -> None:
+    lost: list[str] = []
+    first, _, store = heartbeats(lost.append, 0.3)
+    with (
+        contextlib.suppress(ConnectionError),
+        socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as stranger,
+    ):
+        stranger.sendall(words)
+        stranger.settimeout(20)
+        assert stranger.recv(1) == b""  # turned away, however much was said
+    time.sleep(0.5)
+    first.stop()
+    assert lost == []
+
+
+def test_a_crowd_of_strangers_is_not_listened_to() -> None:
+    lost: list[str] = []
+    first, _, store = heartbeats(lost.append, 60)
+    before = threading.active_count()
+    crowd = [socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) for _ in range(60)]
+    time.sleep(1.0)
+    assert threading.active_count() - before <= 20
+    for stranger in crowd:
+        stranger.close()
+    first.stop()
+    assert lost == []
 
 
 def test_a_stranger_who_says_nothing_is_not_lost() -> None:

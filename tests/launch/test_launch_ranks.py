@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rcpo.config import ConfigError, LaunchConfig, RunConfig
+from rcpo.distributed import device_index
 from rcpo.launch import ranks
 from rcpo.launch.ranks import Ranks, external_ranks, first_node
 
@@ -23,6 +24,53 @@ def test_torchrun_and_srun_are_recognised() -> None:
     assert external_ranks(srun) == Ranks(3, 4, 1, "srun")
     # torchrun inside a job step: the inner launcher's ranks count
     assert external_ranks({**srun, **torchrun}) == Ranks(3, 4, 1, "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK: start all processes by torchrun"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x, which is not a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1, which is not a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2: ranks count from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK=a, which is not"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2,3"}, "SLURM_STEP_NUM_TASKS=2,3, which is not"),
+    ],
+)
+def test_ranks_that_are_none_are_refused_by_variable(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        external_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"WORLD_SIZE": "1"},
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},  # and nowhere to meet: there is nobody to meet
+        {"LOCAL_RANK": ""},
+        {"SLURM_STEP_NUM_TASKS": "", "SLURM_PROCID": ""},
+    ],
+)
+def test_left_over_variables_of_one_process_are_no_launcher(environment: dict[str, str]) -> None:
+    assert external_ranks(environment) is None
+
+
+def test_ranks_that_cannot_meet_are_refused_by_variable() -> None:
+    found = external_ranks({"RANK": "0", "WORLD_SIZE": "2"})
+    assert found is not None
+    with pytest.raises(ConfigError, match="RANK=0 and WORLD_SIZE=2 and no MASTER_ADDR: set it"):
+        ranks.export_ranks(found, {"MASTER_PORT": "1"})
+    with pytest.raises(ConfigError, match="MASTER_PORT=http, which is not a whole number"):
+        ranks.export_ranks(found, {"MASTER_ADDR": "x", "MASTER_PORT": "http"})
+
+
+@pytest.mark.parametrize(("local", "visible", "index"), [(0, 1, 0), (3, 1, 0), (3, 4, 3), (0, 8, 0)])
+def test_a_rank_that_sees_one_gpu_takes_it(local: int, visible: int, index: int) -> None:
+    # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
+    assert device_index(local, visible) == index
 
 
 def test_srun_s_ranks_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
