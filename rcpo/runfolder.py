@@ -12,7 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from rcpo.config.changes import flatten
 from rcpo.visible import text_lines
 
 LOCK_FILE = ".lock"
+SWEEP_LOCK = ".sweep"  # in a sweep's folder, while its runs are started
+JOB_FILE = "job-{}.json"  # of a submitted train, sweep or evaluate
 CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation"  # what belongs to an evaluation, beside evaluation.json
 STATE_FILE = "state.json"  # in a checkpoint: the run's own state
 FINISHED_FILE = "finished.json"  # the same, of a run that came to its end
 EVALUATED = "evaluated"  # in it: whether the evaluation at the end succeeded
@@ -52,6 +55,36 @@ def locked(run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        yield
+
+
+@contextmanager
+def sweeping(sweep_dir: Path) -> Iterator[None]:
+    """Marks a folder, while entered, as one whose runs this process starts one after another."""
+    with (sweep_dir / SWEEP_LOCK).open("a", encoding="utf-8") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_sweeping(sweep_dir: Path) -> bool:
+    """Whether a process is starting the runs in a folder at this moment."""
+    try:
+        with (sweep_dir / SWEEP_LOCK).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Waits until no other process is in here with this file, as far as the file system has locks."""
+    with path.open("a", encoding="utf-8") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -105,12 +138,26 @@ def stored_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def finished_state(run_dir: Path) -> dict[str, Any] | None:
-    """The state in which a run came to its end; None where it has not."""
-    path = run_dir / FINISHED_FILE
-    if not path.exists():
+    """The state in which a run came to its end; None where it has not.
+
+    Raises ConfigError where the file is damaged.
+    """
+    return read_record(run_dir / FINISHED_FILE, "remove it, and the run goes on from its last checkpoint")
+
+
+def read_record(path: Path, remedy: str) -> dict[str, Any] | None:
+    """A file's JSON object; None where there is no file. Raises ConfigError where it cannot be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return state
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged, it holds no JSON: {remedy}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} is damaged, it holds no JSON object: {remedy}")
+    return record
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -196,12 +196,32 @@ def slurm_config(cfg: DictConfig) -> SlurmConfig:
             f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "
             "a rank needs a GPU for itself"
         )
+    _check_lines(config)
     if slurm_seconds(config.time) <= config.signal_seconds:
         raise ConfigError(
             f"slurm.time={config.time} is no longer than slurm.signal_seconds={config.signal_seconds}: each "
             "piece would be stopped as it starts; give a longer slurm.time, or a smaller slurm.signal_seconds"
         )
     return config
+
+
+def _check_lines(config: SlurmConfig) -> None:
+    """Raises ConfigError for text that would not stay on its line of a batch script, or in its variable."""
+    for key, value in dataclasses.asdict(config).items():
+        texts = value if isinstance(value, list) else [value]
+        if key != "setup" and any(isinstance(text, str) and not text.isprintable() for text in texts):
+            raise ConfigError(f"slurm.{key}={value!r} has characters that do not print; leave them out")
+    for flag in config.sbatch:
+        if not flag.startswith("-"):
+            raise ConfigError(f"slurm.sbatch: {flag!r} is not a flag of sbatch: it has to begin with -")
+    for name in config.env or {}:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError(
+                f"slurm.env: {name!r} is not the name of a variable: letters, digits and _, not a digit first"
+            )
+    for name, text in (config.env or {}).items():
+        if "\0" in text:
+            raise ConfigError(f"slurm.env.{name} holds a null character, which no variable can")
 
 
 def slurm_seconds(time: str) -> float:

@@ -91,7 +91,8 @@ def _is_over(folders: Sequence[Path], runs: Sequence[Run], calm: bool) -> bool:
     alone = len(runs) == len(folders) and all((folder / CONFIG).exists() for folder in folders)
     if alone and all(run.status is Status.FINISHED for run in runs):
         return True
-    return calm and not any(is_locked(run.folder) for run in runs)
+    waiting = any(run.status is Status.QUEUED for run in runs)
+    return calm and not waiting and not any(is_locked(run.folder) for run in runs)
 
 
 def _write(request: Request, refresh: float | None) -> tuple[Path, list[Run]]:

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpo.comparison import RunSummary, run_values
+from rcpo.comparison import RunSummary, made_with, run_values
 from rcpo.config.schema import ConfigError
 from rcpo.runfolder import (
     FINISHED_FILE,
+    JOB_FILE,
+    LOCK_FILE,
     OUTCOME_FILE,
     is_locked,
+    is_sweeping,
     read_evaluation,
     read_lines,
     read_object,
@@ -47,6 +50,7 @@ class Status(Enum):
 
     FINISHED = "finished"
     RUNNING = "running"
+    QUEUED = "queued"  # configured and waiting for its turn, in a sweep or on a cluster
     ENDED = "ended early"
     EVALUATED = "evaluated"  # a model that was not trained here
 
@@ -121,7 +125,11 @@ class Run:
     @property
     def summary(self) -> RunSummary:
         """The run as comparisons see it."""
-        return RunSummary(self.name, self.settings, run_values(self.folder, self.evaluation, self.rows))
+        return RunSummary(
+            self.name,
+            self.settings | made_with(self.folder),
+            run_values(self.folder, self.evaluation, self.rows),
+        )
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -129,11 +137,21 @@ def find_runs(folder: Path) -> list[Path]:
     if _is_run(folder):
         return [folder]
     found = []
-    for place, children, _ in os.walk(folder):
+    for place, children, _ in os.walk(folder, onerror=_refuse_unreadable):
+        children[:] = [child for child in children if not _is_snapshot(Path(place, child))]
         inside = [child for child in children if _is_run(Path(place, child))]
         found += [Path(place, child) for child in inside]
         children[:] = [child for child in children if child not in inside and not child.startswith(".")]
     return sorted(found, key=lambda path: natural(str(path)))
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is a submitted job's copy of the code."""
+    return (folder / "rcpo" / "__init__.py").is_file()
 
 
 def natural(text: str) -> list[Any]:
@@ -142,7 +160,17 @@ def natural(text: str) -> list[Any]:
 
 
 def _is_run(folder: Path) -> bool:
-    return _config(folder).is_file() and not (folder / "config.json").exists()
+    config = _config(folder)
+    return config.is_file() and not (folder / "config.json").exists() and not _composes(config)
+
+
+def _composes(config: Path) -> bool:
+    """Whether a config.yaml is a primary configuration, which a run's never is: it lists defaults."""
+    try:
+        with config.open(encoding="utf-8", errors="replace") as file:
+            return any(line.startswith("defaults:") for line in file)
+    except OSError:
+        return False
 
 
 def _config(folder: Path) -> Path:
@@ -205,8 +233,17 @@ def _status(folder: Path, trained: bool, error: str | None) -> Status:
         return Status.ENDED
     if (folder / EVALUATION).exists():
         return Status.EVALUATED
+    if not (folder / LOCK_FILE).exists() and (is_submitted(folder) or is_sweeping(folder.parent)):
+        return Status.QUEUED
     age = time.time() - _config(folder).stat().st_mtime
     return Status.RUNNING if age < STARTING else Status.ENDED
+
+
+def is_submitted(folder: Path) -> bool:
+    """Whether a cluster's job was submitted that trains in the folder, by itself or as one of a sweep's."""
+    if (folder / JOB_FILE.format("train")).exists():
+        return True
+    return str(folder) in read_object(folder.parent / JOB_FILE.format("sweep")).get("runs", ())
 
 
 def _last_error(log: Path) -> str | None:

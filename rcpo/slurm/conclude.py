@@ -1,20 +1,32 @@
-"""`python -m rcpo.slurm.conclude RUN_DIR CODE [SWEEP_DIR]`: what a job leaves behind at the end of a run."""
+"""`python -m rcpo.slurm.conclude [evaluate] RUN_DIR CODE [SWEEP_DIR]`: what a job leaves behind."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from rcpo import terminal
+from rcpo.config import ConfigError
 from rcpo.jobs import summary
-from rcpo.launch.outcomes import DONE, outcome_of
+from rcpo.launch.outcomes import DONE, FAILED, outcome_of
+from rcpo.runfolder import EVALUATION
 
 
 def main(arguments: list[str]) -> int:
-    """The run's outcome in its folder and, in a sweep's, the table of what is complete so far."""
-    run_dir, code = Path(arguments[0]), int(arguments[1])
-    outcome_of(code, run_dir).write(run_dir)
-    for sweep_dir in map(Path, arguments[2:]):
-        summary.write(summary.compare(sweep_dir), sweep_dir)
+    """The outcome in the run's folder and, in a sweep's, the table of what is complete so far."""
+    terminal.prepare()
+    evaluates = arguments[0] == "evaluate"
+    run_dir, code, *sweeps = arguments[evaluates:]
+    try:
+        outcome = outcome_of(int(code), Path(run_dir))
+        folder = Path(run_dir, EVALUATION) if evaluates else Path(run_dir)
+        folder.mkdir(exist_ok=True)
+        outcome.write(folder)
+        for sweep_dir in map(Path, sweeps):
+            summary.conclude(sweep_dir)
+    except (ConfigError, OSError) as error:
+        print(f"rcpo: {error}", file=sys.stderr)
+        return FAILED
     return DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config import ConfigError, RunError
+from rcpo.runfolder import JOB_FILE, read_record
 from rcpo.tracking.jsonl import replace_text
 
-JOB_FILE = "job-{}.json"
 # states of a job that has not come to its end
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
 
@@ -35,11 +36,22 @@ class Submitted:
 
 
 def read_submitted(folder: Path, name: str) -> Submitted | None:
-    """The job of that name (train, sweep, evaluate) that was submitted from a folder; None without one."""
-    try:
-        return Submitted(**json.loads((folder / JOB_FILE.format(name)).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    """The job of that name (train, sweep, evaluate) that was submitted from a folder; None without one.
+
+    Raises ConfigError for a damaged record.
+    """
+    path = folder / JOB_FILE.format(name)
+    remedy = "remove it; squeue lists the jobs themselves"
+    record = read_record(path, remedy)
+    if record is None:
         return None
+    try:
+        submitted = Submitted(**record)
+    except TypeError as error:
+        raise ConfigError(f"{path} is damaged, it is not a submitted job: {remedy}") from error
+    if not (isinstance(submitted.job, str) and isinstance(submitted.runs, list)):
+        raise ConfigError(f"{path} is damaged, it is not a submitted job: {remedy}")
+    return submitted
 
 
 def now() -> str:
@@ -48,7 +60,7 @@ def now() -> str:
 
 def job_id(after: str) -> str:
     """The job that `slurm.after` means: an id as it stands, or that of a submitted run's folder."""
-    if after.replace("_", "").isdigit():
+    if re.fullmatch(r"[0-9]+(_[0-9]+)?", after):
         return after
     for name in ("train", "sweep"):
         submitted = read_submitted(Path(after), name)

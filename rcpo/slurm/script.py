@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rcpo.config import ConfigError
 from rcpo.config.commands import SlurmConfig
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
@@ -74,7 +76,7 @@ def directives(job: Job, slurm: SlurmConfig, after: str | None) -> list[str]:
     per_node = slurm.ranks if slurm.tasks == "rank" or not job.trains else 1
     last = len(job.runs or ()) - 1
     at_a_time = f"%{slurm.array_parallel}" if slurm.array_parallel else ""
-    flags = {
+    flags: dict[str, Any] = {
         "job-name": slurm.name or f"{job.name}-{job.folder.name}",
         "partition": slurm.partition,
         "account": slurm.account,
@@ -95,6 +97,11 @@ def directives(job: Job, slurm: SlurmConfig, after: str | None) -> list[str]:
         "kill-on-invalid-dep": None if after is None else "yes",
     }
     given = [f"--{key}={shlex.quote(str(value))}" for key, value in flags.items() if value is not None]
+    for flag in given:
+        if not flag.isprintable():  # a line feed would end the directive, and what follows would be a command
+            raise ConfigError(
+                f"{flag!r} cannot be a line of a batch script: give slurm.* and folders in one line"
+            )
     return [*given, "--requeue" if slurm.requeue else "--no-requeue", *slurm.sbatch]
 
 
@@ -129,13 +136,12 @@ def _srun(slurm: SlurmConfig) -> list[str]:
 
 def _conclusion(job: Job, slurm: SlurmConfig, interpreter: str) -> list[str]:
     """What is left behind for `rcpo submit status`, of a sweep the table so far, and the next piece."""
-    if not job.trains:
-        return []
     sweep = [] if job.runs is None else [shlex.quote(str(job.folder))]
     # a rank, or srun, that was warned before it could listen ends with 128 + SIGUSR1, and has nothing to save
+    task = "" if job.trains else "evaluate "
     lines = ['[ "$code" -ne 138 ] || code=75']
-    lines.append(" ".join([f'{interpreter} -m rcpo.slurm.conclude "$run_dir" "$code"', *sweep]))
-    if slurm.requeue:
+    lines.append(" ".join([f'{interpreter} -m rcpo.slurm.conclude {task}"$run_dir" "$code"', *sweep]))
+    if slurm.requeue and job.trains:
         lines.append("# 75: stopped with a checkpoint saved")
         lines.append('if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi')
     return lines

@@ -29,7 +29,7 @@ def snapshot(folder: Path, modules: set[str], cwd: Path) -> None:
 
 def _source(module: str, cwd: Path) -> Path | None:
     """The file or package folder of a module in `cwd`; None for one that is installed."""
-    sys.path[:0] = [] if str(cwd) in sys.path else [str(cwd)]
+    sys.path += [] if str(cwd) in sys.path else [str(cwd)]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not Path(spec.origin).resolve().is_relative_to(cwd.resolve()):
         return None

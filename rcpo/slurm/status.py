@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from rich.table import Table
 
 from rcpo.config import ConfigError
 from rcpo.launch.outcomes import DONE, read_outcome
-from rcpo.runfolder import FINISHED_FILE
-from rcpo.slurm.queue import JOB_FILE, Queued, Submitted, queue, read_submitted
+from rcpo.runfolder import EVALUATION, FINISHED_FILE, JOB_FILE
+from rcpo.slurm.queue import Queued, Submitted, queue, read_submitted
 
 _TAIL_BYTES = 1 << 16
 METRICS = {"loss": "loss", "winner": "logratios/chosen", "loser": "logratios/rejected", "alpha": "rc/alpha"}
@@ -50,31 +51,32 @@ def report_status(arguments: Sequence[str]) -> int:
     table = Table(title="jobs", title_justify="left")
     for column in ("job", "state", "elapsed", "nodes or reason", "run", "step", *METRICS, "written"):
         table.add_column(column, overflow="fold")
-    for submitted in found:
-        for line in lines(submitted, known):
+    for name, submitted in found:
+        for line in lines(submitted, known, name):
             table.add_row(*map(escape, cells(line)))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return DONE
 
 
-def _submitted(folder: Path) -> Iterator[Submitted]:
+def _submitted(folder: Path) -> Iterator[tuple[str, Submitted]]:
     names = [JOB_FILE.format(name) for name in ("train", "sweep", "evaluate")]
     for pattern in [f"{above}{name}" for above in ("", "*/", "*/*/") for name in names]:
         for path in sorted(folder.glob(pattern)):
-            submitted = read_submitted(path.parent, path.stem.removeprefix("job-"))
+            name = path.stem.removeprefix("job-")
+            submitted = read_submitted(path.parent, name)
             assert submitted is not None
-            yield submitted
+            yield name, submitted
 
 
-def lines(submitted: Submitted, known: dict[str, Queued]) -> list[Line]:
-    """A line for each run of a job; `known` is what SLURM has of it."""
+def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -> list[Line]:
+    """A line for each run of a job (train, sweep, evaluate); `known` is what SLURM has of it."""
     found = []
     for index, folder in enumerate(map(Path, submitted.runs)):
         job = f"{submitted.job}_{index}" if submitted.array else submitted.job
         row, age = last_row(folder / "metrics.jsonl")
         queued = known.get(job)
         if queued is None:  # SLURM forgets a job minutes after its end
-            queued = Queued(left_behind(folder), "", "")
+            queued = Queued(evaluated(folder) if name == "evaluate" else left_behind(folder), "", "")
         found.append(Line(job, queued.state, queued.elapsed, queued.where, folder, row, age))
     return found
 
@@ -89,6 +91,14 @@ def left_behind(run_dir: Path) -> str:
     return f"exit code {outcome.code}: {outcome.reason}"
 
 
+def evaluated(run_dir: Path) -> str:
+    """What a run's folder says of its evaluation job's end."""
+    outcome = read_outcome(run_dir / EVALUATION)
+    if outcome is None:
+        return "GONE"
+    return "DONE" if outcome.code == DONE else f"exit code {outcome.code}: {outcome.reason}"
+
+
 def last_row(path: Path) -> tuple[dict[str, Any], float | None]:
     """The last whole row of a metrics.jsonl, and the seconds since it was written."""
     try:
@@ -101,15 +111,17 @@ def last_row(path: Path) -> tuple[dict[str, Any], float | None]:
         return {}, None
     for line in reversed(tail):
         if line.endswith(b"\n"):
-            row: dict[str, Any] = json.loads(line)
-            return row, age
+            with suppress(ValueError):  # torn, or damaged
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    return row, age
     return {}, age
 
 
 def cells(line: Line) -> list[str]:
     """A line as text; what is not known stays empty."""
     values = [line.row.get(name) for name in METRICS.values()]
-    shown = ["" if value is None else f"{value:.4g}" for value in values]
+    shown = [f"{value:.4g}" if isinstance(value, int | float) else "" for value in values]
     age = "" if line.age is None else f"{line.age:.0f} s ago"
     run = os.path.relpath(line.run)
     return [line.job, line.state, line.elapsed, line.where, run, str(line.row.get("step", "")), *shown, age]

@@ -5,22 +5,32 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rcpo.config import ConfigError, RunConfig, parse, save_run_config
+from rcpo.caching import write_privately
+from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
 from rcpo.config.commands import SlurmConfig, refuse_command_keys, slurm_config
-from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
-from rcpo.jobs.folders import refuse_other, resolved_dir
+from rcpo.config.composition import (
+    PRIMARY,
+    compose_with,
+    hydra_session,
+    over_run,
+    split_arguments,
+    user_part,
+)
+from rcpo.config.parsing import read_tree, structure
+from rcpo.jobs.folders import make_folder, refuse_other, resolved_dir
 from rcpo.jobs.multirun import compose_many, is_complete
 from rcpo.jobs.show import show, shows
 from rcpo.jobs.sweep import combinations
 from rcpo.launch import DONE, FAILED, REFUSED
 from rcpo.launch.checks import check_run
 from rcpo.launch.outcomes import Outcome
+from rcpo.runfolder import EVALUATION, OUTCOME_FILE
 from rcpo.slurm.queue import ACTIVE, Submitted, job_id, now, queue, read_submitted, sbatch
 from rcpo.slurm.script import Job, render
 from rcpo.slurm.snapshot import PACKAGE, snapshot
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 CODE = "code"
+FINAL = "final"
 
 
 @dataclass
@@ -62,7 +73,8 @@ def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
         return REFUSED if plan.refused else DONE
     after = None if plan.slurm.after is None else job_id(plan.slurm.after)
     script = render(plan.job, plan.slurm, after)
-    print(script)
+    hidden = dict.fromkeys(plan.slurm.env or {}, "***")
+    print(render(plan.job, replace(plan.slurm, env=hidden), after))
     if dry_run:
         for folder in plan.job.runs or ():
             print(f"# {folder}")
@@ -73,13 +85,18 @@ def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
         job=sbatch(plan.job.script),
         runs=[str(folder) for folder in plan.job.runs or (plan.job.folder,)],
         array=plan.job.runs is not None,
-        command=[command, *map(redact, arguments)],
+        command=[command, *map(_without_secrets, arguments)],
         git=git_state(PACKAGE / "__init__.py"),
         time=now(),
     )
     submitted.write(plan.job.folder, plan.job.name)
     print(f"rcpo: submitted {plan.job.script} as job {submitted.job}; rcpo submit status shows it")
     return FAILED if plan.refused else DONE
+
+
+def _without_secrets(argument: str) -> str:
+    key = argument.partition("=")[0]
+    return f"{key}=***" if key.lstrip("+").startswith("slurm.env") else redact(argument)
 
 
 def _train(hydra: Hydra, flags: argparse.Namespace) -> Plan:
@@ -112,7 +129,9 @@ def _sweep(hydra: Hydra, flags: argparse.Namespace) -> Plan:
 
 def _evaluate(hydra: Hydra, flags: argparse.Namespace) -> Plan:
     runs = [o.partition("=")[2] for o in flags.overrides if o.startswith("run=")]
-    if not runs:
+    if flags.multirun:
+        raise ConfigError("-m: submit evaluate takes one run at a time")
+    if not runs or not runs[0]:
         raise ConfigError("submit evaluate needs a run, which may still be waiting: run=DIR")
     own = [override for override in flags.overrides if not override.startswith(("run=", "slurm"))]
     asked = [override for override in flags.overrides if override.startswith("slurm")]
@@ -120,9 +139,29 @@ def _evaluate(hydra: Hydra, flags: argparse.Namespace) -> Plan:
     run_dir = Path(runs[0]).absolute()
     if not run_dir.is_dir():
         raise ConfigError(f"run={run_dir} is not a folder; give one that was trained, or submitted")
+    _check_evaluation(hydra, run_dir, own, slurm)
     place = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
     command = ["rcpo.cli", "evaluate", f"run={run_dir}", *own, *place]
     return Plan(Job(run_dir, "evaluate", run_dir / "code-evaluate", Path.cwd(), command), slurm, {})
+
+
+def _check_evaluation(hydra: Hydra, run_dir: Path, own: list[str], slurm: SlurmConfig) -> None:
+    """Raises ConfigError for what the evaluation would refuse when it starts, hours later."""
+    refuse_command_keys(own)
+    base = to_container(structure(read_tree(run_dir / "config.yaml")))
+    config = parse(over_run(hydra, base, own), files=slurm.after is None)
+    if slurm.after is None and not (run_dir / FINAL).is_dir() and not _is_submitted(run_dir):
+        raise ConfigError(f"run={run_dir} has no final/ and no job that is to write it; finish it first")
+    if not (config.eval.preferences or config.eval.tasks or config.eval.judge):
+        raise ConfigError(
+            "nothing to evaluate: eval.preferences=false, eval.judge=false, and eval.tasks is empty"
+        )
+
+
+def _is_submitted(run_dir: Path) -> bool:
+    """Whether a job trains in the folder, by itself or as a run of a sweep."""
+    alone, sweep = read_submitted(run_dir, "train"), read_submitted(run_dir.parent, "sweep")
+    return alone is not None or (sweep is not None and str(run_dir) in sweep.runs)
 
 
 def _training(slurm: SlurmConfig) -> list[str]:
@@ -156,15 +195,17 @@ def _refuse_queued(job: Job) -> None:
 
 def _write(plan: Plan, script: str) -> None:
     job = plan.job
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder, "hydra.run.dir")
     modules = {config.objective.module for config in plan.configs.values()} - {None}
     snapshot(job.code, {str(module) for module in modules}, job.cwd)
     for run_dir, outcome in plan.refused.items():
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir, "hydra.sweep.dir")
         outcome.write(run_dir)
     for run_dir, config in plan.configs.items():
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir, "hydra.sweep.dir")
         save_run_config(config, run_dir / "config.yaml")
     if job.runs is not None:
         job.run_list.write_text("".join(f"{run_dir}\n" for run_dir in job.runs), encoding="utf-8")
-    job.script.write_text(script, encoding="utf-8")
+    if not job.trains:
+        (job.folder / EVALUATION / OUTCOME_FILE).unlink(missing_ok=True)  # of the evaluation before
+    write_privately(job.script, script)  # slurm.env may hold secrets

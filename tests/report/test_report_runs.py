@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ import pytest
 from report_folders import rows, settings, write_run
 
 from rcpo.config import ConfigError
+from rcpo.config.composition import conf_dir
 from rcpo.launch.outcomes import Outcome
+from rcpo.report import command
 from rcpo.report.runs import Status, find_runs, read_run, read_runs
+from rcpo.runfolder import sweeping
 
 
 def test_runs_are_found_at_any_depth_and_counted_naturally(tmp_path: Path) -> None:
@@ -90,6 +94,49 @@ def test_a_run_that_was_just_configured_is_starting_until_its_log_says_otherwise
     (folder / "rcpo.log").unlink()
     os.utime(folder / "config.yaml", (0, 0))
     assert read_run(folder, "run").status is Status.ENDED
+
+
+def test_a_snapshot_of_the_code_is_no_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", settings(), rows(2))
+    shutil.copytree(conf_dir(), tmp_path / "code" / "conf")
+    (tmp_path / "code" / "rcpo").mkdir()
+    (tmp_path / "code" / "rcpo" / "__init__.py").touch()
+    shutil.copytree(conf_dir(), tmp_path / "elsewhere" / "conf")  # a checkout of somebody's
+    assert find_runs(tmp_path) == [run]
+    assert find_runs(tmp_path / "elsewhere" / "conf") == []
+
+
+def test_a_run_that_waits_is_queued_however_long(tmp_path: Path) -> None:
+    alone, task = tmp_path / "alone", tmp_path / "many" / "seed-1"
+    for folder in (alone, task):
+        write_run(folder, settings(), [], finished=False)
+        os.utime(folder / "config.yaml", (0, 0))
+        assert read_run(folder, "run").status is Status.ENDED
+    (alone / "job-train.json").write_text("{}")
+    (task.parent / "job-sweep.json").write_text(json.dumps({"runs": [str(task)]}))
+    for folder in (alone, task):
+        assert read_run(folder, "run").status is Status.QUEUED
+        (folder / ".lock").touch()  # it began, and nobody holds it any more
+        assert read_run(folder, "run").status is Status.ENDED
+
+
+def test_a_run_of_a_sweep_under_way_is_queued(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "seed-1", settings(), [], finished=False)
+    os.utime(folder / "config.yaml", (0, 0))
+    with sweeping(tmp_path):
+        assert read_run(folder, "run").status is Status.QUEUED
+        with sweeping(tmp_path):  # two calls may fill one folder
+            assert read_run(folder, "run").status is Status.QUEUED
+    assert read_run(folder, "run").status is Status.ENDED
+
+
+def test_watching_goes_on_while_a_run_waits(tmp_path: Path) -> None:
+    done = write_run(tmp_path / "done", settings(), rows(2))
+    queued = write_run(tmp_path / "queued", settings(), [], finished=False)
+    (queued / "job-train.json").write_text("{}")
+    runs = [read_run(folder, folder.name) for folder in (done, queued)]
+    assert not command._is_over([tmp_path], runs, calm=True)
+    assert command._is_over([tmp_path], runs[:1], calm=True)
 
 
 def test_a_model_that_was_only_evaluated_is_no_failure(tmp_path: Path) -> None:

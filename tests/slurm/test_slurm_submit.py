@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from rcpo.cli import app
-from rcpo.config import ConfigError, load_run_config
-from rcpo.config.commands import slurm_seconds
+from rcpo.config import ConfigError, RunConfig, load_run_config, save_run_config
+from rcpo.config.commands import slurm_config, slurm_seconds
 from rcpo.launch.outcomes import Outcome, read_outcome
+from rcpo.slurm.conclude import main as conclude
 from rcpo.slurm.queue import Queued, job_id, queue, read_submitted
-from rcpo.slurm.status import cells, last_row, lines
+from rcpo.slurm.status import cells, last_row, lines, report_status
 from rcpo.slurm.submit import submit
 
 
@@ -160,6 +162,115 @@ def test_what_sbatch_would_not_read_is_no_time(time: str) -> None:
 def test_keys_of_slurm_are_read_by_submit_alone(slurm: Path) -> None:
     result = CliRunner().invoke(app, ["train", "slurm.nodes=2"])
     assert result.exit_code == 2 and "slurm is read by rcpo submit alone" in result.stderr
+
+
+def test_secrets_of_the_environment_are_neither_shown_nor_readable(
+    slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["slurm.env={HF_HUB_AUTH: planted1}", "+slurm.env.OTHER=planted2", "hydra.run.dir=mine"]
+    assert submit("train", keys, dry_run=True) == submit("train", keys, dry_run=False) == 0
+    said = capsys.readouterr()
+    assert "planted" not in said.out + said.err and "export OTHER='***'" in said.out
+    script = Path("mine/train.sbatch")
+    assert "export HF_HUB_AUTH=planted1\nexport OTHER=planted2\n" in script.read_text()
+    assert script.stat().st_mode & 0o777 == 0o600
+    others = [path for path in Path("mine").rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert len(others) > 100 and not any(b"planted" in path.read_bytes() for path in others)
+    assert json.loads(Path("mine/job-train.json").read_text())["command"] == [
+        "train", "slurm.env=***", "+slurm.env.OTHER=***", "hydra.run.dir=mine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ("slurm.name='a\nrm -rf x'", "slurm.name=.* do not print"),
+        ("slurm.partition='a\rb'", "slurm.partition=.* do not print"),
+        ("slurm.memory='1G\u2028x'", "slurm.memory=.* do not print"),
+        ("slurm.sbatch=['--comment=a\nb']", "slurm.sbatch=.* do not print"),
+        ("slurm.sbatch=[exclusive]", "'exclusive' is not a flag of sbatch"),
+        ("slurm.after='\u00b2'", "neither a job id nor the folder"),
+        ("hydra.run.dir='a\nb'", "cannot be a line of a batch script"),
+    ],
+)
+def test_what_would_be_a_command_of_the_script_is_refused(given: str, part: str, slurm: Path) -> None:
+    with pytest.raises(ConfigError, match=part):
+        submit("train", [given], dry_run=False)
+    assert list(Path().iterdir()) == [] and not (slurm / "sent").exists()
+
+
+@pytest.mark.parametrize("name", ["A B", "1A", "A;rm", "", "A=B", "Ä", "A\n"])
+def test_what_is_not_the_name_of_a_variable_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"slurm\.env: .* is not the name of a variable"):
+        slurm_config(OmegaConf.create({"slurm": {"env": {name: "x"}}}))
+
+
+def test_the_readme_s_two_nodes_of_eight_gpus_are_taken(slurm: Path) -> None:
+    keys = ["objective=simpo", "rc=on", "slurm.nodes=2", "slurm.gpus_per_node=8", "hydra.run.dir=mine"]
+    assert submit("train", keys, dry_run=False) == 0
+    train = load_run_config(Path("mine")).train
+    assert train.micro_batch_size is None and train.microbatch(16) == 2  # 32 pairs on 16 ranks
+
+
+def test_runs_that_share_a_folder_are_refused_before_any_is_submitted(slurm: Path) -> None:
+    with pytest.raises(ConfigError, match=r"two runs of this sweep have the same folder .*seed-1: seed=1"):
+        submit("sweep", ["seed=1,1", "hydra.sweep.dir=many"], dry_run=False)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["eval.max_exampels=3"], "did you mean eval.max_examples"),
+        (["eval.max_examples=0"], "eval.max_examples=0 is out of range"),
+        (["-m"], "one run at a time"),
+        (["sweep.parallel=2"], "is read by rcpo sweep"),
+        (["eval.preferences=false"], "nothing to evaluate"),
+    ],
+)
+def test_an_evaluation_is_checked_before_it_waits(arguments: list[str], part: str, slurm: Path) -> None:
+    submit("train", ["hydra.run.dir=mine"], dry_run=False)
+    (slurm / "sent").unlink()
+    with pytest.raises(ConfigError, match=part):
+        submit("evaluate", ["run=mine", *arguments], dry_run=False)
+    assert not (slurm / "sent").exists()
+
+
+def test_only_a_run_can_be_evaluated(slurm: Path) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(ConfigError, match="empty is not the folder of a run"):
+        submit("evaluate", ["run=empty"], dry_run=False)
+    Path("lost").mkdir()
+    save_run_config(RunConfig(), Path("lost/config.yaml"))
+    with pytest.raises(ConfigError, match="lost has no final/ and no job that is to write it"):
+        submit("evaluate", ["run=lost"], dry_run=False)
+
+
+def test_an_evaluation_s_end_is_its_own_and_not_the_run_s(slurm: Path) -> None:
+    submit("train", ["hydra.run.dir=mine"], dry_run=False)
+    submit("evaluate", ["run=mine"], dry_run=False)
+    Path("mine/finished.json").write_text("{}")
+    submitted = read_submitted(Path("mine"), "evaluate")
+    assert submitted is not None
+    assert [line.state for line in lines(submitted, {}, "evaluate")] == ["GONE"]
+    Path("mine/rcpo.log").write_text(
+        "[now][rcpo][ERROR] - evaluate failed\nTraceback (most recent call last):\nE: x\n"
+    )
+    assert conclude(["evaluate", "mine", "1"]) == 0
+    assert [line.state for line in lines(submitted, {}, "evaluate")] == ["exit code 1: E: x"]
+    assert conclude(["evaluate", "mine", "0"]) == 0
+    assert [line.state for line in lines(submitted, {}, "evaluate")] == ["DONE"]
+    submit("evaluate", ["run=mine"], dry_run=False)  # the end before is not this one's
+    assert [line.state for line in lines(submitted, {}, "evaluate")] == ["GONE"]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"job": 1}', "null"])
+def test_a_damaged_record_of_a_job_is_named(content: str, slurm: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/job-train.json").write_text(content)
+    for call in (lambda: read_submitted(Path("mine"), "train"), lambda: report_status(["mine"])):
+        with pytest.raises(ConfigError, match=r"mine/job-train\.json is damaged.*remove it"):
+            call()
 
 
 def test_a_machine_without_slurm_is_named(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
