@@ -71,7 +71,7 @@ def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration for the policy, or for a frozen reference (`training=False`)."""
     dtype = config.train.dtype
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.microbatch(distributed.world_size()),
         "gradient_accumulation_steps": config.train.accumulation(distributed.world_size()),
         "bf16": {"enabled": dtype == "bf16"},
         "fp16": {"enabled": dtype == "fp16"},

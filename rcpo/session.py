@@ -202,7 +202,8 @@ class Session:
 
     def rank_microbatches(self, step: int) -> list[list[int]]:
         """This rank's dataset positions of a step counted from 0, −1 for fillers."""
-        size, ranks = self.config.train.micro_batch_size, distributed.world_size()
+        ranks = distributed.world_size()
+        size = self.config.train.microbatch(ranks)
         indices = self.batches.indices(step)
         if self.config.groups_by_length(self.objective.spec.couples_batch):
             lengths = self._train_row_lengths[indices]

@@ -402,6 +402,32 @@ def test_a_missing_file_s_nearest_neighbour_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("batch", "ranks", "size", "parts"),
+    [
+        (32, 1, 16, 2),
+        (32, 16, 2, 1),
+        (32, 4, 8, 1),
+        (48, 2, 12, 2),
+        (62, 2, 1, 31),
+        (96, 1, 16, 6),
+        (8, 1, 8, 1),
+    ],
+)
+def test_the_default_micro_batch_is_the_largest_divisor_up_to_16(
+    batch: int, ranks: int, size: int, parts: int
+) -> None:
+    train = TrainConfig(batch_size=batch)
+    assert (train.microbatch(ranks), train.accumulation(ranks)) == (size, parts)
+
+
+def test_a_batch_that_cannot_be_dealt_to_the_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size=32 is not a multiple of 3 .* train\.batch_size=33$"):
+        TrainConfig(batch_size=32).accumulation(3)
+    with pytest.raises(ConfigError, match=r"batch_size=2 .* of 16 .* train\.batch_size=16$"):
+        TrainConfig(batch_size=2).accumulation(16)
+
+
 def test_accumulation_follows_from_batch_micro_batch_and_processes() -> None:
     # 32 pairs in micro-batches of 4 on 2 processes: 32 / (4 · 2) = 4 each
     assert TrainConfig(batch_size=32, micro_batch_size=4).accumulation(world_size=2) == 4

@@ -21,29 +21,48 @@ class RunError(RuntimeError):
     """What ends a run and is no fault of its code: the message says all; the CLI exits with 1."""
 
 
+LARGEST_MICRO_BATCH = 16  # that is chosen without being asked: it fits small models, and large ones are told
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """How long, how many pairs at a time, in which precision.
 
+    `micro_batch_size` None is the largest divisor, up to 16, of a process's share of the batch.
     `on_nonfinite` stop or skip a step whose loss or gradient is not finite, at most `max_nonfinite` in a row.
     """
 
     epochs: int = 1
     max_steps: int | None = None
     batch_size: int = 32
-    micro_batch_size: int = 16
+    micro_batch_size: int | None = None
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
     max_grad_norm: float | None = 1.0
     on_nonfinite: str = "stop"
     max_nonfinite: int = 10
 
+    def microbatch(self, world_size: int) -> int:
+        """Pairs that each of `world_size` ranks takes at a time: as given, or the largest divisor up to 16.
+
+        Raises ConfigError where the global batch cannot be dealt to the ranks.
+        """
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        share, left = divmod(self.batch_size, world_size)
+        if left:
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} is not a multiple of {world_size} process(es); change "
+                f"one of the two, for example train.batch_size={(share + 1) * world_size}"
+            )
+        return max(size for size in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % size == 0)
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks adds up in an optimizer step.
 
         Raises ConfigError where the global batch does not divide.
         """
-        unit = self.micro_batch_size * world_size
+        unit = self.microbatch(world_size) * world_size
         if self.batch_size % unit:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.micro_batch_size="

@@ -73,7 +73,7 @@ def _ways(config: RunConfig) -> Iterator[list[Change]]:
     if not config.train.gradient_checkpointing:
         yield [("train.gradient_checkpointing", True)]
     sizes = {
-        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size or 1,
         "eval.batch_size": config.eval.batch_size,
     }
     for key, size in sizes.items():

@@ -62,6 +62,7 @@ def _plan(cfg: DictConfig, planners: dict[str, Planner]) -> tuple[Planner, Plan]
     config = parse(user_part(cfg))
     settings, gpu = plan_config(cfg)
     ranks = settings.gpus or config.launch.processes
+    config.train.micro_batch_size = config.train.microbatch(ranks)  # so that advice can halve it
     # what a planner keeps holds for any number of GPUs and any engine
     key = repr((dataclasses.replace(settings, gpus=None), gpu, config.model, config.data, config.objective))
     planner = planners.setdefault(key, Planner(settings, gpu))

@@ -133,7 +133,7 @@ class Planner:
             workload=work,
             step=step,
             flops=microbatches * flops,
-            scoring_flops=usual.forward_flops / config.train.micro_batch_size,
+            scoring_flops=usual.forward_flops / config.train.microbatch(ranks),
             deepspeed=messages(weights, config, ranks, microbatches, whole),
             own=own_messages(config, scores, microbatches) if ranks > 1 else [],
         )

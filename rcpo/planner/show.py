@@ -38,8 +38,8 @@ def _heading(plan: Plan) -> list[str]:
         f"{plan.settings.architecture or plan.config.model.name}: {total:,} parameters, "
         f"{'all' if trained == total else f'{trained:,}'} trained",
         f"{plan.ranks} x {'process on a CPU' if plan.gpu is None else plan.gpu.name}: {', '.join(how)}",
-        f"a step: {train.batch_size} pairs, {work.microbatches} micro-batch(es) of {train.micro_batch_size} "
-        f"a rank, {work.tokens:,} tokens with padding ({work.source})",
+        f"a step: {train.batch_size} pairs, {work.microbatches} micro-batch(es) of "
+        f"{train.microbatch(plan.ranks)} a rank, {work.tokens:,} tokens with padding ({work.source})",
         f"the largest micro-batch: {rows.rows} row(s) of {rows.length:,} tokens, {rows.responses:,} scored",
     ]
 

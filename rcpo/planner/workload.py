@@ -86,7 +86,7 @@ def _from_means(config: RunConfig, settings: PlanConfig, sides: int, layout: str
     """Every pair of the mean lengths; the largest micro-batch has the longest that the limits let through."""
     assert settings.prompt_tokens is not None and settings.response_tokens is not None
     prompt, response = settings.prompt_tokens, settings.response_tokens
-    usual = _alike(config.train.micro_batch_size, prompt, response, sides, layout)
+    usual = _alike(config.train.microbatch(ranks), prompt, response, sides, layout)
     longest, limits = (prompt, response), config.data
     if limits.max_length is not None:
         start = min(limits.max_prompt_length or prompt, limits.max_length - 1)
@@ -97,7 +97,7 @@ def _from_means(config: RunConfig, settings: PlanConfig, sides: int, layout: str
         _steps(config, settings.pairs),
         microbatches,
         ranks * microbatches * usual.rows * usual.length,
-        _alike(config.train.micro_batch_size, *longest, sides, layout),
+        _alike(config.train.microbatch(ranks), *longest, sides, layout),
         usual,
         _alike(config.eval.batch_size, *longest, max(sides, 2), layout),
         f"{prompt} tokens a prompt, {response} a response, as given",
@@ -139,7 +139,7 @@ def _microbatches(
     layout: str, ranks: int,
 ) -> Iterator[Rows]:  # fmt: skip
     """The micro-batches of all ranks in the first `steps`, as a session deals them."""
-    size, sides = config.train.micro_batch_size, objective.sides
+    size, sides = config.train.microbatch(ranks), objective.sides
     lengths = row_lengths(data.lengths[:, 0], data.response_lengths(sides), layout)
     for step in range(steps):
         indices = batches.indices(step)
