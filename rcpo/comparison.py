@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.config.changes import FREE_KEYS, FREE_NODES
-from rcpo.runfolder import read_evaluation, read_rows, read_settings
+from rcpo.config.changes import flatten, shapes_evaluation, shapes_judgement, shapes_result
+from rcpo.inputs import EVALUATION_SETTINGS, HELD_OUT, INPUTS, JUDGE, PAIRS, TASKS
+from rcpo.runfolder import FINISHED_FILE, read_evaluation, read_object, read_rows, read_settings
 
 CONFIDENCE = 0.95
 SEED = "seed"
 CALIBRATED = "rc.enabled"
+CONTENTS = "contents"
+TASK_KEYS = ("eval.tasks", "eval.limit", "eval.chat_template")
 # made from metrics.jsonl; every other value but REPETITION is evaluation.json's
 STEPS_IN_BAND = "steps_in_band"
 BEFORE_CALIBRATION = "steps_in_band/before_calibration"
@@ -188,9 +191,35 @@ def summarise_run(folder: Path) -> RunSummary:
     values = read_evaluation(folder / "evaluation.json")
     return RunSummary(
         folder.name,
-        read_settings(folder / "config.yaml"),
+        read_settings(folder / "config.yaml") | made_with(folder),
         run_values(folder, values, read_rows(folder / "metrics.jsonl")),
     )
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """What a result was made with and config.yaml does not tell, as further settings.
+
+    These are the contents of data and models, shortened, and the settings of later evaluations.
+    """
+    finished, made = read_object(folder / FINISHED_FILE), read_object(folder / EVALUATION_SETTINGS)
+    read = {**_node(finished, INPUTS)}
+    found: dict[str, Any] = {}
+    for part, wanted in ((PAIRS, _shapes_pairs), (TASKS, TASK_KEYS.__contains__), (JUDGE, shapes_judgement)):
+        record = _node(made, part)
+        found |= {key: value for key, value in flatten(_node(record, "config")).items() if wanted(key)}
+        if part == PAIRS:
+            read |= {what: hash for what, hash in _node(record, INPUTS).items() if what == HELD_OUT}
+    return found | {f"{CONTENTS}.{what}": str(content)[:8] for what, content in read.items()}
+
+
+def _node(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A mapping inside a record; empty where there is none."""
+    found = record.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _shapes_pairs(key: str) -> bool:
+    return shapes_evaluation(key) and key not in (*TASK_KEYS, "eval.judge", "eval.preferences")
 
 
 def run_values(
@@ -249,17 +278,13 @@ def _last_repetition(path: Path) -> float | None:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys, sorted, that take more than one value and touch what is trained; never the seed."""
+    """The keys, sorted, that take more than one value and touch the result; never the seed."""
     keys = sorted({key for each in settings for key in each})
     return [
-        key for key in keys if _shapes_training(key) and len({repr(each.get(key)) for each in settings}) > 1
+        key
+        for key in keys
+        if key != SEED and shapes_result(key) and len({repr(each.get(key)) for each in settings}) > 1
     ]
-
-
-def _shapes_training(key: str) -> bool:
-    if key.startswith("data."):
-        return True  # other files are other data, until somebody shows that they are not
-    return key != SEED and key not in FREE_KEYS and key.partition(".")[0] not in FREE_NODES
 
 
 def conditions(runs: Sequence[RunSummary]) -> list[Condition]:

@@ -7,29 +7,41 @@ from pathlib import Path
 
 from rcpo import distributed
 from rcpo.checkpoint import Checkpoint, any_checkpoint, newest
-from rcpo.config import ConfigError, RunConfig
-from rcpo.config.changes import changes, refuse_changes, refuse_other_run
+from rcpo.config import ConfigError, RunConfig, TrainConfig
+from rcpo.config.changes import refuse_changes, refuse_other_run
+from rcpo.inputs import Inputs, Standing, read_inputs, refuse_other_training, standing
 from rcpo.runfolder import finished_state
 from rcpo.session import Session
 
 log = logging.getLogger(__name__)
 
 
-def is_complete(config: RunConfig, run_dir: Path) -> bool:
-    """Whether the folder's run came to its end as configured. Collective.
+def shared_inputs(config: RunConfig) -> Inputs:
+    """What the configuration reads, by content, as rank 0 sees it. Collective; raises ConfigError."""
+    found: tuple[Inputs, str | None] = {}, None
+    if distributed.is_main():
+        try:
+            found = read_inputs(config), None
+        except ConfigError as error:
+            found = {}, str(error)
+    inputs, problem = distributed.broadcast_object(found)
+    if problem is not None:
+        raise ConfigError(problem)
+    return inputs
 
-    Raises ConfigError where it ended otherwise and left no checkpoint to go on from.
+
+def finished_standing(config: RunConfig, run_dir: Path) -> Standing | None:
+    """How the finished run in the folder stands to what is configured; None without one. Collective.
+
+    Raises ConfigError where it is another run and cannot go on as this one.
     """
     state = distributed.broadcast_object(finished_state(run_dir))
     if state is None:
-        return False
-    found = changes(state["config"], config)
-    if found and not any_checkpoint(run_dir):
-        raise ConfigError(
-            f"resume={config.resume}: the run in {run_dir} came to its end and left no checkpoint to go on "
-            f"from with {'; '.join(found)}"
-        )
-    return not found
+        return None
+    inputs = shared_inputs(config)
+    found: Standing = distributed.broadcast_object(standing(run_dir, state, config, inputs))
+    refuse_other_training(run_dir, found, config)
+    return found
 
 
 def find_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint | None:
@@ -52,7 +64,20 @@ def refuse_other_contents(checkpoint: Checkpoint, session: Session) -> None:
     """Raises ConfigError where the data or the models are not those that the checkpoint's run was given."""
     before, now = checkpoint.state["contents"], session.contents
     found = [f"{what} (by content)" for what, content in now.items() if before.get(what) != content]
+    if session.objective.spec.couples_batch:
+        found += _other_microbatch(checkpoint, session.config)
     refuse_changes(found, str(checkpoint.folder), session.config)
+
+
+def _other_microbatch(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """A micro-batch that follows from another number of ranks is another loss where its pairs are coupled."""
+    train = checkpoint.state["config"]["train"]
+    before = TrainConfig(batch_size=train["batch_size"], micro_batch_size=train["micro_batch_size"])
+    then = before.microbatch(checkpoint.state["world_size"])
+    now = config.train.microbatch(distributed.world_size())
+    return (
+        [] if then == now else [f"train.micro_batch_size (null, by the number of processes): {then} -> {now}"]
+    )
 
 
 def other_layout(checkpoint: Checkpoint, config: RunConfig) -> str | None:

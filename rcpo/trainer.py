@@ -24,10 +24,17 @@ from rcpo.config import ConfigError, RunConfig, RunError, to_container
 from rcpo.divergence import DivergenceWatch, tokens_per_winner
 from rcpo.dynamics import StepDynamics
 from rcpo.final import FINAL, save_best, save_model
+from rcpo.inputs import INPUTS
 from rcpo.metrics import VOTES, StepSums, pair_values, peak_memory
 from rcpo.nonfinite import NonFiniteWatch
-from rcpo.resume import find_checkpoint, is_complete, other_layout, refuse_other_contents
-from rcpo.runfolder import EVALUATED, FINISHED_FILE, locked
+from rcpo.resume import (
+    find_checkpoint,
+    finished_standing,
+    other_layout,
+    refuse_other_contents,
+    shared_inputs,
+)
+from rcpo.runfolder import EVALUATED, FINISHED_FILE, finished_state, locked
 from rcpo.saving import BestStep, CheckpointWriter
 from rcpo.session import Session
 from rcpo.signals import STOPPED, Stopped, StopRequest
@@ -60,6 +67,7 @@ class Trainer:
         self.divergence = DivergenceWatch(session.config, tokens)
         self.checkpoints = CheckpointWriter(session.run_dir, session.config)
         self.best = BestStep(session.config.checkpoint)
+        self.inputs = shared_inputs(session.config)
         self.step = 0
         self.votes = dict.fromkeys(VOTES, 0)  # ranks that gave each in the last step: the same on all of them
         self._stop = stop
@@ -274,11 +282,16 @@ class Trainer:
             say(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
 
     def _write_finished(self, *, evaluated: bool) -> None:
-        state = {**self.state_dict(), EVALUATED: evaluated}
-        text = json.dumps(state, allow_nan=False)  # of all ranks: the state may have to be gathered
-        if distributed.is_main():
-            replace_text(self.session.run_dir / FINISHED_FILE, text + "\n")
-        distributed.barrier()
+        state = {**self.state_dict(), INPUTS: self.inputs}  # on all ranks: it may have to be gathered
+        write_finished(self.session.run_dir, state, evaluated=evaluated)
+
+
+def write_finished(run_dir: Path, state: dict[str, Any], *, evaluated: bool) -> None:
+    """Rank 0 writes the state of a trained run. Collective."""
+    if distributed.is_main():
+        text = json.dumps({**state, EVALUATED: evaluated}, allow_nan=False)
+        replace_text(run_dir / FINISHED_FILE, text + "\n")
+    distributed.barrier()
 
 
 def unevaluated(run_dir: Path, error: Exception) -> str:
@@ -302,10 +315,13 @@ def train(
     """
     distributed.initialize()
     with StopRequest() as stop, alone_in(run_dir):
-        if config.resume is not None and is_complete(config, run_dir):
-            _say(f"the run in {run_dir} is complete: there is nothing to continue")
+        finished = None if config.resume is None else finished_standing(config, run_dir)
+        if finished is not None and not finished.trained:
+            _complete(config, run_dir, finished.evaluated, evaluate)
             return 0
         checkpoint = find_checkpoint(config, run_dir)
+        if finished is not None and distributed.is_main():  # another run from here on
+            (run_dir / FINISHED_FILE).unlink(missing_ok=True)
         session = Session(config, run_dir, training=True)
         log.info("hashed now, for a checkpoint may be in a hurry: %s", session.contents)
         if checkpoint is not None:
@@ -326,6 +342,26 @@ def train(
     return 0
 
 
+def _complete(config: RunConfig, run_dir: Path, differences: list[str], evaluate: Evaluate | None) -> None:
+    """A run whose training is over: evaluates its weights where that failed or was done otherwise."""
+    if not differences or evaluate is None:
+        _say(f"the run in {run_dir} is complete: there is nothing to continue")
+        return
+    _say(f"the run in {run_dir} is trained; its weights are evaluated again: {'; '.join(differences)}")
+    state = distributed.broadcast_object(finished_state(run_dir))
+    state |= {"config": to_container(config), INPUTS: shared_inputs(config)}
+    write_finished(run_dir, state, evaluated=False)
+    try:
+        session = Session(config, run_dir, training=False, final=run_dir / FINAL)
+        session.prepare_reference(_say)
+        if session.objective.state is not None and state["objective"] is not None:
+            session.objective.state.load_state_dict(state["objective"])
+        evaluate(session)
+    except Exception as error:
+        raise RunError(unevaluated(run_dir, error)) from error
+    write_finished(run_dir, state, evaluated=True)
+
+
 def _train(
     session: Session,
     checkpoint: Checkpoint | None,
@@ -337,6 +373,10 @@ def _train(
     """From a loaded session to `final/`; raises Stopped, saying where, on all ranks."""
     for line in session.datasets.report.lines():
         tracker.message(line)
+    if session.config.train.micro_batch_size is None:
+        ranks = distributed.world_size()
+        size, parts = session.config.train.microbatch(ranks), session.config.train.accumulation(ranks)
+        tracker.message(f"train.micro_batch_size=null: {size} pairs a process, {parts} times a step")
     if any(distributed.gather_objects(bool(stop))):
         raise Stopped("stopped before the first step")
     session.prepare_reference(tracker.message, stop.__bool__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -19,8 +20,9 @@ from tiny import sums_file, tiny_llama
 from rcpo import distributed, resume
 from rcpo.checkpoint import checkpoint_tensors, first_problem
 from rcpo.checkpoint import newest as newest_checkpoint
-from rcpo.config import ConfigError, RunConfig, RunError, to_container
+from rcpo.config import ConfigError, RunConfig, RunError, SourceConfig, to_container
 from rcpo.config.changes import changes, refuse_changes, refuse_other_run
+from rcpo.inputs import Standing, read_inputs, standing
 from rcpo.pieces import find_pieces
 from rcpo.runfolder import locked, refuse_locked, stored_state
 from rcpo.saving import CheckpointWriter
@@ -314,14 +316,62 @@ def test_a_key_that_an_old_checkpoint_lacks_had_its_default() -> None:
 def test_a_run_that_ended_is_complete_and_not_taken_again(
     config: RunConfig, trained: Trainer, tmp_path: Path
 ) -> None:
-    assert not resume.is_complete(config, tmp_path)
-    (tmp_path / "finished.json").write_text(json.dumps(trained.state_dict()))
-    assert resume.is_complete(config, tmp_path)
+    assert resume.finished_standing(config, tmp_path) is None
+    finished = {**trained.state_dict(), "inputs": read_inputs(config), "evaluated": True}
+    (tmp_path / "finished.json").write_text(json.dumps(finished))
+    assert resume.finished_standing(config, tmp_path) == Standing([], [])
     longer = RunConfig(**{**vars(config), "seed": 5, "resume_changed": "allow"})
     with pytest.raises(ConfigError, match="left no checkpoint to go on from with seed: 1 -> 5"):
-        resume.is_complete(longer, tmp_path)
+        resume.finished_standing(longer, tmp_path)
     save(trained, tmp_path, 1)
-    assert not resume.is_complete(longer, tmp_path)
+    assert resume.finished_standing(longer, tmp_path) == Standing(["seed: 1 -> 5"], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "trained_otherwise", "evaluated_otherwise"),
+    [
+        ({"eval.max_examples": 4}, [], ["eval.max_examples: None -> 4"]),
+        ({"eval.batch_size": 4}, [], []),
+        ({"eval.every": 4}, ["eval.every: 0 -> 4"], []),
+        ({"probe.size": 4}, ["probe.size: 16 -> 4"], []),
+        ({"data.path": "other"}, ["the training data (by content)"], []),
+        ({"data.path": "copy"}, [], []),
+        ({"data.eval_path": "other"}, [], ["the held-out data (by content)"]),
+        ({"data.sources": "other"}, ["the training data (by content)"], []),
+    ],
+)
+def test_a_complete_run_has_the_same_data_and_evaluation(
+    config: RunConfig,
+    trained: Trainer,
+    tmp_path: Path,
+    change: dict[str, Any],
+    trained_otherwise: list[str],
+    evaluated_otherwise: list[str],
+) -> None:
+    assert config.data.path is not None
+    files = {"other": sums_file(tmp_path / "other.jsonl", 23), "copy": str(tmp_path / "pairs.jsonl")}
+    shutil.copy(config.data.path, files["copy"])
+    state = {**trained.state_dict(), "inputs": read_inputs(config), "evaluated": True}
+    now = copy.deepcopy(config)
+    for key, value in change.items():
+        node, leaf = key.split(".")
+        given = files.get(value, value)
+        setattr(getattr(now, node), leaf, [SourceConfig(path=given)] if leaf == "sources" else given)
+    found = standing(tmp_path, state, now, read_inputs(now))
+    assert found.trained == trained_otherwise
+    assert found.evaluated == evaluated_otherwise
+
+
+def test_data_that_changed_in_place_are_other_data(
+    config: RunConfig, trained: Trainer, tmp_path: Path
+) -> None:
+    now = copy.deepcopy(config)
+    now.data.path = now.data.eval_path = sums_file(tmp_path / "pairs.jsonl", 24)
+    state = {**trained.state_dict(), "inputs": read_inputs(now), "evaluated": True}
+    assert standing(tmp_path, state, now, read_inputs(now)).complete
+    sums_file(tmp_path / "pairs.jsonl", 25)
+    found = standing(tmp_path, state, now, read_inputs(now))
+    assert found == Standing(["the training data (by content)"], ["the held-out data (by content)"])
 
 
 def test_other_data_and_another_model_are_refused(trained: Trainer, saved: Path) -> None:

@@ -105,6 +105,39 @@ def test_what_a_run_shows_and_where_it_runs_makes_no_condition() -> None:
     assert differing([settings(), settings(**{"data.path": "b.jsonl"})]) == ["data.path"]
 
 
+@pytest.mark.parametrize("key", ["eval.max_examples", "eval.max_new_tokens", "eval.scorer", "judge.model"])
+def test_other_evaluation_settings_are_another_condition(key: str) -> None:
+    assert len(conditions([run(seed=1, **{key: 1}), run(seed=2, **{key: 2})])) == 2
+    free = {"eval.batch_size": 7, "judge.timeout": 3.0, "data.workers": 4}
+    assert len(conditions([run(seed=1), run(seed=2, **free)])) == 1
+
+
+def test_a_later_evaluation_with_other_settings_or_data_is_another_condition(tmp_path: Path) -> None:
+    for seed in (1, 2, 3, 4):
+        folder = tmp_path / f"seed-{seed}"
+        (folder / "evaluation").mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"seed: {seed}\neval: {{max_examples: null}}\n")
+        inputs = {"the training data": "aaaa", "the held-out data": "bbbb"}
+        (folder / "finished.json").write_text(json.dumps({"inputs": inputs}))
+    for seed, limit, held_out in ((1, None, "bbbb"), (2, 8, "bbbb"), (3, None, "cccc")):
+        record = {"config": {"eval": {"max_examples": limit}}, "inputs": {"the held-out data": held_out}}
+        (tmp_path / f"seed-{seed}" / "evaluation" / "settings.json").write_text(json.dumps({"pairs": record}))
+    (tmp_path / "seed-4" / "finished.json").write_text(json.dumps({"inputs": {**inputs}}))
+    found = conditions([summarise_run(folder) for folder in sorted(tmp_path.iterdir())])
+    # seed 1 was evaluated again as it had been; seeds 2 and 3 were not
+    assert [[each.seed for each in condition.runs] for condition in found] == [[1, 4], [2], [3]]
+
+
+def test_runs_on_data_that_changed_in_place_are_another_condition(tmp_path: Path) -> None:
+    for seed, content in ((1, "aaaa"), (2, "aaaa"), (3, "bbbb")):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"seed: {seed}\ndata: {{path: pairs.jsonl}}\n")
+        (folder / "finished.json").write_text(json.dumps({"inputs": {"the training data": content}}))
+    found = conditions([summarise_run(folder) for folder in sorted(tmp_path.iterdir())])
+    assert [[each.seed for each in condition.runs] for condition in found] == [[1, 2], [3]]
+
+
 def test_a_name_holds_what_differs_within_its_objective() -> None:
     found = labelled([settings(), settings(**{"optim.lr": 2e-4}), settings("simpo")])
     assert found == ["dpo optim.lr=0.0001", "dpo optim.lr=0.0002", "simpo"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rcpo.config.parsing import to_container
 from rcpo.config.schema import ConfigError, RunConfig
 
+DATA_FREE = ("data.streaming", "data.cache", "data.workers")  # how data are read, but not which
 # What a run shows, keeps and where it runs: none of it touches a weight. Data files are compared by content.
 FREE_NODES = ("log", "eval", "judge", "probe", "checkpoint", "wandb", "launch", "engine", "dynamics", "watch")
 FREE_KEYS = (
@@ -18,10 +19,46 @@ FREE_KEYS = (
     "data.path",
     "data.eval_path",
     "data.sources",
-    "data.streaming",
-    "data.cache",
-    "data.workers",
+    *DATA_FREE,
 )
+# what a run writes down while it trains, which no later evaluation can make up for
+RECORDED_NODES = ("log", "dynamics", "probe")
+RECORDED_KEYS = ("eval.every", "checkpoint.best", "checkpoint.best_mode")
+# of eval.*: how fast an evaluation is, or when and of which weights one is made, but not what it gives
+EVALUATION_FREE = ("eval.every", "eval.batch_size", "eval.task_batch_size", "eval.checkpoints")
+# of judge.*: where and how patiently the judge is asked, but not what
+JUDGE_FREE = tuple(
+    f"judge.{name}"
+    for name in (
+        *("base_url", "api_key_env", "concurrency", "timeout", "retries", "backoff"),
+        *("price_in", "price_out"),
+    )
+)
+
+
+def shapes_evaluation(key: str) -> bool:
+    """Whether a key changes what an evaluation gives for the same weights."""
+    return key.partition(".")[0] == "eval" and key not in EVALUATION_FREE
+
+
+def shapes_training(key: str) -> bool:
+    """Whether a key changes the weights that come out."""
+    return key not in FREE_KEYS and key.partition(".")[0] not in FREE_NODES
+
+
+def shapes_judgement(key: str) -> bool:
+    """Whether a key changes what a judge is asked."""
+    return key.partition(".")[0] == "judge" and key not in JUDGE_FREE
+
+
+def shapes_result(key: str) -> bool:
+    """Whether a key changes a run's weights or what is measured of them.
+
+    Other files are other data, until somebody shows that they are not.
+    """
+    if key.startswith("data."):
+        return key not in DATA_FREE
+    return shapes_training(key) or shapes_evaluation(key) or shapes_judgement(key)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -39,12 +76,31 @@ def changes(old: Mapping[str, Any], new: RunConfig) -> list[str]:
     """`key: old -> new` for each key that changes what is trained; one that `old` lacks had its default."""
     before = flatten(to_container(RunConfig())) | flatten(old)
     after = flatten(to_container(new))
-    if "objective.name" in after and before["objective.name"] != after["objective.name"]:
+    if before["objective.name"] != after["objective.name"]:
         return [f"objective: {before['objective.name']} -> {after['objective.name']}"]
+    return _differences(before, after, shapes_training)
+
+
+def recorded_changes(old: Mapping[str, Any], new: RunConfig) -> list[str]:
+    """The same for each key that changes what a run writes down while it trains."""
+    before = flatten(to_container(RunConfig())) | flatten(old)
+    wanted = {key for key in before if key in RECORDED_KEYS or key.partition(".")[0] in RECORDED_NODES}
+    return _differences(before, flatten(to_container(new)), wanted.__contains__)
+
+
+def evaluation_changes(old: Mapping[str, Any], new: RunConfig) -> list[str]:
+    """The same for each key that changes what the evaluation at the end gives."""
+    before = flatten(to_container(RunConfig())) | flatten(old)
+    return _differences(before, flatten(to_container(new)), shapes_evaluation)
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], wanted: Callable[[str], bool]
+) -> list[str]:
     return [
         f"{key}: {before.get(key)} -> {value}"
         for key, value in after.items()
-        if key not in FREE_KEYS and key.partition(".")[0] not in FREE_NODES and before.get(key) != value
+        if wanted(key) and before.get(key) != value
     ]
 
 

@@ -172,6 +172,8 @@ def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str])
 
     try:
         yield
+    except ConfigError:
+        raise
     except HydraException as error:
         raise ConfigError(_explain(error, hydra, config_name, overrides)) from error
     except OmegaConfBaseException as error:

@@ -25,6 +25,7 @@ from rcpo.evaluation.preference import (
     write_examples,
 )
 from rcpo.evaluation.scorers import scorer_of
+from rcpo.inputs import EVALUATION_SETTINGS
 from rcpo.scoring import Scored
 from rcpo.session import Session
 from rcpo.tracking.jsonl import write_json
@@ -71,6 +72,7 @@ def evaluate_in_training(session: Session) -> dict[str, Any]:
     """
     record = evaluate(session)
     if record and distributed.is_main():
+        (session.run_dir / EVALUATION_SETTINGS).unlink(missing_ok=True)  # of an evaluation before
         write_json(session.run_dir / RECORD, record)
     return {name: value for name, value in record.items() if not name.startswith(PREFIX)}
 

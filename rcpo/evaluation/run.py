@@ -20,6 +20,7 @@ from rcpo.evaluation.judging import Judging
 from rcpo.evaluation.summary import describe, judge_table, summary_table, task_table
 from rcpo.evaluation.whole import load_whole, policy_source
 from rcpo.evaluation.winrate import PREFIX as JUDGED
+from rcpo.inputs import JUDGE, PAIRS, TASKS, write_evaluation_settings
 from rcpo.models import load_tokenizer
 from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
 from rcpo.session import Session
@@ -75,6 +76,7 @@ def evaluate_pairs(
         record = evaluate(session, parameters_geometry=config.eval.parameters_geometry)
         if distributed.is_main():
             merge_record(run_dir, record, kept=MERGED)
+            write_evaluation_settings(run_dir, config, PAIRS)
         show(record)
     if saved:
         evaluate_checkpoints(session, saved, record)
@@ -94,6 +96,7 @@ def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
     if distributed.is_main():
         write_results(run_dir / FOLDER, results)
         merge_record(run_dir, record, kept=("eval/",))
+        write_evaluation_settings(run_dir, config, TASKS)
         Console().print(task_table(record))
 
 
@@ -104,6 +107,7 @@ def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
     def ask() -> None:
         record = judge_pairs(judging.config, judging.endpoint, pairs, run_dir / FOLDER, say)
         merge_record(run_dir, record, kept=("eval/",), renewed=JUDGED)
+        write_evaluation_settings(run_dir, judging.config, JUDGE)
         Console().print(judge_table(record))
 
     distributed.on_main_alone(ask)

@@ -73,7 +73,7 @@ def evaluate(arguments: Sequence[str]) -> int:
             cfg = compose_with(hydra, name, overrides)
             config, run_dir = parse(user_part(cfg)), resolved_dir(cfg, "evaluation")
     # nothing is trained, so the global batch need not fit this number of processes
-    config.train.batch_size = config.train.micro_batch_size * world_size(config)
+    config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)
     check(config, world_size(config))
     ranks = external_ranks()
     main_rank = ranks is None or ranks.rank == 0

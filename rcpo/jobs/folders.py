@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, RunConfig
 from rcpo.config.changes import refuse_other_run
+from rcpo.inputs import read_inputs, refuse_other_training, standing
 from rcpo.launch import world_size
-from rcpo.runfolder import CHECKPOINTS, refuse_locked, stored_state
+from rcpo.runfolder import CHECKPOINTS, finished_state, refuse_locked, stored_state
 
 
 def job_dir() -> Path:
@@ -47,6 +48,19 @@ def refuse_other(run_dir: Path, config: RunConfig, processes: int | None = None)
             f"{run_dir} holds a run already; resume=auto continues it, another hydra.run.dir starts afresh"
         )
     refuse_locked(run_dir)
-    before = stored_state(run_dir)
-    if before is not None:
+    before, finished = stored_state(run_dir), finished_state(run_dir)
+    if finished is not None:
+        found = standing(run_dir, finished, config, read_inputs(config))
+        refuse_other_training(run_dir, found, config)
+    if before is not None and (finished is None or found.trained):
         refuse_other_run(before, str(run_dir), config, processes or world_size(config))
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Makes a folder that `key` names; raises ConfigError where it cannot be, or cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a folder ({error.strerror}); choose another {key}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} cannot be written to; choose another {key}")

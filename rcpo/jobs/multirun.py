@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -13,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, RunConfig, parse, save_run_config
-from rcpo.config.changes import changes
 from rcpo.config.commands import sweep_config
 from rcpo.config.composition import compose_with, refusals_explained, user_part
-from rcpo.jobs import naming  # noqa: F401 - a job elsewhere resolves its folder's name with it
-from rcpo.jobs.folders import job_dir, refuse_other
-from rcpo.launch import DONE, FAILED, REFUSED, external_ranks
+from rcpo.inputs import read_inputs, standing
+from rcpo.jobs.folders import job_dir, make_folder, refuse_other
+from rcpo.jobs.naming import refuse_shared_folders
+from rcpo.launch import DONE, FAILED, LOG_FILE, REFUSED, external_ranks
 from rcpo.launch.outcomes import Outcome
 from rcpo.launch.pool import Pool, run_process, slots
-from rcpo.runfolder import finished_state
+from rcpo.runfolder import finished_state, sweeping
 from rcpo.signals import STOPPED
 
 if TYPE_CHECKING:
@@ -73,20 +74,52 @@ def multirun(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig)
     sweep_dir = Path(cfg.hydra.sweep.dir)
     pinned = [*overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(str(sweep_dir))}"]
     with refusing_leaves_nothing(sweep_dir), refusals_explained(hydra, name, overrides):
+        make_folder(sweep_dir, "hydra.sweep.dir")
+        planned = list(_flatten(_first_pass(hydra, name, pinned, cfg)))
+        refuse_shared_folders((each.run_dir, each.overrides) for each in planned)
         if cfg.hydra.launcher._target_ != BASIC_LAUNCHER:
             jobs = list(_flatten(hydra.multirun(name, remote_job, pinned)))
         else:
-            with Pool(slots(sweep_config(cfg).parallel, cfg.launch.processes)) as pool:
-                jobs = list(_flatten(hydra.multirun(name, lambda job: local_job(pool, job), pinned)))
+            parallel = slots(sweep_config(cfg).parallel, cfg.launch.processes)
+            with sweeping(sweep_dir), Pool(parallel) as pool:
+                jobs = [local_job(pool, each) for each in planned]
                 for job in jobs:
                     job.result()
     return {job.run_dir: job.result() for job in jobs}
 
 
-def local_job(pool: Pool, cfg: DictConfig) -> Job:
-    """Hydra's task for one run of many on this machine: it returns while the run waits for its turn."""
-    run_dir = job_dir()
-    return Job(run_dir, start(run_dir, cfg, lambda: _reported(pool, run_dir)))
+@dataclass(frozen=True)
+class Planned:
+    """A run that has not begun: its folder, the overrides that make it, and its configuration or refusal."""
+
+    run_dir: Path
+    overrides: str
+    config: RunConfig | ConfigError
+
+
+def _first_pass(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig) -> Any:
+    """The runs of a sweep as Hydra composes them here, whatever launcher will start them."""
+    own = [each for each in overrides if each.partition("=")[0] != "hydra/launcher"]
+    here = own if cfg.hydra.launcher._target_ == BASIC_LAUNCHER else [*own, "hydra/launcher=basic"]
+    return hydra.multirun(name, planned_job, here)
+
+
+def planned_job(cfg: DictConfig) -> Planned:
+    """Hydra's task in the first pass over a sweep: nothing is started."""
+    from hydra.core.hydra_config import HydraConfig
+
+    config: RunConfig | ConfigError
+    try:
+        config = parse(user_part(cfg))
+    except ConfigError as error:
+        config = error
+    return Planned(job_dir(), " ".join(map(str, HydraConfig.get().overrides.task)), config)
+
+
+def local_job(pool: Pool, planned: Planned) -> Job:
+    """Begins a run of many on this machine; it waits for its turn."""
+    run_dir = planned.run_dir
+    return Job(run_dir, start(run_dir, planned.config, lambda: _reported(pool, run_dir)))
 
 
 def _reported(pool: Pool, run_dir: Path) -> Future[Outcome]:
@@ -97,8 +130,9 @@ def _reported(pool: Pool, run_dir: Path) -> Future[Outcome]:
 
 def remote_job(cfg: DictConfig) -> Job:
     """Hydra's task for one run of many on another machine: it returns at the run's end."""
-    run_dir = job_dir()
-    outcome = start(run_dir, cfg, lambda: run_process(run_dir))
+    planned = planned_job(cfg)
+    run_dir = planned.run_dir
+    outcome = start(run_dir, planned.config, lambda: run_process(run_dir))
     assert isinstance(outcome, Outcome)
     report(run_dir, outcome)
     return Job(run_dir, outcome)
@@ -107,10 +141,11 @@ def remote_job(cfg: DictConfig) -> Job:
 Started = Future[Outcome] | Outcome
 
 
-def start(run_dir: Path, cfg: DictConfig, begin: Callable[[], Started]) -> Started:
+def start(run_dir: Path, config: RunConfig | ConfigError, begin: Callable[[], Started]) -> Started:
     """Writes the run's configuration into its folder and begins it, unless it is refused or complete."""
     try:
-        config = parse(user_part(cfg))
+        if isinstance(config, ConfigError):
+            raise config
         if is_complete(run_dir, config):
             print(f"rcpo: {run_dir.name}: complete before", flush=True)
             return Outcome(DONE)
@@ -125,9 +160,9 @@ def start(run_dir: Path, cfg: DictConfig, begin: Callable[[], Started]) -> Start
 
 
 def is_complete(run_dir: Path, config: RunConfig) -> bool:
-    """Whether the folder holds this very run, at its end, and it is to be continued."""
+    """Whether the folder holds this very run, at its end, with this evaluation, and it is to be continued."""
     state = None if config.resume is None else finished_state(run_dir)
-    return state is not None and not changes(state["config"], config)
+    return state is not None and standing(run_dir, state, config, read_inputs(config)).complete
 
 
 def report(run_dir: Path, outcome: Outcome) -> None:
@@ -148,8 +183,8 @@ def summary_code(codes: Sequence[int]) -> int:
     return REFUSED if all(code == REFUSED for code in codes) else FAILED
 
 
-def _flatten(results: Any) -> Iterator[Job]:
-    """Jobs from whatever nesting of results a sweeper returns; some return none."""
+def _flatten(results: Any) -> Iterator[Any]:
+    """What the tasks returned, from whatever nesting of results a sweeper returns; some return none."""
     if isinstance(results, list | tuple):
         for entry in results:
             yield from _flatten(entry)
@@ -160,14 +195,18 @@ def _flatten(results: Any) -> Iterator[Job]:
 
 @contextmanager
 def refusing_leaves_nothing(sweep_dir: Path) -> Iterator[None]:
-    """Where a sweep is refused, its folder goes if it holds nothing but Hydra's record of the command."""
+    """Where a sweep is refused, empty folders go, and its own if it has Hydra's record alone."""
     record = sweep_dir / "multirun.yaml"
     try:
         yield
     except ConfigError:
-        if sweep_dir.is_dir() and all(entry == record for entry in sweep_dir.iterdir()):
-            record.unlink(missing_ok=True)
-            sweep_dir.rmdir()
+        if sweep_dir.is_dir():
+            for folder in filter(Path.is_dir, sweep_dir.iterdir()):
+                if all(entry.name == LOG_FILE and not entry.stat().st_size for entry in folder.iterdir()):
+                    shutil.rmtree(folder)
+            if all(entry == record for entry in sweep_dir.iterdir()):
+                record.unlink(missing_ok=True)
+                sweep_dir.rmdir()
         raise
 
 

@@ -7,30 +7,37 @@ the same folder, from its last checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rcpo.config import ConfigError
+from rcpo.config import ConfigError, parse, to_container
+from rcpo.config.changes import flatten, shapes_result
 from rcpo.config.commands import SweepConfig
-from rcpo.config.composition import compose_with
+from rcpo.config.composition import compose_with, user_part
+from rcpo.inputs import read_inputs
+from rcpo.jobs.folders import make_folder
 from rcpo.jobs.multirun import BASIC_LAUNCHER, report, start
 from rcpo.jobs.naming import run_name
 from rcpo.launch import DONE, REFUSED
 from rcpo.launch.outcomes import Outcome
 from rcpo.launch.pool import Pool, slots
-from rcpo.runfolder import read_evaluation, read_rows
+from rcpo.runfolder import read_evaluation, read_rows, sweeping
 from rcpo.signals import STOPPED
+from rcpo.visible import first_line
 
 if TYPE_CHECKING:
     import optuna
     from hydra._internal.hydra import Hydra
-    from hydra.core.override_parser.types import Override
+    from hydra.core.override_parser.types import IntervalSweep, Override
 
 JOURNAL = "optuna.journal"
+_ABOUT = "rcpo"  # attribute of a study: what its trials' values depend on
 _REASON = "reason"  # attribute of a trial that failed by itself; one that was lost has none
 
 
@@ -46,9 +53,11 @@ def search(
     fixed = [str(o.input_line) for key, o in overrides.items() if key not in varied]
     sweep_dir = Path(cfg.hydra.sweep.dir)
     spaces = {key: space(override) for key, override in varied.items()}
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    trials = Trials(hydra, name, fixed, spaces, settings, sweep_dir)
-    with Pool(slots(settings.parallel, cfg.launch.processes)) as pool:
+    about = {"metric": settings.metric, "direction": settings.direction, "space": _as_text(spaces)}
+    about |= {"settings": _fixed_settings(hydra, name, fixed)}
+    make_folder(sweep_dir, "hydra.sweep.dir")
+    trials = Trials(hydra, name, fixed, spaces, settings, sweep_dir, about)
+    with sweeping(sweep_dir), Pool(slots(settings.parallel, cfg.launch.processes)) as pool:
         trials.run(pool)
     return trials.outcomes, trials.as_dict()
 
@@ -76,23 +85,75 @@ def _refuse(varied: list[str], settings: SweepConfig, cfg: DictConfig) -> None:
         )
 
 
+def _as_text(spaces: Mapping[str, optuna.distributions.BaseDistribution]) -> dict[str, str]:
+    from optuna.distributions import distribution_to_json
+
+    return {key: distribution_to_json(each) for key, each in sorted(spaces.items())}
+
+
+def _fixed_settings(hydra: Hydra, name: str, fixed: Sequence[str]) -> dict[str, str]:
+    """What all trials share and their values depend on, with the contents of data and models.
+
+    Where the fixed overrides alone make no configuration, they themselves are compared.
+    """
+    try:
+        config = parse(user_part(compose_with(hydra, name, fixed)))
+        inputs = read_inputs(config)
+    except ConfigError:
+        return {override.partition("=")[0]: override.partition("=")[2] for override in fixed}
+    settings = flatten(to_container(config))
+    kept = {key: str(value) for key, value in settings.items() if shapes_result(key)}
+    return kept | inputs
+
+
 def space(override: Override) -> optuna.distributions.BaseDistribution:
-    """A Hydra sweep as Optuna sees it: interval() with the tags log and int, range(), or choices."""
-    from hydra.core.override_parser.types import IntervalSweep, RangeSweep
+    """A Hydra sweep as Optuna sees it: interval() with the tags log and int, range(), or choices.
+
+    Raises ConfigError, with the override, for what is not a space.
+    """
+    from hydra.errors import HydraException
+
+    try:
+        return _space(override)
+    except (ValueError, TypeError, OverflowError, HydraException) as error:
+        raise ConfigError(f"{override.input_line} is not a space to search: {first_line(error)}") from error
+
+
+def _space(override: Override) -> optuna.distributions.BaseDistribution:
+    from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()
     if isinstance(value, IntervalSweep):
         log = "log" in value.tags
-        assert value.start is not None and value.end is not None
+        low, high = _ends(value, log)
         if "int" in value.tags:
-            return IntDistribution(int(value.start), int(value.end), log=log)
-        return FloatDistribution(value.start, value.end, log=log)
-    choices = list(override.sweep_string_iterator())
+            return IntDistribution(int(low), int(high), log=log)
+        return FloatDistribution(low, high, log=log)
+    if isinstance(value, ChoiceSweep | RangeSweep):  # the sampler draws; the order has to stay the same
+        override = replace(override, _value=replace(value, shuffle=False))
+    choices = list(dict.fromkeys(override.sweep_string_iterator()))
+    if not choices:
+        raise ValueError("it holds no value")
     if isinstance(value, RangeSweep) and isinstance(value.start, int) and isinstance(value.step, int):
         numbers = sorted(map(int, choices))
         return IntDistribution(numbers[0], numbers[-1], step=abs(value.step))
     return CategoricalDistribution(choices)
+
+
+def _ends(value: IntervalSweep, log: bool) -> tuple[float, float]:
+    """Both ends of an interval; raises ValueError where nothing lies between them."""
+    low, high = value.start, value.end
+    assert low is not None and high is not None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("both ends have to be finite numbers")
+    if low > high:
+        raise ValueError(f"it begins above its end; write interval({high:g},{low:g})")
+    if log and low <= 0:
+        raise ValueError("on a log scale it has to begin above 0")
+    if "int" in value.tags and not (float(low).is_integer() and float(high).is_integer()):
+        raise ValueError("the ends of an interval of whole numbers have to be whole")
+    return low, high
 
 
 class Trials:
@@ -106,10 +167,11 @@ class Trials:
         spaces: dict[str, optuna.distributions.BaseDistribution],
         settings: SweepConfig,
         sweep_dir: Path,
+        about: Mapping[str, Any],
     ) -> None:
         self._hydra, self._name, self._fixed, self._spaces = hydra, name, fixed, spaces
         self._settings, self._sweep_dir = settings, sweep_dir
-        self._study = open_study(sweep_dir, settings)
+        self._study = open_study(sweep_dir, settings, about)
         self._pruned: dict[int, int] = {}  # the step after which a trial's run was told to stop, by number
         self.outcomes: dict[Path, Outcome] = {}
 
@@ -145,7 +207,8 @@ class Trials:
         folder.mkdir(exist_ok=True)
         try:
             cfg = compose_with(self._hydra, self._name, [*self._fixed, *chosen])
-            begun = start(folder, cfg, lambda: pool.start(folder, self._watch(trial, folder)))
+            config = parse(user_part(cfg))
+            begun = start(folder, config, lambda: pool.start(folder, self._watch(trial, folder)))
         except ConfigError as error:
             begun = Outcome(REFUSED, str(error))
         if isinstance(begun, Future):
@@ -229,12 +292,12 @@ def _has_ended(trial: optuna.trial.FrozenTrial) -> bool:
     )
 
 
-def open_study(sweep_dir: Path, settings: SweepConfig) -> optuna.Study:
-    """The study in a sweep's folder, new or as it was left; trials that were lost are asked for again."""
+def open_study(sweep_dir: Path, settings: SweepConfig, about: Mapping[str, Any]) -> optuna.Study:
+    """The study in a sweep's folder, new or as it was left; trials that were lost are asked for again.
+
+    `about` is what the trials' values depend on. Raises ConfigError where it was otherwise before.
+    """
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.study import StudyDirection
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -243,13 +306,8 @@ def open_study(sweep_dir: Path, settings: SweepConfig) -> optuna.Study:
         "median": optuna.pruners.MedianPruner(n_startup_trials=settings.pruner_startup),
         "hyperband": optuna.pruners.HyperbandPruner(),
     }
-    study = optuna.create_study(
-        study_name="sweep",
-        storage=JournalStorage(JournalFileBackend(str(sweep_dir / JOURNAL))),
-        direction=StudyDirection[settings.direction.upper()],
-        pruner=pruners[settings.pruner],
-        load_if_exists=True,
-    )
+    study = _load_study(sweep_dir / JOURNAL, settings.direction, about)
+    study.pruner = pruners[settings.pruner]
     before = study.get_trials(deepcopy=False)
     # a continued study would otherwise draw its first points once more
     seed = settings.sampler_seed + len(before)
@@ -259,3 +317,46 @@ def open_study(sweep_dir: Path, settings: SweepConfig) -> optuna.Study:
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
     return study
+
+
+def _load_study(journal: Path, direction: str, about: Mapping[str, Any]) -> optuna.Study:
+    """The journal's study, or a new one that records what it is `about`; raises ConfigError for another."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.study import StudyDirection
+
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        known = optuna.get_all_study_names(storage)
+        if not known:
+            study = optuna.create_study(
+                study_name="sweep", storage=storage, direction=StudyDirection[direction.upper()]
+            )
+            study.set_user_attr(_ABOUT, about)
+            return study
+        study = optuna.load_study(study_name=known[0], storage=storage)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{journal} cannot be read as the journal of a search: {first_line(error)}; choose another "
+            "hydra.sweep.dir"
+        ) from error
+    _refuse_other_search(study.user_attrs.get(_ABOUT), about, journal)
+    return study
+
+
+def _refuse_other_search(before: Mapping[str, Any] | None, now: Mapping[str, Any], journal: Path) -> None:
+    old, new = flatten(before or {}), flatten(now)
+    found = [
+        f"{key.removeprefix('settings.')}: {old.get(key)} -> {new.get(key)}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+    if before is None:
+        found = ["what its values are of was not recorded"]
+    if found:
+        lines = "\n".join(f"  {line}" for line in found)
+        raise ConfigError(
+            f"{journal} holds another search, whose values cannot be compared with this one's:\n{lines}\n"
+            "give the same metric, direction, space and settings, or choose another hydra.sweep.dir"
+        )

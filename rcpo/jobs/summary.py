@@ -33,7 +33,7 @@ from rcpo.comparison import (
 )
 from rcpo.config import ConfigError
 from rcpo.launch.outcomes import DONE, Outcome, read_outcome
-from rcpo.runfolder import FINISHED_FILE, stored_state
+from rcpo.runfolder import EVALUATED, finished_state, read_object, stored_state, taking_turns
 
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"
 SEVERAL = 3  # contrasts, of which a median says more than they do
@@ -74,16 +74,31 @@ class Comparison:
 
 def compare(sweep_dir: Path) -> Comparison:
     """Reads the runs in a sweep's folder; raises ConfigError where there is none."""
+    if sweep_dir.exists() and not sweep_dir.is_dir():
+        raise ConfigError(f"{sweep_dir} is not a folder: give the folder of a sweep")
     folders = sorted(
         {path.parent for name in ("config.yaml", "outcome.json") for path in sweep_dir.glob(f"*/{name}")}
     )
     if not folders:
         raise ConfigError(f"{sweep_dir} holds no runs: it is not the folder of a sweep")
-    complete = [folder for folder in folders if (folder / FINISHED_FILE).exists()]
+    complete = [folder for folder in folders if _is_complete(folder)]
     runs = [summarise_run(folder) for folder in complete]
     found = conditions(runs)
     rest = {folder.name: _why_incomplete(folder) for folder in folders if folder not in complete}
     return Comparison(runs, rest, found, contrasts(found))
+
+
+def _is_complete(folder: Path) -> bool:
+    state = finished_state(folder)
+    return state is not None and bool(state.get(EVALUATED, True))
+
+
+def conclude(sweep_dir: Path, search: Mapping[str, Any] | None = None) -> Comparison:
+    """Compares the runs in a sweep's folder and writes it down; processes that do so take turns."""
+    with taking_turns(sweep_dir / f".{SWEEP_FILE}.lock"):
+        comparison = compare(sweep_dir)
+        write(comparison, sweep_dir, search)
+    return comparison
 
 
 def _why_incomplete(folder: Path) -> Outcome:
@@ -96,7 +111,8 @@ def _why_incomplete(folder: Path) -> Outcome:
 
 
 def write(comparison: Comparison, sweep_dir: Path, search: Mapping[str, Any] | None = None) -> None:
-    """Writes sweep.json, with everything that a report needs, and sweep.md."""
+    """Writes sweep.json, with everything that a report needs, and sweep.md; a study that it had stays."""
+    search = search or read_object(sweep_dir / SWEEP_FILE).get("search")
     record = as_dict(comparison) | ({} if search is None else {"search": search})
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(sweep_dir / SWEEP_FILE, f"{text}\n".encode())

@@ -15,7 +15,7 @@ from rcpo.config.commands import refuse_command_keys, sweep_config
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, refusals_explained, split_arguments
 from rcpo.jobs import summary
 from rcpo.jobs.multirun import compose_many, multirun, summary_code
-from rcpo.jobs.naming import run_name
+from rcpo.jobs.naming import refuse_shared_folders, run_name
 from rcpo.jobs.search import search
 from rcpo.jobs.show import show, shows
 from rcpo.launch import DONE
@@ -63,8 +63,8 @@ def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
 
 def conclude(sweep_dir: Path, search: dict[str, object] | None = None) -> None:
     """Compares what is in a sweep's folder: sweep.json, sweep.md and the terminal."""
-    comparison = summary.compare(sweep_dir)
-    summary.write(comparison, sweep_dir, search)
+    summary.compare(sweep_dir)  # a folder that is none is refused before anything is written there
+    comparison = summary.conclude(sweep_dir, search)
     summary.show(comparison, Console(width=None if sys.stdout.isatty() else 160))
     print(f"rcpo: {len(comparison.runs)} complete runs; draw them: rcpo report {sweep_dir}")
 
@@ -89,9 +89,15 @@ def combinations(
     found = parsed(hydra, name, cfg, [*overrides, *_defaults(overrides, [])])
     named = _naming(cfg, _sweeps(found, "grid"))
     (grid,) = BasicSweeper.split_arguments(list(found.values()), None)
-    for chosen in grid:
-        values = {key: value for key, _, value in (line.partition("=") for line in chosen) if key in named}
-        yield Path(cfg.hydra.sweep.dir) / run_name(values), compose_with(hydra, name, chosen)
+    folders = [Path(cfg.hydra.sweep.dir) / run_name(_values(chosen, named)) for chosen in grid]
+    refuse_shared_folders((folder, " ".join(chosen)) for folder, chosen in zip(folders, grid, strict=True))
+    for folder, chosen in zip(folders, grid, strict=True):
+        yield folder, compose_with(hydra, name, chosen)
+
+
+def _values(chosen: Sequence[str], named: Sequence[str]) -> dict[str, str]:
+    lines = (line.partition("=") for line in chosen)
+    return {key: value for key, _, value in lines if key in named}
 
 
 def _sweeps(found: dict[str, Override], search: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rcpo.config import RunConfig, load_run_config, to_container
+from rcpo.inputs import read_inputs
 from rcpo.launch.outcomes import Outcome
 
 Values = dict[str, float]
@@ -32,6 +33,6 @@ class Runs:
             if given_up is not None and given_up():
                 return Outcome(75, "stopped by a signal"), True
         (run_dir / "evaluation.json").write_text(json.dumps(result))
-        state = {"step": 3, "world_size": 1, "config": to_container(config)}
+        state = {"step": 3, "world_size": 1, "config": to_container(config), "inputs": read_inputs(config)}
         (run_dir / "finished.json").write_text(json.dumps(state))
         return Outcome(0), False

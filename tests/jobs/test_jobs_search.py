@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ def test_spaces_are_hydra_s() -> None:
         "rc.sketch_seed=range(2,9,3)": IntDistribution(2, 8, step=3),
         "objective=dpo,simpo": CategoricalDistribution(["dpo", "simpo"]),
         "optim.weight_decay=choice(0,0.1)": CategoricalDistribution(["0", "0.1"]),
+        "optim.momentum=shuffle(0,0.5,0.9)": CategoricalDistribution(["0", "0.5", "0.9"]),
+        "probe.size=shuffle(range(0,9,4))": IntDistribution(0, 8, step=4),
+        "optim.schedule=choice(linear,linear)": CategoricalDistribution(["linear"]),
+        "engine=glob(zero?)": CategoricalDistribution(["zero0", "zero1", "zero2", "zero3"]),
     }
     with hydra_session() as hydra:
         parser = OverridesParser.create(config_loader=hydra.config_loader)
@@ -126,6 +131,61 @@ def test_what_cannot_be_searched_is_refused(arguments: list[str], part: str, run
     with pytest.raises(ConfigError, match=part):
         jobs.sweep([*SEARCH, *arguments])
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ("optim.lr=tag(log,interval(0,1e-3))", "above 0"),
+        ("train.batch_size=tag(log,int,interval(0,64))", "above 0"),
+        ("optim.lr=interval(1e-3,1e-5)", r"write interval\(1e-05,0\.001\)"),
+        ("train.batch_size=tag(int,interval(8,64.5))", "whole"),
+        ("optim.lr=interval(0,inf)", "finite"),
+        ("optim.lr=interval(0,nan)", "finite"),
+        ("rc.sketch_seed=range(5,2)", "no value"),
+        ("optim.lr=glob(*)", "no value"),
+        ("objective=glob(nothing*)", "no value"),
+        ("optim.lr=range(0.1,1,0)", ""),
+    ],
+)
+def test_what_is_not_a_space_is_refused_with_the_override(given: str, part: str, runs: Runs) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)^{re.escape(given)} is not a space to search: .*{part}"):
+        jobs.sweep([*SEARCH, given])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"sweep.metric": "eval/loss"}, f"metric: {METRIC} -> eval/loss"),
+        ({"sweep.direction": "minimize"}, "direction: maximize -> minimize"),
+        ({"objective.beta": "interval(0.1,2)"}, "space.objective.beta"),
+        ({"objective.beta": "0.1,0.5"}, "space.objective.beta"),
+        ({"train.max_steps": "7"}, "train.max_steps: 200 -> 7"),
+        ({"eval.max_examples": "7"}, "eval.max_examples: None -> 7"),
+    ],
+)
+def test_a_continued_search_keeps_its_metric_direction_space_and_settings(
+    changed: dict[str, str], line: str, runs: Runs
+) -> None:
+    runs.value = lambda config: {METRIC: 0.5, "eval/loss": 0.1}
+    keys = {"objective.beta": "interval(0.1,1)", "sweep.trials": "2"}
+    assert jobs.sweep([*SEARCH, *(f"{key}={value}" for key, value in keys.items())]) == 0
+    before = Path("out", "optuna.journal").read_bytes()
+    with pytest.raises(ConfigError, match=rf"(?s)holds another search.*{re.escape(line)}"):
+        jobs.sweep([*SEARCH, *(f"{key}={value}" for key, value in (keys | changed).items())])
+    assert len(runs.started) == 2 and Path("out", "optuna.journal").read_bytes() == before
+    more = ["sweep.trials=3", "sweep.pruner_startup=1", "wandb.mode=disabled", "sweep.sampler_seed=4"]
+    assert jobs.sweep([*SEARCH, "objective.beta=interval(0.1,1)", *more]) == 0
+    assert len(runs.started) == 3
+
+
+@pytest.mark.parametrize("content", ["not a journal\n", '{"op_code": 0}\n', "[]\n"])
+def test_a_journal_that_cannot_be_read_is_named(content: str, runs: Runs) -> None:
+    Path("out").mkdir()
+    Path("out", "optuna.journal").write_text(content)
+    with pytest.raises(ConfigError, match=r"optuna\.journal cannot be read as the journal"):
+        jobs.sweep([*SEARCH, "objective.beta=interval(0.1,1)"])
 
 
 def test_optuna_that_is_not_installed_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

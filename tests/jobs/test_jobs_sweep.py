@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from imitation import Runs
+from tiny import sums_file
 
 from rcpo import jobs
 from rcpo.config import ConfigError, RunConfig, parse
@@ -20,6 +23,7 @@ from rcpo.jobs.naming import run_name
 from rcpo.launch.outcomes import Outcome, read_outcome
 
 HERE = "hydra.sweep.dir=out"
+HASH = hashlib.sha256(b'[["model.path", "/a b/c"]]').hexdigest()[:8]
 
 
 def by_seed_and_calibration(config: RunConfig) -> dict[str, float]:
@@ -208,10 +212,76 @@ def test_keys_of_a_sweep_are_refused_where_nothing_reads_them(runs: Runs) -> Non
 
 def test_names_of_runs() -> None:
     assert run_name({"objective": "dpo", "rc.ema": "0.9"}) == "objective-dpo_rc.ema-0.9"
-    assert run_name({"model.path": "/a b/c"}) == "model.path--a-b-c"
     assert run_name({}) == "run"
-    long = [run_name({"data.path": "x" * 300 + end}) for end in "ab"]
-    assert len(set(long)) == 2 and all(len(name) < 200 for name in long)
+    # sha256 of [["model.path", "/a b/c"]]
+    assert run_name({"model.path": "/a b/c"}) == "model.path--a-b-c-" + HASH
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"data.path": "x/a.jsonl"}, {"data.path": "x-a.jsonl"}),
+        ({"data.path": "a"}, {"data.path": "a-"}),
+        ({"x": "1_y-2", "y": "3"}, {"x": "1", "y": "2_y-3"}),
+        ({"data.path": "ä" * 300 + "a"}, {"data.path": "ä" * 300 + "b"}),
+        ({"data.path": "'a'"}, {"data.path": "a"}),
+    ],
+)
+def test_other_values_have_another_name_that_any_file_system_takes(
+    one: dict[str, str], other: dict[str, str]
+) -> None:
+    names = [run_name(one), run_name(other)]
+    assert names[0] != names[1] and names[0] == run_name(one)
+    assert all(len(name.encode()) < 200 and "/" not in name for name in names)
+
+
+def test_paths_that_differ_by_punctuation_have_folders_of_their_own(runs: Runs) -> None:
+    for name in ("x/a.jsonl", "x-a.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        sums_file(Path(name), 20)
+    assert jobs.sweep(["data=pairs", "data.path=x/a.jsonl,x-a.jsonl", "train.batch_size=16", HERE]) == 0
+    assert len(set(runs.started)) == 2 and len(list(Path("out").glob("data.path-*"))) == 2
+
+
+@pytest.mark.parametrize("command", [jobs.sweep, lambda arguments: jobs.train(["-m", *arguments])])
+@pytest.mark.parametrize(
+    "keys", [["seed=1,1"], ["seed=1,2", "hydra.sweep.subdir=same"], ["rc=on,true", "hydra.sweep.subdir=r"]]
+)
+def test_two_runs_with_one_folder_are_refused_before_anything_runs(
+    runs: Runs, command: Callable[[list[str]], int], keys: list[str]
+) -> None:
+    if command is not jobs.sweep and "hydra" not in keys[-1]:
+        pytest.skip("train -m numbers its runs' folders")
+    with pytest.raises(ConfigError, match="two runs of this sweep have the same folder"):
+        command([*keys, HERE])
+    assert runs.started == [] and not Path("out").exists()
+
+
+def test_data_that_changed_are_no_complete_run(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["data=pairs", "data.path=pairs.jsonl", "train.batch_size=16", "seed=1,2", HERE]
+    sums_file(Path("pairs.jsonl"), 20)
+    assert jobs.sweep(keys) == 0 and len(runs.started) == 2
+    assert jobs.sweep(keys) == 0 and len(runs.started) == 2
+    sums_file(Path("pairs.jsonl"), 21)
+    assert jobs.sweep(keys) == 2
+    outcome = read_outcome(Path("out/seed-1"))
+    assert outcome is not None and "the training data (by content)" in str(outcome.reason)
+    assert "complete before" not in capsys.readouterr().out.rpartition("seed-2: complete before")[2]
+
+
+def test_another_evaluation_is_made_again_and_not_taken_for_complete(runs: Runs) -> None:
+    assert jobs.sweep(["seed=1,2", HERE]) == 0
+    assert jobs.sweep(["seed=1,2", "eval.max_examples=8", HERE]) == 0
+    assert runs.started == ["seed-1", "seed-2"] * 2
+
+
+def test_a_sweep_s_folder_that_is_a_file_is_refused(runs: Runs) -> None:
+    Path("out").write_text("a file")
+    for command in (jobs.sweep, lambda arguments: jobs.train(["-m", *arguments])):
+        with pytest.raises(ConfigError, match=r"out cannot be a folder .*hydra\.sweep\.dir"):
+            command(["seed=1,2", HERE])
+    with pytest.raises(ConfigError, match="not a folder"):
+        jobs.sweep(["compare=out"])
 
 
 def test_a_summary_needs_no_torch() -> None:
