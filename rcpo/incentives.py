@@ -34,7 +34,7 @@ def incentives(
         chosen = logps.chosen.detach().requires_grad_()
         rejected = None if logps.rejected is None else logps.rejected.detach().requires_grad_()
         leaves = logps.replace(chosen=chosen, rejected=rejected)
-        if isinstance(objective, Objective) and objective.nll_coef:
+        if isinstance(objective, Objective) and objective.uses_chosen_means:
             slope = objective.mean_slope(logps)
             offset = objective.chosen_means(logps).detach() - chosen.detach() * slope
             leaves = leaves.replace(chosen_means=chosen * slope + offset)

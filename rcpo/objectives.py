@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ class Objective:
         self.reduction = reduction
         self.nll_coef = nll_coef
         self.hyperparameters = hyperparameters
-        self.state = RunningMean() if spec.running_mean is not None else None
+        self.state: RunningMean | RunningMeans | None = None
+        if spec.running_mean is not None:
+            self.state = RunningMean()
         self.progress = 0.0  # the share of the run that is done
 
     def __repr__(self) -> str:
@@ -92,9 +95,16 @@ class Objective:
         return self.spec.sorts_batch
 
     @property
-    def margin_scale(self) -> float | None:
-        """What the pairs' margins are multiplied by; None where the loss takes no margins."""
-        return float(self.hyperparameters.get("score_scale", 1.0)) if self.spec.needs_margins else None
+    def margin_ranges(self) -> list[tuple[float, tuple[float, float]]]:
+        """For each use of the pairs' margins, what they are multiplied by and where the products may lie."""
+        if not self.spec.needs_margins:
+            return []
+        return [(float(self.hyperparameters.get("score_scale", 1.0)), self.spec.margins)]
+
+    @property
+    def uses_chosen_means(self) -> bool:
+        """Whether the loss depends on the chosen responses' mean log-prob beside z."""
+        return self.nll_coef != 0
 
     @property
     def sides(self) -> int:
@@ -102,7 +112,7 @@ class Objective:
         return 1 + self.needs_rejected + self.spec.needs_mismatched
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        supplied: dict[str, float] = {} if self.state is None else {"running_mean": self.state.value}
+        supplied = {"running_mean": self.state.value} if isinstance(self.state, RunningMean) else {}
         if self.spec.takes_progress:
             supplied["progress"] = self.progress
         losses = self.spec.loss(logps, **self.hyperparameters, **supplied)
@@ -115,7 +125,7 @@ class Objective:
 
     def observe(self, logps: PairLogps) -> None:
         """Adds a micro-batch of pairs to the running state, where the objective has one."""
-        if self.state is not None and self.spec.running_mean is not None:
+        if isinstance(self.state, RunningMean) and self.spec.running_mean is not None:
             values = self.spec.running_mean(logps, **self.hyperparameters)  # (B,), or side after side
             self.state.observe(values, logps.pair_weights.repeat(len(values) // len(logps.chosen)))
 
@@ -170,10 +180,10 @@ def get_objective(
     tensor([0.6931, 0.6931])
     """
     spec = specification(name, module)
-    reduction = reduction or spec.reduction
+    reduction = reduction or (spec.reduction if spec.make is None else None)
     if reduction == "average":
         reduction = "mean" if spec.reduction == "sum" else spec.reduction
-    if reduction not in REDUCTIONS:
+    if reduction is not None and reduction not in REDUCTIONS:
         raise ValueError(f"objective.reduction={reduction!r}; choose one of {', '.join(REDUCTIONS)}")
     if nll_coef and reduction == "importance":
         raise ValueError("objective.nll_coef is not defined for objective.reduction=importance; set it to 0")
@@ -185,4 +195,135 @@ def get_objective(
             near = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(defaults) or 'none'}"
             raise ValueError(f"objective {name} has no hyper-parameter {key!r}; {hint}")
-    return Objective(spec, reduction, nll_coef, {**defaults, **hyperparameters})
+    make: Callable[..., Objective] = spec.make or Objective
+    return make(spec, reduction, nll_coef, {**defaults, **hyperparameters})
+
+
+class RunningMeans:
+    """The running means of a mixture's parts, None for those without one, as one state."""
+
+    def __init__(self, means: Sequence[Any]) -> None:
+        self._means = means
+
+    def step(self, reduce: Callable[[Tensor], Tensor] = lambda x: x, *, keep: bool = True) -> None:
+        for mean in filter(None, self._means):
+            mean.step(reduce, keep=keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(place): mean.state_dict() for place, mean in enumerate(self._means) if mean is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for place, mean in enumerate(self._means):
+            if mean is not None:
+                mean.load_state_dict(state[str(place)])
+
+
+class Mixture(Objective):
+    """Σ of other objectives' losses by their weights: `parts` are mappings of `name`, `weight` and settings.
+
+    Each part works in its own reduction; z is that of the mixture, and a mean is a sum over the length. Every
+    pair counts alike, in `sft` too, unless all parts weight by tokens. The rewards are the first part's.
+
+    >>> parts = [{"name": "dpo", "beta": 1.0}, {"name": "simper", "weight": 0.5}]
+    >>> get_objective("mix", parts=parts).reduction
+    'sum'
+    """
+
+    def __init__(
+        self, spec: Specification, reduction: str | None, nll_coef: float, hyperparameters: dict[str, Any]
+    ) -> None:
+        parts = list(enumerate(hyperparameters["parts"]))
+        if not parts:
+            raise ValueError("objective.parts is empty: give at least one, [{name: dpo, weight: 1}, …]")
+        self.parts = [_part(place, settings) for place, settings in parts]
+        objectives = [part for _, part in self.parts]
+        reductions = {part.reduction for part in objectives}
+        usual = "sum" if "sum" in reductions else min(reductions)
+        super().__init__(_joined(spec, objectives), reduction or usual, nll_coef, hyperparameters)
+        if len({*reductions, self.reduction}) > 1 and "importance" in {*reductions, self.reduction}:
+            raise ValueError("objective.parts: reduction=importance goes with no other in a mixture")
+        for part in objectives:
+            if part.spec.needs_mismatched and part.reduction != self.reduction:
+                raise ValueError(
+                    f"objective.parts: {part.name} takes reduction={part.reduction}, which "
+                    f"objective.reduction={self.reduction} cannot become for mismatched completions; set it"
+                )
+        states = [part.state for part in objectives]
+        self.state = RunningMeans(states) if any(state is not None for state in states) else None
+
+    def __call__(self, logps: PairLogps) -> Tensor:
+        total = torch.zeros_like(logps.chosen)
+        for weight, part in self.parts:
+            part.progress = self.progress
+            total = total + weight * part(self._for(part, logps))
+        return total - self.nll_coef * self.chosen_means(logps) if self.nll_coef else total
+
+    def observe(self, logps: PairLogps) -> None:
+        for _, part in self.parts:
+            part.observe(self._for(part, logps))
+
+    @property
+    def margin_ranges(self) -> list[tuple[float, tuple[float, float]]]:
+        return [use for _, part in self.parts for use in part.margin_ranges]
+
+    @property
+    def uses_chosen_means(self) -> bool:
+        return self.nll_coef != 0 or any(part.uses_chosen_means for _, part in self.parts)
+
+    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor | None]:
+        first = self.parts[0][1]
+        chosen, rejected = first.rewards(self._for(first, logps))
+        if rejected is None and logps.rejected is not None:
+            return super().rewards(logps)
+        return chosen, rejected
+
+    def _for(self, part: Objective, logps: PairLogps) -> PairLogps:
+        """The log-probs in a part's own reduction."""
+        if part.reduction == self.reduction:
+            return logps
+        sides = (("chosen", logps.chosen_lengths), ("rejected", logps.rejected_lengths))
+        changes = {}
+        for side, lengths in sides:
+            for name in (side, f"ref_{side}"):
+                values: Tensor | None = getattr(logps, name)
+                if values is not None:
+                    changes[name] = _reduced(values, lengths, self.reduction)
+        return logps.replace(**changes)
+
+
+def _reduced(values: Tensor, lengths: Tensor | None, reduction: str) -> Tensor:
+    """Means of sums, or sums of means, by their `reduction`: (B,); what is not there has length 0."""
+    if lengths is None:
+        raise ValueError("a mixture of sums and means needs PairLogps.chosen_lengths and rejected_lengths")
+    length = lengths.to(values).clamp(min=1)
+    return values / length if reduction == "sum" else values * length
+
+
+def _part(place: int, settings: Mapping[str, Any]) -> tuple[float, Objective]:
+    own = dict(settings)
+    weight = float(own.pop("weight", 1.0))
+    try:
+        return weight, get_objective(**own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"objective.parts[{place}]: {error}") from error
+
+
+def _joined(spec: Specification, parts: Sequence[Objective]) -> Specification:
+    """What the runner has to know of a mixture: all that any of its parts needs."""
+    specs = [part.spec for part in parts]
+    return replace(
+        spec,
+        needs_reference=any(one.needs_reference for one in specs),
+        needs_rejected=any(one.needs_rejected for one in specs),
+        needs_mismatched=any(one.needs_mismatched for one in specs),
+        couples_batch=any(one.couples_batch for one in specs),
+        sorts_batch=any(one.sorts_batch for one in specs),
+        takes_unpaired=all(one.takes_unpaired for one in specs),
+        token_weighted=all(one.token_weighted for one in specs),
+        needs_margins=any(one.needs_margins for one in specs),
+    )
+
+
+@register("mix", reduction="sum", needs_reference=True, make=Mixture)
+def _mix(logps: PairLogps, *, parts: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+    raise NotImplementedError("a mixture adds up the losses of its parts")

@@ -30,7 +30,8 @@ class Specification:
     to the loss as `running_mean`; a loss with the keyword `progress` gets the share of the run that is done.
     `token_weighted`: pairs count by their response tokens in the batch mean. `takes_unpaired`: a side that a
     pair lacks (length 0) has no part in its loss. `needs_margins`: the responses have to be scored, and
-    `score_scale` times their margin has to lie inside `margins`.
+    `score_scale` times their margin has to lie inside `margins`. `make` is the class of the objective, where
+    that is more than a loss with its hyper-parameters.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Specification:
     sorts_batch: bool = False
     token_weighted: bool = False
     running_mean: Loss | None = None
+    make: Callable[..., Any] | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

@@ -268,10 +268,14 @@ def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
 
 def _refuse_margins(objective: Objective, dataset: PairDataset) -> None:
     """Raises ConfigError for pairs whose margins the objective needs, and that have none or another range."""
-    scale, (lowest, highest) = objective.margin_scale, objective.spec.margins
-    if scale is None:
-        return
-    margins = scale * dataset.margins
+    for scale, bounds in objective.margin_ranges:
+        _refuse_scaled_margins(objective, dataset, scale, bounds)
+
+
+def _refuse_scaled_margins(
+    objective: Objective, dataset: PairDataset, scale: float, bounds: tuple[float, float]
+) -> None:
+    margins, (lowest, highest) = scale * dataset.margins, bounds
     wrong = np.flatnonzero(~((margins >= lowest) & (margins <= highest)))
     if not len(wrong):
         return

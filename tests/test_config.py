@@ -43,7 +43,7 @@ from rcpo.config.composition import (
 )
 from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys
-from rcpo.config.validation import CHOICES, HYPERPARAMETER_CHOICES, HYPERPARAMETER_RANGES, RANGES
+from rcpo.config.validation import CHOICES, HYPERPARAMETER_CHOICES, HYPERPARAMETER_RANGES, PARTS, RANGES
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -60,6 +60,16 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "rpo_fwd_kl": ("sum", {"beta": 0.1, "score_scale": 1.0}),
     "apo_zero_unpaired": ("sum", {"beta": 0.1, "lambda_chosen": 1.0, "lambda_rejected": 1.0}),
     "simper": ("mean", {}),
+    "mix": (
+        None,
+        {
+            "parts": [
+                {"name": "dpo", "weight": 0.8},
+                {"name": "bco", "weight": 0.2},
+                {"name": "sft", "weight": 1.0},
+            ]
+        },
+    ),
     "robust": ("sum", {"beta": 0.1, "epsilon": 0.1}),
     "ipo": ("mean", {"tau": 0.1}),
     "hinge": ("sum", {"beta": 0.1}),
@@ -166,7 +176,7 @@ def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
     for node, leaves in nodes.items():
         assert node in ("hydra", "defaults") or node in known, node
         for leaf in leaves if node not in ("hydra", "defaults") and isinstance(leaves, DictConfig) else ():
-            own = node == "objective" and leaf in {*HYPERPARAMETER_RANGES, *HYPERPARAMETER_CHOICES}
+            own = node == "objective" and leaf in {*HYPERPARAMETER_RANGES, *HYPERPARAMETER_CHOICES, PARTS}
             assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
 
 

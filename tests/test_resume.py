@@ -38,7 +38,7 @@ CASES: list[dict[str, Any]] = [
     {"ranks": 1, "stage": 3, "rc": "step", "micro": 4, "stops": [2], "reference": "model"},
     {"ranks": 1, "stage": 0, "rc": "microbatch", "micro": 4, "stops": [2, 3], "dtype": "bf16"},
     {"ranks": 2, "stage": 0, "rc": "step", "micro": 4, "stops": [3]},
-    {"ranks": 2, "stage": 1, "rc": "step", "micro": None, "stops": [2]},
+    {"ranks": 2, "stage": 1, "rc": "step", "micro": None, "stops": [2], "objective": "mix"},
     {"ranks": 2, "stage": 2, "rc": "off", "micro": 4, "stops": [2], "objective": "bco"},
     {"ranks": 2, "stage": 3, "rc": "off", "micro": None, "stops": [3], "dtype": "bf16", "reference": "model"},
     {"ranks": 2, "stage": 3, "rc": "microbatch", "micro": 4, "stops": [2, 3]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ HYPERPARAMETER_RANGES = {
     "divergence_alpha": (0, 1, False, True),
 }
 
+PARTS = "parts"  # of a mixture
 HYPERPARAMETER_CHOICES = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
 
 # the same in the order smallest, largest, smallest allowed, largest allowed
@@ -171,12 +172,7 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         check_choice(key, _value(config, key), known)
     for key, bounds in RANGES.items():
         check_range(key, _value(config, key), bounds)
-    for name, value in config.objective.hyperparameters.items():
-        if name in HYPERPARAMETER_RANGES:
-            key = f"objective.{name}"
-            check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
-    for name, choices in HYPERPARAMETER_CHOICES.items():
-        check_choice(f"objective.{name}", config.objective.hyperparameters.get(name), choices)
+    _check_hyperparameters("objective", config.objective.hyperparameters)
     for index, beta in enumerate(config.optim.betas):
         check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
     if len(config.optim.betas) != 2:
@@ -189,6 +185,37 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         check_models(config)
         check_judge(config.judge, wanted=config.eval.judge)
         _check_files(config)
+
+
+def _check_hyperparameters(node: str, settings: Mapping[str, Any]) -> None:
+    """Ranges and choices of an objective's hyper-parameters, and of a mixture's parts."""
+    for name, value in settings.items():
+        key = f"{node}.{name}"
+        if name in HYPERPARAMETER_RANGES:
+            check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
+        elif name in HYPERPARAMETER_CHOICES:
+            check_choice(key, value, HYPERPARAMETER_CHOICES[name])
+        elif name == PARTS:
+            _check_parts(key, value)
+
+
+def _check_parts(key: str, parts: Any) -> None:
+    form = "a list of {name: OBJECTIVE, weight: NUMBER} with the objective's own settings beside them"
+    if not isinstance(parts, list) or not parts:
+        raise ConfigError(f"{key}={parts} is not {form}")
+    for place, part in enumerate(parts):
+        node = f"{key}[{place}]"
+        if not isinstance(part, dict) or not isinstance(part.get("name"), str):
+            raise ConfigError(f"{node}={part} is not a part of {form}")
+        weight = _number(f"{node}.weight", part.get("weight", 1.0))
+        check_range(f"{node}.weight", weight, (0, math.inf, False, False))
+        check_choice(f"{node}.reduction", part.get("reduction"), CHOICES["objective.reduction"])
+        check_range(
+            f"{node}.nll_coef",
+            _number(f"{node}.nll_coef", part.get("nll_coef", 0.0)),
+            (0, math.inf, True, False),
+        )
+        _check_hyperparameters(node, part)
 
 
 def _value(config: RunConfig, key: str) -> Any:

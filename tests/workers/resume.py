@@ -25,6 +25,9 @@ CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
 OBJECTIVES = {
     "dpo": ObjectiveConfig(name="dpo", reduction="mean", hyperparameters={"beta": 1.0}),
     "bco": ObjectiveConfig(name="bco", reduction="sum", nll_coef=0.5, hyperparameters={"beta": 0.1}),
+    "mix": ObjectiveConfig(
+        name="mix", reduction=None, hyperparameters={"parts": [{"name": "bco"}, {"name": "simper"}]}
+    ),
 }
 
 
@@ -44,7 +47,7 @@ def configuration(
     config.wandb.mode = "disabled"
     config.resume = "auto"
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_fraction = "pairs", pairs, 0.0
     config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 16, micro, STEPS
     config.train.dtype = dtype
     config.optim.name, config.optim.lr = optimizer, 0.1 if optimizer == "sgd" else 1e-2

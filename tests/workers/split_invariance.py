@@ -33,7 +33,7 @@ def configuration(
     config = RunConfig()
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_fraction = "pairs", pairs, 0.0
     config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 16, micro, 5
     config.optim.name, config.optim.schedule, config.optim.warmup_ratio = optimizer, "constant", 0.0
     config.optim.lr = 0.1 if optimizer == "sgd" else 1e-3
