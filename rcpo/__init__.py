@@ -9,26 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcpo.calibration import (
-        DisentanglementBand,
-        Dynamics,
-        DynamicsMeter,
-        RewardCalibrator,
-        StepCalibration,
-    )
+    from rcpo.band import DisentanglementBand, Dynamics, Movement
+    from rcpo.calibration import DynamicsMeter, RewardCalibrator, StepCalibration
     from rcpo.geometry import ScoreGeometry, Sketch, head_scores
     from rcpo.incentives import incentives
     from rcpo.logps import score_sides, token_logps
     from rcpo.objectives import Objective, get_objective, register
+    from rcpo.samples import CrossSamples, SampleGeometry
     from rcpo.types import PairLogps, TokenBatch
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "DisentanglementBand": "calibration",
-    "Dynamics": "calibration",
+    "CrossSamples": "samples",
+    "DisentanglementBand": "band",
+    "Dynamics": "band",
     "DynamicsMeter": "calibration",
+    "Movement": "band",
     "RewardCalibrator": "calibration",
+    "SampleGeometry": "samples",
     "ScoreGeometry": "geometry",
     "Sketch": "geometry",
     "StepCalibration": "calibration",
@@ -44,12 +43,15 @@ _HOME = {
 }
 
 __all__ = [
+    "CrossSamples",
     "DisentanglementBand",
     "Dynamics",
     "DynamicsMeter",
+    "Movement",
     "Objective",
     "PairLogps",
     "RewardCalibrator",
+    "SampleGeometry",
     "ScoreGeometry",
     "Sketch",
     "StepCalibration",

@@ -1,115 +1,43 @@
-"""Disentanglement band and reward calibration (arXiv 2604.18239, §1 of the README's mathematics).
+"""Reward calibration (arXiv 2604.18239): statistics over micro-batches and ranks, α, and its use.
 
-Under gradient flow the winner does not fall and the loser does not rise exactly when the incentive ratio
-r = d_w/d_l lies in the band ρ r* ≤ r ≤ r*/ρ, r* = ‖s_l‖/‖s_w‖, ρ = cos(s_w, s_l). Reward calibration moves r
-to the band's centre r* by α = sqrt(r*/r): d_w → α d_w, d_l → d_l/α.
+The gradients of the chosen side are multiplied by α and those of the rejected side by 1/α; values stay. Rules
+(`rcpo.rules`, `rcpo.loop`) say which α: by default the paper's, α = √(r*/r), which moves the incentive ratio
+r to the center r* of the disentanglement band.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rcpo.band import Dynamics, Movement
 from rcpo.geometry import ScoreGeometry
+from rcpo.loop import LoopRule
+from rcpo.rules import BandRule, FixedRule, Rule
+from rcpo.samples import CrossSamples
 from rcpo.types import PairLogps
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks."""
+
+RULES = ("center", "edge", "loop", "fixed")
+BANDS = ("batch", "samples")
 
 
 def _alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@dataclass(frozen=True)
-class DisentanglementBand:
-    """The incentive ratios that lower the loser without lowering the winner.
-
-    >>> band = DisentanglementBand(center=2.0, cosine=0.5)
-    >>> band.lower, band.upper, 1.5 in band, 0.9 in band
-    (1.0, 4.0, True, False)
-    """
-
-    center: float
-    cosine: float
-
-    @property
-    def lower(self) -> float:
-        """ρ r*: below it the winner falls."""
-        return self.cosine * self.center
-
-    @property
-    def upper(self) -> float | None:
-        """r*/ρ: above it the loser rises; None (no bound) for ρ ≤ 0."""
-        return self.center / self.cosine if self.cosine > 0 else None
-
-    def __contains__(self, ratio: float) -> bool:
-        return self.lower <= ratio and (self.upper is None or ratio <= self.upper)
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """Incentives and score geometry of one batch: batch means over all ranks and micro-batches.
-
-    >>> dynamics = Dynamics(1.0, 2.0, ScoreGeometry(norm_chosen=1.0, norm_rejected=2.0, cosine=0.5))
-    >>> dynamics.incentive_ratio, dynamics.band
-    (0.5, DisentanglementBand(center=2.0, cosine=0.5))
-    """
-
-    incentive_chosen: float
-    incentive_rejected: float
-    scores: ScoreGeometry
-
-    @property
-    def incentive_ratio(self) -> float | None:
-        """r = d_w/d_l; None where a side has no positive, finite incentive, so that r says nothing."""
-        if not (0 < self.incentive_chosen < math.inf and 0 < self.incentive_rejected < math.inf):
-            return None  # NaN is neither
-        ratio = self.incentive_chosen / self.incentive_rejected
-        return ratio if 0 < ratio < math.inf else None
-
-    @property
-    def band(self) -> DisentanglementBand | None:
-        """The band; None where r is None, or a score vanishes or is not finite."""
-        scores = self.scores
-        if self.incentive_ratio is None or not (scores.norm_chosen > 0 and scores.norm_rejected > 0):
-            return None
-        band = DisentanglementBand(scores.norm_rejected / scores.norm_chosen, scores.cosine)
-        return band if 0 < band.center < math.inf and math.isfinite(band.cosine) else None
-
-    def metrics(self) -> dict[str, Any]:
-        """The `dynamics/*` entries of a metrics row; None where a value is not defined.
-
-        `in_band` is None wherever r or the band is: what is not known is neither inside nor outside.
-        """
-        band, ratio = self.band, self.incentive_ratio
-        return {
-            "dynamics/incentive_chosen": self.incentive_chosen,
-            "dynamics/incentive_rejected": self.incentive_rejected,
-            "dynamics/score_norm_chosen": self.scores.norm_chosen,
-            "dynamics/score_norm_rejected": self.scores.norm_rejected,
-            "dynamics/score_cosine": self.scores.cosine,
-            "dynamics/incentive_ratio": ratio,
-            "dynamics/band_center": band.center if band else None,
-            "dynamics/band_lower": band.lower if band else None,
-            "dynamics/band_upper": band.upper if band else None,
-            "dynamics/in_band": ratio in band if band and ratio is not None else None,
-        }
-
-
 class DynamicsMeter:
     """Accumulates incentives and scores over micro-batches; one reduction over ranks gives the batch's.
 
-    `observe` takes the incentives of each chosen and each rejected response, for a loss that is the mean over
-    pairs, and the sides' summed scores (2, …). Where responses are not paired the sides may differ in length:
-    incentives are then per (n_w + n_l)/2 and scores per response of their own side, so that d·s stays each
-    side's part of the loss's gradient. `weights` are the responses' parts in the loss's mean (None: all 1),
-    by which the scores are summed already: one of weight 2 counts as two.
+    `samples` gets the mean scores of every batch that is collected, and its geometry becomes part of the
+    batch's dynamics.
 
     >>> meter = DynamicsMeter()
     >>> meter.observe((torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])), torch.tensor([[[4.0]], [[6.0]]]))
@@ -117,23 +45,39 @@ class DynamicsMeter:
     ScoreGeometry(norm_chosen=2.0, norm_rejected=3.0, cosine=1.0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, samples: CrossSamples | None = None) -> None:
+        self._samples = samples
         self._sums: Tensor | None = None
         self._scores: Tensor | None = None
 
     def observe(
-        self, incentives: tuple[Tensor, Tensor], scores: Tensor, weights: tuple[Tensor, Tensor] | None = None
+        self,
+        incentives: tuple[Tensor, Tensor],
+        scores: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+        logratios: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        d = [side.double() for side in incentives]
+        """Adds a micro-batch.
+
+        `incentives` are those of each chosen (n_w,) and each rejected (n_l,) response, for a loss that is the
+        mean over pairs; `scores` (2, …) the sides' summed scores. `weights` are the responses' parts in the
+        loss's mean (None: all 1), by which the scores are summed already: one of weight 2 counts as two.
+        `logratios` are the responses' mean log-ratios per token. Where responses are not paired n_w and n_l
+        differ: incentives are then per (n_w + n_l)/2 and scores per response of their own side, so that d·s
+        stays each side's part of the loss's gradient.
+        """
+        d = [side.detach().double() for side in incentives]
         parts = [torch.ones_like(side) for side in d] if weights is None else [w.double() for w in weights]
+        moved = [side[:0] for side in d] if logratios is None else [u.detach().double() for u in logratios]
         weighted = [(part * side).sum() for part, side in zip(parts, d, strict=True)]
-        sums = torch.stack([*weighted, *(part.sum() for part in parts)])
+        counts = [torch.ones_like(side).sum() for side in moved]
+        sums = torch.stack([*weighted, *(p.sum() for p in parts), *(u.sum() for u in moved), *counts])
         self._sums = sums if self._sums is None else self._sums + sums
-        # a copy, for the next call adds to it
-        self._scores = scores.detach().clone() if self._scores is None else self._scores.add_(scores.detach())
+        self._scores = scores.detach() if self._scores is None else self._scores + scores.detach()
 
     @property
     def empty(self) -> bool:
+        """Whether nothing was observed since the last `collect`."""
         return self._sums is None
 
     def collect(self, reduce: Reduce = _alone) -> Dynamics:
@@ -142,45 +86,76 @@ class DynamicsMeter:
         words = _in_words(self._sums, self._scores.dtype)
         total = reduce(torch.cat([self._scores.flatten(), words.flatten()]))
         scores = total[: self._scores.numel()].view_as(self._scores)
-        d_w, d_l, *counts = total[self._scores.numel() :].view_as(words).double().sum(0).tolist()
+        sums = total[self._scores.numel() :].view_as(words).double().sum(0).tolist()
         self._sums = self._scores = None
-        n_w, n_l = (count or 1.0 for count in counts)
-        pairs = sum(counts) / 2 or 1.0
+        d_w, d_l, n_w, n_l, *moved = sums
+        pairs = (n_w + n_l) / 2 or 1.0
+        n_w, n_l = n_w or 1.0, n_l or 1.0
         geometry = ScoreGeometry.of(scores)
         mean = ScoreGeometry(geometry.norm_chosen / n_w, geometry.norm_rejected / n_l, geometry.cosine)
-        return Dynamics(d_w / pairs, d_l / pairs, mean)
+        across = None
+        if self._samples is not None:
+            sizes = scores.new_tensor([n_w, n_l]).view(2, *[1] * (scores.dim() - 1))
+            across = self._samples.observe(scores / sizes)
+        u_w, u_l, readings_w, readings_l = moved
+        movement = Movement(u_w / readings_w, u_l / readings_l) if readings_w and readings_l else None
+        return Dynamics(d_w / pairs, d_l / pairs, mean, across, movement)
 
 
 class RewardCalibrator:
-    """Reward calibration: the smoothed weight α and the stop-gradient that applies it.
+    """The weight α of a rule and the stop-gradient that applies it.
 
-    Exponential moving averages, in the log domain, of the batch means d_w, d_l, ‖s_w‖, ‖s_l‖; the first
-    value starts each average. `update(dynamics)` moves them, `calibrate(logps)` uses α. A batch whose mean
-    incentive (or score) is not positive on some side says nothing about r (or r*): those averages and α stay
-    as they are and `skipped` counts it. α is clamped to [1/alpha_max, alpha_max] (None: not), counted in
-    `clamped`.
+    `update(dynamics)` moves the rule's averages and α, `calibrate(logps)` uses α. The rule is the band's
+    `center` (the paper's), its nearest `edge` (α = 1 inside), a `fixed` `alpha`, or the closed `loop` that
+    holds fresh winners at `target` nats per token; `band` is the batch's own or the one across samples, and
+    `ema` the decay of the averages. A batch that says nothing leaves α as it is and is counted in `skipped`.
+    α is clamped to [1/alpha_max, alpha_max] (None: not), counted in `clamped`.
+
+    Raises ValueError for settings that do not exist or are out of range.
 
     >>> calibrator = RewardCalibrator(ema=0.0)
     >>> calibrator.update(Dynamics(1.0, 4.0, ScoreGeometry(norm_chosen=1.0, norm_rejected=4.0, cosine=0.5)))
-    >>> round(calibrator.alpha, 6)  # sqrt(r*/r) = sqrt(4 ÷ ¼)
+    >>> round(calibrator.alpha, 6)  # √(r*/r) = √(4 ÷ ¼)
     4.0
     """
 
-    def __init__(self, *, ema: float = 0.9, alpha_max: float | None = 10.0) -> None:
+    def __init__(
+        self,
+        rule: str = "center",
+        *,
+        band: str = "batch",
+        ema: float = 0.9,
+        alpha_max: float | None = 10.0,
+        alpha: float | None = None,
+        target: float = 0.0,
+    ) -> None:
+        if rule not in RULES:
+            raise ValueError(f"rc.rule={rule}: one of {', '.join(RULES)} is expected")
+        if band not in BANDS:
+            raise ValueError(f"rc.band={band}: one of {', '.join(BANDS)} is expected")
         if not 0 <= ema < 1:
             raise ValueError(f"rc.ema={ema}: a decay in [0, 1) is expected")
         if alpha_max is not None and alpha_max < 1:
             raise ValueError(f"rc.alpha_max={alpha_max}: at least 1 is expected, or null for no clamp")
-        self.ema = ema
-        self.alpha_max = alpha_max
+        if rule == "fixed" and (alpha is None or not 0 < alpha < math.inf):
+            raise ValueError(f"rc.alpha={alpha}: rc.rule=fixed needs a positive number")
+        self._limit = math.inf if alpha_max is None else math.log(alpha_max)
+        self.rule: Rule
+        if rule == "fixed" and alpha is not None:
+            self.rule = FixedRule(alpha)
+        elif rule == "loop":
+            self.rule = LoopRule(target=target, limit=self._limit)
+        else:
+            self.rule = BandRule(edge=rule == "edge", samples=band == "samples", ema=ema)
         self.alpha = 1.0
         self.skipped = 0
         self.clamped = 0
-        self._log_incentives: list[float] | None = None
-        self._log_norms: list[float] | None = None
 
     def calibrate(self, logps: PairLogps) -> PairLogps:
-        """The same values, with gradients scaled by α on the chosen and 1/α on the rejected side."""
+        """The same values, with gradients scaled by α on the chosen and 1/α on the rejected side.
+
+        Raises ValueError where `logps` has no rejected side.
+        """
         if logps.rejected is None:
             raise ValueError("rc=on needs a rejected side; this objective has none: use rc=off")
         means = logps.chosen_means
@@ -191,45 +166,42 @@ class RewardCalibrator:
         )
 
     def update(self, dynamics: Dynamics) -> None:
-        """Moves the averages by one batch and sets α for what comes next."""
-        incentives = [dynamics.incentive_chosen, dynamics.incentive_rejected]
-        norms = [dynamics.scores.norm_chosen, dynamics.scores.norm_rejected]
-        usable = [min(pair) > 0 and all(map(math.isfinite, pair)) for pair in (incentives, norms)]
-        if usable[0]:
-            self._log_incentives = self._average(self._log_incentives, incentives)
-        if usable[1]:
-            self._log_norms = self._average(self._log_norms, norms)
-        if not all(usable) or self._log_incentives is None or self._log_norms is None:
+        """Moves the rule's averages by one batch and sets α for what comes next."""
+        log_alpha = self.rule(dynamics)
+        if log_alpha is None:
             self.skipped += 1
-            return
-        self._set_alpha(self._log_incentives, self._log_norms)
+        else:
+            self._set(log_alpha)
 
-    def _average(self, old: list[float] | None, values: list[float]) -> list[float]:
-        logs = [math.log(value) for value in values]
-        if old is None:
-            return logs
-        return [self.ema * a + (1 - self.ema) * b for a, b in zip(old, logs, strict=True)]
+    def follow(self, movement: Movement) -> None:
+        """Moves the loop by a reading of held-out pairs. Raises ValueError for another rule."""
+        if not isinstance(self.rule, LoopRule):
+            raise ValueError("a reading of held-out pairs is for rc.rule=loop")
+        self._set(self.rule.follow(movement))
 
-    def _set_alpha(self, incentives: list[float], norms: list[float]) -> None:
-        log_alpha = 0.5 * ((norms[1] - norms[0]) - (incentives[0] - incentives[1]))
-        limit = math.inf if self.alpha_max is None else math.log(self.alpha_max)
-        if abs(log_alpha) > limit:
+    def _set(self, log_alpha: float) -> None:
+        if abs(log_alpha) > self._limit:
             self.clamped += 1
-            log_alpha = math.copysign(limit, log_alpha)
+            log_alpha = math.copysign(self._limit, log_alpha)
         self.alpha = math.exp(log_alpha)
 
+    def metrics(self) -> dict[str, Any]:
+        """The `rc/*` entries of a metrics row that say how α came about."""
+        return {"rc/skipped": self.skipped, "rc/clamped": self.clamped, **self.rule.metrics()}
+
     def state_dict(self) -> dict[str, Any]:
+        """α, counts and the rule's averages, ready for JSON."""
         return {
             "alpha": self.alpha,
             "skipped": self.skipped,
             "clamped": self.clamped,
-            "log_incentives": self._log_incentives,
-            "log_norms": self._log_norms,
+            "rule": self.rule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken of a calibrator with the same settings."""
         self.alpha, self.skipped, self.clamped = state["alpha"], state["skipped"], state["clamped"]
-        self._log_incentives, self._log_norms = state["log_incentives"], state["log_norms"]
+        self.rule.load_state_dict(state["rule"])
 
 
 class StepCalibration:
@@ -253,23 +225,44 @@ class StepCalibration:
             raise ValueError(f"rc.update={update}: step or microbatch is expected")
         self.calibrator = calibrator
         self.by_microbatch = calibrator is not None and update == "microbatch"
+        self.samples = CrossSamples()
         self._reduce = reduce
-        self._meter = DynamicsMeter()
+        self._meter = DynamicsMeter(self.samples)
+        self._micro_batches = 1
+
+    def begin(
+        self, micro_batches: int = 1, *, new_epoch: bool = False, movement: Movement | None = None
+    ) -> None:
+        """Starts a step of so many micro-batches; examples may be seen again in a new epoch.
+
+        `movement` is a reading of held-out pairs, for the loop: α follows at once.
+        """
+        self._micro_batches = micro_batches
+        if new_epoch:
+            self.samples.forget()
+        if movement is not None and self.calibrator is not None:
+            self.calibrator.follow(movement)
 
     def observe(
-        self, incentives: tuple[Tensor, Tensor], scores: Tensor, weights: tuple[Tensor, Tensor] | None = None
+        self,
+        incentives: tuple[Tensor, Tensor],
+        scores: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+        logratios: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """A micro-batch, as `DynamicsMeter.observe` takes it; a rank without responses joins the sums too."""
         if self.by_microbatch and self.calibrator is not None:
             local: Dynamics | None = None
             if len(incentives[0]) and len(incentives[1]):
                 alone = DynamicsMeter()
-                alone.observe(incentives, scores, weights)
+                alone.observe(incentives, scores, weights, logratios)
                 local = alone.collect()
             common = average_logs(local, self._reduce)
             if common is not None:
-                self.calibrator.update(common)
-        self._meter.observe(incentives, scores, weights)
+                steps = 1 / self._micro_batches
+                moved = common.movement and replace(common.movement, steps=steps)
+                self.calibrator.update(replace(common, samples=self.samples.geometry(), movement=moved))
+        self._meter.observe(incentives, scores, weights, logratios)
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
@@ -284,8 +277,7 @@ class StepCalibration:
             "rc/alpha": alpha,
             "rc/calibrated_ratio": calibrated,
             "rc/in_band": calibrated in band if band is not None and calibrated is not None else None,
-            "rc/skipped": self.calibrator.skipped,
-            "rc/clamped": self.calibrator.clamped,
+            **self.calibrator.metrics(),
         }
 
 
@@ -302,28 +294,26 @@ def average_logs(dynamics: Dynamics | None, reduce: Reduce) -> Dynamics | None:
     """One rank's dynamics → the geometric mean over the ranks that have any, so that all ranks agree.
 
     For updates every micro-batch. A rank without pairs gives None; a non-positive statistic on any rank makes
-    it 0 for all, which the calibrator skips. The cosine is the plain mean.
+    it 0 for all, which the calibrator skips. The cosine and the movement are plain means.
     """
-    values = [0.0] * 4 if dynamics is None else _four(dynamics)
-    logs = [math.log(value) if value > 0 else 0.0 for value in values]
-    bad = [0.0 if dynamics is None or value > 0 else 1.0 for value in values]
-    present = 0.0 if dynamics is None else 1.0
-    cosine = 0.0 if dynamics is None else dynamics.scores.cosine
-    total = reduce(torch.tensor([*logs, *bad, cosine, present], dtype=torch.float64)).tolist()
-    if not total[9]:
+    if dynamics is None:
+        logs, bad, plain, present = [0.0] * 4, [0.0] * 4, [0.0] * 3, [0.0, 0.0]
+    else:
+        scores, moved = dynamics.scores, dynamics.movement
+        values = [dynamics.incentive_chosen, dynamics.incentive_rejected]
+        values += [scores.norm_chosen, scores.norm_rejected]
+        logs = [math.log(value) if value > 0 else 0.0 for value in values]
+        bad = [0.0 if value > 0 else 1.0 for value in values]
+        plain = [scores.cosine, *((0.0, 0.0) if moved is None else (moved.winner, moved.loser))]
+        present = [1.0, float(moved is not None)]
+    total = reduce(torch.tensor([*logs, *bad, *plain, *present], dtype=torch.float64)).tolist()
+    ranks, moving = total[11:]
+    if not ranks:
         return None
-    means = [0.0 if total[4 + i] else math.exp(total[i] / total[9]) for i in range(4)]
-    return Dynamics(means[0], means[1], ScoreGeometry(means[2], means[3], total[8] / total[9]))
-
-
-def _four(dynamics: Dynamics) -> list[float]:
-    scores = dynamics.scores
-    return [
-        dynamics.incentive_chosen,
-        dynamics.incentive_rejected,
-        scores.norm_chosen,
-        scores.norm_rejected,
-    ]
+    means = [0.0 if total[4 + i] else math.exp(total[i] / ranks) for i in range(4)]
+    geometry = ScoreGeometry(means[2], means[3], total[8] / ranks)
+    movement = Movement(total[9] / moving, total[10] / moving) if moving else None
+    return Dynamics(means[0], means[1], geometry, movement=movement)
 
 
 def _scale_gradient(z: Tensor, scale: float) -> Tensor:

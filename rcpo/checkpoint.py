@@ -25,6 +25,7 @@ from rcpo.runfolder import CHECKPOINTS, DAMAGED, STATE_FILE, checkpoint_folders
 from rcpo.tensorfiles import PieceFiles, Written, hash_file
 
 MANIFEST, TENSORS = "manifest.json", "tensors"
+EXTRA = "extra"  # the key of tensors that are no parameter's
 FORMAT = 2
 
 
@@ -41,6 +42,10 @@ class Checkpoint:
         engine.restore(checkpoint_tensors(self.folder), self.state["engine"])
         states = self.state["rng"]
         distributed.set_rng_state(states[distributed.rank() % len(states)])
+
+    def extra(self, name: str) -> Tensor | None:
+        """A tensor (elements,) that was saved beside the engine's; None where there is none of that name."""
+        return checkpoint_tensors(self.folder).whole(name, EXTRA)
 
 
 def checkpoint_tensors(folder: Path) -> PieceFiles:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from rcpo import distributed
 from rcpo.calibration import RewardCalibrator, StepCalibration
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config import CalibrationConfig, ConfigError, RunConfig
+from rcpo.control import ControlPairs
+from rcpo.data.batches import GlobalBatches
 from rcpo.engine import Engine
 from rcpo.geometry import Sketch
 from rcpo.incentives import incentives
@@ -20,6 +24,7 @@ from rcpo.objectives import Objective
 from rcpo.scoring import Scored
 from rcpo.types import PairLogps
 
+PREVIOUS = "dynamics"  # the name of the last step's scores among a checkpoint's tensors
 
 def measured_every(config: RunConfig, objective: Objective) -> int:
     """Every how many steps the dynamics are measured; 0 is never."""
@@ -41,22 +46,49 @@ def check_geometry(config: RunConfig, objective: Objective, policy: Policy) -> N
 
 
 class StepDynamics:
-    """Measures each step's dynamics and, with `rc=on`, calibrates its log-probs."""
+    """Measures each step's dynamics and, unless `rc=off`, calibrates its log-probs.
 
-    def __init__(self, config: RunConfig, objective: Objective, engine: Engine) -> None:
-        rc = config.rc
+    `fresh_signals` says whether training pairs of the first epoch are readings for the loop; `control` gives
+    readings where they are not.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: Objective,
+        engine: Engine,
+        batches: GlobalBatches,
+        *,
+        fresh_signals: bool = False,
+        control: ControlPairs | None = None,
+    ) -> None:
         self.objective = objective
         self.engine = engine
         self.every = measured_every(config, objective)
-        self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max) if rc.enabled else None
-        self._statistics = StepCalibration(self.calibrator, update=rc.update, reduce=distributed.reduce_sum)
-        head = rc.geometry == "head" and self.every > 0
-        self._sketch = Sketch(engine.policy.vocabulary, rc.sketch, rc.sketch_seed) if head else None
+        self.calibrator = make_calibrator(config.rc)
+        self._statistics = StepCalibration(
+            self.calibrator, update=config.rc.update, reduce=distributed.reduce_sum
+        )
+        head = config.rc.geometry == "head" and self.every > 0
+        self._sketch = (
+            Sketch(engine.policy.vocabulary, config.rc.sketch, config.rc.sketch_seed) if head else None
+        )
+        self._batches = batches
+        self._fresh_signals = config.rc.loops and fresh_signals
+        self._control = control
         self._measuring = False
+        self._fresh = False
 
-    def begin(self, step: int) -> None:
-        """Starts a step, counted from 1."""
-        self._measuring = self.every > 0 and (step - 1) % self.every == 0
+    def begin(self, step: int, micro_batches: int) -> None:
+        """Starts a step of so many micro-batches, counted from 0. Collective."""
+        epoch = self._batches.epoch(step)
+        new_epoch = step > 0 and epoch != self._batches.epoch(step - 1)
+        self._measuring = self.every > 0 and step % self.every == 0
+        self._fresh = self._fresh_signals and epoch == 0
+        movement = None
+        if self._control is not None and not self._fresh:
+            movement = self._control.reading(step)
+        self._statistics.begin(micro_batches, new_epoch=new_epoch, movement=movement)
 
     @property
     def sketch(self) -> Sketch | None:
@@ -72,24 +104,51 @@ class StepDynamics:
     def _observe(self, scored: Scored) -> None:
         by_head = self._sketch is not None
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
-        none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
-        d = incentives(self.objective, scored.pairs) if scored.count else (none, none)
-        weights = scored.pairs.pair_weights, scored.pairs.pair_weights
+        pairs = scored.pairs
+        none = pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
+        d = incentives(self.objective, pairs) if scored.count else (none, none)
+        weights = pairs.pair_weights, pairs.pair_weights
+        moved = scored.token_means()[1] if self._fresh else None
+        ratios = None if moved is None else (moved[0].detach(), moved[1].detach())
         if scored.count:  # an unpaired example has one side only
-            there = scored.pairs.has_chosen, scored.pairs.has_rejected
+            there = pairs.has_chosen, pairs.has_rejected
             d = d[0][there[0]], d[1][there[1]]
             weights = weights[0][there[0]], weights[1][there[1]]
-        self._statistics.observe(d, scores, weights)
+            ratios = None if ratios is None else (ratios[0][there[0]], ratios[1][there[1]])
+        self._statistics.observe(d, scores, weights, ratios)
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
         return self._statistics.end() if self._measuring else {}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside `state_dict`: the last step's scores, (elements,)."""
+        previous = self._statistics.samples.previous
+        return {} if previous is None else {PREVIOUS: previous.flatten()}
+
     def state_dict(self) -> dict[str, Any]:
         """The calibration's state, ready for JSON; meters are empty between steps."""
-        return {"calibrator": None if self.calibrator is None else self.calibrator.state_dict()}
+        samples = self._statistics.samples
+        return {
+            "calibrator": None if self.calibrator is None else self.calibrator.state_dict(),
+            "samples": samples.state_dict(),
+            "shape": None if samples.previous is None else list(samples.previous.shape),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores it where both runs calibrate."""
+    def load_state_dict(self, state: dict[str, Any], previous: Tensor | None) -> None:
+        """Restores it where both runs calibrate by the same rule; `previous` is what `tensors` gave."""
         if self.calibrator is not None and state["calibrator"] is not None:
             self.calibrator.load_state_dict(state["calibrator"])
+        samples = self._statistics.samples
+        samples.load_state_dict(state["samples"])
+        if previous is not None:
+            samples.previous = previous.view(state["shape"]).to(self.engine.device)
+
+
+def make_calibrator(rc: CalibrationConfig) -> RewardCalibrator | None:
+    """The calibrator of `rc.*`; None with `rc=off`."""
+    if not rc.enabled:
+        return None
+    return RewardCalibrator(
+        rc.rule, band=rc.band, ema=rc.decay, alpha_max=rc.alpha_max, alpha=rc.alpha, target=rc.target
+    )

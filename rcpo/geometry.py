@@ -105,13 +105,14 @@ class ScoreGeometry:
         """From stacked scores (2, …): chosen, rejected. The cosine of a zero score is 0."""
         assert scores.shape[0] == 2, scores.shape
         chosen, rejected = scores[0].reshape(-1, scores.shape[-1]), scores[1].reshape(-1, scores.shape[-1])
-        norm_chosen, norm_rejected = (float(_inner(side, side)) ** 0.5 for side in (chosen, rejected))
+        norm_chosen, norm_rejected = (float(inner(side, side)) ** 0.5 for side in (chosen, rejected))
         product = norm_chosen * norm_rejected
-        cosine = float(_inner(chosen, rejected)) / product if product else 0.0
+        cosine = float(inner(chosen, rejected)) / product if product else 0.0
         return ScoreGeometry(norm_chosen, norm_rejected, cosine)
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two tensors of a shape, a number in fp64: rows in their own precision, then their sum."""
     return torch.linalg.vecdot(a, b).double().sum()
 
 

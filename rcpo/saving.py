@@ -23,10 +23,11 @@ from torch import Tensor
 
 from rcpo import distributed
 from rcpo.caching import sync_folder
-from rcpo.checkpoint import FORMAT, MANIFEST, TENSORS
+from rcpo.checkpoint import EXTRA, FORMAT, MANIFEST, TENSORS
 from rcpo.config import CheckpointConfig, ConfigError, RunConfig, RunError
 from rcpo.config.validation import BEST_METRICS
 from rcpo.engine import Engine
+from rcpo.pieces import Piece
 from rcpo.runfolder import CHECKPOINTS, DAMAGED, STATE_FILE, checkpoint_folders, damaged_folders
 from rcpo.tensorfiles import hash_file, write_tensors
 from rcpo.tracking.jsonl import replace_text
@@ -181,10 +182,17 @@ class CheckpointWriter:
         """The folder of a step's checkpoint."""
         return self.folder / f"step-{step}"
 
-    def save(self, engine: Engine, state: dict[str, Any], kept: Collection[int] = ()) -> None:
+    def save(
+        self,
+        engine: Engine,
+        state: dict[str, Any],
+        kept: Collection[int] = (),
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Starts to write the checkpoint of `state["step"]`, JSON that is the same on all ranks. Collective.
 
-        The one before is finished first. Checkpoints of the steps `kept` are not pruned. Raises RunError on
+        The one before is finished first. Checkpoints of the steps `kept` are not pruned. `extra` are more
+        tensors of one axis, the same on all ranks. Raises RunError on
         all ranks where any cannot write; earlier checkpoints are then as they were.
         """
         began = time.monotonic()
@@ -192,7 +200,7 @@ class CheckpointWriter:
         step = state["step"]
         scratch = self._scratch(step)
         self._on_main(lambda: _empty(scratch), step)
-        tensors = engine.tensors()
+        tensors = engine.tensors() | _shares(extra or {})
         if self._background:
             tensors = {label: tensor.to("cpu", copy=True) for label, tensor in tensors.items()}
         name = _part_name(distributed.rank(), distributed.world_size())
@@ -319,6 +327,13 @@ class CheckpointWriter:
             raise RunError(
                 f"the checkpoint {self.place(step)} could not be written: {problem}; earlier ones are intact"
             )
+
+
+def _shares(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of tensors that all ranks hold, by their labels."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    pieces = [Piece(name, 0, tensor.numel(), tensor).share(rank, ranks) for name, tensor in tensors.items()]
+    return {piece.label(EXTRA): piece.of(piece.holder) for piece in pieces if piece.size}
 
 
 def _empty(folder: Path) -> None:

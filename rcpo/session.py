@@ -19,6 +19,7 @@ from rcpo.attention import choose_layout
 from rcpo.building import build_objective
 from rcpo.caching import cache_folder
 from rcpo.config import ConfigError, RunConfig
+from rcpo.control import ControlPairs, has_fresh_signals, needs_control, set_aside
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets
@@ -85,6 +86,9 @@ class Session:
             )
         if self.datasets.template is not None:  # final/ generates as it was trained
             self.tokenizer.chat_template = self.datasets.template.source
+        self.fresh_signals = has_fresh_signals(config, self.objective, self.tracks_reference)
+        if needs_control(config, self.fresh_signals, len(self.datasets.train)):
+            self.datasets = set_aside(self.datasets, config)
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         config.train.accumulation(distributed.world_size())
@@ -134,6 +138,14 @@ class Session:
             if reference is not None:
                 found["the reference model"] = source_hash(reference, config.seed, memo)
         return distributed.broadcast_object(found)
+
+    def control_pairs(self) -> ControlPairs | None:
+        """The pairs that `rc=loop` set aside, scored by the policy with its starting weights. Collective.
+
+        None where it set none aside.
+        """
+        pairs = self.datasets.control
+        return None if pairs is None else ControlPairs(self.config, self.engine, pairs, self.batches_at)
 
     def prepare_reference(self, say: Say = log.info, stop: Stop = lambda: False) -> None:
         """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero.

@@ -108,6 +108,11 @@ class PieceFiles:
             raise ConfigError(f"the checkpoint's {key} of {name} has no element {place}; a file is missing")
         return torch.cat(parts) if parts else torch.zeros(0)
 
+    def whole(self, name: str, key: str) -> Tensor | None:
+        """All pieces of a key, in their order; None where it is not there."""
+        pieces = self._pieces.get((name, key))
+        return None if pieces is None else self.values(name, key, 0, pieces[-1][0] + pieces[-1][1])
+
     def number(self, name: str, key: str) -> float | None:
         """A key that has one number for the whole parameter; None where it is not there."""
         pieces = self._pieces.get((name, key))

@@ -22,7 +22,7 @@ from rcpo import distributed
 from rcpo.checkpoint import Checkpoint
 from rcpo.config import ConfigError, RunConfig, RunError, to_container
 from rcpo.divergence import DivergenceWatch, tokens_per_winner
-from rcpo.dynamics import StepDynamics
+from rcpo.dynamics import PREVIOUS, StepDynamics
 from rcpo.final import FINAL, save_best, save_model
 from rcpo.inputs import INPUTS
 from rcpo.metrics import VOTES, StepSums, pair_values, peak_memory
@@ -61,7 +61,14 @@ class Trainer:
         self.config = session.config
         self.objective = session.objective
         self.engine = session.engine
-        self.dynamics = StepDynamics(session.config, session.objective, session.engine)
+        self.dynamics = StepDynamics(
+            session.config,
+            session.objective,
+            session.engine,
+            session.batches,
+            fresh_signals=session.fresh_signals,
+            control=session.control_pairs(),
+        )
         self.watch = NonFiniteWatch(session.run_dir, session.config.train)
         tokens = tokens_per_winner(session.objective.reduction, session.datasets.train.lengths[:, 1])
         self.divergence = DivergenceWatch(session.config, tokens)
@@ -86,9 +93,9 @@ class Trainer:
         scale = distributed.world_size() / self._batch_weight(indices)
         micro = session.rank_microbatches(self.step)
         self.objective.progress = self.step / session.total_steps
+        self.dynamics.begin(self.step, len(micro))
         self.step += 1
         self.engine.train()
-        self.dynamics.begin(self.step)
         sums = StepSums()
         for place, positions in enumerate(micro):
             batch = session.collate(session.datasets.train, positions)
@@ -238,7 +245,7 @@ class Trainer:
     def save(self, tracker: Tracker) -> None:
         """Starts to save a checkpoint after this step; its metrics are on disk before. Collective."""
         tracker.flush()
-        self.checkpoints.save(self.engine, self.state_dict(), self.best.steps)
+        self.checkpoints.save(self.engine, self.state_dict(), self.best.steps, self.dynamics.tensors())
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the engine, ready for JSON; the same on all ranks."""
@@ -261,7 +268,7 @@ class Trainer:
         checkpoint.load(self.engine)
         state = checkpoint.state
         self.step = state["step"]
-        self.dynamics.load_state_dict(state["dynamics"])
+        self.dynamics.load_state_dict(state["dynamics"], checkpoint.extra(PREVIOUS))
         if self.objective.state is not None and state["objective"] is not None:
             self.objective.state.load_state_dict(state["objective"])
         self.watch.load_state_dict(state["nonfinite"])

@@ -14,14 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rcpo.calibration import (
-    DisentanglementBand,
-    Dynamics,
-    DynamicsMeter,
-    RewardCalibrator,
-    StepCalibration,
-    average_logs,
-)
+from rcpo.band import DisentanglementBand, Dynamics
+from rcpo.calibration import DynamicsMeter, RewardCalibrator, StepCalibration, average_logs
 from rcpo.geometry import ScoreGeometry, head_scores
 from rcpo.incentives import incentives
 from rcpo.logps import sequence_logps, token_logps, token_weights
@@ -132,8 +126,8 @@ def test_three_steps_of_the_average_by_hand() -> None:
         found.append(calibrator.alpha)
     assert found == pytest.approx([1, 1, 2**2.5], rel=1e-13)
     state = calibrator.state_dict()
-    assert [log / math.log(2) for log in state["log_incentives"]] == pytest.approx([0, 2], abs=1e-13)
-    assert [log / math.log(2) for log in state["log_norms"]] == pytest.approx([1, 4], abs=1e-13)
+    assert [log / math.log(2) for log in state["rule"]["log_incentives"]] == pytest.approx([0, 2], abs=1e-13)
+    assert [log / math.log(2) for log in state["rule"]["log_norms"]] == pytest.approx([1, 4], abs=1e-13)
     assert (calibrator.skipped, calibrator.clamped) == (0, 0)
 
 
@@ -156,10 +150,10 @@ def test_a_side_without_incentive_moves_neither_incentive_average(
     assert (calibrator.alpha, calibrator.skipped) == (1, 1)  # nothing known yet
     calibrator.update(dynamics(2, 1, 1, 4))  # r = 2, r* = 4
     assert calibrator.alpha == pytest.approx(math.sqrt(2), rel=1e-13)
-    before = calibrator.state_dict()["log_incentives"]
+    before = calibrator.state_dict()["rule"]["log_incentives"]
     calibrator.update(dynamics(*incentives, 1, 64))
     assert calibrator.alpha == pytest.approx(math.sqrt(2), rel=1e-13)
-    assert calibrator.skipped == 2 and calibrator.state_dict()["log_incentives"] == before
+    assert calibrator.skipped == 2 and calibrator.state_dict()["rule"]["log_incentives"] == before
     # the norms did move: log2 r* = ½·2 + ½·6 = 4, then with 2^4 again 4; r stays 2: α = sqrt(16/2)
     calibrator.update(dynamics(2, 1, 1, 16))
     assert calibrator.alpha == pytest.approx(math.sqrt(8), rel=1e-13)
@@ -315,12 +309,12 @@ def test_norms_are_of_the_mean_score_and_not_means_of_norms() -> None:
 
 @pytest.mark.parametrize("pairs", [1, 50])
 def test_a_step_takes_one_reduction_of_a_size_that_the_batch_does_not_change(pairs: int) -> None:
-    # two sides of k·D scores; d_w, d_l and two counts, in three words of fp32 each
+    # two sides of k·D scores; d_w, d_l, two log-ratios and four counts, in three words of fp32 each
     sizes = []
     meter = DynamicsMeter()
     meter.observe((torch.rand(pairs), torch.rand(pairs)), torch.rand(2, 32, 8))
     meter.collect(lambda tensor: sizes.append(tensor.nbytes) or tensor)
-    assert sizes == [4 * (2 * 32 * 8 + 3 * 4)]
+    assert sizes == [4 * (2 * 32 * 8 + 3 * 8)]
 
 
 def test_sums_are_reduced_in_fp64_beside_scores_in_fp32() -> None:
@@ -516,7 +510,7 @@ def test_published_average_of_the_log_ratio(name: str, batches: list[Published])
     calibrator = RewardCalibrator(ema=0.9, alpha_max=None)
     for batch, stored in zip(batches, REFERENCE["trajectories"][name], strict=True):
         calibrator.update(batch.dynamics(objectives()[name]))
-        log_d_w, log_d_l = calibrator.state_dict()["log_incentives"]
+        log_d_w, log_d_l = calibrator.state_dict()["rule"]["log_incentives"]
         assert log_d_w - log_d_l == pytest.approx(stored["log_r_ema"], rel=1e-9, abs=1e-15)
 
 
@@ -534,7 +528,7 @@ def test_published_average_of_the_log_center(name: str) -> None:
         single = torch.tensor(norms, dtype=torch.float32).log()
         rounded = single if rounded is None else 0.9 * rounded + 0.1 * single
 
-        assert calibrator.state_dict()["log_norms"] == pytest.approx(exact, rel=1e-12)
+        assert calibrator.state_dict()["rule"]["log_norms"] == pytest.approx(exact, rel=1e-12)
         # logs are up to 1 in size: a unit in the last place is 6e-8, and a machine's log may be off by one
         center = float(rounded[1]) - float(rounded[0])
         assert center == pytest.approx(stored["log_r_star_ema"], abs=FLOAT32)

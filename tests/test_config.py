@@ -192,6 +192,13 @@ def test_every_key_of_the_dataclasses_is_in_conf() -> None:
             found.add(node)
             if isinstance(leaves, DictConfig):
                 found.update(f"{node}.{leaf}" for leaf in leaves)
+                nested = {leaf: leaves._get_node(leaf) for leaf in leaves}
+                found.update(
+                    f"{node}.{name}.{leaf}"
+                    for name, tree in nested.items()
+                    if isinstance(tree, DictConfig) and f"{node}.{name}" in known_keys()
+                    for leaf in tree
+                )
     # `module` is for objectives of the user's own package
     assert {*known_keys(), *command_keys()} - found == {"objective.module"}
 

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "rcpo"
 
 # A module imports lower rows, or earlier modules of its own row. A package counts as one module.
 ROWS: list[list[str]] = [
-    ["types", "registry", "losses", "objectives", "incentives", "geometry", "logps", "calibration"],
+    [
+        *("types", "registry", "losses", "objectives", "incentives", "geometry", "logps"),
+        *("averages", "samples", "band", "rules", "loop", "calibration"),
+    ],
     [
         "config",
         "building",
@@ -37,7 +40,8 @@ ROWS: list[list[str]] = [
         "inputs",
     ],
     [
-        *("pieces", "tensorfiles", "engine", "start", "reference_pass", "scoring", "dynamics", "session"),
+        *("pieces", "tensorfiles", "engine", "start", "reference_pass", "scoring", "control"),
+        *("dynamics", "session"),
         *("checkpoint", "saving", "final", "resume", "nonfinite", "trainer"),
     ],
     [

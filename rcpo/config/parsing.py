@@ -89,28 +89,34 @@ def describe(error: OmegaConfBaseException) -> str:
 
 def known_keys() -> list[str]:
     """Every key of the configuration with dots, nodes and leaves, hyper-parameters excepted."""
+    return [key for key in _keys(RunConfig) if key != "objective.hyperparameters"]
+
+
+def _keys(node: type, prefix: str = "") -> list[str]:
+    """The fields of a dataclass and of those in it, with dots."""
     keys = []
-    for field in dataclasses.fields(RunConfig):
-        keys.append(field.name)
-        if field.default_factory is not dataclasses.MISSING:
-            node = field.default_factory()
-            keys += [f"{field.name}.{leaf.name}" for leaf in dataclasses.fields(node)]
-    return [key for key in keys if key != "objective.hyperparameters"]
+    for field in dataclasses.fields(node):
+        keys.append(f"{prefix}{field.name}")
+        if dataclasses.is_dataclass(field.default_factory):
+            keys += _keys(field.default_factory, f"{prefix}{field.name}.")
+    return keys
 
 
 def _refuse_unknown(tree: dict[Any, Any]) -> None:
     known = set(known_keys())
-    nodes = {key.split(".")[0] for key in known if "." in key}
+    _refuse_unknown_in(tree, "", known, {key.rpartition(".")[0] for key in known})
+
+
+def _refuse_unknown_in(tree: dict[Any, Any], prefix: str, known: set[str], nodes: set[str]) -> None:
     for name, value in tree.items():
-        if name not in known:
-            raise ConfigError(unknown_key(str(name), known))
-        if name in nodes and not isinstance(value, dict):
-            raise ConfigError(f"{name}={value}: {name} holds keys, not a value; set them as {name}.KEY=VALUE")
-        if name not in nodes or name == "objective":
+        key = f"{prefix}{name}"
+        if key not in known and prefix != "objective.":
+            raise ConfigError(unknown_key(key, known))
+        if key not in nodes:
             continue
-        for leaf in value:
-            if f"{name}.{leaf}" not in known:
-                raise ConfigError(unknown_key(f"{name}.{leaf}", known))
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}={value}: {key} holds keys, not a value; set them as {key}.KEY=VALUE")
+        _refuse_unknown_in(value, f"{key}.", known, nodes)
 
 
 def _fold_hyperparameters(tree: dict[Any, Any]) -> dict[Any, Any]:

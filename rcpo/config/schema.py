@@ -110,10 +110,33 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class ControlConfig:
+    """Held-out pairs that `rc=loop` reads where training pairs are not fresh (`rc.control.*`).
+
+    `pairs` are set aside from the training data; every `every` steps the policy scores half a batch of them.
+    """
+
+    pairs: int = 256
+    every: int = 4
+
+
+@dataclass(kw_only=True)
 class CalibrationConfig:
-    """Reward calibration and the geometry it and the logged dynamics rest on (`rc.*`)."""
+    """Reward calibration and the geometry it and the logged dynamics rest on (`rc.*`).
+
+    `rule` says how α follows: from the `center` or the nearest `edge` of a band, from the closed `loop`, or
+    `fixed` at `alpha`. `band` is the batch's own or the one across samples, `scope` one α per batch or pair.
+    `target` (nats per token) and `signal` are the loop's.
+    """
 
     enabled: bool = False
+    rule: str = "center"
+    band: str = "batch"
+    scope: str = "batch"
+    alpha: float | None = None
+    target: float = 0.0
+    signal: str = "auto"
+    control: ControlConfig = field(default_factory=ControlConfig)
     update: str = "step"
     ema: float | None = None
     alpha_max: float | None = 10.0
@@ -127,6 +150,11 @@ class CalibrationConfig:
         if self.ema is not None:
             return self.ema
         return 0.9 if self.update == "step" else 0.98
+
+    @property
+    def loops(self) -> bool:
+        """Whether α follows from the movement of fresh pairs."""
+        return self.enabled and self.rule == "loop"
 
 
 @dataclass(kw_only=True)

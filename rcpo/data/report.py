@@ -44,6 +44,7 @@ class DataReport:
     drop: bool = False
     train: int = 0
     evaluation: int = 0
+    control: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -95,6 +96,8 @@ class DataReport:
         ]
         if self.template is not None:
             told[0] += f", template {self.template}"
+        if self.control:
+            told.append(f"{self.control} of the pairs are set aside for rc=loop to read (rc.control.pairs)")
         total = sum(self.dropped.values())
         if total:
             told.append(f"{total} pairs dropped:")

@@ -111,6 +111,11 @@ class PairDataset(Sequence[Example]):
         self.max_length = max_length
         self.kind = kind
 
+    def take(self, places: np.ndarray) -> PairDataset:
+        """The examples at `places` (n,), in that order."""
+        rows = places if self._rows is None else self._rows[places]
+        return PairDataset(self._stores, self.max_length, rows=rows, kind=self.kind)
+
     @classmethod
     def of(
         cls, examples: Iterable[Example], max_length: int | None = None, values: np.ndarray | None = None
