@@ -22,7 +22,6 @@ from rcpo.data.selection import split_prompts
 from rcpo.data.store import PairDataset
 from rcpo.engine import Engine
 from rcpo.logps import sequence_logps
-from rcpo.objectives import Objective
 from rcpo.types import TokenBatch
 
 BatchesAt = Callable[[PairDataset, np.ndarray], Iterator[TokenBatch]]
@@ -31,10 +30,12 @@ LARGEST_SHARE = 0.1  # of the training data that is set aside
 FEWEST = 8
 
 
-def has_fresh_signals(config: RunConfig, objective: Objective, tracks_reference: bool) -> bool:
-    """Whether log-ratios of training pairs are taken against the starting policy, for nothing."""
-    has_reference = objective.needs_reference or tracks_reference
-    return has_reference and config.reference.path is None and config.rc.signal != "control"
+def has_fresh_signals(config: RunConfig, *, compared: bool) -> bool:
+    """Whether log-ratios of training pairs are taken against the starting policy anyway.
+
+    `compared` says whether training pairs are compared with a reference at all.
+    """
+    return compared and config.reference.path is None and config.rc.signal != "control"
 
 
 def needs_control(config: RunConfig, fresh: bool, examples: int) -> bool:

@@ -86,7 +86,9 @@ class Session:
             )
         if self.datasets.template is not None:  # final/ generates as it was trained
             self.tokenizer.chat_template = self.datasets.template.source
-        self.fresh_signals = has_fresh_signals(config, self.objective, self.tracks_reference)
+        changes = training or final is not None or (run_dir / METRICS_FILE).exists()
+        self.tracking = tracking(config, self.objective, self.datasets, changes=changes)
+        self.fresh_signals = has_fresh_signals(config, compared=self.tracking is Tracking.EVERYTHING)
         if needs_control(config, self.fresh_signals, len(self.datasets.train)):
             self.datasets = set_aside(self.datasets, config)
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
@@ -95,8 +97,6 @@ class Session:
         policy = load_policy(config, self.start, final)
         if config.train.gradient_checkpointing:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
-        changes = training or final is not None or (run_dir / METRICS_FILE).exists()
-        self.tracking = tracking(config, self.objective, self.datasets, changes=changes)
         if self.tracking is Tracking.SOME:  # too few to hold a second model for
             config = replace(config, reference=replace(config.reference, mode="precompute"))
         wanted = self.tracking is not Tracking.NOTHING

@@ -30,7 +30,8 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "stops": ([3], [2]),
 }
 # Every two levels meet in one of them, with what has a state of its own beside: optimizers, precisions, bco's
-# mean, the calibration by micro-batches. `RCPO_RESUME=all` takes the levels' whole product.
+# mean, the calibration by micro-batches, the closed loop (an epoch of 5 steps, then control pairs).
+# `RCPO_RESUME=all` takes the levels' whole product.
 CASES: list[dict[str, Any]] = [
     {"ranks": 1, "stage": 0, "rc": "off", "micro": None, "stops": [2], "optimizer": "sgd"},
     {"ranks": 1, "stage": 1, "rc": "off", "micro": 4, "stops": [3], "objective": "bco"},
@@ -42,6 +43,8 @@ CASES: list[dict[str, Any]] = [
     {"ranks": 2, "stage": 2, "rc": "off", "micro": 4, "stops": [2], "objective": "bco"},
     {"ranks": 2, "stage": 3, "rc": "off", "micro": None, "stops": [3], "dtype": "bf16", "reference": "model"},
     {"ranks": 2, "stage": 3, "rc": "microbatch", "micro": 4, "stops": [2, 3]},
+    {"ranks": 1, "stage": 0, "rc": "loop", "micro": 4, "stops": [3]},
+    {"ranks": 2, "stage": 3, "rc": "loop", "micro": 4, "stops": [6]},
 ]
 if os.environ.get("RCPO_RESUME") == "all":
     CASES = [dict(zip(LEVELS, levels)) for levels in product(*LEVELS.values())]
@@ -53,6 +56,7 @@ def interrupted(folder: Path, ranks: int) -> None:
     for case in cases:
         del case["ranks"]
     model, pairs = tiny_llama(folder / "model"), sums_file(folder / "pairs.jsonl", 24)
+    sums_file(folder / resume.MANY, 89)
     output = folder / "result.json"
     on_ranks(ranks, resume.compare_all, model, pairs, output, cases)
     result = json.loads(output.read_text())

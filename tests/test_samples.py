@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -27,7 +28,7 @@ NOISE = 0.6  # of each element of one example's gradient: tr Σ = 30 · 0.36 = 1
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Mean scores of batches of `size` examples whose noise is shared by both sides, as in a pair's prompt."""
+    """Mean scores of batches of `size` examples; the sides share half of their noise, a prompt."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         own = torch.randn(2, 1, SIZE, generator=generator, dtype=torch.float64)
@@ -59,8 +60,8 @@ def test_errors_shrink_with_the_root_of_the_steps_and_are_stated_honestly() -> N
     for count in (5, 20):
         runs = [found(count, 4, seed) for seed in range(400)]
         spread[count] = float(torch.tensor([run.winner for run in runs]).std())
-        stated = torch.tensor([run.winner_error**2 for run in runs if run.winner_error is not None]).mean().sqrt()
-        assert 0.9 < float(stated) / spread[count] < 1.5
+        errors = torch.tensor([run.winner_error or math.nan for run in runs])
+        assert 0.9 < float(errors.square().mean().sqrt()) / spread[count] < 1.5
     # 4 and 19 products; the oldest of 19 count for 0.95^18 = 0.4, which costs a tenth
     assert spread[5] / spread[20] == pytest.approx(math.sqrt(19 / 4), rel=0.15)
 
@@ -147,9 +148,16 @@ def test_a_restored_state_continues_with_the_same_bits() -> None:
     assert geometry == expected
 
 
+def both(other: DynamicsMeter, message: Tensor) -> Tensor:
+    """The sum of a rank's message and what another one sends."""
+    sent: list[Tensor] = []
+    other.collect(lambda own: sent.append(own.clone()) or own)
+    return message + sent[0]
+
+
 @given(cuts=st.lists(st.integers(0, 10), max_size=4), seed=st.integers(0, 2**31))
 def test_any_split_of_the_batches_gives_the_same_products(cuts: list[int], seed: int) -> None:
-    """Ten pairs a step, as one micro-batch, and cut up over micro-batches of two ranks whose sums are added."""
+    """Ten pairs a step, as one micro-batch, and cut up over micro-batches of two ranks."""
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randn(3, 10, 2, 3, 4, generator=generator, dtype=torch.float64)  # per pair
     ones = torch.ones(10, dtype=torch.float64)
@@ -160,9 +168,7 @@ def test_any_split_of_the_batches_gives_the_same_products(cuts: list[int], seed:
             meter.observe((ones[start:end], ones[start:end]), scores[start:end].sum(0))
         second.observe((ones[:0], ones[:0]), scores[:0].sum(0))
         whole.observe((ones, ones), scores.sum(0))
-        sent: list[Tensor] = []
-        second.collect(lambda message: sent.append(message.clone()) or message)
-        split, expected = first.collect(lambda message: message + sent[0]).samples, whole.collect().samples
+        split, expected = first.collect(partial(both, second)).samples, whole.collect().samples
     assert split is not None and expected is not None
     values = [[one.winner, one.loser, one.cross, one.self_influence] for one in (split, expected)]
     assert values[0] == pytest.approx(values[1], rel=1e-9, abs=1e-12)

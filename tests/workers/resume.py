@@ -1,6 +1,7 @@
 """Runs in parts, on the ranks of one group.
 
-Their data are a JSONL file of 24 pairs and the batch is 16: an epoch is two steps, the second one short.
+Their data are a JSONL file of 24 pairs and the batch is 16: an epoch is two steps, the second one short. With
+the closed loop it is one of 89 beside it, `MANY`, so that control pairs can be set aside.
 """
 
 import json
@@ -20,7 +21,7 @@ from rcpo.session import Session
 from rcpo.tracking import Tracker
 from rcpo.trainer import Trainer
 
-STEPS = 7
+STEPS, MANY = 7, "many.jsonl"
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
 OBJECTIVES = {
     "dpo": ObjectiveConfig(name="dpo", reduction="mean", hyperparameters={"beta": 1.0}),
@@ -56,7 +57,10 @@ def configuration(
     config.reference.mode, config.reference.cache = reference, "off"
     config.objective = OBJECTIVES[objective]
     config.rc.enabled, config.rc.sketch = rc != "off", 32
-    config.rc.update = rc if rc != "off" else "step"
+    config.rc.update = rc if rc == "microbatch" else "step"
+    if rc == "loop":
+        config.data.path = str(Path(pairs).with_name(MANY))
+        config.rc.rule, config.rc.control.every = "loop", 1
     return config
 
 
