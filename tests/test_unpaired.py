@@ -51,15 +51,15 @@ def test_every_completion_counts_once_and_each_side_has_its_own_means(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("objective", "row", "reason"),
+    ("objective", "rows", "reason"),
     [
-        ("dpo", WANTED[0], "objective=dpo needs pairs, and the data has single completions with labels"),
-        ("dpo", {"text": "1+1=2"}, "objective=dpo needs a rejected response"),
+        ("dpo", [WANTED[0], UNWANTED[0]], "objective=dpo needs pairs, and the data has single completions with labels"),
+        ("dpo", [{"text": "1+1=2"}], "objective=dpo needs a rejected response"),
     ],
 )
 def test_an_objective_that_needs_pairs_says_so(
-    tmp_path: Path, objective: str, row: dict[str, Any], reason: str
+    tmp_path: Path, objective: str, rows: list[dict[str, Any]], reason: str
 ) -> None:
-    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, output = run(tmp_path, f"objective={objective}", "data.path=x.jsonl", "data.eval_fraction=0")
     assert code == 2 and reason in output
