@@ -53,7 +53,7 @@ def test_every_completion_counts_once_and_each_side_has_its_own_means(tmp_path: 
 @pytest.mark.parametrize(
     ("objective", "rows", "reason"),
     [
-        ("dpo", [WANTED[0], UNWANTED[0]], "objective=dpo needs pairs, and the data has single completions with labels"),
+        ("dpo", WANTED[:1] + UNWANTED[:1], "objective=dpo needs pairs, and the data has single completions"),
         ("dpo", [{"text": "1+1=2"}], "objective=dpo needs a rejected response"),
     ],
 )
