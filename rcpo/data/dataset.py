@@ -40,7 +40,7 @@ class Datasets:
 
     `prompts` are the held-out prompts as text, each once, to generate answers to; `checker(prompt, answer)`
     tells right from wrong; empty and None where answers cannot be verified. `template` is what rendered
-    messages, where there were any to render.
+    messages, where there were any to render. `control` are pairs that `rc=loop` set aside.
     """
 
     train: PairDataset
@@ -49,6 +49,7 @@ class Datasets:
     prompts: list[str] = field(default_factory=list)
     checker: Checker | None = None
     template: ChatTemplate | None = None
+    control: PairDataset | None = None
 
     @property
     def split(self) -> dict[str, str]:
