@@ -288,7 +288,8 @@ def doctor() -> None:
 def _finish(command: Callable[..., int], *arguments: Any) -> None:
     """Runs a command to its exit code; what the user has to change is one line, without a traceback."""
     from rcpo.config import ConfigError, RunError
-    from rcpo.launch import FAILED, refused
+    from rcpo.launch import FAILED, failed, refused
+    from rcpo.visible import is_about_a_file, os_message
 
     try:
         code = command(*arguments)
@@ -297,6 +298,8 @@ def _finish(command: Callable[..., int], *arguments: Any) -> None:
     except RunError as error:
         typer.echo(f"rcpo: {error}", err=True)
         code = FAILED
+    except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
+        code = refused(ConfigError(os_message(error))) if is_about_a_file(error) else failed(error)
     raise typer.Exit(code)
 
 

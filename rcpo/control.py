@@ -82,9 +82,7 @@ class ControlPairs:
     `batches_at` gives this rank's share of the examples at some places of a dataset.
     """
 
-    def __init__(
-        self, config: RunConfig, engine: Engine, pairs: PairDataset, batches_at: BatchesAt
-    ) -> None:
+    def __init__(self, config: RunConfig, engine: Engine, pairs: PairDataset, batches_at: BatchesAt) -> None:
         self._engine = engine
         self._pairs = pairs
         self._batches_at = batches_at

@@ -26,6 +26,7 @@ from rcpo.types import PairLogps
 
 PREVIOUS = "dynamics"  # the name of the last step's scores among a checkpoint's tensors
 
+
 def measured_every(config: RunConfig, objective: Objective) -> int:
     """Every how many steps the dynamics are measured; 0 is never."""
     if not objective.needs_rejected:

@@ -178,4 +178,3 @@ class _Moments:
 
     def load_state_dict(self, state: list[Any]) -> None:
         self.count, self._weight, self._squares, self._first, self._second = state
-

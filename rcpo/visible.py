@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import unicodedata
 
 # of what prints as nothing or moves the cursor: controls, formats (bidirectional marks, joiners), unassigned,
 # private and surrogate code points; separators of lines and paragraphs
 _HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
+
+
+_LONGEST_NAME = 200
 
 
 def visible(text: str, *, lines: bool = True) -> str:
@@ -29,6 +34,22 @@ def text_lines(text: str) -> list[str]:
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def is_about_a_file(error: OSError) -> bool:
+    """Whether the user has to change a path, or its permissions, before anything can run."""
+    kinds = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    return isinstance(error, kinds) or error.errno in (errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP)
+
+
+def os_message(error: OSError) -> str:
+    """What an error of the operating system is about, and what it says."""
+    if error.filename is None or error.strerror is None:
+        return first_line(error)
+    name = error.filename if error.filename2 is None else error.filename2
+    name = visible(os.fsdecode(name) if isinstance(name, str | bytes) else str(name), lines=False)
+    short = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+    return f"{short}: {error.strerror}"
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +45,15 @@ from rcpo.config.composition import (
 )
 from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys
-from rcpo.config.validation import CHOICES, HYPERPARAMETER_CHOICES, HYPERPARAMETER_RANGES, PARTS, RANGES
+from rcpo.config.validation import (
+    CHOICES,
+    HYPERPARAMETER_CHOICES,
+    HYPERPARAMETER_RANGES,
+    PARTS,
+    RANGES,
+    check_range,
+    shown,
+)
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -417,6 +427,42 @@ def test_a_missing_file_s_nearest_neighbour_is_named(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'train.jsonl'}?" in refusal(
         "data=pairs", f"data.path={tmp_path}/trian.jsonl"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2**32, "4294967296"), (-1, "-1"), (0.5, "0.5"), (1e-9, "1e-09")]
+)
+def test_a_number_is_shown_with_its_digits(value: float, text: str) -> None:
+    assert shown(value) == text
+    with pytest.raises(ConfigError, match=r"seed=4294967296 is out of range: .* at most 4294967295$"):
+        check_range("seed", 2**32, RANGES["seed"])
+
+
+def test_a_folder_of_options_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mine.yaml").write_bytes(b"name: dpo  # caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"objective/mine\.yaml is not UTF-8 \(byte 16\)"):
+        compose(["objective=mine"], str(tmp_path))
+    (tmp_path / "objective" / "mine.yaml").write_text("name: dpo\n")
+    for function in ("scandir", "listdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, denied)  # what a folder without permission does, to root too
+            with pytest.raises(
+                ConfigError, match=f"--config-dir {tmp_path} cannot be read: .*: Permission denied"
+            ):
+                compose(["objective=mine"], str(tmp_path))
+
+
+def denied(path: str | Path) -> list[str]:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_a_run_s_configuration_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"seed: 1  # caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml is not UTF-8 \(byte 14\): save it as UTF-8"):
+        load_run_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ ROWS: list[list[str]] = [
         *("averages", "samples", "band", "rules", "loop", "calibration"),
     ],
     [
+        "visible",
         "config",
         "building",
         "distributed",
         "terminal",
         "caching",
-        "visible",
         "attention",
         "data",
         "hub",

@@ -6,6 +6,7 @@ Hydra's own entry point is not used: it exits with 1, and its parser refuses ove
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from rcpo.config.commands import COMMAND_NODES
 from rcpo.config.parsing import describe, known_keys
 from rcpo.config.schema import ConfigError
 from rcpo.config.validation import nearest, unknown_key
+from rcpo.visible import os_message
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -99,8 +101,8 @@ def hydra_session(config_dir: str | None = None, config_path: str | None = None)
 
     version.setbase("1.3")
     for flag, given in (("--config-dir", config_dir), ("--config-path", config_path)):
-        if given is not None and not Path(given).is_dir():
-            raise ConfigError(f"{flag} {given} is not a folder")
+        if given is not None:
+            _check_folder(flag, Path(given))
     search_path = create_config_search_path(str(Path(config_path).resolve() if config_path else conf_dir()))
     if config_dir is not None:
         folder = Path(config_dir).resolve()
@@ -111,6 +113,22 @@ def hydra_session(config_dir: str | None = None, config_path: str | None = None)
         yield Hydra.create_main_hydra2(task_name="rcpo", config_search_path=search_path)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _check_folder(flag: str, folder: Path) -> None:
+    """Raises ConfigError for a folder of options that Hydra would pass over without a word."""
+    try:
+        if not folder.is_dir():
+            raise ConfigError(f"{flag} {folder} is not a folder")
+        groups = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+        for group in groups:
+            os.listdir(group)
+        for file in [path for place in (folder, *map(Path, groups)) for path in place.glob("*.yaml")]:
+            file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder} cannot be read: {os_message(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{flag}: {file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
 
 
 def compose(

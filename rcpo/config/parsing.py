@@ -12,6 +12,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rcpo.config.schema import ConfigError, ObjectiveConfig, RunConfig
 from rcpo.config.validation import unknown_key, validate
+from rcpo.visible import first_line
 
 _OBJECTIVE_KEYS = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"hyperparameters"}
 # merged into, so it must not bring the default objective's hyper-parameters along
@@ -64,8 +65,10 @@ def read_tree(path: Path) -> DictConfig:
         tree = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except (YAMLError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+        raise ConfigError(f"{path} cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} is not a mapping of keys to values")
     return tree

@@ -246,6 +246,11 @@ def check_choice(key: str, value: str | None, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{key}={value} is not one of {', '.join(known)}{hint}")
 
 
+def shown(value: float) -> str:
+    """A number as people write it: whole ones with all their digits."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
+
+
 def check_range(key: str, value: float | None, bounds: Range) -> None:
     if value is None:
         return
@@ -254,12 +259,12 @@ def check_range(key: str, value: float | None, bounds: Range) -> None:
     below = value <= high if high_allowed else value < high
     if above and below:
         return
-    wanted = f"{'at least' if low_allowed else 'greater than'} {low:g}"
+    wanted = f"{'at least' if low_allowed else 'greater than'} {shown(low)}"
     if math.isfinite(high):
-        wanted += f" and {'at most' if high_allowed else 'less than'} {high:g}"
+        wanted += f" and {'at most' if high_allowed else 'less than'} {shown(high)}"
     elif not math.isfinite(value):
         wanted += " and finite"
-    raise ConfigError(f"{key}={value:g} is out of range: it has to be {wanted}")
+    raise ConfigError(f"{key}={shown(value)} is out of range: it has to be {wanted}")
 
 
 def _check_combinations(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -186,10 +187,21 @@ def write_results(folder: Path, results: Mapping[str, Results]) -> None:
     (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
     kept = {}
     for spec, found in results.items():
-        kept[spec] = {key: value for key, value in found.items() if key != "samples"}
+        kept[spec] = {key: plain(value) for key, value in found.items() if key != "samples"}
         for task, samples in found.get("samples", {}).items():
-            write_lines(folder / SAMPLES / f"{task}.jsonl", samples)
-    replace_text(folder / RESULTS, json.dumps(kept, indent=1) + "\n")
+            write_lines(folder / SAMPLES / f"{task}.jsonl", map(plain, samples))
+    replace_text(folder / RESULTS, json.dumps(kept, indent=1, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """JSON that any reader takes: a number that is not finite, as an impossible answer's, becomes text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value
 
 
 @cache

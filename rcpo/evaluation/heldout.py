@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rcpo.evaluation.preference import (
 )
 from rcpo.evaluation.scorers import scorer_of
 from rcpo.inputs import EVALUATION_SETTINGS
+from rcpo.runfolder import read_record
 from rcpo.scoring import Scored
 from rcpo.session import Session
 from rcpo.tracking.jsonl import write_json
@@ -85,7 +85,7 @@ def merge_record(
     Those that begin with `renewed` are the record's alone.
     """
     path = run_dir / RECORD
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_record(path, "remove it, or evaluate into another folder") or {}
     prefixes = tuple(kept)
     rest = {
         key: value

@@ -12,6 +12,7 @@ from rcpo.config.changes import refuse_other_run
 from rcpo.inputs import read_inputs, refuse_other_training, standing
 from rcpo.launch import world_size
 from rcpo.runfolder import CHECKPOINTS, finished_state, refuse_locked, stored_state
+from rcpo.visible import os_message
 
 
 def job_dir() -> Path:
@@ -36,9 +37,14 @@ def refuse_other(run_dir: Path, config: RunConfig, processes: int | None = None)
     `processes` are its ranks (None: those that it would have here). Called before anything in the folder
     changes; the trainer looks again, at the checkpoint that it loads.
     """
-    present = run_dir
-    while not present.exists():
-        present = present.parent
+    try:
+        present = run_dir
+        while not present.exists():
+            present = present.parent
+    except OSError as error:  # a name that is too long, a folder that cannot be looked into
+        raise ConfigError(f"{os_message(error)}; choose another hydra.run.dir") from error
+    if not present.is_dir():
+        raise ConfigError(f"{run_dir}: {present} is not a folder; choose another hydra.run.dir")
     if not os.access(present, os.W_OK | os.X_OK):
         raise ConfigError(f"{run_dir}: {present} cannot be written to; choose another hydra.run.dir")
     if not run_dir.is_dir():
@@ -61,6 +67,6 @@ def make_folder(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be a folder ({error.strerror}); choose another {key}") from error
+        raise ConfigError(f"{os_message(error)}: it cannot be a folder; choose another {key}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder} cannot be written to; choose another {key}")

@@ -20,6 +20,7 @@ from rcpo.inputs import read_inputs, standing
 from rcpo.jobs.folders import job_dir, make_folder, refuse_other
 from rcpo.jobs.naming import refuse_shared_folders
 from rcpo.launch import DONE, FAILED, LOG_FILE, REFUSED, external_ranks
+from rcpo.launch.logs import close_log
 from rcpo.launch.outcomes import Outcome
 from rcpo.launch.pool import Pool, run_process, slots
 from rcpo.runfolder import finished_state, sweeping
@@ -76,6 +77,7 @@ def multirun(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig)
     with refusing_leaves_nothing(sweep_dir), refusals_explained(hydra, name, overrides):
         make_folder(sweep_dir, "hydra.sweep.dir")
         planned = list(_flatten(_first_pass(hydra, name, pinned, cfg)))
+        close_log()
         refuse_shared_folders((each.run_dir, each.overrides) for each in planned)
         if cfg.hydra.launcher._target_ != BASIC_LAUNCHER:
             jobs = list(_flatten(hydra.multirun(name, remote_job, pinned)))

@@ -36,6 +36,7 @@ from rcpo.launch.outcomes import DONE, Outcome, read_outcome
 from rcpo.runfolder import EVALUATED, finished_state, read_object, stored_state, taking_turns
 
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"
+_RUN_FILES = ("config.yaml", "outcome.json")  # of a run that began, or was refused
 SEVERAL = 3  # contrasts, of which a median says more than they do
 # 1: more is better, −1: less; a metric that is not here has no winner
 BETTER = {
@@ -76,9 +77,8 @@ def compare(sweep_dir: Path) -> Comparison:
     """Reads the runs in a sweep's folder; raises ConfigError where there is none."""
     if sweep_dir.exists() and not sweep_dir.is_dir():
         raise ConfigError(f"{sweep_dir} is not a folder: give the folder of a sweep")
-    folders = sorted(
-        {path.parent for name in ("config.yaml", "outcome.json") for path in sweep_dir.glob(f"*/{name}")}
-    )
+    inside = [path for path in sorted(sweep_dir.iterdir()) if path.is_dir()] if sweep_dir.exists() else []
+    folders = [path for path in inside if any((path / name).exists() for name in _RUN_FILES)]
     if not folders:
         raise ConfigError(f"{sweep_dir} holds no runs: it is not the folder of a sweep")
     complete = [folder for folder in folders if _is_complete(folder)]

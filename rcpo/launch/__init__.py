@@ -9,7 +9,7 @@ from rcpo.launch.logs import LOG_FILE, configure_log
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED
 from rcpo.launch.pool import run_process
 from rcpo.launch.ranks import external_ranks, world_size
-from rcpo.launch.run import launch, refused, run_here
+from rcpo.launch.run import failed, launch, refused, run_here
 
 __all__ = [
     "DONE",
@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "configure_log",
     "external_ranks",
+    "failed",
     "launch",
     "refused",
     "run_here",

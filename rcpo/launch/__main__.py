@@ -14,7 +14,7 @@ from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
 from rcpo.launch.outcomes import REFUSED
 from rcpo.launch.ranks import external_ranks, world_size
-from rcpo.launch.run import TASKS, launch, refused
+from rcpo.launch.run import TASKS, failed, launch, refused
 
 
 def main(arguments: list[str]) -> int:
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
         check(config, world_size(config))
     except ConfigError as error:
         return refused(error)
+    except OSError as error:
+        return failed(error)
     return launch(config, run_dir, task)
 
 

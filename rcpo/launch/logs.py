@@ -9,6 +9,15 @@ from pathlib import Path
 LOG_FILE = "rcpo.log"
 
 
+def close_log() -> None:
+    """Ends what Hydra's composition of a sweep leaves: the root logger writing to one run's log."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
+
+
 def configure_log(run_dir: Path, *, file: bool) -> None:
     """Warnings to standard error, everything to the run's log; `file` on rank 0 only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]

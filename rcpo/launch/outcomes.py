@@ -24,6 +24,8 @@ WORKER = "RCPO_WORKER"
 
 _RECORD = re.compile(r"\[[^]]*\]\[[^]]*\]\[[A-Z]+\] - ")  # how configure_log begins a record
 
+_TRACEBACK = "Traceback (most recent call last):"
+
 log = logging.getLogger(__name__)
 
 
@@ -54,8 +56,11 @@ def read_outcome(run_dir: Path) -> Outcome | None:
     return Outcome(code, reason)
 
 
-def outcome_of(code: int, run_dir: Path) -> Outcome:
-    """What the exit code of a run's process means, with the reason from the run's log."""
+def outcome_of(code: int, run_dir: Path, since: int = 0) -> Outcome:
+    """What the exit code of a run's process means, with the reason from the run's log.
+
+    `since` is how many bytes the log had before: they are of other processes.
+    """
     if code == DONE:
         return Outcome(DONE)
     if code < 0:
@@ -64,20 +69,45 @@ def outcome_of(code: int, run_dir: Path) -> Outcome:
         return Outcome(FAILED, f"ended by {name}{hint}")
     if code not in (FAILED, REFUSED, STOPPED):
         return Outcome(FAILED, f"ended with exit code {code}")
-    reason = last_message(run_dir / LOG_FILE).removeprefix("refused: ")
+    reason = last_message(run_dir / LOG_FILE, since).removeprefix("refused: ")
     return Outcome(code, "stopped by a signal" if code == STOPPED else reason)
 
 
-def last_message(log_file: Path) -> str:
-    """The last record of a log in one line: its message, or what a traceback ends with."""
+def size_of(path: Path) -> int:
+    """A file's bytes; 0 where there is none."""
     try:
-        text = log_file.read_text(encoding="utf-8", errors="replace")
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def last_message(log_file: Path, since: int = 0) -> str:
+    """The last record of a log after so many bytes in one line: its message, or a traceback's exception."""
+    try:
+        content = log_file.read_bytes()
     except OSError:
         return f"no {log_file.name}"
+    text = content[since if since <= len(content) else 0 :].decode("utf-8", "replace")
     starts = list(_RECORD.finditer(text))
     record = text[starts[-1].end() :].strip() if starts else text.strip()
-    lines = [line.strip() for line in text_lines(record) if line.strip()] or ["no message"]
-    return lines[-1] if "Traceback (most recent call last):" in lines else " ".join(lines)
+    lines = [line.rstrip() for line in text_lines(record) if line.strip()]
+    if not lines:
+        return "it ended before it said anything in its log; look at its console output"
+    if _TRACEBACK in lines:
+        return _exception(lines[len(lines) - lines[::-1].index(_TRACEBACK) :])
+    return " ".join(line.strip() for line in lines)
+
+
+def _exception(lines: list[str]) -> str:
+    """The exception that a traceback ends with, and the first line of its message.
+
+    The message may go on, over lines that say little by themselves, such as a caret below a word.
+    """
+    for place, line in enumerate(lines):
+        if not line[0].isspace():
+            following = lines[place + 1 : place + 2] if line.endswith(":") else []
+            return " ".join([line, *(each.strip() for each in following)])
+    return lines[-1].strip() if lines else "a traceback that breaks off"
 
 
 def report_refusal(error: ConfigError) -> None:

@@ -14,7 +14,8 @@ from queue import SimpleQueue
 from types import TracebackType
 
 from rcpo.launch.local import forward_signals, run_command
-from rcpo.launch.outcomes import Outcome, outcome_of
+from rcpo.launch.logs import LOG_FILE
+from rcpo.launch.outcomes import Outcome, outcome_of, size_of
 from rcpo.signals import STOPPED
 
 CONSOLE_FILE = "console.log"  # what a run says that shares its machine
@@ -111,6 +112,7 @@ class Pool:
     def _wait(
         self, run_dir: Path, slot: Mapping[str, str], given_up: Callable[[], bool] | None
     ) -> tuple[Outcome, bool]:
+        before = size_of(run_dir / LOG_FILE)
         with ExitStack() as stack:
             console = None
             if self.slots > 1:
@@ -132,7 +134,7 @@ class Pool:
                     process.send_signal(signal.SIGTERM)
                     process.wait()
                 self._running.discard(process.pid)
-        return outcome_of(process.returncode, run_dir), gave_up
+        return outcome_of(process.returncode, run_dir, before), gave_up
 
 
 def _wait_or_give_up(process: subprocess.Popen[bytes], given_up: Callable[[], bool] | None) -> bool:

@@ -14,6 +14,7 @@ from rcpo.launch.heartbeat import Heartbeat
 from rcpo.launch.local import launch_workers, run_command
 from rcpo.launch.outcomes import FAILED, REFUSED, report_failure, report_refusal, tell_agent
 from rcpo.launch.ranks import export_ranks, external_ranks
+from rcpo.visible import os_message
 
 if TYPE_CHECKING:
     from rcpo.session import Session
@@ -85,6 +86,13 @@ def _leave(heartbeat: Heartbeat) -> None:
 
     heartbeat.stop()
     distributed.shutdown()
+
+
+def failed(error: OSError) -> int:
+    """The exit code after an operation on files that failed before the ranks met."""
+    log.info("failed", exc_info=error)
+    report_failure(RunError(os_message(error)))
+    return FAILED
 
 
 def refused(error: ConfigError) -> int:

@@ -22,6 +22,7 @@ from rcpo import distributed
 from rcpo.config import ConfigError, RunConfig
 from rcpo.config.composition import conf_dir
 from rcpo.evaluation.harness import Harness, TaskSpec, flat_record, write_results
+from rcpo.evaluation.heldout import merge_record
 from rcpo.evaluation.run import load_whole
 from rcpo.hub import Source
 from rcpo.models import load_model, load_tokenizer
@@ -221,3 +222,26 @@ def test_an_adapter_is_added_to_the_weights(tmp_path: Path) -> None:
     assert not any("lora" in name for name in merged.state_dict())
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, without, atol=1e-1)
+
+
+def test_numbers_that_are_not_finite_are_kept_as_text_that_any_reader_takes(tmp_path: Path) -> None:
+    inf, nan = float("inf"), float("nan")
+    sample = {"doc_id": 0, "resps": [[[-inf, False]]], "acc": nan}
+    found = {"results": {"task": {"acc,none": nan, "acc_stderr,none": inf, "alias": "task"}}}
+    results = {"task": {**found, "samples": {"task": [sample]}}}
+    write_results(tmp_path, results)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    kept = json.loads((tmp_path / "harness.json").read_text(), parse_constant=refuse)
+    assert kept["task"]["results"]["task"] == {"acc,none": "nan", "acc_stderr,none": "inf", "alias": "task"}
+    lines = (tmp_path / "harness" / "task.jsonl").read_text()
+    assert json.loads(lines, parse_constant=refuse) == {
+        "doc_id": 0,
+        "resps": [[["-inf", False]]],
+        "acc": "nan",
+    }
+    merge_record(tmp_path, flat_record(results), kept=("eval/",))
+    record = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+    assert record == {"eval/harness/task/acc": None, "eval/harness/task/acc/stderr": None, "nonfinite": 2}

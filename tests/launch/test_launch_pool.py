@@ -127,6 +127,51 @@ def test_the_last_message_is_a_record_s_or_a_traceback_s_end(tmp_path: Path) -> 
     assert last_message(log) == "RunError: the disk is full"
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (
+            "ValueError: no viable alternative at 'x'\n    {x\n     ^",
+            "ValueError: no viable alternative at 'x'",
+        ),
+        (
+            '  File "y.py", line 1\n    a b\n    ^^^\nSyntaxError: invalid syntax',
+            "SyntaxError: invalid syntax",
+        ),
+        (
+            "yaml.scanner.ScannerError:\n  in a.yaml, line 3\n    ^",
+            "yaml.scanner.ScannerError: in a.yaml, line 3",
+        ),
+        ("KeyError: 'a'\nand a second line\n^", "KeyError: 'a'"),
+    ],
+)
+def test_a_reason_is_the_exception_and_not_the_caret_below_it(end: str, reason: str, tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    trace = f'train failed\nTraceback (most recent call last):\n  File "x.py", line 2, in f\n    g()\n{end}\n'
+    log.write_text(RECORD.format("ERROR", trace))
+    assert last_message(log) == reason
+
+
+@pytest.mark.usefixtures("program")
+def test_a_reason_is_no_line_of_another_process(tmp_path: Path) -> None:
+    folder = run(tmp_path / "silent", "sys.exit(1)")
+    (folder / LOG_FILE).write_text(RECORD.format("INFO", "another run's line"))
+    outcome = run_process(folder)
+    assert outcome.code == 1 and "another" not in str(outcome.reason)
+    assert "before it said anything in its log" in str(outcome.reason)
+    body = f"(here / {LOG_FILE!r}).open('a').write({RECORD.format('ERROR', 'its own')!r})\nsys.exit(1)"
+    (folder / "run.py").write_text(body)
+    assert run_process(folder) == Outcome(1, "its own")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"code": "x"}'])
+def test_a_damaged_outcome_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(content)
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None and outcome.code == 1
+    assert f"{tmp_path / 'outcome.json'} is damaged" in str(outcome.reason)
+
+
 def test_slots_share_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,9")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
