@@ -188,7 +188,7 @@ class Engine:
                 config=deepspeed_config(config, training=training),
                 dist_init_required=False,
             )
-        policy.examine_head()
+        policy.examine()
         # DeepSpeed's own forward forbids the plain autograd that the parameters' geometry is made of
         by_parameters = config.rc.geometry == "parameters" or (
             config.eval.parameters_geometry and not training

@@ -78,7 +78,10 @@ class HeadShape:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Logits (N, V) in fp32 or better; outside autograd, as they are changed in place."""
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.finish(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """The logits of W h + b (N, V), scaled and capped in place."""
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

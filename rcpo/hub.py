@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from rcpo.config import ConfigError
 from rcpo.config.model_checks import holds_adapter, is_hub_name
@@ -19,6 +20,8 @@ _TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _SAFE, _PICKLED, _CODE = ["*.safetensors"], ["*.bin"], ["*.py"]
 # other formats of the same weights: repositories keep them in folders of their own, Mistral's as consolidated
 _IGNORED = ["*/*", "consolidated*"]
+_LFS = b"version https://git-lfs.github.com/spec"  # how a pointer begins
+_LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,58 @@ def _whole(key: str, folder: Path, name: str) -> bool:
     """Whether weights of this name are there, in one file or in the pieces of an index, all of them."""
     index = folder / f"{name}.index.json"
     if not index.is_file():
-        return (folder / name).is_file()
-    pieces = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not (folder / name).is_file():
+            return False
+        _check_file(key, folder / name)
+        return True
+    try:
+        pieces = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}={folder}: {index.name} is not an index of weights: {error!r}") from error
     missing = sorted(piece for piece in pieces if not (folder / piece).is_file())
     if missing:
         raise ConfigError(f"{key}={folder} lacks {missing[0]} ({len(missing)} of {len(pieces)} files)")
+    for piece in sorted(pieces):
+        _check_file(key, folder / piece)
     return True
+
+
+def _check_file(key: str, path: Path) -> None:
+    """Raise ConfigError for a file of weights that may not be read, is a Git LFS pointer, or is cut short."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            beginning = file.read(len(_LFS))
+            wanted = _safetensors_size(beginning, file) if path.suffix == ".safetensors" else size
+    except OSError as error:
+        raise ConfigError(f"{key}={path.parent}: {path.name} cannot be read: {error.strerror}") from error
+    if beginning == _LFS:
+        raise ConfigError(
+            f"{key}={path.parent}: {path.name} is a Git LFS pointer, no weights; run `git lfs pull` there"
+        )
+    if wanted is None:
+        raise ConfigError(
+            f"{key}={path.parent}: {path.name} is not a safetensors file, or its header is damaged"
+        )
+    if size != wanted:
+        raise ConfigError(
+            f"{key}={path.parent}: {path.name} has {size:,} bytes instead of {wanted:,}; copy or download it "
+            "again"
+        )
+
+
+def _safetensors_size(beginning: bytes, file: BinaryIO) -> int | None:
+    """The bytes that a safetensors file has by its own header; None where that makes no sense."""
+    length = int.from_bytes(beginning[:8], "little")
+    if not 2 <= length <= _LARGEST_HEADER:
+        return None
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return 8 + length + max(ends, default=0)
 
 
 def _snapshot(

@@ -162,10 +162,10 @@ class Session:
         for part, reference in zip(data, references):
             scorer = self.scorer if part.dataset is self.datasets.train else self.heldout
             scorer.reference = reference
-        starts_equal = self.config.reference.path is None and self.config.train.dtype == "fp32"
+        starts_equal = self.config.reference.path is None
         if self._training and starts_equal and self.scorer.reference is not None:
             batch = self.collate(self.datasets.train, self.rank_microbatches(0)[0])
-            check_start(self.engine, self.scorer.reference, batch)
+            check_start(self.engine, self.scorer.reference, batch, self.config.train.dtype)
 
     def _scored_data(self) -> list[ScoredData]:
         """What the reference scores: of each split the examples that this run uses."""

@@ -15,7 +15,7 @@ from rcpo.config import RunConfig
 from rcpo.config.model_checks import holds_adapter
 from rcpo.engine import deepspeed_config
 from rcpo.hub import Source
-from rcpo.models import Policy, load_model, load_tokenizer, model_folder
+from rcpo.models import Policy, load_model, load_tokenizer, model_folder, refuse_other_weights
 
 START = "start"  # a run's folder for the model that adapter.merge makes
 MERGED = "merged"  # in final/: the whole model
@@ -92,6 +92,7 @@ def read_model(source: Source, config: RunConfig) -> PreTrainedModel:
     if config.engine.stage != 3 or source.init == "random":
         model = load()
     else:
+        refuse_other_weights(source.base, config)
         # kept here, as transformers refers to it weakly
         alive = HfDeepSpeedConfig(deepspeed_config(config, training=False))
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import sums_file, tiny_llama
+from tiny import held_out, sums_file, tiny_llama
 
 from rcpo import distributed, resume
 from rcpo.checkpoint import checkpoint_tensors, first_problem
@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config.wandb.mode, config.reference.mode = "disabled", "model"
     config.model.name, config.model.path = "local", tiny_llama(folder / "model")
     config.data.name, config.data.path = "pairs", sums_file(folder / "pairs.jsonl", 24)
-    config.data.eval_path = config.data.path
+    config.data.eval_path = held_out(str(config.data.path))
     config.train.batch_size, config.train.micro_batch_size = 8, 8
     config.engine.stage = 1  # has the most kinds of files
     return config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from test_trainer import worst_difference
-from tiny import sums_file, tiny_llama
+from tiny import held_out, sums_file, tiny_llama
 from torch import Tensor
 from workers.nonfinite import Poisoned
 
@@ -48,7 +48,7 @@ def configuration(inputs: tuple[str, str], dtype: str, stage: int, micro: int = 
     config = RunConfig()
     config.wandb.mode, config.reference.cache = "disabled", "off"
     config.model.name, config.model.path = "local", inputs[0]
-    config.data.name, config.data.path, config.data.eval_path = "pairs", inputs[1], inputs[1]
+    config.data.name, config.data.path, config.data.eval_path = "pairs", inputs[1], held_out(inputs[1])
     config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 16, micro, 20
     config.train.dtype, config.engine.stage, config.train.max_grad_norm = dtype, stage, None
     config.optim.name, config.optim.lr = "sgd", 1.0

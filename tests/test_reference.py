@@ -8,15 +8,16 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import sums_file, tiny_llama
+from tiny import held_out, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from rcpo import distributed, reference_pass
-from rcpo.config import ObjectiveConfig, RunConfig
+from rcpo.config import ObjectiveConfig, RunConfig, RunError
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.hub import Source
@@ -56,11 +57,18 @@ def config(tmp_path: Path, model: str) -> RunConfig:
     config = RunConfig()
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, held_out(pairs)
     config.train.batch_size, config.train.micro_batch_size = 8, 4
     config.eval.batch_size = 5
     config.data.layout = "separate"  # so that rounding is all that differs
     config.reference.cache = str(tmp_path / "cache")
+    return config
+
+
+@pytest.fixture
+def alone(config: RunConfig) -> RunConfig:
+    """Nothing is held out, so that there is one entry."""
+    config.data.eval_path, config.data.eval_fraction = None, 0.0
     return config
 
 
@@ -134,15 +142,12 @@ def test_the_log_probs_are_those_of_transformers(config: RunConfig, model: str) 
         assert torch.allclose(found[place], expected, atol=1e-5)
 
 
-def test_a_second_session_reads_and_its_values_are_mapped(config: RunConfig) -> None:
-    _, first = prepared(config)
-    session, second = prepared(config)
-    assert [line.split(":")[1].split()[0] for line in first] == [
-        "computed",
-        "read",
-    ]  # both splits are one file
-    assert [line.split(":")[1].split()[0] for line in second] == ["read", "read"]
-    (path,) = entries(config)
+def test_a_second_session_reads_and_its_values_are_mapped(alone: RunConfig) -> None:
+    _, first = prepared(alone)
+    session, second = prepared(alone)
+    assert [line.split(":")[1].split()[0] for line in first] == ["computed"]
+    assert [line.split(":")[1].split()[0] for line in second] == ["read"]
+    (path,) = entries(alone)
     tokens = int(session.datasets.train.lengths[:, 1:].sum())
     assert path.stat().st_size == HEADER + 4 * tokens and f"({tokens:,} tokens)" in second[0]
     reference = session.scorer.reference
@@ -170,7 +175,7 @@ def change_tokenizer(config: RunConfig, folder: Path) -> None:
 
 def change_dataset(config: RunConfig, folder: Path) -> None:
     text = Path(config.data.path or "").read_text().replace("it is 109", "it is 108", 1)
-    config.data.path = config.data.eval_path = str(folder / "changed.jsonl")
+    config.data.path = str(folder / "changed.jsonl")
     (folder / "changed.jsonl").write_text(text)
 
 
@@ -197,7 +202,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_every_ingredient_is_in_the_key(config: RunConfig, tmp_path: Path, change) -> None:
+def test_every_ingredient_is_in_the_key(alone: RunConfig, tmp_path: Path, change) -> None:
+    config = alone
     prepared(config)
     assert len(entries(config)) == 1
     change(config, tmp_path)
@@ -210,9 +216,9 @@ def test_every_ingredient_is_in_the_key(config: RunConfig, tmp_path: Path, chang
 
 
 @pytest.mark.parametrize("name", ["format", "attention", "device", "torch", "transformers"])
-def test_so_is_what_chooses_the_kernels(config: RunConfig, name: str) -> None:
-    prepared(config)
-    (path,) = entries(config)
+def test_so_is_what_chooses_the_kernels(alone: RunConfig, name: str) -> None:
+    prepared(alone)
+    (path,) = entries(alone)
     ingredients = json.loads(path.read_bytes()[:HEADER])["ingredients"]
     assert reference_pass.keys.entry_key(ingredients) == path.stem
     assert reference_pass.keys.entry_key(ingredients | {name: "another"}) != path.stem
@@ -257,7 +263,8 @@ def test_another_reference_is_loaded_once_and_freed(
     assert difference(values, reference_logps(held)) < 1e-6
 
 
-def test_fresh_weights_are_known_by_their_values(config: RunConfig) -> None:
+def test_fresh_weights_are_known_by_their_values(alone: RunConfig) -> None:
+    config = alone
     config.model.init = "random"
     session, said = prepared(config)
     assert "computed" in said[0]
@@ -320,15 +327,29 @@ def test_evaluation_alone_scores_what_is_held_out(config: RunConfig) -> None:
     assert len(said) == 1 and "held out" in said[0]
 
 
-def test_numbers_of_another_policy_are_refused_at_the_start(config: RunConfig) -> None:
+@pytest.mark.parametrize(("dtype", "shift"), [("fp32", 1e-4), ("bf16", 0.1)])
+def test_numbers_of_another_policy_are_refused_at_the_start(
+    config: RunConfig, dtype: str, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.train.dtype = dtype
     session, _ = prepared(config)
     stored = session.scorer.reference
     assert isinstance(stored, StoredReference)
     batch = session.collate(session.datasets.train, session.rank_microbatches(0)[0])
-    wrong = StoredReference(stored._rows, np.array(stored._logps) + np.float32(1e-4))
-    reference_pass.check_start(session.engine, stored, batch)
-    with pytest.raises(RuntimeError, match=r"differ by 0\.0001 a token"):
-        reference_pass.check_start(session.engine, wrong, batch)
+    wrong = StoredReference(stored._rows, np.array(stored._logps) + np.float32(shift))
+    reference_pass.check_start(session.engine, stored, batch, dtype)
+    with pytest.raises(RunError, match="differ by 0"):
+        reference_pass.check_start(session.engine, wrong, batch, dtype)
+    # a session makes the check itself
+    monkeypatch.setattr(reference_pass._Fill, "__call__", _wrong_fill)
+    config.reference.cache = "off"
+    with pytest.raises(RunError, match="a token"):
+        prepared(config)
+
+
+def _wrong_fill(_: Any, sink: Any) -> None:
+    """Write log-probs that are all the same."""
+    sink.write(0, np.full(sink.total, -0.1, np.float32))
 
 
 def test_rows_are_where_the_responses_are() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ranks import on_ranks
-from tiny import sums_file, tiny_llama
+from tiny import held_out, sums_file, tiny_llama
 from workers import resume
 
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
@@ -116,7 +116,7 @@ class Runs:
         self.keys = [
             f"model.path={tiny_llama(folder / 'model')}",
             f"data.path={sums_file(folder / 'pairs.jsonl', 24)}",
-            f"data.eval_path={folder / 'pairs.jsonl'}",
+            f"data.eval_path={held_out(folder / 'pairs.jsonl')}",
             *("model=local", "data=pairs", "wandb.mode=disabled", "reference.mode=model", "engine=zero2"),
             *("train.batch_size=8", "train.micro_batch_size=2", "rc=on"),
             *("eval.max_examples=4", "eval.generate_examples=0", "eval.every=20", "log.every=3"),

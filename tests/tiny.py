@@ -48,5 +48,11 @@ def sums_file(path: Path, count: int, *, weighted: bool = False) -> str:
         | ({"weight": 0.1 + 0.3 * (n % 5)} if weighted else {})
         for n in range(count)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for file in (path, Path(held_out(path))):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def held_out(path: Path | str) -> str:
+    """The second file of `sums_file`."""
+    return str(Path(path).with_name(f"held-out-{Path(path).name}"))

@@ -1,6 +1,13 @@
 """Language models of transformers: loaded from a folder, and scored as a policy."""
 
-from rcpo.models.loading import DTYPES, load_config, load_model, load_tokenizer, model_folder
+from rcpo.models.loading import (
+    DTYPES,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    refuse_other_weights,
+)
 from rcpo.models.policy import Policy, head_shape, policy_inputs
 
 __all__ = [
@@ -12,4 +19,5 @@ __all__ = [
     "load_tokenizer",
     "model_folder",
     "policy_inputs",
+    "refuse_other_weights",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,7 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from rcpo import distributed, hub
 from rcpo.config import ConfigError, ModelConfig, RunConfig
@@ -73,31 +76,34 @@ def load_model(
 
     `init` is `pretrained`, or `random` for fresh weights from the run's seed in the folder's architecture.
     With `quantization` nf4 the weights of all linear layers but the head are held in 4 bits.
-    Raises ConfigError for weights that are missing or not to be read, and a model that is not known.
+    Raises ConfigError for weights that are missing, not of this model or not to be read, and for a model that
+    is not known.
     """
     settings = config.model
-    pretrained = init == "pretrained"
-    if pretrained:
-        hub.check_weights("the model", folder, pickle=settings.allow_pickle)
     architecture = load_config(folder, settings)
     _turn_off_dropout(architecture)
     dtype = DTYPES[config.train.dtype]
     try:
-        if pretrained:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=architecture,
-                dtype=dtype,
-                trust_remote_code=settings.trust_remote_code,
-                use_safetensors=None if settings.allow_pickle else True,
-                **({} if quantization is None else _in_four_bits(quantization, dtype)),
-            )
+        if init == "pretrained":
+            hub.check_weights("the model", folder, pickle=settings.allow_pickle)
+            bits = {} if quantization is None else _in_four_bits(quantization, dtype)
+            model = _read(folder, architecture, config, bits | {"dtype": dtype})
         else:
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
-    except (ValueError, ImportError) as error:
+    except ConfigError:
+        raise
+    except (
+        ValueError,
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        SafetensorError,
+    ) as error:
         raise ConfigError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -107,6 +113,67 @@ def load_model(
             # rounds to bf16 and has no gradient
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def refuse_other_weights(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError where the weights in a folder are not those of its model, from names and shapes alone.
+
+    For ZeRO-3, under which transformers does not look at weights that the model has no place for.
+    """
+    hub.check_weights("the model", folder, pickle=config.model.allow_pickle)
+    _read(folder, load_config(folder, config.model), config, {"device_map": "meta"})
+
+
+def _read(
+    folder: Path, architecture: PreTrainedConfig, config: RunConfig, settings: dict[str, Any]
+) -> PreTrainedModel:
+    with _quiet():  # its report of missing weights is a table; ours is the error below
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=architecture,
+            trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=None if config.model.allow_pickle else True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+            **settings,
+        )
+    _refuse_differences(folder, type(model).__name__, report)
+    return model
+
+
+def _refuse_differences(folder: Path, architecture: str, report: dict[str, Any]) -> None:
+    """Raise ConfigError where a file's weights are not those of the model: missing ones would be random."""
+    of_other_sizes = sorted(report["mismatched_keys"])
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if of_other_sizes:
+        name, found, wanted = of_other_sizes[0]
+        problem = f"{name} has the shape {list(found)} where {architecture} has {list(wanted)}"
+        count = len(of_other_sizes)
+    elif missing:
+        problem, count = f"{architecture} needs {missing[0]}, which is not there", len(missing)
+        prefix = next((u[: -len(m)] for m in missing for u in unexpected if u.endswith(m)), None)
+        if prefix:
+            problem += f"; names in the file begin with {prefix!r}: save the model without what wraps it"
+    elif unexpected:
+        problem = f"{unexpected[0]} has no place in {architecture}, and would be lost"
+        count = len(unexpected)
+    else:
+        return
+    more = f" ({count} such weights)" if count > 1 else ""
+    raise ConfigError(
+        f"the weights in {folder} are not those that config.json describes: {problem}{more}; give a whole "
+        "causal language model, as save_pretrained writes it"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def _in_four_bits(kind: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from transformers import PreTrainedModel
 
 from rcpo import distributed
 from rcpo.attention import attention_masks
+from rcpo.config import ConfigError
 from rcpo.geometry import HeadShape, Sketch
 from rcpo.logps import token_logps
 from rcpo.types import TokenBatch
 
 log = logging.getLogger(__name__)
+
+_AGREE = 1e-4  # nats, in fp32
 
 
 def head_shape(model: PreTrainedModel) -> HeadShape:
@@ -43,7 +47,7 @@ class Policy(nn.Module):
     scores (N, k) if a sketch is given (an empty tensor otherwise).
 
     `fused` is False for a model whose own logits are not those of a linear head with a known `shape`, which
-    `examine_head` finds out: its logits are made in full, and there are no hidden states and no scores.
+    `examine` finds out: its logits are made in full, and there are no hidden states and no scores.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -52,20 +56,32 @@ class Policy(nn.Module):
         self.shape = head_shape(model)
         self.fused = True
 
-    def examine_head(self) -> None:
-        """Compares the fused log-probs with the model's own, once; says so where they differ.
+    def examine(self) -> None:
+        """Run the model on a few tokens, and find out whether the fused head agrees with its own.
 
-        It runs the model, so under ZeRO-3 its engine has to be there, and all ranks call together.
+        Raises ConfigError where log-probs are not finite or a token sees later ones. Under ZeRO-3 the engine
+        has to be there, and all ranks call together.
         """
-        difference = head_difference(self)
-        half = self.model.dtype in (torch.bfloat16, torch.float16)
-        self.fused = difference <= (5e-2 if half else 1e-4)
+        found = examination(self)
+        name = type(self.model).__name__
+        if not found.finite:
+            raise ConfigError(
+                f"the log-probs of {name} are not finite: {_not_finite(self.model)}; were its weights "
+                "damaged, or saved by a run that diverged?"
+            )
+        if found.leak > _AGREE:
+            raise ConfigError(
+                f"{name} is not causal: changing a token changes the log-probs of those before it by "
+                f"{found.leak:.2g} nats, so an answer's tokens would see what they predict; give a causal "
+                "language model"
+            )
+        self.fused = found.head_difference <= _AGREE
         if not self.fused and distributed.is_main():
             log.warning(
                 "%s: the output head is not W h + b with a known scale or cap (log-probs differ by %.2g "
                 "nats); the model's own logits are used, which takes more memory",
-                type(self.model).__name__,
-                difference,
+                name,
+                found.head_difference,
             )
 
     @property
@@ -96,9 +112,12 @@ class Policy(nn.Module):
             logits = self.model(**inputs, use_cache=False).logits
             logps = _own_logps(logits.flatten(0, 1).index_select(0, predictors), labels)
             return logps, logps.new_empty(0), logps.new_empty(0)
-        output = self.model.base_model(**inputs, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
+        backbone = backbone_of(self.model)
+        assert backbone is not None
+        output = backbone(**inputs, use_cache=False)
         head = self.model.get_output_embeddings()
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
+        hidden = hidden.to(head.weight.dtype)  # Mamba ends in fp32 whatever its weights are
         logps, scores = token_logps(
             hidden, head.weight, labels, bias=head.bias, shape=self.shape, sketch=sketch
         )
@@ -123,22 +142,90 @@ def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def head_difference(policy: Policy) -> float:
-    """Largest difference in nats between fused log-probs and those of the model's own logits; a few tokens.
+def backbone_of(model: PreTrainedModel) -> nn.Module | None:
+    """The part of a model that ends with the hidden states; None where it has none.
 
-    Infinite where the head is no linear layer at all.
+    Llama 4's text model names an attribute that it does not have: the model inside it is meant.
     """
-    if not isinstance(policy.model.get_output_embeddings(), nn.Linear):
-        return math.inf
-    length, device = 8, policy.model.device
-    ids = torch.arange(1, length + 1, device=device)[None] % policy.vocabulary
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(length, device=device)[None],
-    }
-    labels = ids[0, 1:]
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a model does with a few tokens, in nats.
+
+    `leak`: how much the last token changes the log-probs of those before it. `head_difference`: between the
+    fused log-probs and those of the model's own logits, infinite where there is no linear head to fuse.
+    """
+
+    finite: bool
+    leak: float
+    head_difference: float
+
+
+def examination(policy: Policy) -> Examination:
+    """Compare two rows of tokens that differ in the last one, and the fused head with the model's own.
+
+    The head and what follows it run in fp32 from the model's hidden states: in bf16 a logit of 20 is known to
+    0.06, and each operation of a cap rounds again.
+    """
+    length, device, model = 8, policy.model.device, policy.model
+    rows = torch.arange(1, length + 1, device=device).repeat(2, 1)
+    rows[1, -1] += 1
+    rows %= model.config.get_text_config().vocab_size
+    positions = torch.arange(length, device=device).expand(2, length)
+    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "position_ids": positions}
+    labels, predictors = rows[0, 1:], torch.arange(length - 1, device=device)
+    head = model.get_output_embeddings()
+    known = isinstance(head, nn.Linear) and backbone_of(model) is not None
     with torch.no_grad():
-        fused = policy(**inputs, predictors=torch.arange(length - 1, device=device), labels=labels)[0]
-        own = _own_logps(policy.model(**inputs, use_cache=False).logits[0, :-1], labels)
-    return float((fused - own).abs().max())
+        hidden = policy(**inputs, predictors=predictors, labels=labels)[1] if known else None
+        own, fused = _precise_logits(model, inputs, hidden)
+    both = [_own_logps(own[row, :-2], rows[0, 1:-1]) for row in (0, 1)]
+    finite = bool(own.isfinite().all())
+    leak = float((both[0] - both[1]).abs().max())
+    if fused is None:
+        return Examination(finite, leak, math.inf)
+    difference = _own_logps(policy.shape.finish(fused), labels) - _own_logps(own[0, :-1], labels)
+    return Examination(finite, leak, float(difference.abs().max()))
+
+
+def _precise_logits(
+    model: PreTrainedModel, inputs: dict[str, Tensor], hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own logits (2, L, V) with its head in fp32, and W h + b of `hidden` (N, D), if given."""
+    if hidden is None:
+        return model(**inputs, use_cache=False).logits, None
+    head, products = model.get_output_embeddings(), []
+    earlier = vars(head).get("forward")
+
+    def precise(states: Tensor) -> Tensor:
+        products.append(_in_fp32(head, hidden))
+        return _in_fp32(head, states)
+
+    head.forward = precise  # inside the module's own call, where ZeRO-3 has gathered its weight
+    try:
+        return model(**inputs, use_cache=False).logits, products[0]
+    finally:
+        del head.forward
+        if earlier is not None:
+            head.forward = earlier
+
+
+def _in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
+    """W h + b in fp32, some rows of W at a time."""
+    parts = [nn.functional.linear(states.float(), rows.float()) for rows in head.weight.split(8192)]
+    logits = torch.cat(parts, dim=-1)
+    return logits if head.bias is None else logits + head.bias.float()
+
+
+def _not_finite(model: PreTrainedModel) -> str:
+    """Which weights are not finite, as far as this rank holds them."""
+    bad = [
+        name
+        for name, value in model.named_parameters()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    return f"{bad[0]} and {len(bad) - 1} other weights hold NaN or infinity" if bad else "they overflow"

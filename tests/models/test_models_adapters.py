@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_reference import heldout_logratios
-from tiny import sums_file, tiny_llama
+from tiny import held_out, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo import distributed
@@ -44,7 +44,7 @@ def config(tmp_path: Path, base: Path) -> RunConfig:
     config = RunConfig(adapter=AdapterConfig(name="lora"))
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", str(base)
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, held_out(pairs)
     config.train.batch_size, config.train.micro_batch_size, config.optim.lr = 8, 4, 1e-2
     config.reference.cache = str(tmp_path / "cache")
     config.rc.enabled = True
@@ -77,7 +77,8 @@ def adapter_of(base: Path, folder: Path) -> Path:
     """An adapter that an earlier stage trained."""
     config = RunConfig(adapter=AdapterConfig(name="lora", r=4, alpha=4))
     config.model.path, config.data.name = str(base), "pairs"
-    config.data.path = config.data.eval_path = sums_file(folder / "pairs.jsonl", 24)
+    config.data.path = sums_file(folder / "pairs.jsonl", 24)
+    config.data.eval_path = held_out(config.data.path)
     config.train.batch_size, config.train.micro_batch_size, config.optim.lr = 8, 4, 3e-2
     config.reference.cache = "off"
     trained(config, folder)

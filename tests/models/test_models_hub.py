@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import sums_file, tiny_llama
 
 from rcpo import hub
@@ -178,6 +179,52 @@ def test_refusals_say_what_to_do(server: str, tmp_path: Path) -> None:
     assert "hub cannot be reached" in unreachable and "hf download owner/small" in unreachable
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
+PICKLE = "pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("model.safetensors", lambda whole: POINTER, "Git LFS pointer, no weights; run `git lfs pull`"),
+        (PICKLE, lambda whole: POINTER, "Git LFS pointer"),
+        (
+            "model.safetensors",
+            lambda whole: whole[:-1],
+            r"has [\d,]+ bytes instead of [\d,]+; copy or download",
+        ),
+        ("model.safetensors", lambda whole: whole + b"\0", "copy or download it again"),
+        ("model.safetensors", lambda whole: whole[:500], "header is damaged"),
+        ("model.safetensors", lambda whole: b"", "header is damaged"),
+        ("model.safetensors", lambda whole: b"<html>not found</html>", "not a safetensors file"),
+        ("model.safetensors.index.json", lambda whole: b"{", "not an index of weights"),
+        ("model.safetensors.index.json", lambda whole: b"[]", "not an index of weights"),
+    ],
+)
+def test_damaged_weights_are_refused_before_anything_is_loaded(
+    tmp_path: Path, name: str, damage: Callable[[bytes], bytes], said: str
+) -> None:
+    folder = Path(tiny_llama(tmp_path / "model"))
+    whole = (folder / "model.safetensors").read_bytes()
+    if name == PICKLE:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(damage(whole))
+    with pytest.raises(ConfigError, match=said):
+        hub.check_weights("model.path", folder, pickle=True)
+
+
+def test_weights_without_the_right_to_read_are_not_called_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, mode: str = "r") -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    folder = Path(tiny_llama(tmp_path / "model"))
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read: Permission denied"):
+        hub.check_weights("model.path", folder, pickle=False)
+
+
 def test_weights_are_whole_and_no_pickles(tmp_path: Path) -> None:
     folder = Path(tiny_llama(tmp_path / "model"))
     hub.check_weights("model.path", folder, pickle=False)
@@ -188,7 +235,7 @@ def test_weights_are_whole_and_no_pickles(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": pieces}))
     with pytest.raises(ConfigError, match=r"lacks model-00002-of-00002.safetensors \(1 of 2 files\)"):
         hub.check_weights("model.path", folder, pickle=False)
-    (folder / "model-00002-of-00002.safetensors").touch()
+    save_file({"b": torch.ones(2)}, folder / "model-00002-of-00002.safetensors")
     hub.check_weights("model.path", folder, pickle=False)
     (folder / "model.safetensors.index.json").unlink()
     torch.save({}, folder / "pytorch_model.bin")

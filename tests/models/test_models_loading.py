@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
+from rcpo import distributed
 from rcpo.config import ConfigError, ModelConfig, RunConfig
+from rcpo.hub import Source
 from rcpo.models import load_config, load_model, load_tokenizer
+from rcpo.start import read_model
 
 
 @pytest.fixture
@@ -111,6 +124,91 @@ def test_a_repository_s_own_code_runs_only_where_it_is_trusted(
     trusting = RunConfig(model=ModelConfig(trust_remote_code=True))
     model = load_model(folder, trusting)
     assert type(model).__name__ == "OwnForCausalLM" and torch.equal(logits(model), expected)
+
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize(
+    ("tied", "alter", "settings", "said"),
+    [
+        (False, lambda w: {f"_orig_mod.{name}": v for name, v in w.items()}, {}, r"begin with '_orig_mod\.'"),
+        (True, lambda w: {f"module.{name}": v for name, v in w.items()}, {}, r"begin with 'module\.'"),
+        (False, lambda w: lacking(w, ".layers.1."), {}, r"needs model\.layers\.1.* \(9 such weights\)"),
+        (False, lambda w: lacking(w, "lm_head"), {}, r"needs lm_head\.weight, which is not there"),
+        (True, lambda w: w, {"tie_word_embeddings": False}, r"needs lm_head\.weight"),
+        (True, lambda w: lacking(w, "embed_tokens"), {}, r"needs lm_head\.weight"),
+        (False, lambda w: w, {"num_hidden_layers": 1}, r"layers\.1.* has no place in LlamaForCausalLM"),
+        (False, lambda w: w | {"score.weight": torch.ones(1, 32)}, {}, r"score\.weight has no place"),
+        (False, lambda w: w, {"vocab_size": 104}, r"has the shape \[100, 32\] where .* has \[104, 32\]"),
+        (
+            False,
+            lambda w: w,
+            {"architectures": None, "model_type": "qwen3"},
+            r"Qwen3ForCausalLM needs .*k_norm",
+        ),
+        (False, lambda w: w, {"architectures": None, "model_type": "gpt_neox"}, r"GPTNeoXForCausalLM needs"),
+    ],
+)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_weights_than_the_model_s_are_refused(
+    tmp_path: Path,
+    tied: bool,
+    alter: Callable[[Weights], Weights],
+    settings: dict[str, object],
+    said: str,
+    stage: int,
+) -> None:
+    distributed.initialize()
+    folder = Path(tiny_llama(tmp_path / "model", tied=tied))
+    save_file(alter(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    change(folder / "config.json", **settings)
+    config = RunConfig()
+    config.engine.stage = stage
+    with pytest.raises(ConfigError, match=said) as refused:
+        read_model(Source(folder), config)
+    assert "\n" not in str(refused.value)
+
+
+def lacking(weights: Weights, part: str) -> Weights:
+    return {name: value for name, value in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_only_look_different_are_read(tmp_path: Path, tied: bool) -> None:
+    folder = Path(tiny_llama(tmp_path / "model", tied=tied))
+    expected, whole = logits(load_model(folder, RunConfig())), load_file(folder / "model.safetensors")
+    for alter in (
+        lambda w: {
+            name.removeprefix("model."): value for name, value in w.items()
+        },  # saved from the backbone
+        lambda w: (
+            w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+        ),  # a buffer of old versions
+        lambda w: w | {"lm_head.weight": w.get("lm_head.weight", w["model.embed_tokens.weight"]).clone()},
+    ):
+        save_file(alter(whole), folder / "model.safetensors", {"format": "pt"})
+        assert torch.equal(logits(load_model(folder, RunConfig())), expected)
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says_of_ties(tmp_path: Path) -> None:
+    folder = Path(tiny_llama(tmp_path / "model"))
+    expected = logits(load_model(folder, RunConfig()))
+    change(folder / "config.json", tie_word_embeddings=True)
+    assert torch.equal(logits(load_model(folder, RunConfig())), expected)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 100, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+             "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2}  # fmt: skip
+    reward = LlamaForSequenceClassification(
+        LlamaConfig.from_pretrained(tiny_llama(tmp_path / "base"), num_labels=1)
+    )
+    for name, model in (("reward", reward), ("bart", BartForConditionalGeneration(BartConfig(**sizes)))):
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=r"are not those that config\.json"):
+            load_model(tmp_path / name, RunConfig())
 
 
 def test_what_cannot_be_read_is_refused(folder: Path) -> None:

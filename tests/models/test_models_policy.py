@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     HyperCLOVAXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MiniCPM3Config,
@@ -86,7 +89,7 @@ def build(config: PreTrainedConfig) -> Any:
 
 def examined(config: PreTrainedConfig) -> Policy:
     policy = Policy(build(config))
-    policy.examine_head()
+    policy.examine()
     return policy
 
 
@@ -149,6 +152,59 @@ def test_an_unknown_head_falls_back_to_its_own_logits(name: str, caplog: pytest.
         (mine,) = torch.autograd.grad(ours.sum(), parameter, retain_graph=True)
         (true,) = torch.autograd.grad(theirs.sum(), parameter, retain_graph=True)
         torch.testing.assert_close(mine, true, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *UNKNOWN])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_does_not_hide_or_feign_an_unknown_head(name: str, dtype: torch.dtype) -> None:
+    if name in CONFIGS:
+        config, known = CONFIGS[name], True
+    else:
+        config, known = UNKNOWN[name], False
+    policy = Policy(build(config).to(dtype))
+    policy.examine()
+    assert policy.fused is known
+    assert "forward" not in vars(policy.model.get_output_embeddings())  # nothing is left of the examination
+
+
+def test_a_soft_cap_of_real_size_in_bf16_is_known() -> None:
+    # Gemma 2's 30, with logits up to it: one step of bf16 is 0.125 there
+    config = Gemma2Config(**SIZE, head_dim=8, num_key_value_heads=2, final_logit_softcapping=30.0)
+    model = build(config)
+    model.get_output_embeddings().weight.data *= 20
+    policy = Policy(model.bfloat16())
+    policy.examine()
+    assert policy.fused and float(model(input_ids=torch.arange(8)[None]).logits.abs().max()) > 16
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    sizes = {key: value for key, value in SIZE.items() if key not in ("bos_token_id", "eos_token_id")}
+    model = AutoModelForCausalLM.from_config(BertConfig(**sizes)).eval()
+    with pytest.raises(ConfigError, match="BertLMHeadModel is not causal"):
+        Policy(model).examine()
+    decoder = AutoModelForCausalLM.from_config(BertConfig(**sizes, is_decoder=True)).eval()
+    Policy(decoder).examine()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    model = build(CONFIGS["untied"])
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(ConfigError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.weight and 0 other"):
+        Policy(model).examine()
+
+
+def test_llama_4_ends_with_hidden_states_by_another_name() -> None:
+    config = Llama4TextConfig(
+        **SIZE, head_dim=8, num_key_value_heads=2, num_local_experts=2, intermediate_size_mlp=48,
+        attention_chunk_size=16,
+    )  # fmt: skip
+    policy = Policy(build(config))
+    policy.examine()
+    assert policy.fused
+    batch = collate(PAIRS, 0)
+    ours, theirs = policy(**policy_inputs(batch))[0], own_logps(policy.model, batch)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_an_unknown_head_has_no_head_geometry() -> None:

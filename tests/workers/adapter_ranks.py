@@ -36,7 +36,7 @@ def configuration(
     config = RunConfig(adapter=AdapterConfig(name="lora", path=adapter if tuned else None))
     config.wandb.mode, config.adapter.quantization, config.train.dtype = "disabled", quantization, dtype
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_fraction = "pairs", pairs, 0.0
     config.train.batch_size, config.train.micro_batch_size, config.optim.lr = 8, 4, 1e-2
     config.train.gradient_checkpointing, config.engine.stage = checkpointing, stage
     config.engine.offload_parameters = config.engine.offload_optimizer = offload

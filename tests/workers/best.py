@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
+from tiny import held_out
 
 from rcpo import distributed
 from rcpo.config import RunConfig
@@ -24,7 +25,7 @@ def configuration(model: str, pairs: str) -> RunConfig:
     config.resume = "auto"
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, held_out(pairs)
     config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 8, 4, STEPS
     config.optim.lr, config.optim.schedule = 3e-2, "constant"
     config.engine.stage, config.reference.cache = 3, "off"

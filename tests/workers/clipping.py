@@ -20,7 +20,7 @@ def one_step(model: str, pairs: str, stage: int, limit: float | None) -> dict[st
     config = RunConfig()
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_fraction = "pairs", pairs, 0.0
     config.train.batch_size = config.train.micro_batch_size = 16
     config.train.max_steps, config.train.max_grad_norm = 1, limit
     config.optim.name, config.optim.lr = "sgd", LR

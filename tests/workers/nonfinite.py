@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import held_out
 from torch import Tensor
 
 from rcpo import distributed
@@ -38,7 +39,7 @@ def configuration(model: str, pairs: str, stage: int, policy: str) -> RunConfig:
     config = RunConfig()
     config.wandb.mode, config.reference.mode = "disabled", "model"
     config.model.name, config.model.path = "local", model
-    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, pairs
+    config.data.name, config.data.path, config.data.eval_path = "pairs", pairs, held_out(pairs)
     config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 8, 2, 20
     config.train.on_nonfinite, config.train.max_nonfinite = policy, 2
     config.optim.schedule, config.optim.warmup_ratio = "constant", 0.0
