@@ -209,7 +209,7 @@ def check_start(engine: Engine, reference: Reference, batch: TokenBatch, dtype: 
         raise RunError(
             f"policy and reference are the same weights, yet their log-probs differ by {total / count:.2g} "
             f"a token, by {worst:.2g} at most (< {mean_limit:g} and < {limit:g} expected in {dtype}): the "
-            "model depends on what shares a batch with a row (dropout, positions, masks), or what is cached is "
+            "model depends on what shares a batch with a row (dropout, positions, masks), or the cache is "
             "of other weights (reference.cache=off computes it again)"
         )
 

@@ -116,7 +116,7 @@ def load_model(
 
 
 def refuse_other_weights(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where the weights in a folder are not those of its model, from names and shapes alone.
+    """Raise ConfigError where weights in a folder are not those of its model, from names and shapes alone.
 
     For ZeRO-3, under which transformers does not look at weights that the model has no place for.
     """
