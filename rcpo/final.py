@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,9 +26,28 @@ def save_model(session: Session, name: str) -> None:
         session.tokenizer.save_pretrained(scratch)
         if session.config.adapter.save_merged:
             write_merged(Source(session.start.base, adapter=scratch), scratch / MERGED, session.config)
+            _list_end(session, scratch / MERGED)
+        _list_end(session, scratch)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     distributed.barrier()
+
+
+def _list_end(session: Session, folder: Path) -> None:
+    """Writes a generation_config.json that lists what ends a learned response, for generate() to stop there.
+
+    A base model that learns with a chat template ends its turns otherwise than it did.
+    """
+    template = session.datasets.template
+    learned = session.tokenizer.eos_token_id if template is None else template.end_id(session.tokenizer)
+    settings = json.loads(session.engine.policy.model.generation_config.to_json_string())
+    known = settings.get("eos_token_id")
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if learned not in ends:
+        ends = [*ends, learned]
+    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    (folder / "generation_config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def save_best(session: Session, checkpoint: Path, is_last: bool) -> str | None:

@@ -87,7 +87,8 @@ def _show(config: RunConfig, count: int) -> None:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> str:
     template = datasets.template
-    ending = tokenizer.eos_token if template is None or not template.ends else template.ending.strip()
+    ends_itself = template is not None and template.frame.ends
+    ending = template.frame.ending.strip() if template is not None and ends_itself else tokenizer.eos_token
     known = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "pad": tokenizer.pad_token}
     names = ", ".join(f"{name} {token}" for name, token in known.items() if token is not None)
     return f"special tokens: {names}; a response ends with {ending}, which is learned"

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from enum import Enum
 from functools import cached_property
 from itertools import chain
@@ -18,14 +19,15 @@ from rcpo import distributed
 from rcpo.attention import choose_layout
 from rcpo.building import build_objective
 from rcpo.caching import cache_folder
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config import ConfigError, RunConfig, load_run_config, save_run_config
 from rcpo.control import ControlPairs, has_fresh_signals, needs_control, set_aside
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
-from rcpo.data.dataset import Datasets, load_datasets
+from rcpo.data.dataset import Datasets, load_datasets, writes_date
 from rcpo.data.identity import smallest_ids
 from rcpo.data.records import SFT, UNPAIRED
 from rcpo.data.store import PairDataset
+from rcpo.data.templates import OWN
 from rcpo.dynamics import check_geometry
 from rcpo.engine import Engine
 from rcpo.models import load_config, load_tokenizer
@@ -71,6 +73,10 @@ class Session:
         distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
         self.start = find_start(config, run_dir)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(final or self.start.tokenizer, config.model)
+        if config.data.date is None and writes_date(config.data, self.tokenizer):
+            config.data.date = first_day(run_dir)
+            if training and distributed.is_main():
+                record_date(run_dir, config.data.date)
         self.datasets: Datasets = load_datasets(config.data, self.tokenizer, config.seed)
         if not training:
             refuse_other_split(config, run_dir, self.datasets)
@@ -84,7 +90,8 @@ class Session:
                 f"checkpoint.best={config.checkpoint.best}: nothing is held out; set data.eval_path, or "
                 "data.eval_fraction above 0"
             )
-        if self.datasets.template is not None:  # final/ generates as it was trained
+        if self.datasets.template is not None and config.data.template not in (None, OWN):
+            # final/ generates as it was trained
             self.tokenizer.chat_template = self.datasets.template.source
         changes = training or final is not None or (run_dir / METRICS_FILE).exists()
         self.tracking = tracking(config, self.objective, self.datasets, changes=changes)
@@ -264,6 +271,28 @@ def tracking(config: RunConfig, objective: Objective, datasets: Datasets, *, cha
         return Tracking.EVERYTHING
     comparable = datasets.evaluation is not None and (changes or config.reference.path is not None)
     return Tracking.SOME if track is None and comparable else Tracking.NOTHING
+
+
+def first_day(run_dir: Path) -> str:
+    """The day on which a folder's run began, which its template writes as today's date. Collective."""
+    day = None
+    if distributed.is_main():
+        try:
+            state = stored_state(run_dir)
+        except ConfigError:  # damaged: the trainer reports it
+            state = None
+        known = None if state is None else state["config"]["data"].get("date")
+        day = known or date.today().isoformat()
+    return str(distributed.broadcast_object(day))
+
+
+def record_date(run_dir: Path, day: str) -> None:
+    """Writes a run's day into its config.yaml, for an evaluation on another one."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        config = load_run_config(path)
+        config.data.date = day
+        save_run_config(config, path)
 
 
 def refuse_numbers(objective: Objective, datasets: Datasets) -> None:

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "data.sources",
     *DATA_FREE,
 )
+DATE = "data.date"  # null: whatever it was, the day on which the run began
 # what a run writes down while it trains, which no later evaluation can make up for
 RECORDED_NODES = ("log", "dynamics", "probe")
 RECORDED_KEYS = ("eval.every", "checkpoint.best", "checkpoint.best_mode")
@@ -100,7 +101,7 @@ def _differences(
     return [
         f"{key}: {before.get(key)} -> {value}"
         for key, value in after.items()
-        if wanted(key) and before.get(key) != value
+        if wanted(key) and before.get(key) != value and not (key == DATE and value is None)
     ]
 
 

@@ -33,6 +33,10 @@ class DataConfig:
     out. `truncation` is which side of a prompt stays. `cache` keeps tokens: a folder, None (the user's) or
     off. `workers` None is a process a core. `layout` says how pairs lie in rows: auto, shared (a prompt once)
     or separate. `group_by_length` None is: unless the micro-batch itself matters.
+
+    `reasoning` says what becomes of the reasoning before an answer: keep, strip, or empty (an empty block if
+    generation opens one). `date` (YYYY-MM-DD) is today to a template that writes it; None is the day on which
+    the run began.
     """
 
     name: str = "sums"
@@ -52,6 +56,8 @@ class DataConfig:
     template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
+    reasoning: str = "keep"
+    date: str | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
     truncation: str = "keep_end"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from datetime import date
 from pathlib import Path
 
 from rcpo.config.data import DataConfig
@@ -23,6 +24,7 @@ def check_data(data: DataConfig) -> None:
     lowest, highest = data.min_margin, data.max_margin
     if lowest is not None and highest is not None and lowest > highest:
         raise ConfigError(f"data.min_margin={lowest:g} is above data.max_margin={highest:g}: no pair is left")
+    _check_date(data.date)
     if data.name == "sums":
         _refuse_margins(data)
         return
@@ -53,6 +55,13 @@ def _refuse_margins(data: DataConfig) -> None:
             raise ConfigError(f"data.{key}={value:g}: data=sums has no scores; leave it out")
     if data.ties == "drop":
         raise ConfigError("data.ties=drop: data=sums has no scores; leave it out")
+
+
+def _check_date(value: str | None) -> None:
+    try:
+        date.fromisoformat(value or "2026-01-31")
+    except ValueError as error:
+        raise ConfigError(f"data.date={value} is not a date: write it as 2026-01-31") from error
 
 
 def _check_path(key: str, value: str | None) -> None:

@@ -44,6 +44,7 @@ CHOICES = {
     "data.on_bad": ("refuse", "drop"),
     "data.ties": ("keep", "drop"),
     "data.truncation": ("keep_end", "keep_start"),
+    "data.reasoning": ("keep", "strip", "empty"),
     "data.layout": ("auto", "shared", "separate"),
     "eval.scorer": ("number", "text", "pattern"),
     "eval.checkpoints": ("final", "all"),

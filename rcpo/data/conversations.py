@@ -27,16 +27,17 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 def as_messages(value: Any, name: str) -> list[Message]:
     """A column's messages: each with a `role` and text, or tool calls; ShareGPT's from and value will do.
 
+    Parts of text are joined, as the models' templates join them.
     Keys without a value are left out: Arrow files give every message the keys of all. Raises BadRow.
     """
     if not isinstance(value, list):
         raise BadRow(f"field {name!r} is not a list of messages")
     if not value:
         raise BadRow(f"field {name!r} has no message")
-    return [_message(message, name) for message in value]
+    return [_message(message, name, place) for place, message in enumerate(value)]
 
 
-def _message(value: Any, name: str) -> Message:
+def _message(value: Any, name: str, place: int) -> Message:
     if not isinstance(value, dict):
         raise BadRow(f"field {name!r} holds a message that is not an object")
     message = {key: part for key, part in value.items() if part is not None}
@@ -51,12 +52,23 @@ def _message(value: Any, name: str) -> Message:
     if content is None and not message.get("tool_calls"):
         raise BadRow(f"field {name!r} holds a message without content")
     if isinstance(content, list):
-        blocks = all(isinstance(block, dict) and isinstance(block.get("text"), str) for block in content)
-        if not blocks:
-            raise BadRow(f"field {name!r} holds a message with other content than text")
+        where = f"{name}[{place}].content"
+        message["content"] = "".join(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
     elif content is not None and not isinstance(content, str):
         raise BadRow(f"field {name!r} holds a message whose content is not a string")
     return message
+
+
+def _part(part: Any, place: str) -> str:
+    """The text of a content part; raises BadRow with its place for a part of another type."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    text = part.get("text", part.get("value")) if kind == "text" else None
+    if isinstance(text, str):
+        return text
+    named = f"of the type {kind[:20]!r}" if isinstance(kind, str) and kind != "text" else "without text"
+    raise BadRow(f"{place} is a part {named}; only parts of text can be used")
 
 
 def is_asked(text: str, message: Message) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,12 @@ from rcpo.data.encode import Encoder
 from rcpo.data.invariant import check_prompts
 from rcpo.data.limits import Limits
 from rcpo.data.records import PAIRS, UNPAIRED
+from rcpo.data.rendering import reads_date
 from rcpo.data.report import DataReport, Tally
 from rcpo.data.selection import by_margin, mixture, split_prompts
 from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset, TokenStore
-from rcpo.data.templates import ChatTemplate, find_template
+from rcpo.data.templates import ChatTemplate, find_template, template_sources
 from rcpo.data.tokenise import PairTokeniser
 
 if TYPE_CHECKING:
@@ -93,13 +95,28 @@ def _refuse_one_sided(train: PairDataset, source: str) -> None:
 
 def make_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """What turns the configured rows into tokens; raises ConfigError for settings that cannot."""
-    template = find_template(tokenizer, config.template, config.template_options, config.system_prompt)
+    template = find_template(
+        tokenizer,
+        config.template,
+        config.template_options,
+        config.system_prompt,
+        reasoning=config.reasoning,
+        day=None if config.date is None else date.fromisoformat(config.date),
+    )
     return Encoder(
         _make_tokeniser(config, tokenizer),
         template,
         always=config.template is not None,
         columns=config.columns,
     )
+
+
+def writes_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template of the configured data writes today's date; raises ConfigError without one."""
+    if config.name == "sums":
+        return False
+    sources = template_sources(tokenizer, config.template)
+    return sources is not None and any(map(reads_date, sources[1:]))
 
 
 def _make_tokeniser(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokeniser:
@@ -151,7 +168,8 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     if not len(train):
         raise ConfigError("data.sources: their weights leave no example to train on; raise them")
     template = encoder.template if report.counts["templated"] else None
-    report.template = None if template is None else template.name
+    if template is not None:
+        report.template, report.template_note = template.name, template.note()
     return Datasets(train, evaluation, report, template=template)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -86,7 +87,7 @@ class Encoder:
     def ingredients(self) -> dict[str, str]:
         """What tokens depend on besides the rows; short texts."""
         template = self.template
-        known = None if template is None else [*dataclasses.astuple(template), self._always]
+        known = None if template is None else [*dataclasses.astuple(template.undated), self._always]
         described = {
             "tokenizer": self._plain.description(),
             "limits": repr(self._plain.limits),
@@ -110,7 +111,7 @@ class Encoder:
             try:
                 if isinstance(value, BadRow):
                     raise value
-                templated, row, pair = self.render(value, str(number))
+                templated, row, pair = self.render(value, str(number), tally.counts)
             except BadRow as problem:
                 tally.bad.append((str(number), str(problem)))
                 continue
@@ -130,8 +131,13 @@ class Encoder:
         examples.sort(key=lambda example: int(example.id))
         return self._arrays(examples, prompts, values, frozenset(kinds), tally)
 
-    def render(self, value: object, name: str) -> tuple[bool, Row, TextPair]:
-        """Whether a template is used, the row in its one form, and its text; raises BadRow."""
+    def render(
+        self, value: object, name: str, counts: Counter[str] | None = None
+    ) -> tuple[bool, Row, TextPair]:
+        """Whether a template is used, the row in its one form, and its text; raises BadRow.
+
+        `counts` counts answers as `Tally` does.
+        """
         row = read_row(value, self.columns)
         if self._always:
             row = as_conversation(row)
@@ -151,7 +157,7 @@ class Encoder:
             )
         prompt = template.prompt(row)
         rendered = (
-            None if answer is None else template.response(prompt, row, answer)
+            None if answer is None else template.response(prompt, row, answer, counts)
             for answer in (row.chosen, row.rejected, row.gold)
         )
         return True, row, TextPair(name, prompt, *rendered)

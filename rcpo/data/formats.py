@@ -284,8 +284,6 @@ def _is_empty(part: Content) -> bool:
     if not part:
         return True
     content = part[-1].get("content") or ""
-    if isinstance(content, list):
-        content = "".join(block["text"] for block in content)
     return not content.strip() and not part[-1].get("tool_calls")
 
 

@@ -8,6 +8,7 @@ from rcpo.config import ConfigError
 from rcpo.data.encode import Encoder
 from rcpo.data.readers import Piece
 from rcpo.data.records import BadRow, Row, TextPair
+from rcpo.data.rendering import fix_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,16 +47,18 @@ def check_prompts(
 def _chat_ids(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     template = encoder.template
     assert template is not None and not isinstance(row.prompt, str)
-    found = tokenizer.apply_chat_template(
+    source = template.source_for(row)
+    fix_date(source, template.day)
+    text = tokenizer.apply_chat_template(
         template.with_system(row.prompt),
         tools=row.tools,
-        chat_template=template.source_for(row),
+        chat_template=source,
         add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
+        tokenize=False,
         **{**template.options, **(row.options or {})},
     )
-    return list(found)
+    # as apply_chat_template does with tokenize=True
+    return list(tokenizer(str(text).removesuffix(template.left_out), add_special_tokens=False)["input_ids"])
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, pair: TextPair, own: list[int]) -> list[int]:

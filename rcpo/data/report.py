@@ -16,7 +16,9 @@ class Tally:
 
     The counts: rows `read`, those that a template rendered (`templated`); `truncated_prompts`,
     `truncated_responses` and, in all, `tokens_cut`; responses with further turns behind the first
-    (`longer_responses`) or that spell special tokens (`special_tokens`).
+    (`longer_responses`) or that spell special tokens (`special_tokens`); responses that the finished
+    conversation renders differently (`rendered_otherwise`); answers that begin with their prompt
+    (`repeated_prompts`).
     """
 
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -36,7 +38,8 @@ class DataReport:
     `drop` is `data.on_bad=drop`: unusable pairs are counted and left out, otherwise the first is an error.
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
     `left_out` counts the usable pairs that the configuration leaves out, by reason, `left_out_first` has the
-    first of each. `template` is the chat template's name. `shared_prompts` are held-out pairs whose prompt is
+    first of each. `template` is the chat template's name, `template_note`
+    what is special about it. `shared_prompts` are held-out pairs whose prompt is
     trained on.
     """
 
@@ -51,6 +54,7 @@ class DataReport:
     left_out: Counter[str] = field(default_factory=Counter)
     left_out_first: dict[str, str] = field(default_factory=dict)
     template: str | None = None
+    template_note: str | None = None
     shared_prompts: int = 0
 
     def bad(self, reason: str, place: str) -> None:
@@ -98,6 +102,8 @@ class DataReport:
             told[0] += f", template {self.template}"
         if self.control:
             told.append(f"{self.control} of the pairs are set aside for rc=loop to read (rc.control.pairs)")
+        if self.template_note is not None:
+            told.append(self.template_note)
         total = sum(self.dropped.values())
         if total:
             told.append(f"{total} pairs dropped:")
@@ -113,6 +119,14 @@ class DataReport:
             )
         if counts["longer_responses"]:
             told.append(f"{counts['longer_responses']} responses hold further turns, which are learned too")
+        if counts["rendered_otherwise"]:
+            told.append(
+                f"{counts['rendered_otherwise']} responses differ from what the template renders for the "
+                "finished conversation: they are the answer's own text and the end of its turn, after the "
+                "prompt that generation is given"
+            )
+        if counts["repeated_prompts"]:
+            told.append(f"warning: {counts['repeated_prompts']} responses begin with their whole prompt")
         if counts["special_tokens"]:
             told.append(f"warning: {counts['special_tokens']} responses spell special tokens in their text")
         if self.shared_prompts:

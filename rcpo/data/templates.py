@@ -1,41 +1,43 @@
 """Chat templates: messages -> the text of a prompt and of its responses, cut where generation begins.
 
-A template is Jinja, rendered as transformers does. What it writes around an answer is learned from probes:
-the text that opens the answer (the generation prompt) belongs to the prompt, and of the text that closes it
-the response keeps what ends a turn. Both are checked on every row.
+A template is Jinja, rendered as transformers does. The prompt is what generation is given. The response is
+what the model should generate then: what the template writes for the answer, up to and with the end of the
+turn. Where a finished conversation renders differently from the prompt, what the template writes around an
+answer is known from probes (`rcpo.data.frames`).
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcpo.config import ConfigError
+from rcpo.data.frames import ANSWER, NO_FRAME, REASON, WORDS, Frame, find_frame
+from rcpo.data.reasoning import closed_at_end, split_reasoning
 from rcpo.data.records import SFT, BadRow, Content, Message, Row
+from rcpo.data.rendered import is_said, refuse_unrendered, refuse_unrendered_calls
+from rcpo.data.rendering import reads_date, render, reserved
 from rcpo.visible import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN = "tokenizer"  # data.template: the tokenizer's own, for rows of text too
-_QUESTION: Message = {"role": "user", "content": "What is a probe?"}
-_OTHER: Message = {"role": "user", "content": "Another question"}
-_WORDS = "probed-answer"
-_ANSWER: Message = {"role": "assistant", "content": _WORDS}
+KEEP, STRIP, EMPTY = "keep", "strip", "empty"  # data.reasoning
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template with what it needs: `name` for messages, Jinja `source` (`tool_source` for rows with tools),
-    `special` tokens and `options` that it may read, `system` a system message for conversations without one.
-
-    `closing` is what follows an answer, of which `ending` is kept: all up to the first special token, the
-    end of the turn, if it `ends` with one. `tail` is what follows the last question: the end of
-    its turn and the generation prompt.
+    `special` tokens and `options` that it may read, `system` a system message for conversations without one,
+    `day` for templates that write today's date, `reasoning` what becomes of the reasoning before an answer.
     """
 
     name: str
@@ -44,35 +46,95 @@ class ChatTemplate:
     special: Mapping[str, str]
     options: Mapping[str, Any]
     system: str | None
-    closing: str = ""
-    ending: str = ""
-    ends: bool = False
-    tail: str = ""
+    day: date
+    reasoning: str = KEEP
+    frame: Frame = NO_FRAME
+
+    @property
+    def reads_date(self) -> bool:
+        """Whether what it renders depends on `day`."""
+        return reads_date(self.source) or reads_date(self.tool_source)
+
+    @property
+    def undated(self) -> ChatTemplate:
+        """The same on a fixed day unless the day matters: all that decides what it renders."""
+        return self if self.reads_date else replace(self, day=date.min)
+
+    def note(self) -> str | None:
+        """What to tell the user about prompts that finished conversations do not begin with, if any."""
+        frame = self.frame
+        if frame.opening:
+            how = {
+                KEEP: "the answer's own reasoning follows it",
+                EMPTY: "the response closes it at once",
+                STRIP: "prompts end before it",
+            }[self.reasoning]
+            return f"generation begins with {frame.opening!r}; data.reasoning={self.reasoning}: {how}"
+        if frame.surplus:
+            return f"prompts end with {frame.surplus!r}, which finished conversations do not show"
+        return None
+
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The token that ends a learned turn."""
+        if not self.frame.ends:
+            assert isinstance(tokenizer.eos_token_id, int)
+            return tokenizer.eos_token_id
+        return int(tokenizer(self.frame.ending, add_special_tokens=False)["input_ids"][-1])
+
+    @property
+    def tail(self) -> str:
+        """What follows the last question in a prompt: the end of its turn and the generation prompt."""
+        return self.frame.tail[: len(self.frame.tail) - len(self.left_out)]
+
+    @property
+    def left_out(self) -> str:
+        """The end of the generation prompt that prompts lack: with `strip`, the opened block of thoughts."""
+        return self.frame.opening if self.reasoning == STRIP else ""
 
     def prompt(self, row: Row) -> str:
-        """What generation is given; raises BadRow where the template refuses the conversation."""
-        return self._render(self.with_system(_messages(row.prompt)), row, generate=True)
+        """What generation is given; raises BadRow where the template refuses or leaves out a message."""
+        messages = self.with_system(_messages(row.prompt))
+        text = self._render(messages, row, generate=True)
+        refuse_unrendered(text, messages, row, self._renders_prompt)
+        return text.removesuffix(self.left_out)
 
-    def response(self, prompt: str, row: Row, answer: Content) -> str:
+    def response(self, prompt: str, row: Row, answer: Content, counts: Counter[str] | None = None) -> str:
         """The text of an answer to a row's rendered `prompt`, up to and with the end of the turn.
 
-        Raises BadRow where the template renders the answer elsewhere than where generation would begin.
+        `counts` counts answers that the finished conversation renders differently (`rendered_otherwise`).
+        Raises BadRow where there is no saying what the model should generate.
         """
-        whole = self.conversation(row, answer)
-        if not whole.startswith(prompt):
-            raise BadRow("the template renders the answer elsewhere than where generation would begin")
-        if not whole.endswith(self.closing) or len(whole) < len(prompt) + len(self.closing):
-            raise BadRow("the template does not close the response as it closes an answer")
-        text = whole[len(prompt) : len(whole) - len(self.closing)]
-        if not text.strip():
+        messages = _messages(answer)
+        if self.reasoning != KEEP:
+            messages = [_unreasoned(message) for message in messages]
+        elif closed_at_end(prompt) and split_reasoning(messages[0])[0] is not None:
+            raise BadRow(
+                "the generation prompt closes its block of thoughts, and the answer has reasoning: "
+                "data.reasoning=strip leaves it out; data.template_options may open the block (as "
+                "enable_thinking: true)"
+            )
+        calls = any(message.get("tool_calls") for message in messages)
+        if self.frame.opening and (self.reasoning == STRIP or prompt.endswith(self.frame.opening)):
+            text, otherwise = self._behind_opening(prompt, row, messages)
+        else:
+            whole = self.conversation(row, messages)
+            text, otherwise = self._after(prompt.removesuffix(self.frame.surplus), row, whole)
+            if self.frame.surplus.isspace() and self.frame.lead.isspace():
+                text = text.removeprefix(self.frame.lead)
+        if calls:
+            refuse_unrendered_calls(messages, lambda probes: self.conversation(row, probes))
+        if not all(is_said(message, text) for message in messages):
+            text, otherwise = self._literal(messages), True
+        if not text[: len(text) - len(self.frame.ending)].strip():
             raise BadRow("the template leaves the response empty")
-        return text + self.ending
+        if otherwise and counts is not None:
+            counts["rendered_otherwise"] += 1
+        return text
 
     def conversation(self, row: Row, answer: Content) -> str:
         """A row's prompt and an answer to it, as the template renders them together."""
-        return self._render(
-            [*self.with_system(_messages(row.prompt)), *_messages(answer)], row, generate=False
-        )
+        messages = [*self.with_system(_messages(row.prompt)), *_messages(answer)]
+        return self._render(messages, row, generate=False)
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation behind the template's system message, unless it has its own."""
@@ -80,27 +142,90 @@ class ChatTemplate:
             return list(messages)
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _render(self, messages: list[Message], row: Row, *, generate: bool) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            [text], _ = render_jinja_template(
-                [messages],
-                tools=row.tools,
-                chat_template=self.source_for(row),
-                add_generation_prompt=generate,
-                **{**self.special, **self.options, **(row.options or {})},
-            )
-        except (TemplateError, TypeError) as error:  # what it raises itself, and text that is no text
-            # a template may quote the data, which is no text to print as it is
-            reason = first_line(error)[:200]
-            raise BadRow(f"the chat template refuses the conversation: {reason}") from error
-        return str(text)
+    def variables(self, row: Row) -> dict[str, Any]:
+        """What the template may read besides messages and tools; raises BadRow for a row's own misuse."""
+        for name in row.options or {}:
+            if name in reserved():
+                raise BadRow(f"field 'chat_template_kwargs' holds {name!r}, which no template reads")
+        return {**self.special, **self.options, **(row.options or {})}
 
     def source_for(self, row: Row) -> str:
         """The Jinja text for a row, with tools or without."""
         return self.source if row.tools is None else self.tool_source
+
+    def probe(self, row: Row, messages: Sequence[Message], generate: bool) -> str:
+        """Messages in the place of a row's own, rendered; raises BadRow."""
+        return self._render(self.with_system(messages), row, generate=generate)
+
+    def _render(self, messages: Sequence[Message], row: Row, *, generate: bool) -> str:
+        return render(
+            self.source_for(row), messages, row.tools, self.variables(row), self.day, generate=generate
+        )
+
+    def _renders_prompt(self, messages: Sequence[Message], tools: list[Any] | None, row: Row) -> str:
+        return self._render(messages, replace(row, tools=tools), generate=True)
+
+    def _behind_opening(self, prompt: str, row: Row, messages: list[Message]) -> tuple[str, bool]:
+        """The response where generation begins inside a block of thoughts that no finished turn shows."""
+        frame, (first, *others) = self.frame, messages
+        reasoning, plain = split_reasoning(first)
+        if self.reasoning == STRIP:
+            text, otherwise = self._after(prompt, row, self.conversation(row, messages))
+            return text.removeprefix(frame.opening), otherwise
+        if self.reasoning == KEEP and reasoning is None:
+            raise BadRow(
+                "generation begins with an opened block of thoughts, and the answer has none: "
+                "data.reasoning=empty closes the block at once, data.reasoning=strip leaves it out"
+            )
+        marked = REASON if reasoning is None else reasoning
+        base = prompt.removesuffix(frame.opening)
+        whole = self.conversation(row, [plain | {"reasoning_content": marked}, *others])
+        begun = next((begun for begun in (prompt, base) if whole.startswith(begun + marked)), None)
+        if begun is not None:
+            text, otherwise = self._ended(whole[len(begun + marked) :]), False
+        else:
+            text, _ = self._after(base, row, self.conversation(row, [plain, *others]))
+            text, otherwise = frame.close + text.removeprefix(frame.opening), True
+        return (text if reasoning is None else reasoning + text), otherwise
+
+    def _after(self, base: str, row: Row, whole: str) -> tuple[str, bool]:
+        """What a finished conversation says after `base`, and whether it begins differently."""
+        if whole.startswith(base):
+            return self._ended(whole[len(base) :]), False
+        around = self.frame.lead + WORDS + self.frame.closing
+        probed = self.conversation(row, [ANSWER])
+        head = probed.removesuffix(around)
+        if head == probed or not whole.startswith(head):
+            raise BadRow("the template renders the answer elsewhere than where generation would begin")
+        return self._ended(whole[len(head) :]), True
+
+    def _ended(self, text: str) -> str:
+        """A rendered answer up to and with the end of its turn."""
+        frame = self.frame
+        if text.endswith(frame.closing):
+            return text[: len(text) - len(frame.closing)] + frame.ending
+        text = text.rstrip()  # as after a tool call, which may end otherwise
+        if frame.ends and not any(text.endswith(token) for token in frame.ends_of_turns):
+            raise BadRow("the template does not close the response as it closes an answer")
+        return text
+
+    def _literal(self, messages: Sequence[Message]) -> str:
+        """An answer's own text and the end of its turn, where the template changes what it says."""
+        frame, (message, *others) = self.frame, messages
+        reasoning, plain = split_reasoning(message)
+        content = message.get("content")
+        if others or message.get("tool_calls") or not isinstance(content, str):
+            raise BadRow("the template leaves out a part of the answer")
+        if reasoning is not None and plain.get("content") == content:
+            raise BadRow(
+                "the template does not render the answer's reasoning; data.reasoning=strip removes it from "
+                "the answers"
+            )
+        return frame.lead + content + frame.ending
+
+
+def _unreasoned(message: Message) -> Message:
+    return split_reasoning(message)[1] if message["role"] == "assistant" else message
 
 
 def _messages(content: Content) -> list[Message]:
@@ -113,29 +238,46 @@ def find_template(
     wanted: str | None,
     options: Mapping[str, Any],
     system: str | None,
+    *,
+    reasoning: str = KEEP,
+    day: date | None = None,
 ) -> ChatTemplate | None:
     """The template that `data.template` names, probed; None where the tokenizer has none and none is named.
 
-    Raises ConfigError for a name that does not exist and for a template that cannot be used.
+    `day` None is today. Raises ConfigError for a name that does not exist and for a template that cannot be
+    used.
     """
-    if wanted is None or wanted == OWN:
-        if not tokenizer.chat_template:
-            if wanted is None and system is None:
-                return None
-            if wanted is None:
-                raise ConfigError(
-                    "data.system_prompt needs a chat template, and the tokenizer has none; " + _choices()
-                )
-            raise ConfigError("data.template=tokenizer: the tokenizer has no chat template; " + _choices())
-        name = "the tokenizer's own"
-        source = tokenizer.get_chat_template()
-        tool_source = tokenizer.get_chat_template(tools=[{}])
-    else:
-        name, source = wanted, _source(wanted)
-        tool_source = source
+    sources = template_sources(tokenizer, wanted)
+    if sources is None:
+        if system is None:
+            return None
+        raise ConfigError(
+            "data.system_prompt needs a chat template, and the tokenizer has none; " + _choices()
+        )
+    for name in options:
+        if name in reserved():
+            raise ConfigError(f"data.template_options.{name}: no template reads this name; remove it")
+    name, source, tool_source = sources
     special = dict(tokenizer.special_tokens_map)
-    template = ChatTemplate(name, source, tool_source, special, dict(options), system)
-    return _probed(template, tokenizer)
+    day = day or date.today()
+    template = ChatTemplate(name, source, tool_source, special, dict(options), system, day, reasoning)
+    return replace(template, frame=_framed(template, tokenizer))
+
+
+def template_sources(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> tuple[str, str, str] | None:
+    """Name, Jinja text, and that for rows with tools; None where none is named and the tokenizer has none.
+
+    Raises ConfigError for a template that is not there.
+    """
+    if wanted is not None and wanted != OWN:
+        source = _source(wanted)
+        return wanted, source, source
+    if tokenizer.chat_template:
+        own = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
+        return "the tokenizer's own", *own
+    if wanted is None:
+        return None
+    raise ConfigError("data.template=tokenizer: the tokenizer has no chat template; " + _choices())
 
 
 def named_templates() -> list[str]:
@@ -159,39 +301,38 @@ def _choices() -> str:
     return f"give data.template={'|'.join(named_templates())} or a Jinja file"
 
 
-def _probed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template with its closing, ending and tail, read off a question with a known answer."""
-    try:
-        prompt, other = (
-            template.prompt(Row(SFT, [question], None, None)) for question in (_QUESTION, _OTHER)
-        )
-        whole = template.conversation(Row(SFT, [_QUESTION], None, None), [_ANSWER])
-    except BadRow as problem:
-        raise ConfigError(f"data.template ({template.name}): {problem}") from problem
-    if not whole.startswith(prompt) or _WORDS not in whole[len(prompt) :]:
-        raise ConfigError(
-            f"data.template ({template.name}) renders an answer elsewhere than where generation would begin: "
-            f"after {prompt[-40:]!r} it goes on {whole[max(0, len(prompt) - 40) :][:80]!r}; "
-            "set what it reads in data.template_options (as enable_thinking: false), or give another template"
-        )
-    closing = whole.rpartition(_WORDS)[2]
-    tail = prompt[len(prompt) - _common_suffix(prompt, other) :]
-    ending, ends = _ending(closing, tokenizer)
-    return replace(template, closing=closing, ending=ending, ends=ends, tail=tail)
-
-
-def _common_suffix(one: str, other: str) -> int:
-    pairs = enumerate(zip(reversed(one), reversed(other), strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _ending(closing: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """`closing` up to and with its first special token, after which nothing is ever generated, and whether
-    there is one. Without, its white space at the end goes: the end-of-sequence token follows.
-    """
+def _framed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the template writes around an answer; a template for rows with tools alone is probed with one."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = [(closing.find(token), -len(token)) for token in special if token and token in closing]
-    if not ends:
-        return closing.rstrip(), False
-    start, length = min(ends)
-    return closing[: start - length], True
+    problems = []
+    for tools in (None, [_TOOL]):
+        row = Row(SFT, [], None, None, tools)
+        try:
+            return find_frame(
+                partial(template.probe, row),
+                special,
+                tokenizer.eos_token,
+            )
+        except BadRow as problem:
+            problems.append(problem)
+    reason = str(problems[0])
+    raise ConfigError(f"data.template ({template.name}): {reason}{_remedy(reason)}") from problems[0]
+
+
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Probes.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
+
+def _remedy(reason: str) -> str:
+    """What to do about a variable that a template needs and nobody gives it."""
+    name = reason.rpartition("refuses the conversation: '")[2].removesuffix("' is undefined")
+    if not name.isidentifier():
+        return ""
+    value = '""' if name.endswith("_token") else "..."
+    return f"; the tokenizer has none: give it as data.template_options={{{name}: {value}}}"

@@ -55,7 +55,7 @@ class PairTokeniser:
         """The same for pairs that `template` rendered."""
         other = copy.copy(self)
         other._templated = True
-        other._ends_itself = template.ends
+        other._ends_itself = template.frame.ends
         [other._tail] = self.ids([template.tail])
         if self._anchors:
             other._anchors = [(template.tail, other._tail), *self._anchors]

@@ -115,6 +115,8 @@ class Judging:
                 template=run.template,
                 template_options=run.template_options,
                 system_prompt=run.system_prompt,
+                reasoning=run.reasoning,
+                date=run.date,
             )
         source = hub.source("judge.against", str(folder), hub.folder)
         tokenizer = load_tokenizer(source.tokenizer, config.model)
@@ -210,6 +212,6 @@ def _tokenised(prompts: Sequence[Prompt], data: DataConfig, tokenizer: PreTraine
             raise ConfigError(f"judge.prompts: {prompt.place}: {problem}") from problem
         tokens[prompt.id] = encoder.prompt_ids(pair, templated=templated)
     ends = set()
-    if template is not None and template.ends:
-        ends.add(tokenizer(template.ending, add_special_tokens=False)["input_ids"][-1])
+    if template is not None:
+        ends.add(template.end_id(tokenizer))
     return Asked(tokens, ends, LONGEST)

@@ -24,7 +24,7 @@ def says(text: str) -> dict[str, str]:
 
 Q, A, B = user("q"), says("a"), says("b")
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {}}}
-BLOCKS = [{"type": "text", "text": "q"}]
+PARTS = [{"type": "text", "text": "What is "}, {"text": "1\n"}, {"type": "text", "value": "+ "}, "1?"]
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
 
 # name: (row, what it is)
@@ -124,9 +124,9 @@ FORMS: dict[str, tuple[dict[str, Any], Row]] = {
         {"prompt": [Q], "chosen": [A], "rejected": [B], "tools": json.dumps([FUNCTION])},
         Row(PAIRS, [Q], [A], [B], [FUNCTION]),
     ),
-    "blocks of text": (
-        {"prompt": [{"role": "user", "content": BLOCKS}], "chosen": [A], "rejected": [B]},
-        Row(PAIRS, [{"role": "user", "content": BLOCKS}], [A], [B]),
+    "parts of text": (
+        {"prompt": [{"role": "user", "content": PARTS}], "chosen": [A], "rejected": [B]},
+        Row(PAIRS, [user("What is 1\n+ 1?")], [A], [B]),
     ),
 }  # fmt: skip
 
@@ -188,7 +188,7 @@ BAD_ROWS: dict[bytes, str] = {
     b'{"messages": [{"content": "q"}, {"role": "assistant", "content": "a"}]}': "a message without a role",
     b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}': "a message without content",
     b'{"messages": [{"role": "user", "content": 3}]}': "holds a message whose content is not a string",
-    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "other content than text",
+    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "a part of the type 'image'",
     b'{"prompt": "x", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],'
     b'"rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]}':
         "the prompt is not in the conversations' common beginning",

@@ -49,7 +49,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], **settings
 def parts(encoded: Encoded, row: int = 0) -> list[list[int]]:
     """Prompt, chosen and rejected of an encoded row."""
     ends = encoded.lengths.ravel().cumsum().tolist()
-    borders = [0, *ends][3 * row : 3 * row + 4]
+    borders = [0, *ends][4 * row : 4 * row + 4]
     return [encoded.tokens[first:end].tolist() for first, end in pairwise(borders)]
 
 
@@ -220,9 +220,8 @@ def test_thoughts_belong_to_the_response_unless_the_prompt_closes_them() -> None
         assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and chosen == "a<|im_end|>"
     thought = row | {"chosen": [says("a") | {"reasoning_content": "hm"}]}
     encoded = encode(tokenizer, thought, template=template, template_options={"enable_thinking": False})
-    assert encoded.tally.bad == [
-        ("1", "the template renders the answer elsewhere than where generation would begin")
-    ]
+    [(_, why)] = encoded.tally.bad
+    assert why.startswith("the generation prompt closes its block of thoughts, and the answer has reasoning")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +229,7 @@ def test_thoughts_belong_to_the_response_unless_the_prompt_closes_them() -> None
     [
         ("gemma", pair([{"role": "system", "content": "s"}, user("q")], "a"), "System role not supported"),
         ("mistral", pair([user("q"), user("r")], "a"), "roles have to alternate"),
-        ("gemma", pair([user("q")], "a") | {"chosen": [CALL]}, "the template leaves the response empty"),
+        ("gemma", pair([user("q")], "a") | {"chosen": [CALL]}, "the template leaves out the tool calls"),
     ],
 )  # fmt: skip
 def test_what_a_template_refuses_is_a_bad_row(family: str, row: dict[str, Any], reason: str) -> None:
@@ -246,8 +245,13 @@ def write(folder: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ messages[0]['content'] }}{% if add_generation_prompt %}A:{% endif %}", "answer elsewhere"),
-        ("{{ messages[0]['content'] }}", "renders an answer elsewhere"),
+        ("{{ messages[0]['content'] }}{% if add_generation_prompt %}A:{% endif %}", "renders no answer"),
+        ("{{ messages[0]['content'] }}", "renders no answer"),
+        (
+            "{{ messages[0]['content'] }}{% if add_generation_prompt %}A:{% else %}B: "
+            "{{ messages[1]['content'] }}{% endif %}",
+            "renders an answer elsewhere",
+        ),
         ("{% for message in messages %}", "the chat template refuses the conversation"),
         ("{{ raise_exception('never') }}", "refuses the conversation: never"),
     ],
@@ -261,7 +265,7 @@ def test_a_template_that_cannot_work_is_refused_before_any_row(
         find_template(tokenizer_of("neox"), str(tmp_path / "none.jinja"), {}, None)
 
 
-def test_a_template_that_changes_earlier_turns_is_found_out(tmp_path: Path) -> None:
+def test_a_template_that_changes_earlier_turns_leaves_the_answer(tmp_path: Path) -> None:
     # with an answer behind it, the question is rendered otherwise: generation never sees this text
     text = (
         "{% for m in messages %}{{ m['role'] }}{% if loop.last or messages | length != 4 %}"
@@ -269,8 +273,9 @@ def test_a_template_that_changes_earlier_turns_is_found_out(tmp_path: Path) -> N
     )
     row = pair([user("q"), says("x"), user("r")], "a")
     encoded = encode(tokenizer_of("neox"), row, pair([user("q")], "a"), template=write(tmp_path, text))
-    assert encoded.numbers.tolist() == [2]
-    assert "elsewhere than where generation would begin" in encoded.tally.bad[0][1]
+    assert encoded.tally.bad == [] and encoded.tally.counts["rendered_otherwise"] == 2
+    prompt, chosen, _ = map(tokenizer_of("neox").decode, parts(encoded))
+    assert (prompt, chosen) == ("user: q|assistant: x|user: r|assistant: ", "a|<|endoftext|>")
 
 
 def test_further_turns_in_a_response_are_counted() -> None:
