@@ -90,9 +90,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     on_main_or_refused(make)
     prompts = [Prompt(**row) for row in whole_rows(path)]
     template = datasets.template
-    ends = []
-    if template is not None and template.ends:
-        ends = tokenizer(template.ending, add_special_tokens=False)["input_ids"][-1:]
+    ends = [] if template is None else [template.end_id(tokenizer)]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Prompts(prompts, ends, longest_answer(datasets.train), digest)
 
