@@ -20,6 +20,8 @@ def build_objective(config: RunConfig) -> Objective:
             reduction=wanted.reduction,
             nll_coef=wanted.nll_coef,
             optional=wanted.optional,
+            weighting=wanted.weighting,
+            length_alpha=wanted.length_alpha,
             **wanted.hyperparameters,
         )
     except (ValueError, ImportError) as error:

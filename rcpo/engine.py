@@ -228,9 +228,15 @@ class Engine:
         self._engine.destroy()
         _forget_releases()
 
-    def score(self, batch: TokenBatch, sketch: Sketch | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs (N,), hidden states (N, D) and sketched scores (N, k) or (0,) of the response tokens."""
-        result: tuple[Tensor, Tensor, Tensor] = self._forward(**policy_inputs(batch), sketch=sketch)
+    def score(
+        self, batch: TokenBatch, sketch: Sketch | None = None, *, squares: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the response tokens: log-probs (N,), hidden states (N, D), sketched scores (N, k) or (0,), and
+        `rcpo.logps.log_squares` (N,) or (0,).
+        """
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._forward(
+            **policy_inputs(batch), sketch=sketch, squares=squares
+        )
         return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -142,6 +142,32 @@ def token_logps(
     return logps, scores
 
 
+def log_squares(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """log Σ_v p(v)² at each position, (N,), no gradient: what a token drawn there scores on average, roughly.
+
+    hidden (N, D), head `weight` (V, D); `chunk` is in tokens.
+
+    >>> log_squares(torch.ones(1, 2), torch.zeros(4, 2))  # four times ¼²: log ¼
+    tensor([-1.3863])
+    """
+    head, size = shape or HeadShape(), chunk or max(1, CHUNK_ELEMENTS // len(weight))
+    with torch.no_grad():
+        parts = [log_squares_of(head.logits(part, weight, bias)) for part in hidden.split(size)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def log_squares_of(logits: Tensor) -> Tensor:
+    """log Σ_v p(v)² of logits (N, V), (N,)."""
+    return torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1)
+
+
 def token_weights(logps: Tensor, sequences: Tensor, lengths: Tensor, reduction: str) -> Tensor:
     """Weight of each token's log-prob in its sequence's z: (N,), (N,), (S,) → (N,) in fp64, no gradient.
 
@@ -156,21 +182,47 @@ def token_weights(logps: Tensor, sequences: Tensor, lengths: Tensor, reduction: 
     return raw / totals.clamp(min=torch.finfo(torch.float64).tiny)[sequences]
 
 
+def length_weights(sequences: Tensor, lengths: Tensor, pairs: int, alpha: float) -> Tensor:
+    """`alpha` for the tokens of a pair's longer response beyond the length of the shorter, else 1: (N,) fp64.
+
+    Liu et al. 2024 (LD-DPO). The tokens are in order, `sequences` (N,) and `lengths` (S,) as in a batch of
+    so many `pairs`; responses other than the chosen and the rejected ones count in full.
+    """
+    shared = lengths.clone()
+    shared[: 2 * pairs] = torch.minimum(lengths[:pairs], lengths[pairs : 2 * pairs]).repeat(2)
+    starts = lengths.cumsum(0) - lengths
+    places = torch.arange(len(sequences), device=sequences.device) - starts[sequences]
+    beyond = (places >= shared[sequences]).double()
+    return 1 + (alpha - 1) * beyond
+
+
 def sequence_logps(logps: Tensor, weights: Tensor, sequences: Tensor, count: int) -> Tensor:
     """z of each sequence, the weighted sum of its token log-probs: (N,) → (S,) in fp64."""
     return logps.new_zeros(count, dtype=torch.float64).index_add(0, sequences, logps.double() * weights)
 
 
-def pair_logps(batch: TokenBatch, logps: Tensor, weights: Tensor, ref_logps: Tensor | None) -> PairLogps:
+def pair_logps(
+    batch: TokenBatch,
+    logps: Tensor,
+    weights: Tensor,
+    ref_logps: Tensor | None,
+    squares: Tensor | None = None,
+) -> PairLogps:
     """The B pairs of a batch from the log-probs of its response tokens, in the reduction of `weights`.
 
-    `ref_logps` (N,), the reference's log-probs of the same tokens, is reduced with the same weights.
+    `ref_logps` (N,), the reference's log-probs of the same tokens, is reduced with the same weights. From
+    `squares` (N,), `log_squares` at the same places, come the responses' likelihoods.
     """
     sides = batch.sides
     count = sides * batch.num_pairs
     z = sequence_logps(logps, weights, batch.sequences, count).view(sides, -1)
     lengths = batch.lengths.view(sides, -1)
-    means = sequence_logps(logps, 1.0 / batch.lengths.double()[batch.sequences], batch.sequences, count)
+    by_length = 1.0 / batch.lengths.double()[batch.sequences]
+    means = sequence_logps(logps, by_length, batch.sequences, count)
+    likelihoods = None
+    if squares is not None:
+        compared = sequence_logps((logps - squares).detach(), by_length, batch.sequences, count)
+        likelihoods = compared.exp().view(sides, -1)
     ref = (
         None
         if ref_logps is None
@@ -188,6 +240,8 @@ def pair_logps(batch: TokenBatch, logps: Tensor, weights: Tensor, ref_logps: Ten
         ref_kl_chosen=ref[2] if ref is not None and sides > 2 else None,
         weights=batch.weights,
         margins=batch.margins,
+        chosen_likelihoods=None if likelihoods is None else likelihoods[0],
+        rejected_likelihoods=None if likelihoods is None or sides < 2 else likelihoods[1],
     )
 
 

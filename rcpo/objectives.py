@@ -54,8 +54,15 @@ class RunningMean:
         self.total, self.count = state["total"], state["count"]
 
 
+WEIGHTINGS: dict[str, Callable[[PairLogps], Tensor]] = {"wpo": lambda logps: logps.likelihood.detach()}
+"""Ways to weight pairs: by how likely the policy itself is to say both responses (WPO, Zhou et al. 2024)."""
+
+
 class Objective:
     """An objective with its hyper-parameters bound: `PairLogps` → losses (B,).
+
+    `weighting` names one of `WEIGHTINGS` for the loss (not for the supervised term of `nll_coef`);
+    `length_alpha` is what the runner weights tokens with beyond a pair's shorter response (LD-DPO).
 
     >>> get_objective("ipo", tau=0.2)
     ipo(tau=0.2, reduction=mean, nll_coef=0.0)
@@ -72,6 +79,8 @@ class Objective:
         if spec.running_mean is not None:
             self.state = RunningMean()
         self.progress = 0.0  # the share of the run that is done
+        self.weighting: str | None = None
+        self.length_alpha = 1.0
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.hyperparameters.items())
@@ -102,9 +111,19 @@ class Objective:
         return [(float(self.hyperparameters.get("score_scale", 1.0)), self.spec.margins)]
 
     @property
+    def needs_likelihoods(self) -> bool:
+        """Whether the pairs' weights are the policy's own likelihoods."""
+        return self.weighting is not None
+
+    @property
     def uses_chosen_means(self) -> bool:
         """Whether the loss depends on the chosen responses' mean log-prob beside z."""
         return self.nll_coef != 0
+
+    @property
+    def reductions(self) -> set[str]:
+        """The reductions that it works in."""
+        return {self.reduction}
 
     @property
     def sides(self) -> int:
@@ -121,6 +140,12 @@ class Objective:
                 f"objective {self.name} returned shape {tuple(losses.shape)} for "
                 f"{len(logps.chosen)} pairs; one loss a pair is expected"
             )
+        return self._complete(losses, logps)
+
+    def _complete(self, losses: Tensor, logps: PairLogps) -> Tensor:
+        """The losses with the pairs' own weights and the supervised term."""
+        if self.weighting is not None:
+            losses = WEIGHTINGS[self.weighting](logps) * losses
         return losses - self.nll_coef * self.chosen_means(logps) if self.nll_coef else losses
 
     def observe(self, logps: PairLogps) -> None:
@@ -165,6 +190,8 @@ def get_objective(
     nll_coef: float = 0.0,
     module: str | None = None,
     optional: Collection[str] = (),
+    weighting: str | None = None,
+    length_alpha: float = 1.0,
     **hyperparameters: Any,
 ) -> Objective:
     """The objective `name` with hyper-parameters, e.g. `get_objective("simpo", beta=2.0, gamma=1.0)`.
@@ -196,7 +223,33 @@ def get_objective(
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(defaults) or 'none'}"
             raise ValueError(f"objective {name} has no hyper-parameter {key!r}; {hint}")
     make: Callable[..., Objective] = spec.make or Objective
-    return make(spec, reduction, nll_coef, {**defaults, **hyperparameters})
+    made = make(spec, reduction, nll_coef, {**defaults, **hyperparameters})
+    _refuse_options(made, weighting, length_alpha)
+    made.weighting, made.length_alpha = weighting, length_alpha
+    return made
+
+
+def _refuse_options(objective: Objective, weighting: str | None, length_alpha: float) -> None:
+    """Raises ValueError for options that say nothing about this objective."""
+    name, spec = objective.name, objective.spec
+    if weighting is not None:
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"objective.weighting={weighting!r}; choose one of {', '.join(WEIGHTINGS)}")
+        if spec.sorts_batch or not spec.needs_rejected:
+            why = "sorts the pairs of a batch" if spec.sorts_batch else "has no rejected side"
+            raise ValueError(f"objective.weighting={weighting} weights pairs, and objective={name} {why}")
+    if length_alpha == 1:
+        return
+    if objective.reductions != {"sum"} or not spec.needs_rejected:
+        raise ValueError(
+            f"objective.length_alpha={length_alpha} is defined for the summed log-probs of pairs: set it to "
+            f"1, or objective.reduction=sum for objective={name}"
+        )
+    if objective.uses_chosen_means:
+        raise ValueError(
+            f"objective.length_alpha={length_alpha} and objective.nll_coef do not go together: the sum is "
+            "then not a multiple of the mean; set one of them to its default"
+        )
 
 
 class RunningMeans:
@@ -256,11 +309,15 @@ class Mixture(Objective):
         for weight, part in self.parts:
             part.progress = self.progress
             total = total + weight * part(self._for(part, logps))
-        return total - self.nll_coef * self.chosen_means(logps) if self.nll_coef else total
+        return self._complete(total, logps)
 
     def observe(self, logps: PairLogps) -> None:
         for _, part in self.parts:
             part.observe(self._for(part, logps))
+
+    @property
+    def reductions(self) -> set[str]:
+        return {self.reduction, *(part.reduction for _, part in self.parts)}
 
     @property
     def margin_ranges(self) -> list[tuple[float, tuple[float, float]]]:
@@ -269,6 +326,10 @@ class Mixture(Objective):
     @property
     def uses_chosen_means(self) -> bool:
         return self.nll_coef != 0 or any(part.uses_chosen_means for _, part in self.parts)
+
+    @property
+    def needs_likelihoods(self) -> bool:
+        return self.weighting is not None or any(part.needs_likelihoods for _, part in self.parts)
 
     def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor | None]:
         first = self.parts[0][1]
@@ -302,6 +363,8 @@ def _reduced(values: Tensor, lengths: Tensor | None, reduction: str) -> Tensor:
 def _part(place: int, settings: Mapping[str, Any]) -> tuple[float, Objective]:
     own = dict(settings)
     weight = float(own.pop("weight", 1.0))
+    if "length_alpha" in own:
+        raise ValueError(f"objective.parts[{place}].length_alpha: set objective.length_alpha, for all parts")
     try:
         return weight, get_objective(**own)
     except (ValueError, TypeError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rcpo.engine import Engine
 from rcpo.geometry import Sketch, outer_scores, parameter_scores
-from rcpo.logps import pair_logps, sequence_logps, token_weights
+from rcpo.logps import length_weights, pair_logps, sequence_logps, token_weights
 from rcpo.objectives import Objective
 from rcpo.reference.rows import Reference
 from rcpo.types import PairLogps, TokenBatch
@@ -87,7 +87,11 @@ class Scorer:
     def __call__(self, batch: TokenBatch, sketch: Sketch | None = None) -> Scored:
         """`batch` is on the engine's device."""
         ref_logps = None if self.reference is None else self.reference(batch)
-        logps, hidden, scores = self.engine.score(batch, sketch)
-        weights = token_weights(logps, batch.sequences, batch.lengths, self.objective.reduction)
-        pairs = pair_logps(batch, logps, weights, ref_logps).select(batch.weights > 0)
+        objective, wanted = self.objective, self.objective.needs_likelihoods
+        logps, hidden, scores, squares = self.engine.score(batch, sketch, squares=wanted)
+        weights = token_weights(logps, batch.sequences, batch.lengths, objective.reduction)
+        if objective.length_alpha != 1:
+            weights *= length_weights(batch.sequences, batch.lengths, batch.num_pairs, objective.length_alpha)
+        pairs = pair_logps(batch, logps, weights, ref_logps, squares if wanted else None)
+        pairs = pairs.select(batch.weights > 0)
         return Scored(batch, pairs, logps, weights, hidden, scores, ref_logps)

@@ -25,7 +25,7 @@ from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets, writes_date
 from rcpo.data.identity import smallest_ids
-from rcpo.data.records import SFT, UNPAIRED
+from rcpo.data.records import PAIRS, SFT, UNPAIRED
 from rcpo.data.store import PairDataset
 from rcpo.data.templates import OWN
 from rcpo.dynamics import check_geometry
@@ -84,6 +84,7 @@ class Session:
         if self.objective.spec.needs_mismatched:
             for dataset in filter(None, (self.datasets.train, self.datasets.evaluation)):
                 _ = dataset.partners  # refuses data with a single prompt before any weights load
+        refuse_options(self.objective, self.datasets.train.kind)
         refuse_numbers(self.objective, self.datasets)
         if training and config.checkpoint.best is not None and self.datasets.evaluation is None:
             raise ConfigError(
@@ -293,6 +294,18 @@ def record_date(run_dir: Path, day: str) -> None:
         config = load_run_config(path)
         config.data.date = day
         save_run_config(config, path)
+
+
+def refuse_options(objective: Objective, kind: str) -> None:
+    """Raises ConfigError for options that compare the two responses of a pair, where the data has one."""
+    for key, wanted in (
+        ("weighting", objective.needs_likelihoods),
+        ("length_alpha", objective.length_alpha != 1),
+    ):
+        if wanted and kind != PAIRS:
+            raise ConfigError(
+                f"objective.{key} needs pairs, and the data has single completions; leave it out"
+            )
 
 
 def refuse_numbers(objective: Objective, datasets: Datasets) -> None:

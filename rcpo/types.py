@@ -22,7 +22,8 @@ class PairLogps:
     tokens, 0 where unpaired data has none on that side. `chosen_means` is the chosen responses' mean log-prob
     a token, needed by `nll_coef` on summed log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses
     under prompts of other pairs (kto's K). `weights` are the pairs' parts in the batch mean (None: all
-    alike), `margins` how far somebody scored the chosen responses above the rejected ones.
+    alike), `margins` how far somebody scored the chosen responses above the rejected ones. `*_likelihoods`
+    are geometric means over a response's tokens of p ÷ Σ_v p(v)² (wpo).
 
     >>> chosen, rejected, reference = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([-1.5])
     >>> logps = PairLogps(chosen, rejected, ref_chosen=reference, ref_rejected=reference)
@@ -41,6 +42,8 @@ class PairLogps:
     ref_kl_chosen: Tensor | None = None
     weights: Tensor | None = None
     margins: Tensor | None = None
+    chosen_likelihoods: Tensor | None = None
+    rejected_likelihoods: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,6 +75,12 @@ class PairLogps:
     def score_margins(self) -> Tensor:
         """How far the chosen responses were scored above the rejected ones, shape (B,)."""
         return _require(self.margins, "margins")
+
+    @property
+    def likelihood(self) -> Tensor:
+        """How alike both responses are to what the policy would say, shape (B,): the product of the two."""
+        chosen = _require(self.chosen_likelihoods, "chosen_likelihoods")
+        return chosen * _require(self.rejected_likelihoods, "rejected_likelihoods")
 
     @property
     def pair_weights(self) -> Tensor:

@@ -90,14 +90,18 @@ class OptimConfig:
 class ObjectiveConfig:
     """The objective by name; `module` is imported before the look-up (a user's own package).
 
-    `reduction` None is the objective's own. `hyperparameters` are the keys of its YAML beside the others;
-    those named in `optional` are left out where the objective does not have them, for presets that fit any.
+    `reduction` None is the objective's own. `weighting` wpo weights pairs by the policy's own likelihood,
+    `length_alpha` below 1 the tokens beyond a pair's shorter response (LD-DPO). `hyperparameters` are the
+    keys of its YAML beside the others; those named in `optional` are left out where the objective does not
+    have them, for presets that fit any.
     """
 
     name: str = "dpo"
     module: str | None = None
     reduction: str | None = "sum"
     nll_coef: float = 0.0
+    weighting: str | None = None
+    length_alpha: float = 1.0
     optional: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(
         default_factory=lambda: {

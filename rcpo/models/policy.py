@@ -18,7 +18,7 @@ from rcpo import distributed
 from rcpo.attention import attention_masks
 from rcpo.config import ConfigError
 from rcpo.geometry import HeadShape, Sketch
-from rcpo.logps import token_logps
+from rcpo.logps import log_squares, log_squares_of, token_logps
 from rcpo.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,9 @@ def head_shape(model: PreTrainedModel) -> HeadShape:
 class Policy(nn.Module):
     """A language model that scores response tokens without making all logits.
 
-    `forward` returns log-probs (N,), the hidden states that gave them (N, D), detached, and their sketched
-    scores (N, k) if a sketch is given (an empty tensor otherwise).
+    `forward` returns log-probs (N,), the hidden states that gave them (N, D), detached, their sketched scores
+    (N, k) if a sketch is given, and `rcpo.logps.log_squares` (N,) if `squares` are asked for (else empty
+    ones).
 
     `fused` is False for a model whose own logits are not those of a linear head with a known `shape`, which
     `examine` finds out: its logits are made in full, and there are no hidden states and no scores.
@@ -103,15 +104,18 @@ class Policy(nn.Module):
         labels: Tensor,
         segments: Tensor | None = None,
         sketch: Sketch | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        squares: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         config, dtype = self.model.config, self.model.dtype
         mask = attention_mask if segments is None else attention_masks(config, segments, position_ids, dtype)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         if not self.fused:
             assert sketch is None, "no scores without a known head"
             logits = self.model(**inputs, use_cache=False).logits
-            logps = _own_logps(logits.flatten(0, 1).index_select(0, predictors), labels)
-            return logps, logps.new_empty(0), logps.new_empty(0)
+            own = logits.flatten(0, 1).index_select(0, predictors)
+            logps = _own_logps(own, labels)
+            none = logps.new_empty(0)
+            return logps, none, none, log_squares_of(own.detach().to(logps.dtype)) if squares else none
         backbone = backbone_of(self.model)
         assert backbone is not None
         output = backbone(**inputs, use_cache=False)
@@ -121,7 +125,9 @@ class Policy(nn.Module):
         logps, scores = token_logps(
             hidden, head.weight, labels, bias=head.bias, shape=self.shape, sketch=sketch
         )
-        return logps, hidden.detach(), logps.new_empty(0) if scores is None else scores
+        none, hidden = logps.new_empty(0), hidden.detach()
+        asked = log_squares(hidden, head.weight, bias=head.bias, shape=self.shape) if squares else none
+        return logps, hidden, none if scores is None else scores, asked
 
 
 def _own_logps(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer, KTOTrainer
 
-from rcpo.logps import pair_logps, token_weights
+from rcpo.logps import length_weights, pair_logps, token_weights
 from rcpo.objectives import Objective, get_objective
 from rcpo.types import PairLogps, TokenBatch
 
@@ -29,7 +29,7 @@ def tokens(seed: int) -> Tensor:
     return -torch.rand(int(LENGTHS.sum()), generator=generator) * 2.5 - 0.01
 
 
-POLICY, REFERENCE = tokens(1), tokens(2)
+POLICY, REFERENCE, SQUARES = tokens(1), tokens(2), tokens(3)
 
 
 def padded(values: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ def batch() -> TokenBatch:
 
 def pairs(objective: Objective) -> PairLogps:
     weights = token_weights(POLICY, SEQUENCES, LENGTHS, objective.reduction)
-    return pair_logps(batch(), POLICY, weights, REFERENCE)
+    weights = weights * length_weights(SEQUENCES, LENGTHS, PAIRS, objective.length_alpha)
+    return pair_logps(batch(), POLICY, weights, REFERENCE, SQUARES)
 
 
 class Passed:
@@ -60,11 +61,16 @@ class Passed:
     gather = gather_for_metrics = staticmethod(lambda values: values)
 
 
-def outputs(log_probs: Tensor, **_: Any) -> SimpleNamespace:
+def outputs(log_probs: Tensor, squares: Tensor | None = None, **_: Any) -> SimpleNamespace:
     """What TRL's models give, with these log-probs."""
     zeros = torch.zeros_like(log_probs)
     return SimpleNamespace(
-        log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None
+        log_sum_sq_probs=zeros if squares is None else squares,
+        log_probs=log_probs,
+        entropy=zeros,
+        mean_logits=zeros,
+        is_top1=zeros.bool(),
+        aux_loss=None,
     )
 
 
@@ -80,10 +86,17 @@ def trainer(**settings: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**known, **settings})
 
 
+def summed(rows: Tensor, alpha: float | None) -> Tensor:
+    """A pair's padded rows (2, T) as its reference's log-probs, tokens beyond the shorter one times alpha."""
+    shared = int((rows != 0).sum(1).min())
+    return rows[:, :shared].sum(1) + (1.0 if alpha is None else alpha) * rows[:, shared:].sum(1)
+
+
 def trl_dpo(loss_type: str, **settings: Any) -> Tensor:
     """TRL's loss of each pair by itself, (B,): its trainer gives the mean of a batch."""
     policy, reference = padded(POLICY)[:, 1:], padded(REFERENCE)[:, 1:]
     mask = torch.cat([torch.zeros(2 * PAIRS, 1), (policy != 0).float()], dim=1)
+    squares, alpha = padded(SQUARES)[:, 1:], settings.get("ld_alpha")
     losses = []
     for pair in range(PAIRS):
         rows = torch.tensor([pair, PAIRS + pair])
@@ -91,11 +104,13 @@ def trl_dpo(loss_type: str, **settings: Any) -> Tensor:
             "input_ids": torch.ones(2, LONGEST + 1, dtype=torch.long),
             "attention_mask": torch.ones(2, LONGEST + 1),
             "completion_mask": mask[rows].long(),
-            "ref_chosen_logps": reference[rows[:1]].sum(1),
-            "ref_rejected_logps": reference[rows[1:]].sum(1),
+            "ref_chosen_logps": summed(reference[rows], alpha)[:1],
+            "ref_rejected_logps": summed(reference[rows], alpha)[1:],
         }
-        own = trainer(loss_types=[loss_type], **settings)
-        losses.append(DPOTrainer._compute_loss(own, partial(outputs, policy[rows]), inputs, False))
+        own = trainer(loss_types=loss_type.split(","), **settings)
+        losses.append(
+            DPOTrainer._compute_loss(own, partial(outputs, policy[rows], squares[rows]), inputs, False)
+        )
     return torch.stack(losses)
 
 
@@ -121,6 +136,21 @@ SAME: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("apo_down", {}, "apo_down", {}),
     ("discopop", {}, "discopop", {}),
     ("ipo", {"tau": 0.2}, "ipo", {"beta": 0.2}),
+    ("dpo", {"length_alpha": 0.4}, "sigmoid", {"ld_alpha": 0.4}),
+    ("hinge", {"length_alpha": 0.0}, "hinge", {"ld_alpha": 0.0}),
+    ("dpo", {"weighting": "wpo"}, "sigmoid", {"use_weighting": True}),
+    (
+        "apo_zero",
+        {"weighting": "wpo", "length_alpha": 0.7},
+        "apo_zero",
+        {"use_weighting": True, "ld_alpha": 0.7},
+    ),
+    (
+        "mix",
+        {"parts": [{"name": "dpo", "weight": 0.8}, {"name": "nca", "weight": 0.2}, {"name": "sft"}]},
+        "sigmoid,nca_pair,sft",
+        {"loss_weights": [0.8, 0.2, 1.0]},
+    ),
     ("sft", {}, "sft", {}),
 ]
 

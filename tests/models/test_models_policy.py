@@ -123,7 +123,7 @@ def test_head_geometry_is_the_head_s_gradient(name: str) -> None:
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     policy, batch = Policy(model), collate(PAIRS, 0)
     coefficients = torch.linspace(0.5, 1.5, len(batch.labels), dtype=torch.float64)
-    _, hidden, scores = policy(**policy_inputs(batch), sketch=Sketch(40, None))
+    _, hidden, scores, _ = policy(**policy_inputs(batch), sketch=Sketch(40, None))
     ours = outer_scores(hidden, scores, coefficients)
     (theirs,) = torch.autograd.grad((own_logps(model, batch) * coefficients).sum(), head.weight)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
