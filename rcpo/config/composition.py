@@ -30,6 +30,14 @@ PRIMARY = "config"
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
+def _pick(name: str, values: DictConfig, default: Any) -> Any:
+    """The value of a name, or the default: `${rcpo_pick:${objective.name},{cpo:0.1},2.0}`."""
+    return values.get(name, default)
+
+
+OmegaConf.register_new_resolver("rcpo_pick", _pick, replace=True)
+
+
 def conf_dir() -> Path:
     """The shipped configuration: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
