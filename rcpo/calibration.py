@@ -156,14 +156,7 @@ class RewardCalibrator:
 
         Raises ValueError where `logps` has no rejected side.
         """
-        if logps.rejected is None:
-            raise ValueError("rc=on needs a rejected side; this objective has none: use rc=off")
-        means = logps.chosen_means
-        return logps.replace(
-            chosen=_scale_gradient(logps.chosen, self.alpha),
-            rejected=_scale_gradient(logps.rejected, 1 / self.alpha),
-            chosen_means=None if means is None else _scale_gradient(means, self.alpha),
-        )
+        return scale_gradients(logps, self.alpha)
 
     def update(self, dynamics: Dynamics) -> None:
         """Moves the rule's averages by one batch and sets α for what comes next."""
@@ -316,14 +309,29 @@ def average_logs(dynamics: Dynamics | None, reduce: Reduce) -> Dynamics | None:
     return Dynamics(means[0], means[1], geometry, movement=movement)
 
 
-def _scale_gradient(z: Tensor, scale: float) -> Tensor:
+def scale_gradients(logps: PairLogps, alpha: float | Tensor) -> PairLogps:
+    """The same values, with gradients × α on the chosen and ÷ α on the rejected side; α a number or (B,).
+
+    Raises ValueError where `logps` has no rejected side.
+    """
+    if logps.rejected is None:
+        raise ValueError("rc=on needs a rejected side; this objective has none: use rc=off")
+    means = logps.chosen_means
+    return logps.replace(
+        chosen=_scale_gradient(logps.chosen, alpha),
+        rejected=_scale_gradient(logps.rejected, 1 / alpha),
+        chosen_means=None if means is None else _scale_gradient(means, alpha),
+    )
+
+
+def _scale_gradient(z: Tensor, scale: float | Tensor) -> Tensor:
     """z in the forward pass, exactly; its gradient times `scale`: α z + (1−α) sg(z) without its rounding."""
     return _ScaledGradient.apply(z, scale)
 
 
 class _ScaledGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, scale: float | Tensor) -> Tensor:
         ctx.scale = scale
         return z.view_as(z)
 

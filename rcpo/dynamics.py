@@ -21,6 +21,7 @@ from rcpo.geometry import Sketch
 from rcpo.incentives import incentives
 from rcpo.models import Policy
 from rcpo.objectives import Objective
+from rcpo.pairwise import PairCalibrator
 from rcpo.scoring import Scored
 from rcpo.types import PairLogps
 
@@ -67,6 +68,7 @@ class StepDynamics:
         self.engine = engine
         self.every = measured_every(config, objective)
         self.calibrator = make_calibrator(config.rc)
+        self._pairwise = make_pair_calibrator(config.rc)
         self._statistics = StepCalibration(
             self.calibrator, update=config.rc.update, reduce=distributed.reduce_sum
         )
@@ -99,15 +101,18 @@ class StepDynamics:
     def __call__(self, scored: Scored) -> PairLogps:
         """Observes a micro-batch; returns the log-probs that the loss is to use."""
         if self._measuring:
-            self._observe(scored)
+            d = self._observe(scored)
+            if self._pairwise is not None and scored.count:
+                return self._pairwise.calibrate(scored.pairs, d, scored.pair_geometry())
         return scored.pairs if self.calibrator is None else self.calibrator.calibrate(scored.pairs)
 
-    def _observe(self, scored: Scored) -> None:
+    def _observe(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """Adds a micro-batch to the step's statistics; returns its incentives."""
         by_head = self._sketch is not None
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
         pairs = scored.pairs
         none = pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
-        d = incentives(self.objective, pairs) if scored.count else (none, none)
+        own = d = incentives(self.objective, pairs) if scored.count else (none, none)
         weights = pairs.pair_weights, pairs.pair_weights
         moved = scored.token_means()[1] if self._fresh else None
         ratios = None if moved is None else (moved[0].detach(), moved[1].detach())
@@ -117,10 +122,18 @@ class StepDynamics:
             weights = weights[0][there[0]], weights[1][there[1]]
             ratios = None if ratios is None else (ratios[0][there[0]], ratios[1][there[1]])
         self._statistics.observe(d, scores, weights, ratios)
+        return own
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
-        return self._statistics.end() if self._measuring else {}
+        if not self._measuring:
+            return {}
+        pairwise = {} if self._pairwise is None else self._pairwise.end(distributed.reduce_sum)
+        return self._statistics.end() | pairwise
+
+    @property
+    def _stateful(self) -> RewardCalibrator | PairCalibrator | None:
+        return self.calibrator or self._pairwise
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside `state_dict`: the last step's scores, (elements,)."""
@@ -131,15 +144,15 @@ class StepDynamics:
         """The calibration's state, ready for JSON; meters are empty between steps."""
         samples = self._statistics.samples
         return {
-            "calibrator": None if self.calibrator is None else self.calibrator.state_dict(),
+            "calibrator": None if self._stateful is None else self._stateful.state_dict(),
             "samples": samples.state_dict(),
             "shape": None if samples.previous is None else list(samples.previous.shape),
         }
 
     def load_state_dict(self, state: dict[str, Any], previous: Tensor | None) -> None:
         """Restores it where both runs calibrate by the same rule; `previous` is what `tensors` gave."""
-        if self.calibrator is not None and state["calibrator"] is not None:
-            self.calibrator.load_state_dict(state["calibrator"])
+        if self._stateful is not None and state["calibrator"] is not None:
+            self._stateful.load_state_dict(state["calibrator"])
         samples = self._statistics.samples
         samples.load_state_dict(state["samples"])
         if previous is not None:
@@ -147,9 +160,16 @@ class StepDynamics:
 
 
 def make_calibrator(rc: CalibrationConfig) -> RewardCalibrator | None:
-    """The calibrator of `rc.*`; None with `rc=off`."""
-    if not rc.enabled:
+    """The calibrator of `rc.*` with one α per batch; None with `rc=off` or `rc.scope=pair`."""
+    if not rc.enabled or rc.scope == "pair":
         return None
     return RewardCalibrator(
         rc.rule, band=rc.band, ema=rc.decay, alpha_max=rc.alpha_max, alpha=rc.alpha, target=rc.target
     )
+
+
+def make_pair_calibrator(rc: CalibrationConfig) -> PairCalibrator | None:
+    """The calibrator of `rc.scope=pair`; None without it."""
+    if not rc.enabled or rc.scope != "pair":
+        return None
+    return PairCalibrator(edge=rc.rule == "edge", alpha_max=rc.alpha_max)

@@ -15,6 +15,7 @@ from rcpo.engine import Engine
 from rcpo.geometry import Sketch, outer_scores, parameter_scores
 from rcpo.logps import length_weights, pair_logps, sequence_logps, token_weights
 from rcpo.objectives import Objective
+from rcpo.pairwise import pair_geometry
 from rcpo.reference.rows import Reference
 from rcpo.types import PairLogps, TokenBatch
 
@@ -68,6 +69,14 @@ class Scored:
             part = slice(first, last)
             sides.append(outer_scores(self.hidden[part], self.scores[part], coefficients[part]))
         return torch.stack(sides)
+
+    def pair_geometry(self) -> tuple[Tensor, Tensor, Tensor]:
+        """‖s_w‖, ‖s_l‖ and their cosine by the head's weight, of each real pair: three tensors (B,)."""
+        found = pair_geometry(
+            self.hidden, self.scores, self.weights, self.batch.sequences, self.batch.num_pairs
+        )
+        norm_w, norm_l, cosine = (values[self.batch.weights > 0] for values in found)
+        return norm_w, norm_l, cosine
 
     def parameter_scores(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Σ over the pairs, by their weights, of ∇z by all trainable parameters: (2, P)."""

@@ -22,8 +22,8 @@ class PublishedCalibration(StepDynamics):
 
     decay = 0.98  # per micro-batch, as published
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self._averages: torch.Tensor | None = None
         self.alpha = 1.0
 

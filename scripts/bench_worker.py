@@ -135,9 +135,11 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         watch_phases(phases, trainer)
     variants: dict[str, StepDynamics] = {}
     for name in settings.get("variants", ["rc"]):
-        config.rc.enabled, config.dynamics.every = name in ("rc", "published"), int(name == "dynamics")
+        config.rc.enabled = name in ("rc", "loop", "published")
+        config.rc.rule = "loop" if name == "loop" else "center"
+        config.dynamics.every = int(name == "dynamics")
         kind = PublishedCalibration if name == "published" else StepDynamics
-        variants[name] = kind(config, session.objective, session.engine)
+        variants[name] = kind(config, session.objective, session.engine, session.batches, fresh_signals=True)
     parameters = sum(p.numel() for p in session.engine.policy.parameters())
     channel.answer(ready=True, parameters=parameters, layout=session.layout,
                    reference_seconds=passed, **memory())  # fmt: skip

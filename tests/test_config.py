@@ -160,6 +160,7 @@ def test_every_option_composes_and_parses(
     pairs.write_text("")
     needs = {
         "local": [f"model.path={model_folder}"],
+        "fixed": ["rc.alpha=1.5"],
         "pairs": [f"data.path={pairs}"],
         "hh_start": [f"model.path={model_folder}", f"data.path={pairs}"],  # their inputs are made by a script
         **{
@@ -573,3 +574,30 @@ def test_every_gpu_has_all_its_figures(option: str) -> None:
     assert gpu is not None
     # slower step by step: its memory, its links, the host, other nodes; and products in fp32
     assert gpu.bandwidth > gpu.link >= gpu.host >= gpu.network / 2 and gpu.bf16 > gpu.fp32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["rc=fixed"], "rc.rule=fixed needs its weight: rc.alpha"),
+        (["rc=on", "rc.alpha=2"], "rc.alpha=2 is read by rc=fixed alone"),
+        (["rc=edge", "rc.target=0.05"], "rc.target=0.05 is read by rc=loop alone"),
+        (["rc=loop", "rc.scope=pair"], "rc.scope=pair .* needs rc.rule=center or edge"),
+        (["rc=on", "rc.scope=pair", "rc.band=samples"], "rc.scope=pair .* rc.band=batch"),
+        (["rc=on", "rc.scope=pair", "rc.ema=0.5"], "rc.ema=0.5: rc.scope=pair averages nothing"),
+        (["rc=loop", "rc.control.pairs=4"], "rc.control.pairs=4 is out of range"),
+        (["rc=loop", "rc.control.every=0"], "rc.control.every=0 is out of range"),
+        (["rc=loop", "rc.control.evry=2"], r"unknown key rc\.control\.evry; did you mean rc\.control\.every"),
+        (["rc=loop", "rc.control=3"], "rc.control"),
+        (["rc=lop"], "rc"),
+    ],
+)
+def test_settings_of_calibration_that_no_rule_reads_are_refused(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        composed(*overrides)
+
+
+@pytest.mark.parametrize("name", ["edge", "loop"])
+def test_one_word_chooses_the_rule(name: str) -> None:
+    found = composed(f"rc={name}")
+    assert found.rc == dataclasses.replace(composed("rc=on").rc, rule=name)

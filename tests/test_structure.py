@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rcpo"
 ROWS: list[list[str]] = [
     [
         *("types", "registry", "losses", "objectives", "incentives", "geometry", "logps"),
-        *("averages", "samples", "band", "rules", "loop", "calibration"),
+        *("averages", "samples", "band", "rules", "loop", "calibration", "pairwise"),
     ],
     [
         "visible",

@@ -24,7 +24,8 @@ from rcpo.trainer import Trainer
 
 Rows = list[dict[str, float | None]]
 WORKER = str(Path(__file__).parent / "workers" / "split_invariance.py")
-ABSOLUTE = ("logratios", "rewards", "cosine", "band_lower")  # start at, or pass, zero
+# start at, or pass, zero
+ABSOLUTE = ("logratios", "rewards", "cosine", "band_lower", "/cross", "rc/winner", "rc/loser", "rc/integral")
 
 
 def run_splits(
@@ -83,8 +84,8 @@ def test_every_split_and_stage_agrees(tmp_path: Path) -> None:
 @pytest.mark.serial
 @pytest.mark.parametrize("stage", ["0"])
 def test_other_objectives_agree_too(tmp_path: Path, stage: str) -> None:
-    # importance weights, a running mean with nll, no reference, and a token-weighted loss
-    objectives = "tidpo,bco,simpo,sft"
+    # importance weights, a running mean with nll, no reference, a token-weighted loss; other rules for alpha
+    objectives = "tidpo,bco,simpo,sft,dpo+loop,dpo+edge,simpo+pair"
     results = run_splits(tmp_path, 1, "1x16,4x4", stage, "sgd", objectives)
     results |= run_splits(tmp_path, 2, "8x1,1x8", stage, "sgd", objectives)  # 1x8: rank 1 has fillers alone
     for name, rows in results.items():

@@ -266,11 +266,15 @@ def _composed_keys(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> 
         cfg = compose_with_plain(hydra, config_name, choices)
     except HydraException:  # the choice itself is what Hydra refuses
         return known_keys()
-    nodes = {str(key): node for key, node in cfg.items_ex(resolve=False) if key != "hydra"}
-    leaves = [
-        f"{key}.{leaf!s}" for key, node in nodes.items() if isinstance(node, DictConfig) for leaf in node
-    ]
-    return [*nodes, *leaves]
+    return [key for key in _keys_of(cfg) if key.partition(".")[0] != "hydra"]
+
+
+def _keys_of(tree: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The keys of a tree and of the mappings in it, with dots."""
+    for key, node in tree.items_ex(resolve=False):
+        yield f"{prefix}{key}"
+        if isinstance(node, DictConfig):
+            yield from _keys_of(node, f"{prefix}{key}.")
 
 
 def compose_with_plain(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> DictConfig:

@@ -190,6 +190,7 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
     config.train.accumulation(world_size=1)
     _check_combinations(config)
+    _check_calibration(config)
     _check_scorer(config)
     check_data(config.data)
     if files:
@@ -268,6 +269,26 @@ def check_range(key: str, value: float | None, bounds: Range) -> None:
     elif not math.isfinite(value):
         wanted += " and finite"
     raise ConfigError(f"{key}={shown(value)} is out of range: it has to be {wanted}")
+
+
+def _check_calibration(config: RunConfig) -> None:
+    """Keys of `rc` that only some rules read, and scopes that only some settings have."""
+    rc = config.rc
+    if rc.rule == "fixed" and rc.alpha is None:
+        raise ConfigError("rc.rule=fixed needs its weight: rc.alpha=1.5, say")
+    if rc.rule != "fixed" and rc.alpha is not None:
+        raise ConfigError(f"rc.alpha={rc.alpha:g} is read by rc=fixed alone, and rc.rule is {rc.rule}")
+    if rc.rule != "loop" and rc.target:
+        raise ConfigError(f"rc.target={rc.target:g} is read by rc=loop alone, and rc.rule is {rc.rule}")
+    if rc.scope != "pair":
+        return
+    if rc.rule not in ("center", "edge") or rc.band != "batch" or rc.geometry != "head":
+        raise ConfigError(
+            "rc.scope=pair takes each pair's own band by the head's geometry: it needs rc.rule=center or "
+            f"edge, rc.band=batch and rc.geometry=head (they are {rc.rule}, {rc.band} and {rc.geometry})"
+        )
+    if rc.ema is not None:
+        raise ConfigError(f"rc.ema={rc.ema:g}: rc.scope=pair averages nothing; leave rc.ema out")
 
 
 def _check_combinations(config: RunConfig) -> None:

@@ -15,7 +15,8 @@ from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
 from rcpo.session import Session
 from rcpo.trainer import Trainer
 
-KEEP = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logratios/chosen", "rc/alpha")
+KEEP = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logratios/chosen")
+MEASURED = ("dynamics/", "rc/")
 
 
 OBJECTIVES = {
@@ -38,8 +39,13 @@ def configuration(
     config.optim.name, config.optim.schedule, config.optim.warmup_ratio = optimizer, "constant", 0.0
     config.optim.lr = 0.1 if optimizer == "sgd" else 1e-3
     config.engine.stage = stage
-    config.objective = OBJECTIVES[objective]
-    config.rc.enabled = objective != "sft"
+    name, _, rule = objective.partition("+")  # such as dpo+loop
+    config.objective = OBJECTIVES[name]
+    config.rc.enabled = name != "sft"
+    if rule == "pair":
+        config.rc.scope = rule
+    elif rule:
+        config.rc.rule, config.rc.signal = rule, "fresh"
     config.rc.sketch = 32
     return config
 
@@ -49,7 +55,7 @@ def rows(config: RunConfig, folder: Path) -> list[dict[str, float]]:
     session.prepare_reference()
     trainer = Trainer(session)
     steps = [trainer.train_step() for _ in range(session.total_steps)]
-    return [{k: v for k, v in row.items() if k in KEEP or k.startswith("dynamics/")} for row in steps]
+    return [{k: v for k, v in row.items() if k in KEEP or k.startswith(MEASURED)} for row in steps]
 
 
 def main() -> None:
