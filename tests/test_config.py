@@ -303,7 +303,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["lr=3"], ["unknown key lr", "did you mean optim.lr?"]),
         (["train.lr=3"], ["did you mean optim.lr?"]),
         (["objectve=simpo"], ["did you mean objective?"]),
-        (["objective=simpo", "objective.epsilon=0.1"], ["objective.epsilon", "beta, gamma, name"]),
+        (["objective=simpo", "objective.epsilon=0.1"], ["objective.epsilon", "beta, gamma"]),
         (["objective=tidpo", "objective.nll_coef=0.1"], ["unknown key objective.nll_coef"]),
         (["+train.steps=3"], ["unknown key train.steps", "max_steps"]),
         (["++foo.bar=3"], ["unknown key foo", "there are:"]),

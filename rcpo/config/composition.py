@@ -266,15 +266,16 @@ def _composed_keys(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> 
         cfg = compose_with_plain(hydra, config_name, choices)
     except HydraException:  # the choice itself is what Hydra refuses
         return known_keys()
-    return [key for key in _keys_of(cfg) if key.partition(".")[0] != "hydra"]
+    return [key for root in cfg if root != "hydra" for key in _keys_of(cfg, str(root))]
 
 
-def _keys_of(tree: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The keys of a tree and of the mappings in it, with dots."""
-    for key, node in tree.items_ex(resolve=False):
-        yield f"{prefix}{key}"
-        if isinstance(node, DictConfig):
-            yield from _keys_of(node, f"{prefix}{key}.")
+def _keys_of(tree: DictConfig, name: str, prefix: str = "") -> Iterator[str]:
+    """A key of a tree and those of the mapping under it, with dots."""
+    yield f"{prefix}{name}"
+    node = tree._get_node(name)
+    if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
+        for leaf in node:
+            yield from _keys_of(node, str(leaf), f"{prefix}{name}.")
 
 
 def compose_with_plain(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> DictConfig:
