@@ -75,9 +75,7 @@ class PairCalibrator:
         """The same values, with gradients scaled by each pair's α and 1/α."""
         return scale_gradients(logps, self.alphas(incentives, geometry))
 
-    def alphas(
-        self, incentives: tuple[Tensor, Tensor], geometry: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
+    def alphas(self, incentives: tuple[Tensor, Tensor], geometry: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """α of each pair, (B,) in fp64."""
         d_w, d_l = (side.detach().double() for side in incentives)
         norm_w, norm_l, cosine = geometry

@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ from rcpo.config.composition import (
 )
 from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys
+from rcpo.config.refusals import _in_quotes, _quoted
 from rcpo.config.validation import (
     CHOICES,
     HYPERPARAMETER_CHOICES,
@@ -308,6 +310,37 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["+train.steps=3"], ["unknown key train.steps", "max_steps"]),
         (["++foo.bar=3"], ["unknown key foo", "there are:"]),
         (["~rcc"], ["did you mean rc?"]),
+        # keys of another option of the group
+        (["data.path=pairs.jsonl"], ["unknown key data.path", "data=sums", "data=pairs", "choose one too"]),
+        (["adapter.path=mine"], ["unknown key adapter.path", "adapter=lora"]),
+        (["objective.module=mine"], ["unknown key objective.module", "+objective.module=VALUE"]),
+        (["data=sums", "++data.path=pairs.jsonl"], ["data.path=pairs.jsonl", "add data=pairs"]),
+        (["~train.batch_size"], ["~train.batch_size", "train.batch_size=VALUE"]),
+        (["~objective"], ["~objective", "objective=VALUE"]),
+        (["objective@other=dpo"], ["objective@other", "objective=OPTION"]),
+        # options that are no names
+        (["engine=3"], ["engine=3: there is no such engine", "did you mean zero3 or zero3_offload?"]),
+        (["rc=1"], ["rc=1: there is no such rc", "there are: off, on"]),
+        (["data=true"], ["data=true: there is no such data", "pairs"]),
+        (["model=null"], ["model=null: there is no such model", "tiny"]),
+        (["objective=[dpo,simpo]"], ["choose one option", "-m objective=dpo,simpo"]),
+        (["objective={name:simpo}"], ["objective.KEY=VALUE"]),
+        # lists, mappings and texts
+        (["adapter=lora", "adapter.target_modules=all-linear"], ["adapter.target_modules=[all-linear]"]),
+        (["eval.tasks=gsm8k"], ["eval.tasks=gsm8k is not a list", "eval.tasks=[gsm8k]"]),
+        (["optim.betas=null"], ["optim.betas=null is not a list", "optim.betas=[]"]),
+        (["seed=[1]"], ["seed=[1] holds several values"]),
+        (["data=pairs", "data.sources=[{path: a, wieght: 2}]"], ["data.sources[0].wieght", "did you mean"]),
+        (["data=pairs", "data.sources=[a.jsonl]"], ["data.sources[0]=a.jsonl", "{path: a.jsonl}"]),
+        (["data=pairs", "data.sources=[{path: a, weight: two}]"], ["data.sources[0].weight=two"]),
+        (["data=pairs", "data.columns=good"], ["data.columns=good", "data.columns.NAME=VALUE"]),
+        (["data=pairs", "data.path="], ["data.path= is empty"]),
+        (["model=local", "model.path="], ["model.path= is empty"]),
+        (["hydra.run.dir="], ["hydra.run.dir=", "empty"]),
+        # numbers with all their digits
+        (["seed=4294967296"], ["seed=4294967296 is out of range", "at most 4294967295"]),
+        (["seed=1.5"], ["seed", "'1.5' is not a whole number"]),
+        (["rc.enabled=null"], ["rc.enabled=null", "true or false"]),
         # unknown options
         (["objective=smpo"], ["objective=smpo", "did you mean simpo?"]),
         (["engine=zero5"], ["engine=zero5", "did you mean zero"]),
@@ -317,6 +350,15 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["dpo"], ["'dpo'", "KEY=VALUE"]),
         (["seed=[1,2"], ["seed=[1,2", "KEY=VALUE"]),
         (["seed=1,2"], ["seed=1,2", "add -m"]),
+        (["model.path=lr=1e-5"], ["'=' is not expected", "with quotes here: 'model.path=\"lr=1e-5\"'"]),
+        (["model.path=modèle"], ["'è' is not expected", "'model.path=\"modèle\"'"]),
+        (["model.path=~/m"], ["'~' is not expected", "'model.path=\"~/m\"'"]),
+        (["model.path=a,b"], ["holds several values", "'model.path=\"a,b\"'"]),
+        (["eval.answer_pattern=("], ["'(' is not expected", "'eval.answer_pattern=\"(\"'"]),
+        (["train.batch_size==4"], ["two equals signs"]),
+        (["train.batch_size=int(x)"], ["invalid literal", "KEY=VALUE"]),
+        (["judge.base_url=https://h/?a=secret=1"], ["judge.base_url=…", "quotes"]),
+        (["^"], ["'^' is not expected there"]),
         (["seed=1", "seed=2"], ["seed is given twice", "seed=2"]),
         (["objective=dpo", "objective=simpo"], ["objective is given twice"]),
         (["seed=${nowhere}"], ["seed", "nowhere"]),
@@ -421,6 +463,23 @@ def test_what_no_run_could_use_is_refused_by_name(overrides: list[str], parts: l
         assert part in message
     assert "\n" not in message
     assert "hyperparameters" not in message and "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "name", ["lr=1e-5", "modèle", "a b", "it's", 'say "x"', 'it\'s "x"', "~me", "a,b", "x\\", "${x"]
+)
+def test_the_quoted_form_that_a_refusal_shows_is_taken(name: str) -> None:
+    """What the message shows, split as a shell splits it, means the name as it was typed."""
+    for text in (_quoted("wandb.project", name), shlex.quote(f"wandb.project={_in_quotes(name)}")):
+        (typed,) = shlex.split(text)
+        if "${" not in name:  # an interpolation is one inside quotes too
+            assert composed(typed).wandb.project == name
+
+
+def test_columns_are_mapped_one_by_one_or_together() -> None:
+    one = composed("data=pairs", f"data.path={__file__}", "data.columns.prompt=question")
+    both = composed("data=pairs", f"data.path={__file__}", "data.columns={prompt: question}")
+    assert one.data.columns == both.data.columns == {"prompt": "question"}
 
 
 def test_a_missing_file_s_nearest_neighbour_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hydra, driven from here: where `conf/` lies, how a command line is cut up, what a refusal means.
+"""Hydra, driven from here: which folders it searches, how a command line is cut up.
 
 Hydra's own entry point is not used: it exits with 1, and its parser refuses overrides that follow a flag.
 """
@@ -15,18 +15,27 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError  # type: ignore[import-untyped]
 
 from rcpo.config.commands import COMMAND_NODES
-from rcpo.config.parsing import describe, known_keys
+from rcpo.config.parsing import describe
+from rcpo.config.paths import conf_dir as conf_dir
+from rcpo.config.refusals import refusals_explained as refusals_explained
+from rcpo.config.refusals import refuse_odd_overrides
 from rcpo.config.schema import ConfigError
-from rcpo.config.validation import nearest, unknown_key
+from rcpo.config.validation import nearest
 from rcpo.visible import os_message
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 PRIMARY = "config"
+_MAPPINGS = ("data.columns", "data.template_options", "slurm.env")  # nodes whose keys are the user's
+# what an option has to give: without it another one's default would be taken
+_TELLING = {
+    **dict.fromkeys(("objective", "model", "data", "optim", "adapter"), "name"),
+    "rc": "enabled",
+    "engine": "stage",
+}
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -36,13 +45,6 @@ def _pick(name: str, values: DictConfig, default: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("rcpo_pick", _pick, replace=True)
-
-
-def conf_dir() -> Path:
-    """The shipped configuration: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -68,7 +70,9 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         for word, follower in zip(arguments, followers, strict=False)
     ]
     flags = parser.parse_intermixed_args(safe)
-    flags.overrides = [_plain_switch(override) for override in flags.overrides]
+    flags.overrides = [_into_mapping(_plain_switch(override)) for override in flags.overrides]
+    if flags.config_name == "":
+        raise ConfigError("--config-name is empty; give the name of a configuration, or leave it out")
     for override in flags.overrides:
         if override.startswith("="):
             raise ConfigError(f"{override!r}: no key before the sign; overrides are KEY=VALUE")
@@ -84,6 +88,12 @@ def _plain_switch(override: str) -> str:
         return override
     value = re.sub(r"\btrue\b", "on", value, flags=re.IGNORECASE)
     return f"{key}{sign}" + re.sub(r"\bfalse\b", "off", value, flags=re.IGNORECASE)
+
+
+def _into_mapping(override: str) -> str:
+    """`data.columns.prompt=question` with the plus signs that Hydra wants for a key of the user's own."""
+    nodes = "|".join(map(re.escape, _MAPPINGS))
+    return f"++{override}" if re.match(rf"({nodes})(\.[^=]+=|=\{{)", override) else override
 
 
 def _refuse_repeats(overrides: Sequence[str]) -> None:
@@ -111,6 +121,8 @@ def hydra_session(config_dir: str | None = None, config_path: str | None = None)
     for flag, given in (("--config-dir", config_dir), ("--config-path", config_path)):
         if given is not None:
             _check_folder(flag, Path(given))
+    if config_dir is not None and config_path is None:
+        _refuse_shadowed(Path(config_dir))
     search_path = create_config_search_path(str(Path(config_path).resolve() if config_path else conf_dir()))
     if config_dir is not None:
         folder = Path(config_dir).resolve()
@@ -139,6 +151,17 @@ def _check_folder(flag: str, folder: Path) -> None:
         raise ConfigError(f"{flag}: {file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
 
 
+def _refuse_shadowed(folder: Path) -> None:
+    """Raises ConfigError for a user's option with the name of a shipped one, which would be taken instead."""
+    for file in (file for pattern in ("*.yaml", "*/*.yaml", "*/*/*.yaml") for file in folder.glob(pattern)):
+        shipped = conf_dir() / file.relative_to(folder)
+        if shipped.is_file() and file.is_file() and file.read_bytes() != shipped.read_bytes():
+            raise ConfigError(
+                f"{file}: rcpo has a {shipped.relative_to(conf_dir())} of its own, and --config-dir can only "
+                "add to those; give the file another name, or the whole configuration with --config-path"
+            )
+
+
 def compose(
     overrides: Sequence[str], config_dir: str | None = None, config_name: str = PRIMARY
 ) -> DictConfig:
@@ -155,7 +178,25 @@ def compose_with(
 
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
     with refusals_explained(hydra, config_name, overrides):
-        return hydra.compose_config(config_name, list(overrides), run_mode=mode)
+        refuse_odd_overrides(hydra, overrides)
+        cfg = hydra.compose_config(config_name, list(overrides), run_mode=mode)
+    if all(key == "hydra" for key in cfg):
+        raise ConfigError(f"--config-name {config_name}: it holds no key of rcpo's")
+    _refuse_nameless(cfg)
+    return cfg
+
+
+def _refuse_nameless(cfg: DictConfig) -> None:
+    """Raises ConfigError for an option that leaves out what it is: a default would be taken for it."""
+    for group, key in _TELLING.items():
+        option = OmegaConf.select(cfg, f"hydra.runtime.choices.{group}")
+        node = cfg._get_node(group, validate_access=False)
+        if option is None or (node is not None and not isinstance(node, DictConfig)):
+            continue
+        if node is None or key not in node:
+            raise ConfigError(
+                f"{group}={option}: the option's file gives no {group}.{key}; add a line: {key}: …"
+            )
 
 
 def user_part(cfg: DictConfig) -> DictConfig:
@@ -189,97 +230,3 @@ def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> Di
         changes.append(override)
     ConfigStore.instance().store(name="finished_run", node=base)
     return user_part(compose_with(hydra, "finished_run", changes))
-
-
-@contextmanager
-def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Turns Hydra's and OmegaConf's refusals into one ConfigError each, with the nearest name that exists."""
-    from hydra.errors import HydraException
-
-    try:
-        yield
-    except ConfigError:
-        raise
-    except HydraException as error:
-        raise ConfigError(_explain(error, hydra, config_name, overrides)) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(describe(error)) from error
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{mark.name}, line {mark.line + 1}" if mark else "YAML"
-        raise ConfigError(f"{place}: {error.problem}") from error
-    except ValueError as error:
-        raise ConfigError(f"command line: {error}") from error
-
-
-def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> str:
-    from hydra.errors import MissingConfigException, OverrideParseException
-
-    if not str(error) and isinstance(error.__cause__, OmegaConfBaseException):
-        return describe(error.__cause__)
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    if isinstance(error, OverrideParseException):
-        reason = re.sub(r"^\w+Exception: ", "", lines[-2] if lines[-1].startswith("See http") else lines[-1])
-        return f"cannot read {error.override!r} on the command line: {reason}; overrides are KEY=VALUE"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        return _explain_missing(error.missing_cfg_file, hydra, lines[0])
-    if lines[0].startswith("Ambiguous value for argument"):
-        override = lines[0].split("'", 1)[1].rsplit("'", 1)[0]
-        key, _, value = override.partition("=")
-        return f"{override} holds several values: add -m for a run each, or write {key}=[{value}] for a list"
-    unknown = re.search(r"Could not (?:override|delete|append)[^']*'([^']+)'", lines[0])
-    if unknown:
-        return _explain_unknown(unknown[1].split("@")[0], hydra, config_name, overrides, error, lines[0])
-    cause = error.__cause__
-    reason = f" ({describe(cause)})" if isinstance(cause, OmegaConfBaseException) else ""
-    return f"command line: {lines[0]}{reason}"
-
-
-def _explain_missing(file: str, hydra: Hydra, line: str) -> str:
-    group, _, option = file.removesuffix(".yaml").rpartition("/")
-    options = hydra.config_loader.get_group_options(group) if group else []
-    if group and options:
-        return f"{group}={option}: there is no such {group}; {nearest(option, options, limit=40)}"
-    return f"configuration file {file} was not found ({line})"
-
-
-def _explain_unknown(
-    key: str, hydra: Hydra, config_name: str, overrides: Sequence[str], error: Exception, line: str
-) -> str:
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException) and "not in struct" not in str(cause):
-        return describe(cause)
-    roots = {root for root in known_keys() if "." not in root}
-    known = roots.union(_composed_keys(hydra, config_name, overrides))
-    if key in known:  # here; a sweep composes other choices too
-        return f"{key}: not every run of this sweep has that key" if "." in key else f"{key}: {line}"
-    return unknown_key(key, known)
-
-
-def _composed_keys(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> list[str]:
-    """All keys that exist under the user's choice of groups."""
-    from hydra.errors import HydraException
-
-    choices = [o for o in overrides if re.match(r"[\w/]+=[^,\[({]*$", o) and "." not in o.partition("=")[0]]
-    choices = [o for o in choices if hydra.config_loader.get_group_options(o.partition("=")[0])]
-    try:
-        cfg = compose_with_plain(hydra, config_name, choices)
-    except HydraException:  # the choice itself is what Hydra refuses
-        return known_keys()
-    return [key for root in cfg if root != "hydra" for key in _keys_of(cfg, str(root))]
-
-
-def _keys_of(tree: DictConfig, name: str, prefix: str = "") -> Iterator[str]:
-    """A key of a tree and those of the mapping under it, with dots."""
-    yield f"{prefix}{name}"
-    node = tree._get_node(name)
-    if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
-        for leaf in node:
-            yield from _keys_of(node, str(leaf), f"{prefix}{name}.")
-
-
-def compose_with_plain(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Composition without explanations, for their own use."""
-    from hydra.types import RunMode
-
-    return hydra.compose_config(config_name, list(overrides), run_mode=RunMode.RUN)

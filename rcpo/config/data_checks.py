@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from datetime import date
 from pathlib import Path
 
 from rcpo.config.data import DataConfig
+from rcpo.config.paths import is_file, mode_of
 from rcpo.config.schema import ConfigError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
@@ -27,6 +29,7 @@ def check_data(data: DataConfig) -> None:
     _check_date(data.date)
     if data.name == "sums":
         _refuse_margins(data)
+        _refuse_files(data)
         return
     if data.path is None and not data.sources:
         raise ConfigError(
@@ -45,7 +48,7 @@ def check_data(data: DataConfig) -> None:
                 "source's pairs, so 0.5 is every other one and 2 is each of them twice"
             )
         _check_path(f"{node}.path", source.path)
-    if data.cache is not None and Path(data.cache).expanduser().is_file():
+    if data.cache is not None and is_file("data.cache", data.cache):
         raise ConfigError(f"data.cache={data.cache} is a file; give a folder, null (the user's own) or off")
 
 
@@ -64,9 +67,18 @@ def _check_date(value: str | None) -> None:
         raise ConfigError(f"data.date={value} is not a date: write it as 2026-01-31") from error
 
 
+def _refuse_files(data: DataConfig) -> None:
+    """The embedded data come from no file: what names one was meant for data=pairs."""
+    for key in ("path", "sources", "columns", "eval_path", "template"):
+        if value := getattr(data, key):
+            raise ConfigError(
+                f"data.{key}={value}: data=sums is the embedded task; add data=pairs to read files"
+            )
+
+
 def _check_path(key: str, value: str | None) -> None:
     """A file, a folder, or what can be a set on the hub."""
-    if value is None or Path(value).expanduser().exists():
+    if value is None or mode_of(key, value) is not None:
         return
     if _ON_HUB.fullmatch(value) and not value.lower().endswith(SUFFIXES):
         return
@@ -80,6 +92,9 @@ def _neighbour(path: Path) -> str:
     """A hint with the file of the same folder whose name is most alike."""
     if not path.parent.is_dir():
         return f"; nor does its folder {path.parent} exist"
-    names = [entry.name for entry in path.parent.iterdir()]
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return f"; its folder {path.parent} may not be read"
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""

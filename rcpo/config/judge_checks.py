@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from rcpo.config.judge import EndpointConfig, JudgeConfig
+from rcpo.config.paths import is_file, local, mode_of
 from rcpo.config.schema import ConfigError
 
 REFERENCE = "reference"  # judge.against: the policy that training compares with
@@ -18,9 +18,9 @@ def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
     """Raises ConfigError for what no judgement could use; `wanted`: one is asked for."""
     check_endpoint("judge", judge)
     for key, value in (("prompts", judge.prompts), ("template", judge.template)):
-        if value is not None and not Path(value).expanduser().is_file():
+        if value is not None and not is_file(f"judge.{key}", value):
             raise ConfigError(f"judge.{key}={value} is not a file")
-    if judge.against not in (None, REFERENCE) and not Path(str(judge.against)).expanduser().exists():
+    if judge.against not in (None, REFERENCE) and mode_of("judge.against", str(judge.against)) is None:
         raise ConfigError(
             f"judge.against={judge.against} does not exist; give reference, a run's or model's folder, a "
             "file of answers, or null for the answers that the prompts come with"
@@ -44,7 +44,7 @@ def check_endpoint(node: str, config: EndpointConfig) -> None:
 def read_template(path: str, fields: tuple[str, ...] = COMPARED) -> str:
     """The text of `judge.template`; raises ConfigError where it lacks a field."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = local("judge.template", path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"judge.template={path} cannot be read: {error}") from error
     lacking = [field for field in fields if field not in text]

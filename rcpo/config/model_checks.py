@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rcpo.config.paths import is_file, readable_folder
 from rcpo.config.schema import ConfigError, RunConfig
 
 
@@ -21,9 +22,11 @@ def check_models(config: RunConfig) -> None:
     ):
         if source is None:
             continue
-        folder = Path(source).expanduser()
-        if folder.is_dir():
+        folder = readable_folder(key, source)
+        if folder is not None:
             check_folder(key, folder)
+        elif is_file(key, source):
+            raise ConfigError(f"{key}={source} is a file; give the folder that holds it")
         elif not is_hub_name(source):
             raise ConfigError(f"{key}={source} is not a folder, and cannot be a name on the hub (owner/name)")
     _check_adapter(config)

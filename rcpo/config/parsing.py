@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rcpo.config.schema import ConfigError, ObjectiveConfig, RunConfig
+from rcpo.config.shapes import refuse_shapes
 from rcpo.config.validation import unknown_key, validate
 from rcpo.visible import first_line
 
@@ -38,6 +40,7 @@ def structure(cfg: DictConfig) -> RunConfig:
         raise ConfigError(describe(error)) from error
     assert isinstance(tree, dict)
     _refuse_unknown(tree)
+    refuse_shapes(tree, RunConfig)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(_EMPTY), _fold_hyperparameters(tree))
         config = OmegaConf.to_object(merged)
@@ -67,7 +70,7 @@ def read_tree(path: Path) -> DictConfig:
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except (YAMLError, OSError) as error:
+    except (YAMLError, OSError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} is not a mapping of keys to values")
@@ -87,7 +90,38 @@ def describe(error: OmegaConfBaseException) -> str:
         key = key.replace("hyperparameters.", "", 1)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value; give one: {key}=VALUE"
+    for pattern, text in _REASONS:
+        if key and (match := re.search(pattern, reason)):
+            found = match.groupdict()
+            return f"{key}{text.format(kind=_KINDS.get(found.get('kind', ''), 'a value'), **_values(found))}"
     return f"{key}: {reason}" if key else reason
+
+
+def _values(found: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in found.items() if name != "kind"}
+
+
+# What OmegaConf's reasons mean; {value} is the text that it was given.
+_REASONS = (
+    (
+        r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<kind>Integer|Float)",
+        "='{value}' is not {kind}",
+    ),
+    (r"Value '(?P<value>.*)' is not a valid (?P<kind>bool)", "='{value}' is not {kind}"),
+    (r"Incompatible value 'None' for field of type '(?P<kind>\w+)'", "=null: it has to be {kind}"),
+    (r"Cannot merge DictConfig with ListConfig", ": it has to be a list, in brackets"),
+    (r"Cannot merge ListConfig with DictConfig", ": it has to be a mapping, in braces"),
+    (r"field '.*' is not Optional", "=null: it has to have a value"),
+    (r"Cannot convert '\w+' to string: '(?P<value>.*)'", "={value} is not a text"),
+)
+_KINDS = {
+    "Integer": "a whole number",
+    "int": "a whole number",
+    "Float": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+}
 
 
 def known_keys() -> list[str]:

@@ -6,12 +6,12 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rcpo.config.data_checks import check_data
 from rcpo.config.judge_checks import check_judge
 from rcpo.config.model_checks import check_models
+from rcpo.config.paths import is_file, readable_folder
 from rcpo.config.schema import ConfigError, RunConfig
 
 # the held-out means that an evaluation while training may have
@@ -343,7 +343,7 @@ def _check_scorer(config: RunConfig) -> None:
 
 def _check_files(config: RunConfig) -> None:
     cache = config.reference.cache
-    if config.reference.keeps and cache is not None and Path(cache).expanduser().is_file():
+    if config.reference.keeps and cache is not None and is_file("reference.cache", cache):
         raise ConfigError(f"reference.cache={cache} is a file; give a folder, null (the user's own) or off")
-    if config.resume not in (None, "auto") and not Path(config.resume).is_dir():
+    if config.resume not in (None, "auto") and readable_folder("resume", config.resume) is None:
         raise ConfigError(f"resume={config.resume} is not a folder; give null, auto or a run's folder")
