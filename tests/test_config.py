@@ -305,7 +305,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["lr=3"], ["unknown key lr", "did you mean optim.lr?"]),
         (["train.lr=3"], ["did you mean optim.lr?"]),
         (["objectve=simpo"], ["did you mean objective?"]),
-        (["objective=simpo", "objective.epsilon=0.1"], ["objective.epsilon", "beta, gamma"]),
+        (["objective=simpo", "objective.epsilon=0.1"], ["objective.epsilon", "beta, gamma", "name"]),
         (["objective=tidpo", "objective.nll_coef=0.1"], ["unknown key objective.nll_coef"]),
         (["+train.steps=3"], ["unknown key train.steps", "max_steps"]),
         (["++foo.bar=3"], ["unknown key foo", "there are:"]),
@@ -320,7 +320,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["objective@other=dpo"], ["objective@other", "objective=OPTION"]),
         # options that are no names
         (["engine=3"], ["engine=3: there is no such engine", "did you mean zero3 or zero3_offload?"]),
-        (["rc=1"], ["rc=1: there is no such rc", "there are: off, on"]),
+        (["rc=1"], ["rc=1: there is no such rc", "off, on"]),
         (["data=true"], ["data=true: there is no such data", "pairs"]),
         (["model=null"], ["model=null: there is no such model", "tiny"]),
         (["objective=[dpo,simpo]"], ["choose one option", "-m objective=dpo,simpo"]),
