@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from rcpo import distributed
 from rcpo.checkpoint import checkpoint_tensors, verify
 from rcpo.hub import Source
 from rcpo.session import Session
-from rcpo.start import MERGED, write_merged
+from rcpo.start import MERGED, honour_umask, write_merged
+
+log = logging.getLogger(__name__)
 
 FINAL, BEST = "final", "best"
 
@@ -24,13 +27,30 @@ def save_model(session: Session, name: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         session.engine.policy.model.save_pretrained(scratch, state_dict=weights)
         session.tokenizer.save_pretrained(scratch)
-        if session.config.adapter.save_merged:
+        if session.config.adapter.save_merged or _needs_merged(session):
             write_merged(Source(session.start.base, adapter=scratch), scratch / MERGED, session.config)
             _list_end(session, scratch / MERGED)
         _list_end(session, scratch)
+        honour_umask(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     distributed.barrier()
+
+
+def _needs_merged(session: Session) -> bool:
+    """Whether transformers would read another model from the adapter than peft does; says so."""
+    if not session.engine.policy.adapted:
+        return False
+    from rcpo.models.adapters import loses_by_transformers
+
+    lost = loses_by_transformers(session.engine.policy.model)
+    if lost:
+        log.warning(
+            "this adapter is a DoRA one, whose magnitudes transformers drops: load final/ with peft, or "
+            "final/%s, the whole model, with transformers",
+            MERGED,
+        )
+    return lost
 
 
 def _list_end(session: Session, folder: Path) -> None:

@@ -37,6 +37,7 @@ def find_start(config: RunConfig, run_dir: Path) -> Source:
         scratch = run_dir / f".{START}.new"
         shutil.rmtree(scratch, ignore_errors=True)
         write_merged(Source(base, adapter=given), scratch, config)
+        honour_umask(scratch)
         scratch.rename(target)
     distributed.barrier()
     return Source(target)
@@ -105,6 +106,17 @@ def read_model(source: Source, config: RunConfig) -> PreTrainedModel:
 
         read_adapter(model, source.adapter)
     return model
+
+
+def honour_umask(folder: Path) -> None:
+    """Give the files in a folder the mode of any new file; safetensors makes its own private ones."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def write_merged(source: Source, target: Path, config: RunConfig) -> None:

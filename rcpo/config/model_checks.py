@@ -58,9 +58,14 @@ def is_hub_name(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a whole model."""
+    return any(any(folder.glob(name)) for name in ("model*.safetensors*", "pytorch_model*.bin*"))
+
+
 def holds_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of peft, and no model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter of peft, and no weights of a model; its config.json may be there."""
+    return (folder / "adapter_config.json").is_file() and not holds_weights(folder)
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -77,6 +82,11 @@ def check_folder(key: str, folder: Path) -> None:
                 f"{key}={folder} holds an adapter, not a model: give its base model as {key}, and "
                 f"adapter=lora adapter.path={folder}"
             )
+    elif (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}={folder} holds a whole model and an adapter, which transformers would add to it; move "
+            "adapter_config.json away if it is merged already, or the model's weights if it is not"
+        )
     elif not model:
         raise ConfigError(
             f"{key}={folder} holds no config.json; give a model folder as save_pretrained writes it"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_reference import heldout_logratios
 from tiny import held_out, sums_file, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig
 
 from rcpo import distributed
 from rcpo.config import AdapterConfig, ConfigError, RunConfig
+from rcpo.config.model_checks import check_folder, holds_adapter
 from rcpo.models import load_model
-from rcpo.models.adapters import add_adapter, merge_adapter, read_adapter, starting_adapters
+from rcpo.models.adapters import (
+    add_adapter,
+    merge_adapter,
+    read_adapter,
+    starting_adapters,
+    target_names,
+)
 from rcpo.session import Session
 from rcpo.trainer import Trainer
 
@@ -291,6 +302,167 @@ def test_other_adapters_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(ConfigError, match=part):
         read_adapter(load_model(base, RunConfig()), tmp_path)
+
+
+def tuned_by_peft(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
+    """Train an adapter with peft as its own users do, save it, and return its logits."""
+    torch.manual_seed(1)
+    wanted = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], **settings}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**wanted))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_changed_their_base_are_merged_and_else_refused(
+    tmp_path: Path, base: Path, init: str
+) -> None:
+    expected = tuned_by_peft(base, tmp_path / "tuned", init_lora_weights=init)
+    with pytest.raises(ConfigError, match=r"initialisation changed.*adapter\.merge=true"):
+        read_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+    merged = merge_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+    assert (
+        difference(logits(merged), expected)
+        < 1e-3
+        < difference(logits(load_model(base, RunConfig())), expected)
+    )
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "orthogonal"])
+def test_adapters_on_a_base_that_cannot_be_made_again_are_refused(
+    tmp_path: Path, base: Path, tuned: Path, init: str
+) -> None:
+    for file in tuned.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": init}))
+    for use in (read_adapter, merge_adapter):
+        with pytest.raises(ConfigError, match=init):
+            use(load_model(base, RunConfig()), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
+def test_adapters_of_embeddings_and_heads_are_read_again_and_merged(
+    config: RunConfig, tmp_path: Path, tied: bool, targets: list[str]
+) -> None:
+    config.model.path = tiny_llama(tmp_path / "base", tied=tied)
+    config.adapter.target_modules, config.adapter.save_merged = targets, True
+    config.rc.enabled, config.dynamics.every = False, 0
+    folder = tmp_path / "run"
+    session, _ = trained(config, folder)
+    expected = logits(session.engine.policy.model)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    assert difference(logits(base), expected) > 1e-2
+    # the run's evaluation, another run that goes on, and the whole model are the policy that was trained
+    assert difference(logits(finished(config, folder).engine.policy.model), expected) < 1e-5
+    again = load_model(Path(config.model.path), config)
+    read_adapter(again, folder / "final")
+    assert difference(logits(again), expected) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(folder / "final" / "merged")
+    assert difference(logits(merged), expected) < 1e-4
+
+
+def test_an_adapter_with_a_trained_embedding_beside_is_refused(tmp_path: Path, base: Path) -> None:
+    tuned_by_peft(base, tmp_path / "tuned", target_modules=["embed_tokens"])
+    path = tmp_path / "tuned" / "adapter_model.safetensors"
+    weights = load_file(path)
+    (copied,) = [name for name in weights if "lora_" not in name]
+    read_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+    save_file(weights | {copied: weights[copied] + 0.01}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"also holds model\.embed_tokens.*adapter\.merge=true"):
+        read_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+
+
+def test_all_linear_beside_another_name_is_both(base: Path) -> None:
+    names = target_names(load_model(base, RunConfig()), ["all-linear", "lm_head"])
+    linear = {f"model.layers.{n}.{part}" for n in range(2) for part in (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )}  # fmt: skip
+    assert set(names) == linear | {"lm_head"}
+    model = load_model(base, RunConfig())
+    add_adapter(model, AdapterConfig(name="lora", target_modules=["lm_head", "all-linear"]), seed=1)
+    adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == linear | {"lm_head"}
+
+
+def test_experts_that_stay_frozen_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    experts = AutoModelForCausalLM.from_config(
+        GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+    )
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+    with caplog.at_level(logging.WARNING):
+        target_names(dense, ["all-linear"])
+        target_names(experts, ["q_proj"])
+        assert not caplog.messages
+        target_names(experts, ["all-linear"])
+    assert "leaves out 2 tensors of experts, such as model.layers.0.mlp.experts" in caplog.messages[0]
+
+
+def test_a_dora_adapter_leaves_the_whole_model_beside(
+    config: RunConfig, tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = tuned_by_peft(base, tmp_path / "tuned", use_dora=True)
+    config.adapter.path, config.optim.lr = str(tmp_path / "tuned"), 1e-12
+    with caplog.at_level(logging.WARNING):
+        trained(config, tmp_path / "run", steps=1)
+    assert any("final/merged" in message for message in caplog.messages)
+    final = tmp_path / "run" / "final"
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final)
+    assert difference(logits(by_peft), expected) < 1e-4
+    assert difference(logits(AutoModelForCausalLM.from_pretrained(final / "merged")), expected) < 1e-4
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_refused_as_a_model(
+    config: RunConfig, tmp_path: Path, base: Path, tuned: Path
+) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    for file in tuned.glob("adapter*"):
+        shutil.copy(file, both)
+    for key in ("model.path", "reference.path"):
+        with pytest.raises(ConfigError, match=f"{key}=.* holds a whole model and an adapter"):
+            check_folder(key, both)
+    check_folder("adapter.path", both)
+    (both / "model.safetensors").unlink()  # the base's config.json beside an adapter is common
+    assert holds_adapter(both)
+    check_folder("reference.path", both)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_saved_has_the_mode_of_new_files(config: RunConfig, tmp_path: Path, merged: bool) -> None:
+    config.adapter.save_merged, before = merged, os.umask(0o027)
+    try:
+        config.adapter.name = "lora" if merged else "none"
+        trained(config, tmp_path / "run", steps=1)
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in (tmp_path / "run/final").rglob("*.*")
+        if path.is_file()
+    }
+    assert len(modes) > 3 and set(modes.values()) == {"0o640"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_are_not_trained_whole(config: RunConfig, tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    path = Path(tiny_llama(tmp_path / "base", hidden=64))
+    settings = json.loads((path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (path / "config.json").write_text(json.dumps(settings))
+    config.model.path, config.adapter.name = str(path), "none"
+    with pytest.raises(ConfigError, match=r"are quantised \(bitsandbytes\).*adapter=lora"):
+        Session(config, tmp_path, training=True)
 
 
 def test_four_bits_have_the_gradients_of_the_weights_they_stand_for(
