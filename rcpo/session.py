@@ -20,6 +20,7 @@ from rcpo.attention import choose_layout
 from rcpo.building import build_objective
 from rcpo.caching import cache_folder
 from rcpo.config import ConfigError, RunConfig, load_run_config, save_run_config
+from rcpo.config.model_checks import holds_adapter
 from rcpo.control import ControlPairs, has_fresh_signals, needs_control, set_aside
 from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
@@ -30,7 +31,8 @@ from rcpo.data.store import PairDataset
 from rcpo.data.templates import OWN
 from rcpo.dynamics import check_geometry
 from rcpo.engine import Engine
-from rcpo.models import load_config, load_tokenizer
+from rcpo.models import load_config, load_tokenizer, refuse_quantized
+from rcpo.models.limits import refuse_other_tokens, refuse_rows_beyond
 from rcpo.objectives import Objective
 from rcpo.reference.cache import Cache, Say
 from rcpo.reference.keys import source_hash
@@ -102,6 +104,7 @@ class Session:
         self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         config.train.accumulation(distributed.world_size())
+        self._refuse_what_does_not_fit(final)
         policy = load_policy(config, self.start, final)
         if config.train.gradient_checkpointing:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -119,6 +122,22 @@ class Session:
             check_geometry(config, self.objective, policy)
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
+
+    def _refuse_what_does_not_fit(self, final: Path | None) -> None:
+        """Raise ConfigError, before weights load, where the data are not for the policy or its reference."""
+        config = self.config
+        if self._training:
+            refuse_quantized(self.start.base, config)
+        models = [("the policy", self.start.base if final is None or holds_adapter(final) else final)]
+        reference = reference_source(config)
+        if reference is not None:
+            name = f"reference.path={config.reference.path}"
+            refuse_other_tokens(self.tokenizer, load_tokenizer(reference.tokenizer, config.model), name)
+            models.append((name, reference.base))
+        for name, folder in models:
+            settings = load_config(folder, config.model)
+            for dataset in filter(None, (self.datasets.train, self.datasets.evaluation)):
+                refuse_rows_beyond(name, settings, dataset, self._sides(dataset))
 
     @cached_property
     def tracked_positions(self) -> frozenset[int] | None:

@@ -206,6 +206,11 @@ class PairDataset(Sequence[Example]):
         return self._chosen_rows(np.concatenate([store.prompts for store in self._stores]))
 
     @cached_property
+    def largest_token(self) -> int:
+        """The largest token of the stores, which hold the examples among others; −1 without any."""
+        return max((int(store.tokens.max()) for store in self._stores if len(store.tokens)), default=-1)
+
+    @cached_property
     def prompts_fingerprint(self) -> str:
         """SHA-256 of the distinct prompts, whatever their order and their tokens."""
         return hashlib.sha256(np.unique(self.prompts).astype("<u8").tobytes()).hexdigest()

@@ -7,6 +7,7 @@ from rcpo.models.loading import (
     load_tokenizer,
     model_folder,
     refuse_other_weights,
+    refuse_quantized,
 )
 from rcpo.models.policy import Policy, head_shape, policy_inputs
 
@@ -20,4 +21,5 @@ __all__ = [
     "model_folder",
     "policy_inputs",
     "refuse_other_weights",
+    "refuse_quantized",
 ]

@@ -69,6 +69,18 @@ def load_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
     return found
 
 
+def refuse_quantized(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError where the weights to be trained, all of them, are quantised in their file."""
+    settings = getattr(load_config(folder, config.model), "quantization_config", None)
+    if settings is None or config.adapter.name != "none":
+        return
+    kind = settings if isinstance(settings, dict) else settings.to_dict()
+    raise ConfigError(
+        f"the weights in {folder} are quantised ({kind.get('quant_method')}), and cannot be trained: train "
+        "adapters on them, adapter=lora, or start from the model that they were made of"
+    )
+
+
 def load_model(
     folder: Path, config: RunConfig, *, init: str = "pretrained", quantization: str | None = None
 ) -> PreTrainedModel:
