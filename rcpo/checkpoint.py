@@ -43,6 +43,11 @@ class Checkpoint:
         states = self.state["rng"]
         distributed.set_rng_state(states[distributed.rank() % len(states)])
 
+    @property
+    def tensors(self) -> PieceFiles:
+        """What all ranks wrote."""
+        return checkpoint_tensors(self.folder)
+
     def extra(self, name: str) -> Tensor | None:
         """A tensor (elements,) that was saved beside the engine's; None where there is none of that name."""
         return checkpoint_tensors(self.folder).whole(name, EXTRA)

@@ -22,7 +22,7 @@ from rcpo import distributed
 from rcpo.config import ConfigError, RunConfig
 from rcpo.geometry import Sketch
 from rcpo.models import Policy, policy_inputs
-from rcpo.pieces import Saved, collect, find_pieces, publish, restore
+from rcpo.pieces import Piece, Saved, collect, find_pieces, publish, restore
 from rcpo.types import TokenBatch
 
 if not torch.cuda.is_available():
@@ -300,6 +300,45 @@ class Engine:
                         [value], modifier_rank=0, enabled=self._engine.zero_optimization_partition_weights()
                     ):
                         value.copy_(weights[name])
+
+    def follow(self, other: Engine, share: float) -> None:
+        """Moves the weights a `share` of the way to another engine's, of the same model. Collective."""
+        own, others = self.policy.parameters(), other.policy.parameters()
+        with torch.no_grad():
+            for value, target in zip(own, others, strict=True):
+                with self._whole(value, target):
+                    value.lerp_(target.to(value), share)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights by their names, whole."""
+        named = self.policy.named_parameters()
+        return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in named}
+
+    def shares(self, key: str) -> dict[str, Tensor]:
+        """This rank's share of all weights, by labels of `rcpo.pieces` with that key. Collective."""
+        found = {}
+        for name, value in self.policy.named_parameters():
+            with self._whole(value):
+                piece = Piece(name, 0, value.numel(), value).share(
+                    distributed.rank(), distributed.world_size()
+                )
+                found[piece.label(key)] = piece.of(value).clone()
+        return found
+
+    def take_shares(self, saved: Saved, key: str) -> None:
+        """Takes over what all ranks' `shares` were. Collective; raises ConfigError for a missing weight."""
+        with torch.no_grad():
+            for name, value in self.policy.named_parameters():
+                with self._whole(value):
+                    flat = saved.values(name, key, 0, value.numel())
+                    if flat is None:
+                        raise ConfigError(f"resume: the checkpoint has no {key} weight {name}")
+                    value.copy_(flat.view(value.shape))
+
+    def _whole(self, *values: Tensor) -> Any:
+        """The context in which partitioned weights are whole on every rank; rank 0's changes stay."""
+        split = self._engine.zero_optimization_partition_weights()
+        return deepspeed.zero.GatheredParameters(list(values), modifier_rank=0, enabled=split)
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's share of fp32 weights and optimizer state, as views, by labels of `rcpo.pieces`."""

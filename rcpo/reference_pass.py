@@ -76,6 +76,7 @@ class ReferencePass:
         self._config = config
         self._start = start
         self.other = reference_source(config)
+        self.held: Engine | None = None  # under which `other` stays, with reference.mode=model
         self._acting: Acting = nullcontext
         if recalls_start(config, final):
             self._acting = partial(_starting_adapters, policy.model)
@@ -90,8 +91,9 @@ class ReferencePass:
         this, so the reference is never the trained policy, cached or not.
         """
         if self._config.reference.mode == "model":
-            held = engine if self.other is None else Engine(self._load(), self._config)
-            return [_score(held, self._acting)] * len(data)
+            if self.other is not None:
+                self.held = Engine(self._load(), self._config)
+            return [_score(self.held or engine, self._acting)] * len(data)
         cache = Cache(cache_folder(self._config.reference.cache), say)
         scorer = _Scorer(engine, self._acting, None if self.other is None else self._load)
         own = self._own_ingredients(cache)

@@ -188,19 +188,20 @@ class CheckpointWriter:
         state: dict[str, Any],
         kept: Collection[int] = (),
         extra: Mapping[str, Tensor] | None = None,
+        shares: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Starts to write the checkpoint of `state["step"]`, JSON that is the same on all ranks. Collective.
 
         The one before is finished first. Checkpoints of the steps `kept` are not pruned. `extra` are more
-        tensors of one axis, the same on all ranks. Raises RunError on
-        all ranks where any cannot write; earlier checkpoints are then as they were.
+        tensors of one axis, the same on all ranks, `shares` this rank's parts of others by their labels.
+        Raises RunError on all ranks where any cannot write; earlier checkpoints are then as they were.
         """
         began = time.monotonic()
         self.finish()
         step = state["step"]
         scratch = self._scratch(step)
         self._on_main(lambda: _empty(scratch), step)
-        tensors = engine.tensors() | _shares(extra or {})
+        tensors = engine.tensors() | _shares(extra or {}) | dict(shares or {})
         if self._background:
             tensors = {label: tensor.to("cpu", copy=True) for label, tensor in tensors.items()}
         name = _part_name(distributed.rank(), distributed.world_size())

@@ -110,6 +110,11 @@ class Session:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
         if self.tracking is Tracking.SOME:  # too few to hold a second model for
             config = replace(config, reference=replace(config.reference, mode="precompute"))
+        if config.reference.sync_every and self.tracking is not Tracking.EVERYTHING:
+            raise ConfigError(
+                f"reference.sync_every={config.reference.sync_every}: objective={self.objective.name} needs "
+                "no reference; set reference.track=true to compare with one, or reference.sync_every=0"
+            )
         wanted = self.tracking is not Tracking.NOTHING
         self._reference = ReferencePass(config, policy, self.start, final) if wanted else None
         scoring = [policy.model.config]
@@ -120,6 +125,7 @@ class Session:
         self.engine = Engine(policy, config, self.total_steps if training else None)
         if training:
             check_geometry(config, self.objective, policy)
+        self.held_reference: Engine | None = None
         self.scorer = Scorer(self.engine, self.objective, None)
         self.heldout = Scorer(self.engine, self.objective, None)
 
@@ -185,6 +191,9 @@ class Session:
             return
         data = self._scored_data()
         references = self._reference.prepare(self.engine, data, say, stop)
+        self.held_reference = self._reference.held
+        if self.config.reference.sync_every:
+            refuse_other_weights(self.config, self.engine, self.held_reference)
         self._reference = None
         for part, reference in zip(data, references):
             scorer = self.scorer if part.dataset is self.datasets.train else self.heldout
@@ -313,6 +322,15 @@ def record_date(run_dir: Path, day: str) -> None:
         config = load_run_config(path)
         config.data.date = day
         save_run_config(config, path)
+
+
+def refuse_other_weights(config: RunConfig, engine: Engine, held: Engine | None) -> None:
+    """Raises ConfigError for a reference that cannot follow the policy: it is of another shape."""
+    if held is None or held.weight_shapes() != engine.weight_shapes():
+        raise ConfigError(
+            f"reference.sync_every={config.reference.sync_every} mixes the reference's weights with the "
+            f"policy's, and reference.path={config.reference.path} has others; give a model of the same shape"
+        )
 
 
 def refuse_options(objective: Objective, kind: str) -> None:

@@ -45,6 +45,8 @@ from rcpo.visible import first_line
 
 log = logging.getLogger(__name__)
 
+REFERENCE = "reference"  # the key, in a checkpoint, of the weights of a reference that follows the policy
+
 Evaluate = Callable[[Session], dict[str, Any]]
 """Held-out evaluation of a session's policy: values with names `eval/…`."""
 Observe = Callable[[int, Tracker], None]
@@ -109,6 +111,7 @@ class Trainer:
         learning_rate = self.engine.learning_rate
         measured = self.dynamics.end()
         update = self.engine.step()
+        self._sync_reference()
         bad = bad or not (update.applied or update.rescaled)
         seconds = time.perf_counter() - began
         tokens = means.pop("real_tokens")
@@ -144,6 +147,12 @@ class Trainer:
         else:  # fillers alone: the ranks still take the same collective steps
             loss = scored.logps.sum() * 0.0
         self.engine.backward(loss, last=last)
+
+    def _sync_reference(self) -> None:
+        """Moves the reference towards the policy, where it is due. Collective."""
+        reference, held = self.config.reference, self.session.held_reference
+        if held is not None and reference.sync_every and self.step % reference.sync_every == 0:
+            held.follow(self.engine, reference.mixup)
 
     def _vote(self, sums: StepSums) -> None:
         if self._stop:
@@ -245,7 +254,11 @@ class Trainer:
     def save(self, tracker: Tracker) -> None:
         """Starts to save a checkpoint after this step; its metrics are on disk before. Collective."""
         tracker.flush()
-        self.checkpoints.save(self.engine, self.state_dict(), self.best.steps, self.dynamics.tensors())
+        held, synced = self.session.held_reference, self.config.reference.sync_every
+        shares = held.shares(REFERENCE) if held is not None and synced else {}
+        self.checkpoints.save(
+            self.engine, self.state_dict(), self.best.steps, self.dynamics.tensors(), shares
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the engine, ready for JSON; the same on all ranks."""
@@ -268,6 +281,9 @@ class Trainer:
         checkpoint.load(self.engine)
         state = checkpoint.state
         self.step = state["step"]
+        held = self.session.held_reference
+        if held is not None and self.config.reference.sync_every:
+            held.take_shares(checkpoint.tensors, REFERENCE)
         self.dynamics.load_state_dict(state["dynamics"], checkpoint.extra(PREVIOUS))
         if self.objective.state is not None and state["objective"] is not None:
             self.objective.state.load_state_dict(state["objective"])

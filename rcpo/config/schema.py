@@ -225,13 +225,16 @@ class AdapterConfig:
 class ReferenceConfig:
     """The reference policy: `path` None is the starting policy.
 
-    `cache` is the folder that keeps its log-probs; None is the user's cache folder, `off` keeps none.
+    `cache` is the folder that keeps its log-probs; None is the user's cache folder, `off` keeps none. Every
+    `sync_every` steps (0: never) the reference moves the `mixup` share of the way to the policy (TR-DPO).
     `track` is about objectives that need no reference: true compares all pairs with it, false none, None all
     of the embedded data and 256 held-out pairs of other data, which tell whether the winner fell.
     """
 
     path: str | None = None
     mode: str = "precompute"
+    sync_every: int = 0
+    mixup: float = 0.6
     cache: str | None = None
     track: bool | None = None
 

@@ -78,6 +78,8 @@ RANGES = {
     "rc.alpha_max": (1, math.inf, True, False),
     "rc.sketch": (1, math.inf, True, False),
     "rc.sketch_seed": (0, 2**32 - 1, True, True),
+    "reference.sync_every": (0, math.inf, True, False),
+    "reference.mixup": (0, 1, False, True),
     "adapter.r": (1, math.inf, True, False),
     "adapter.alpha": (1, math.inf, True, False),
     "dynamics.every": (0, math.inf, True, False),
@@ -191,6 +193,7 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
     config.train.accumulation(world_size=1)
     _check_combinations(config)
     _check_calibration(config)
+    _check_sync(config)
     _check_scorer(config)
     check_data(config.data)
     if files:
@@ -325,6 +328,24 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(
             f"probe.generate_every={config.probe.generate_every} is not a multiple of probe.every="
             f"{config.probe.every}: answers are made at some of the probes"
+        )
+
+
+def _check_sync(config: RunConfig) -> None:
+    """What a reference that follows the policy rules out."""
+    every = config.reference.sync_every
+    if not every:
+        return
+    if config.reference.mode != "model":
+        raise ConfigError(
+            f"reference.sync_every={every} changes the reference as the policy learns, and "
+            f"reference.mode={config.reference.mode} computes its log-probs before step 1; set "
+            "reference.mode=model"
+        )
+    if config.adapter.name != "none":
+        raise ConfigError(
+            f"reference.sync_every={every} mixes whole weights, and adapter.name={config.adapter.name} "
+            "trains low-rank ones; set adapter=none, or reference.sync_every=0"
         )
 
 

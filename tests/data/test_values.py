@@ -82,6 +82,7 @@ def test_numbers_that_make_no_sense(fields: dict[str, Any], reason: str) -> None
         read_values(fields)
 
 
+TURNS = "\n\nHuman: q\n\nAssistant:"
 Q, A, B, G = (
     {"role": "user", "content": "q"},
     {"role": "assistant", "content": "a"},
@@ -99,7 +100,7 @@ Q, A, B, G = (
         ({"prompt": [Q], "chosen": [A], "rejected": [B], "gold": "g"}, [G]),
         ({"chosen": [Q, A], "rejected": [Q, B], "gold": [Q, G]}, [G]),
         ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "gold": [Q, G]}, [G]),
-        ({"chosen": "The sky is blue.", "rejected": "The sky is green.", "gold": "The sky is red."}, " red."),
+        ({"chosen": f"{TURNS} c", "rejected": f"{TURNS} r", "gold": f"{TURNS} g"}, " g"),
     ],
 )
 def test_gold_answers(row: dict[str, Any], gold: Any) -> None:
@@ -109,10 +110,7 @@ def test_gold_answers(row: dict[str, Any], gold: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (
-            {"chosen": "The sky is blue.", "rejected": "The sky is green.", "gold": "red."},
-            "as the two responses",
-        ),
+        ({"chosen": f"{TURNS} c", "rejected": f"{TURNS} r", "gold": "g"}, "as the two responses"),
         ({"chosen": [Q, A], "rejected": [Q, B], "gold": [Q | {"content": "z"}, G]}, "the prompt's messages"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "gold": "  "}, "empty gold response"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "gold": 3}, "field 'gold' is not a string"),

@@ -43,6 +43,7 @@ def configuration(
     micro: int = 4,
     dtype: str = "fp32",
     reference: str = "precompute",
+    sync: int = 0,
 ) -> RunConfig:
     config = RunConfig()
     config.wandb.mode = "disabled"
@@ -55,6 +56,7 @@ def configuration(
     config.optim.momentum = 0.9 if optimizer == "sgd" else 0.0
     config.engine.stage, config.watch.patience = stage, 3
     config.reference.mode, config.reference.cache = reference, "off"
+    config.reference.sync_every = sync
     config.objective = OBJECTIVES[objective]
     config.rc.enabled, config.rc.sketch = rc != "off", 32
     config.rc.update = rc if rc == "microbatch" else "step"
