@@ -1,9 +1,11 @@
-"""The configured objective: the one place where its settings become an `Objective`."""
+"""The configured objective and calibration: the one place where their settings become objects."""
 
 from __future__ import annotations
 
-from rcpo.config import ConfigError, RunConfig
+from rcpo.calibration import RewardCalibrator
+from rcpo.config import CalibrationConfig, ConfigError, RunConfig
 from rcpo.objectives import Objective, get_objective
+from rcpo.pairwise import PairCalibrator
 
 
 def build_objective(config: RunConfig) -> Objective:
@@ -31,3 +33,19 @@ def build_objective(config: RunConfig) -> Objective:
             f"rc=on has nothing to calibrate: objective={wanted.name} has no rejected side; choose rc=off"
         )
     return objective
+
+
+def build_calibrator(rc: CalibrationConfig) -> RewardCalibrator | None:
+    """The calibrator of `rc.*` with one α per batch; None with `rc=off` or `rc.scope=pair`."""
+    if not rc.enabled or rc.scope == "pair":
+        return None
+    return RewardCalibrator(
+        rc.rule, band=rc.band, ema=rc.decay, alpha_max=rc.alpha_max, alpha=rc.alpha, target=rc.target
+    )
+
+
+def build_pair_calibrator(rc: CalibrationConfig) -> PairCalibrator | None:
+    """The calibrator of `rc.scope=pair`; None without it."""
+    if not rc.enabled or rc.scope != "pair":
+        return None
+    return PairCalibrator(edge=rc.rule == "edge", alpha_max=rc.alpha_max)

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from rcpo import distributed
+from rcpo.building import build_calibrator, build_pair_calibrator
 from rcpo.calibration import RewardCalibrator, StepCalibration
-from rcpo.config import CalibrationConfig, ConfigError, RunConfig
+from rcpo.config import ConfigError, RunConfig
 from rcpo.control import ControlPairs
 from rcpo.data.batches import GlobalBatches
 from rcpo.engine import Engine
@@ -67,8 +68,8 @@ class StepDynamics:
         self.objective = objective
         self.engine = engine
         self.every = measured_every(config, objective)
-        self.calibrator = make_calibrator(config.rc)
-        self._pairwise = make_pair_calibrator(config.rc)
+        self.calibrator = build_calibrator(config.rc)
+        self._pairwise = build_pair_calibrator(config.rc)
         self._statistics = StepCalibration(
             self.calibrator, update=config.rc.update, reduce=distributed.reduce_sum
         )
@@ -157,19 +158,3 @@ class StepDynamics:
         samples.load_state_dict(state["samples"])
         if previous is not None:
             samples.previous = previous.view(state["shape"]).to(self.engine.device)
-
-
-def make_calibrator(rc: CalibrationConfig) -> RewardCalibrator | None:
-    """The calibrator of `rc.*` with one α per batch; None with `rc=off` or `rc.scope=pair`."""
-    if not rc.enabled or rc.scope == "pair":
-        return None
-    return RewardCalibrator(
-        rc.rule, band=rc.band, ema=rc.decay, alpha_max=rc.alpha_max, alpha=rc.alpha, target=rc.target
-    )
-
-
-def make_pair_calibrator(rc: CalibrationConfig) -> PairCalibrator | None:
-    """The calibrator of `rc.scope=pair`; None without it."""
-    if not rc.enabled or rc.scope != "pair":
-        return None
-    return PairCalibrator(edge=rc.rule == "edge", alpha_max=rc.alpha_max)

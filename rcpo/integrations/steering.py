@@ -48,10 +48,15 @@ def steer(values: Tensor, winners: Tensor, factor: Factor) -> Tensor:
 
 @dataclass
 class Seen:
-    """What a forward pass with gradients showed: hidden states (S, T, D) and the steered log-probs."""
+    """What forward passes showed.
+
+    Of the one with gradients: hidden states (S, T, D) and steered log-probs; of one without: the reference's
+    log-probs (S, T).
+    """
 
     hidden: Tensor | None = None
     steered: Tensor | None = None
+    reference: Tensor | None = None
 
 
 @contextmanager

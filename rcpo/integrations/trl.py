@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from rcpo.building import build_calibrator
 from rcpo.calibration import RewardCalibrator, StepCalibration
 from rcpo.config import CalibrationConfig
 from rcpo.geometry import Sketch
@@ -64,6 +65,9 @@ class RewardCalibrationConfig(CalibrationConfig):
 
     `reduction` is what z is, which fixes the units of incentives and scores but hardly α: `mean` or `sum` of
     the response tokens' log-probs; None takes what the trainer's loss works with.
+
+    `rule="loop"` is for `DPOTrainer`, whose reference has to be the starting policy: it reads the log-ratios
+    of training pairs in the first epoch, while they are new, and keeps its last α afterwards.
     """
 
     enabled: bool = True
@@ -72,6 +76,8 @@ class RewardCalibrationConfig(CalibrationConfig):
     def __post_init__(self) -> None:
         if self.geometry != "head":
             raise ValueError(f"rc.geometry={self.geometry}: inside TRL the head's geometry is the only one")
+        if self.scope != "batch":
+            raise ValueError(f"rc.scope={self.scope}: inside TRL there is one α per batch")
         if self.reduction not in (None, "sum", "mean"):
             raise ValueError(f"rc.reduction={self.reduction}: sum or mean is expected, or None")
 
@@ -85,6 +91,8 @@ else:
 class _Calibrated(_Trainer):
     """What all calibrated trainers share: the calibration's state, its metrics and its checkpoints."""
 
+    _sees_reference = False  # whether `_observe` is given the responses' log-ratios
+
     def __init__(self, *args: Any, rc: RewardCalibrationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rc = rc
@@ -95,8 +103,12 @@ class _Calibrated(_Trainer):
         self._shape = head_shape(self._policy)
         vocabulary = int(self._policy.get_output_embeddings().out_features)
         self._sketch = Sketch(vocabulary, rc.sketch, rc.sketch_seed)
-        if rc.enabled:
-            self.calibrator = RewardCalibrator(ema=rc.decay, alpha_max=rc.alpha_max)
+        if rc.loops and not self._sees_reference:
+            raise ValueError(
+                f"rc.rule=loop reads log-ratios against the reference, which {type(self).__name__} does not "
+                "show; use CalibratedDPOTrainer, or another rule"
+            )
+        self.calibrator = build_calibrator(rc)
         self._statistics = StepCalibration(self.calibrator, update=rc.update, reduce=self._sum_over_ranks)
         self._factor = Factor()
         self._verified = False
@@ -113,8 +125,18 @@ class _Calibrated(_Trainer):
         """A micro-batch starts with the α that is known; a micro-batch update may still replace it."""
         self._factor = Factor(1.0 if self.calibrator is None else self.calibrator.alpha)
 
-    def _observe(self, seen: Seen, responses: Responses, d: tuple[Tensor, Tensor], z: Tensor) -> None:
-        """Adds a micro-batch, `z` (S,) as the trainer itself has it; closes a step with its last one."""
+    def _observe(
+        self,
+        seen: Seen,
+        responses: Responses,
+        d: tuple[Tensor, Tensor],
+        z: Tensor,
+        logratios: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Adds a micro-batch, `z` (S,) as the trainer itself has it; closes a step with its last one.
+
+        `logratios` are the sides' log-ratios per token, while their pairs are new.
+        """
         assert seen.hidden is not None, "the backbone was not called"
         head = self._policy.get_output_embeddings()
         gathered = maybe_gather_lm_head_ctx(head.weight, head.bias)
@@ -122,7 +144,7 @@ class _Calibrated(_Trainer):
         hidden = seen.hidden[:, :-1][:, -responses.labels.shape[1] :]
         own, scores = score_head(responses, hidden, head, self._shape, self._sketch, gathered)
         self._verify(own - z, responses)
-        self._statistics.observe(d, scores)
+        self._statistics.observe(d, scores, logratios=logratios)
         if self._statistics.by_microbatch and self.calibrator is not None:
             self._factor.alpha = self.calibrator.alpha
         if self.accelerator.sync_gradients:
@@ -186,6 +208,8 @@ def _causal_model(model: Any) -> PreTrainedModel:
 class RewardCalibrationMixin(_Calibrated):
     """For `DPOTrainer` and its subclasses; stands before them in the list of bases."""
 
+    _sees_reference = True
+
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         if not self._calibrates():
             return super()._compute_loss(model, inputs, return_outputs)
@@ -197,23 +221,48 @@ class RewardCalibrationMixin(_Calibrated):
         loss = result[0] if return_outputs else result
         (gradients,) = torch.autograd.grad(loss, seen.steered, retain_graph=True)
         gradients, logps = (t.detach()[:, -responses.labels.shape[1] :] for t in (gradients, seen.steered))
-        self._observe(seen, responses, responses.incentives(gradients), (logps * responses.weights).sum(1))
+        d, z = responses.incentives(gradients), (logps * responses.weights).sum(1)
+        self._observe(seen, responses, d, z, self._logratios(inputs, seen, responses))
         return result
+
+    def _logratios(
+        self, inputs: Mapping[str, Any], seen: Seen, responses: Responses
+    ) -> tuple[Tensor, Tensor] | None:
+        """The sides' log-ratios per token; None unless the loop reads them, and after the first epoch."""
+        assert self.rc is not None and seen.steered is not None
+        if not self.rc.loops or self.state.epoch is None or self.state.epoch >= 1:
+            return None
+        mask = inputs["completion_mask"][:, 1:].bool()
+        weights, width = self._token_weights(mask), mask.shape[1]
+        ratios = (seen.steered.detach()[:, -width:] * weights).sum(1)
+        if self.precompute_ref_logps:
+            ratios = ratios - torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            assert seen.reference is not None, "the reference's log-probs were not seen"
+            ratios = ratios - (seen.reference[:, -width:] * weights).sum(1)
+        ratios = ratios / responses.lengths
+        return ratios[responses.winners], ratios[~responses.winners]
 
     @contextmanager
     def _steering(self, seen: Seen, winners: Tensor) -> Any:
         """TRL's fused head returns log-probs; those of the policy's pass are steered on their way out."""
 
         def hook(_: Any, __: Any, output: Any) -> Any:
-            if torch.is_grad_enabled() and output.log_probs is not None:
+            if not torch.is_grad_enabled():
+                seen.reference = output.log_probs
+            elif output.log_probs is not None:
                 output.log_probs = seen.steered = steer(output.log_probs, winners, self._factor)
             return output
 
-        handle = self._policy.register_forward_hook(hook)
+        models = [self._policy]
+        if getattr(self, "ref_model", None) is not None:
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        handles = [model.register_forward_hook(hook) for model in models]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _responses(self, inputs: Mapping[str, Any]) -> Responses:
         mask = inputs["completion_mask"][:, 1:].bool()
@@ -246,6 +295,8 @@ class CalibratedDPOTrainer(RewardCalibrationMixin, DPOTrainer):
 
 class CalibratedKTOTrainer(RewardCalibrationMixin, KTOTrainer):
     """`trl.KTOTrainer` with reward calibration; desirable answers are the winners."""
+
+    _sees_reference = False
 
     def _winners(self, inputs: Mapping[str, Any]) -> Tensor:
         return torch.as_tensor(inputs["label"], dtype=torch.bool, device=self.accelerator.device)

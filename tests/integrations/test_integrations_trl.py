@@ -150,6 +150,44 @@ def test_the_same_run_as_rcpos(tmp_path: Path, objective: str) -> None:
             torch.testing.assert_close(final[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_loop_reads_what_rcpos_does(tmp_path: Path, precompute: bool) -> None:
+    # 32 pairs are four steps of one epoch, in which every pair is new
+    rows, steps = sums(tmp_path, 32), 4
+    run = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "rcpo.cli", "train", "objective=dpo", "rc=loop", "rc.target=0.5"),
+        "model=local",
+        *(f"model.path={sums_model(tmp_path)}", "data=pairs", f"data.path={tmp_path / 'pairs.jsonl'}"),
+        *(f"data.eval_path={tmp_path / 'pairs.jsonl'}", f"train.max_steps={steps}", "train.batch_size=8"),
+        *("train.micro_batch_size=8", "optim.lr=2e-3", "wandb.mode=disabled", f"hydra.run.dir={run}"),
+        *("eval.max_examples=8", "eval.generate_examples=1"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ours = [json.loads(line) for line in lines]
+    batches = GlobalBatches(len(rows), 8, seed=1)
+    order = chain.from_iterable(batches.indices(step) for step in range(steps))
+    trainer = build(
+        tmp_path, [rows[i] for i in order], RewardCalibrationConfig(rule="loop", target=0.5),
+        max_steps=steps, beta=0.1, max_length=None, learning_rate=2e-3, optim="adamw_torch_fused", precompute_ref_log_probs=precompute,
+    )  # fmt: skip
+    trainer.train()
+    names = ("loss", "rc/alpha", "rc/winner", "rc/loser", "rc/integral")
+    for mine, theirs in zip(ours, history(trainer, *names), strict=True):
+        assert [mine[name] for name in names] == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert ours[-1]["rc/alpha"] > 1.1
+
+
+def test_the_loop_needs_a_trainer_that_shows_its_reference(tmp_path: Path) -> None:
+    rows = sums(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"rc\.rule=loop reads log-ratios .* use CalibratedDPOTrainer"):
+        build(tmp_path, rows, RewardCalibrationConfig(rule="loop"), cls=CalibratedKTOTrainer, max_steps=1)
+    with pytest.raises(ValueError, match=r"rc\.scope=pair"):
+        RewardCalibrationConfig(scope="pair")
+
+
 LOSSES: list[tuple[list[str], dict[str, Any]]] = [
     (["sigmoid"], {}),
     (["hinge"], {}),
