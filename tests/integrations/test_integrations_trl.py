@@ -171,7 +171,8 @@ def test_the_loop_reads_what_rcpos_does(tmp_path: Path, precompute: bool) -> Non
     order = chain.from_iterable(batches.indices(step) for step in range(steps))
     trainer = build(
         tmp_path, [rows[i] for i in order], RewardCalibrationConfig(rule="loop", target=0.5),
-        max_steps=steps, beta=0.1, max_length=None, learning_rate=2e-3, optim="adamw_torch_fused", precompute_ref_log_probs=precompute,
+        max_steps=steps, beta=0.1, max_length=None, learning_rate=2e-3, optim="adamw_torch_fused",
+        precompute_ref_log_probs=precompute,
     )  # fmt: skip
     trainer.train()
     names = ("loss", "rc/alpha", "rc/winner", "rc/loser", "rc/integral")
@@ -183,7 +184,10 @@ def test_the_loop_reads_what_rcpos_does(tmp_path: Path, precompute: bool) -> Non
 def test_the_loop_needs_a_trainer_that_shows_its_reference(tmp_path: Path) -> None:
     rows = sums(tmp_path, 8)
     with pytest.raises(ValueError, match=r"rc\.rule=loop reads log-ratios .* use CalibratedDPOTrainer"):
-        build(tmp_path, rows, RewardCalibrationConfig(rule="loop"), cls=CalibratedKTOTrainer, max_steps=1)
+        build(
+            tmp_path, rows, RewardCalibrationConfig(rule="loop"), cls=CalibratedCPOTrainer, config=CPOConfig,
+            max_length=64,
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"rc\.scope=pair"):
         RewardCalibrationConfig(scope="pair")
 
