@@ -26,6 +26,7 @@ from transformers import (
     get_scheduler,
 )
 
+from rcpo import distributed
 from rcpo.config import RunConfig
 from rcpo.engine import build_optimizer, parameter_groups, schedule
 
@@ -167,3 +168,14 @@ def test_a_restored_loss_scaler_goes_on_like_the_first(monkeypatch: pytest.Monke
         other.update_scale(overflow)
         scales.append((first.cur_scale, other.cur_scale))
     assert all(a == b for a, b in scales) and len({a for a, _ in scales}) > 1
+
+
+@pytest.mark.parametrize(("gpus", "local", "place"), [(4, "0", 0), (4, "2", 2), (1, "2", 0)])
+def test_each_rank_of_a_node_has_the_gpu_of_its_number(
+    gpus: int, local: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv(distributed.LOCAL, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert distributed.device() == torch.device("cuda", place)

@@ -345,3 +345,37 @@ def test_selecting_pairs_drops_fillers() -> None:
     assert pairs.chosen.tolist() == [-5] and pairs.losers.tolist() == [-5]
     assert pairs.ref_chosen is None and pairs.chosen_lengths is not None
     assert pairs.chosen_lengths.tolist() == [2]
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_bf16_gradients_are_rounded_once_after_scaling(trained_head: bool) -> None:
+    # a token's coefficient is in fp32: 1.003 would be 1.0 in bf16
+    hidden, weight, _, labels = head(tokens=64, vocabulary=101, width=48, dtype=torch.bfloat16)
+    weight.requires_grad_(trained_head)
+    coefficients = torch.linspace(0.997, 1.003, 64)
+
+    def gradient(each: Tensor) -> Tensor:
+        leaf = hidden.detach().clone().requires_grad_()
+        logps, _ = token_logps(leaf, weight, labels)
+        (found,) = torch.autograd.grad((logps * each).sum(), leaf)
+        return found
+
+    once = gradient(torch.ones(64)).double()
+    expected = (once * coefficients.double()[:, None]).to(torch.bfloat16)
+    assert torch.equal(gradient(coefficients), expected)
+    assert not torch.equal(once, expected.double())
+
+
+def test_the_excess_stays_in_fp32_in_the_gradient_of_a_bf16_head() -> None:
+    # one token, so that nothing is added up: the exact products of p − e_y and h, rounded once
+    hidden, weight, _, _ = head(tokens=1, vocabulary=101, width=48, dtype=torch.bfloat16)
+    labels = torch.tensor([3])
+    weight.requires_grad_()
+    logps, scores = token_logps(hidden, weight, labels, sketch=Sketch(101, None))
+    (found,) = torch.autograd.grad(logps.sum(), weight)
+    logits = torch.nn.functional.linear(hidden, weight.detach()).double()
+    excess = torch.nn.functional.one_hot(labels, 101).double() - torch.softmax(logits, dim=-1)
+    expected = (excess.T @ hidden.detach().double()).to(torch.bfloat16)
+    assert (found == expected).double().mean() > 0.99  # fp32's own rounding may tip a tie
+    assert scores is not None and scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), excess, rtol=1e-5, atol=1e-7)

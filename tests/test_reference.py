@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny import held_out, sums_file, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo import distributed, reference_pass
-from rcpo.config import ObjectiveConfig, RunConfig, RunError
+from rcpo.config import AdapterConfig, ObjectiveConfig, RunConfig, RunError
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.hub import Source
+from rcpo.reference import keys
 from rcpo.reference.entry import HEADER
 from rcpo.reference.rows import Rows, StoredReference
 from rcpo.session import Session
@@ -223,6 +225,50 @@ def test_so_is_what_chooses_the_kernels(alone: RunConfig, name: str) -> None:
     assert reference_pass.keys.entry_key(ingredients) == path.stem
     assert reference_pass.keys.entry_key(ingredients | {name: "another"}) != path.stem
     assert name in ingredients
+
+
+def only_difference(config: RunConfig) -> set[str]:
+    """What is different between two entries' ingredients."""
+    first, second = [json.loads(path.read_bytes()[:HEADER])["ingredients"] for path in entries(config)]
+    return {name for name in first if first[name] != second[name]}
+
+
+def test_another_attention_computes_anew(alone: RunConfig) -> None:
+    prepared(alone)
+    alone.model.attention = "eager"
+    assert "computed" in prepared(alone)[1][0]
+    assert only_difference(alone) == {"attention"}
+
+
+def test_the_versions_that_compute_are_in_the_key(alone: RunConfig) -> None:
+    prepared(alone)
+    (path,) = entries(alone)
+    ingredients = json.loads(path.read_bytes()[:HEADER])["ingredients"]
+    assert ingredients["torch"] == torch.__version__
+    assert ingredients["transformers"] == transformers.__version__
+    assert ingredients["device"] == distributed.device().type
+    assert ingredients["attention"] == "sdpa" and ingredients["quantization"] == "None"
+
+
+def test_weights_in_four_bits_have_an_entry_of_their_own(alone: RunConfig, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    alone.model.path, alone.adapter = tiny_llama(tmp_path / "wide", hidden=64), AdapterConfig(name="lora")
+    prepared(alone)
+    alone.adapter.quantization = "nf4"
+    assert "computed" in prepared(alone)[1][0]
+    assert only_difference(alone) == {"quantization"}
+
+
+def test_an_adapter_s_own_tokenizer_is_the_one_that_counts(tmp_path: Path) -> None:
+    base, adapter = Path(tiny_llama(tmp_path / "base")), tmp_path / "adapter"
+    adapter.mkdir()
+    assert Source(base, adapter=adapter).tokenizer == base
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(adapter)
+    source = Source(base, adapter=adapter)
+    assert source.tokenizer == adapter
+    assert keys.tokenizer_hash(source.tokenizer, None) != keys.tokenizer_hash(base, None)
 
 
 def test_what_changes_no_number_hits(config: RunConfig, tmp_path: Path, model: str) -> None:

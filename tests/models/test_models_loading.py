@@ -211,6 +211,36 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
             load_model(tmp_path / name, RunConfig())
 
 
+DROPPING = """
+import torch
+from transformers import LlamaForCausalLM
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens = torch.nn.Sequential(self.model.embed_tokens, torch.nn.Dropout(0.5))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        found = self.model.embed_tokens
+        return found[0] if isinstance(found, torch.nn.Sequential) else found
+"""
+
+
+def test_dropout_that_no_configuration_names_is_off_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"})
+    (folder / "own.py").write_text(DROPPING)
+    whole = load_file(folder / "model.safetensors")
+    renamed = {name.replace("embed_tokens.weight", "embed_tokens.0.weight"): v for name, v in whole.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = load_model(folder, RunConfig(model=ModelConfig(trust_remote_code=True))).train()
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.0]
+    assert torch.equal(logits(model), logits(model))
+
+
 def test_what_cannot_be_read_is_refused(folder: Path) -> None:
     change(folder / "config.json", model_type="nobody_knows")
     with pytest.raises(ConfigError, match=r"the model in .* cannot be read"):
