@@ -138,6 +138,25 @@ def sample(ctx: typer.Context) -> None:
     _finish(make, ctx.args)
 
 
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def iterate(ctx: typer.Context) -> None:
+    """Rounds of sampling, training and evaluation, each from the weights of the one before.
+
+    \b
+      rcpo iterate                                              the packaged task, in a few minutes
+      rcpo iterate rounds=2 model=local model.path=DIR data=pairs data.path=pairs.jsonl \
+          score=reward_model score.path=DIR objective=simpo rc=on
+      rcpo submit iterate rounds=3 ... slurm.nodes=2            a chain of SLURM jobs
+
+    Keys are those of train, sample.*, score, pairing (see `rcpo sample`), and iterate.reference=round|first.
+    The folder that is printed at the start (hydra.run.dir=DIR chooses it) has round-N/sample and
+    round-N/train, and round-0, the model before. The same call continues one that was stopped or killed.
+    """
+    from rcpo.onpolicy.iterate import iterate as go_through
+
+    _finish(go_through, ctx.args)
+
+
 @app.command(name="data", context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def show_data(ctx: typer.Context) -> None:
     """Show a dataset as the model will see it, and train nothing. Arguments are those of train.
@@ -241,13 +260,14 @@ class Submittable(StrEnum):
     TRAIN = "train"
     SWEEP = "sweep"
     EVALUATE = "evaluate"
+    ITERATE = "iterate"
     STATUS = "status"
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def submit(
     ctx: typer.Context,
-    command: Annotated[Submittable, typer.Argument(metavar="train|sweep|evaluate|status")],
+    command: Annotated[Submittable, typer.Argument(metavar="train|sweep|evaluate|iterate|status")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script and touch nothing.")] = False,
 ) -> None:
     """Run on a SLURM cluster: a snapshot of code and configuration, a script, a job; or the state of jobs.
@@ -257,6 +277,7 @@ def submit(
       rcpo submit train ... --dry-run                           the script alone
       rcpo submit sweep objective=dpo,simpo rc=off,on           an array with a task for each run
       rcpo submit evaluate run=outputs/DIR
+      rcpo submit iterate rounds=3 slurm.nodes=2                a chain: sample, train, evaluate, and again
       rcpo submit status [DIR]...                               jobs, runs, steps, last metrics
 
     \b
@@ -268,11 +289,14 @@ def submit(
 
     Before its time is over, or when it is pre-empted, a run saves a checkpoint and goes on in the next piece.
     """
+    from rcpo.onpolicy.chain import submit_chain
     from rcpo.slurm.status import report_status
     from rcpo.slurm.submit import submit as submit_job
 
     if command is Submittable.STATUS:
         _finish(report_status, ctx.args)
+    elif command is Submittable.ITERATE:
+        _finish(lambda: submit_chain(ctx.args, dry_run=dry_run))
     else:
         _finish(lambda: submit_job(command.value, ctx.args, dry_run=dry_run))
 

@@ -50,11 +50,11 @@ class JudgeServer:
             self._now -= 1
 
     @contextmanager
-    def running(self) -> Iterator[JudgeServer]:
-        """Listens on a free port of the loopback interface."""
+    def running(self, kind: type[_Handler] | None = None) -> Iterator[JudgeServer]:
+        """Listens on a free port of the loopback interface; `kind` answers in another way."""
         owner = self
 
-        class Handler(_Handler):
+        class Handler(kind or _Handler):  # type: ignore[misc]
             judge = owner
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from rcpo import hub
 from rcpo.config import ConfigError, RunConfig, parse, to_container
 from rcpo.config.commands import refuse_command_keys
 from rcpo.config.composition import (
@@ -18,13 +19,12 @@ from rcpo.config.composition import (
     split_arguments,
     user_part,
 )
-from rcpo.config.onpolicy import onpolicy_config
+from rcpo.config.onpolicy import ScoreConfig, onpolicy_config
 from rcpo.config.parsing import read_tree, structure
 from rcpo.jobs.folders import resolved_dir
 from rcpo.jobs.show import show, shows
 from rcpo.launch import check, configure_log, external_ranks, run_here, world_size
 from rcpo.launch.local import launch_workers, python
-from rcpo.onpolicy.scoring_models import fetch
 from rcpo.onpolicy.settings import Settings
 from rcpo.runfolder import refuse_locked
 
@@ -87,7 +87,17 @@ def ready(settings: Settings) -> None:
     """Refuses what no sampling could use, and downloads what it needs; raises ConfigError."""
     config = settings.config
     check(config, world_size(config))
-    fetch(settings.nodes.score, pickle=config.model.allow_pickle, code=config.model.trust_remote_code)
+    fetch_scorer(config, settings.nodes.score)
+
+
+def fetch_scorer(config: RunConfig, score: ScoreConfig) -> None:
+    """Downloads the model that scores, so that no rank has to; raises ConfigError where it cannot be had."""
+    if score.path is None:
+        return
+    model = config.model
+    pickle, code = model.allow_pickle, model.trust_remote_code
+    folder = hub.fetch("score.path", score.path, score.revision, pickle=pickle, code=code)
+    hub.check_weights("score.path", folder, pickle=pickle)
 
 
 def start(settings: Settings, folder: Path | None) -> int:

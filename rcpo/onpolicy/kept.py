@@ -50,7 +50,7 @@ class Kept:
 
 def whole_rows(path: Path) -> Iterator[Row]:
     """The rows of a JSON-lines file, its last line only where it was finished."""
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_bytes().split(b"\n")[:-1]:  # bytes: what is unfinished may end within a character
         yield json.loads(line)
 
 

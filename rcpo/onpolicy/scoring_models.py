@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -166,12 +165,3 @@ def _right_pad(rows: Sequence[Ids], pad: int) -> tuple[torch.Tensor, torch.Tenso
     ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=where)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=where)
     return ids, mask
-
-
-def fetch(score: ScoreConfig, *, pickle: bool, code: bool) -> Path | None:
-    """Downloads the model that scores, so that no rank has to; None where none is named."""
-    if score.path is None:
-        return None
-    folder = hub.fetch("score.path", score.path, score.revision, pickle=pickle, code=code)
-    hub.check_weights("score.path", folder, pickle=pickle)
-    return folder

@@ -39,6 +39,7 @@ def make(settings: Settings, folder: Path) -> int:
     RunError where no pair comes of it.
     """
     distributed.initialize()
+    folder.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop, alone_in(folder):
         try:
             _make(settings, folder, stop.__bool__)

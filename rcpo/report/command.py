@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rcpo.config import ConfigError
@@ -13,6 +13,7 @@ from rcpo.report import theme
 from rcpo.report.document import Document
 from rcpo.report.probes import FILE as PROBES
 from rcpo.report.render import save_picture, to_html, to_markdown
+from rcpo.report.rounds import section
 from rcpo.report.runs import (
     CHECKPOINTS,
     CONFIG,
@@ -100,6 +101,8 @@ def _write(request: Request, refresh: float | None) -> tuple[Path, list[Run]]:
     page = _page(request)
     with theme.applied():
         document = document_of(runs, " and ".join(folder.resolve().name for folder in request.folders))
+        if (rounds := section(request.folders)) is not None:
+            document = replace(document, sections=[rounds, *document.sections])
         try:
             page.parent.mkdir(parents=True, exist_ok=True)
             replace_text(page, to_html(document, refresh))

@@ -22,6 +22,7 @@ from rcpo.runfolder import EVALUATION, FINISHED_FILE, JOB_FILE
 from rcpo.slurm.queue import Queued, Submitted, queue, read_submitted
 
 _TAIL_BYTES = 1 << 16
+PAIRS_FILE = "pairs.json"  # the last that a job of `rcpo submit iterate` writes when it samples
 METRICS = {"loss": "loss", "winner": "logratios/chosen", "loser": "logratios/rejected", "alpha": "rc/alpha"}
 
 
@@ -59,7 +60,7 @@ def report_status(arguments: Sequence[str]) -> int:
 
 
 def _submitted(folder: Path) -> Iterator[tuple[str, Submitted]]:
-    names = [JOB_FILE.format(name) for name in ("train", "sweep", "evaluate")]
+    names = [JOB_FILE.format(name) for name in ("train", "sweep", "sample", "evaluate")]
     for pattern in [f"{above}{name}" for above in ("", "*/", "*/*/") for name in names]:
         for path in sorted(folder.glob(pattern)):
             name = path.stem.removeprefix("job-")
@@ -84,7 +85,7 @@ def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -
 def left_behind(run_dir: Path) -> str:
     """What a run's folder says of its end."""
     outcome = read_outcome(run_dir)
-    if (run_dir / FINISHED_FILE).exists():
+    if any((run_dir / name).exists() for name in (FINISHED_FILE, PAIRS_FILE)):
         return "DONE"
     if outcome is None or outcome.code == DONE:
         return "GONE"

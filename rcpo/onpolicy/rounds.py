@@ -1,0 +1,211 @@
+"""The steps of `rcpo iterate`, each in a folder of its own; what each needs is known before the first one.
+
+round-0                the model before all rounds, evaluated
+round-N/sample         answers of the model so far, and their pairs
+round-N/train          a run on those pairs, and its evaluation on the data's own held-out pairs
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rcpo.config import ConfigError, DataConfig, RunConfig, save_run_config, to_container
+from rcpo.config.changes import FREE_NODES, flatten
+from rcpo.config.onpolicy import FIRST, IterateConfig, OnPolicyConfig, as_tree
+from rcpo.config.parsing import read_tree
+from rcpo.evaluation.heldout import RECORD
+from rcpo.final import FINAL
+from rcpo.launch.local import run_command
+from rcpo.models import model_folder
+from rcpo.onpolicy.command import sample_command
+from rcpo.onpolicy.pairs import PAIRS, finished_pairs
+from rcpo.onpolicy.settings import Settings
+from rcpo.report.rounds import SETTINGS_FILE
+from rcpo.runfolder import FINISHED_FILE
+from rcpo.tracking.jsonl import replace_text
+
+SAMPLE, TRAIN, EVALUATE = "sample", "train", "evaluate"
+# what may differ when a call continues: it changes no number
+_FREE = (
+    *(
+        f"sample.{key}"
+        for key in ("batch_size", "base_url", "api_key_env", "concurrency", "timeout", "retries")
+    ),
+    *("sample.backoff", "sample.price_in", "sample.price_out", "score.batch_size", "rounds", "config.resume"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a round; `kind` is sample, train or evaluate."""
+
+    number: int
+    kind: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"round {self.number}, {self.kind}"
+
+    @property
+    def label(self) -> str:
+        return f"round-{self.number}-{self.kind}"
+
+    @property
+    def command(self) -> list[str]:
+        """The process that does it, or what is left of it."""
+        return sample_command(self.folder) if self.kind == SAMPLE else run_command(self.folder, self.kind)
+
+    @property
+    def done(self) -> bool:
+        if self.kind == SAMPLE:
+            return finished_pairs(self.folder) is not None
+        return (self.folder / (FINISHED_FILE if self.kind == TRAIN else RECORD)).is_file()
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """`rounds` of sampling, training and evaluation, from one configuration, in one folder."""
+
+    config: RunConfig
+    nodes: OnPolicyConfig
+    settings: IterateConfig
+    rounds: int
+    folder: Path
+
+    def steps(self) -> Iterator[Step]:
+        """All steps in their order."""
+        yield Step(0, EVALUATE, self.start)
+        for number in range(1, self.rounds + 1):
+            yield Step(number, SAMPLE, self.sample(number))
+            yield Step(number, TRAIN, self.train(number))
+            yield Step(number, EVALUATE, self.train(number))
+
+    @property
+    def start(self) -> Path:
+        return self.folder / "round-0"
+
+    def sample(self, number: int) -> Path:
+        return self.folder / f"round-{number}" / SAMPLE
+
+    def train(self, number: int) -> Path:
+        return self.folder / f"round-{number}" / TRAIN
+
+    def check(self) -> None:
+        """Raises ConfigError for what rounds rule out, and for a folder of another iteration."""
+        config = self.config
+        if config.reference.path is not None:
+            raise ConfigError(
+                f"reference.path={config.reference.path}: rcpo iterate takes its reference from the rounds; "
+                "choose iterate.reference=round or iterate.reference=first"
+            )
+        if config.adapter.merge:
+            raise ConfigError(
+                "adapter.merge=true makes a new base model, and rounds share one: merge it first, with "
+                "adapter.save_merged=true, and give model.path=…/final/merged"
+            )
+        if config.resume not in (None, "auto"):
+            raise ConfigError(f"resume={config.resume}: give the iteration's folder: hydra.run.dir=DIR")
+        for key, value in (("checkpoint.best", config.checkpoint.best), ("eval.every", config.eval.every)):
+            if value:
+                raise ConfigError(
+                    f"{key}={value} needs held-out pairs while training, and rcpo iterate evaluates between "
+                    "rounds; leave it out"
+                )
+        data = config.data
+        if data.eval_path is None and data.eval_split is None and not data.eval_fraction:
+            raise ConfigError(
+                "rcpo iterate evaluates each round on held-out pairs; set data.eval_path, or "
+                "data.eval_fraction above 0"
+            )
+        self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        path = self.folder / SETTINGS_FILE
+        if not path.exists():
+            return
+        before: Any = OmegaConf.to_container(read_tree(path))
+        old, new = flatten(before), flatten(self._tree())
+        free = tuple(f"config.{node}." for node in FREE_NODES)
+        changed = [
+            f"{key}: {old.get(key)} -> {value}"
+            for key, value in new.items()
+            if key not in _FREE and not key.startswith(free) and old.get(key) != value
+        ]
+        if changed:
+            shown = "\n".join(f"  {line}" for line in changed)
+            raise ConfigError(
+                f"{self.folder} holds another iteration:\n{shown}\n"
+                "give the same values, or another folder: hydra.run.dir=DIR"
+            )
+
+    def _tree(self) -> dict[str, object]:
+        return {
+            "rounds": self.rounds,
+            "iterate": vars(self.settings),
+            **as_tree(self.nodes),
+            "config": to_container(self.config),
+        }
+
+    def write(self, processes: int) -> None:
+        """Writes what each step reads; `processes` are the ranks of each. Collects nothing, loads nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.folder / SETTINGS_FILE, OmegaConf.to_yaml(OmegaConf.create(self._tree())))
+        evaluated = copy.deepcopy(self.config)
+        # nothing is trained, so the global batch need not fit this number of processes
+        evaluated.train.batch_size = evaluated.train.micro_batch_size * processes
+        for number in range(self.rounds + 1):
+            folder = self.train(number) if number else self.start
+            (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+            save_run_config(evaluated, folder / "evaluation" / "config.yaml")
+        for number in range(1, self.rounds + 1):
+            nodes = replace(self.nodes, sample=replace(self.nodes.sample, round=number))
+            run = self.train(number - 1) if number > 1 else None
+            Settings(evaluated, nodes, run).write(self.sample(number))
+            save_run_config(self.training(number), self.train(number) / "config.yaml")
+
+    def training(self, number: int) -> RunConfig:
+        """The configuration of a round's training: its pairs, from the weights of the round before."""
+        config = copy.deepcopy(self.config)
+        config.resume = "auto"
+        config.data = round_data(config.data, self.sample(number) / PAIRS)
+        if number == 1:
+            return config
+        final = str(self.train(number - 1) / FINAL)
+        if self.settings.reference == FIRST:
+            config.reference.path = config.adapter.path or str(model_folder(self.config.model))
+        if config.adapter.name == "none":
+            config.model = replace(config.model, name="local", path=final, revision=None, init="pretrained")
+        else:
+            config.adapter.path = final
+        return config
+
+
+def round_data(data: DataConfig, pairs: Path) -> DataConfig:
+    """What a round trains on: its pairs, all of them, tokenised as the data is.
+
+    A pair that the limits make unusable is left out and counted: it was made here, and cannot be corrected.
+    """
+    return replace(
+        data,
+        name="pairs",
+        path=str(pairs),
+        subset=None,
+        data_dir=None,
+        split="train",
+        revision=None,
+        streaming=False,
+        sources=[],
+        columns={},
+        eval_path=None,
+        eval_split=None,
+        eval_fraction=0.0,
+        max_examples=None,
+        on_bad="drop",
+    )
