@@ -60,6 +60,9 @@ def small(words: list[str]) -> list[str]:
     words = [re.sub(r"^sweep\.trials=\d+$", "sweep.trials=2", word) for word in words]
     if "eval=judge" in words:
         words.append("judge.max_examples=2")
+    if words[0] in ("sample", "iterate"):
+        words += ["sample.prompts=24", "sample.batch_size=64"]
+    words = [re.sub(r"^rounds=\d+$", "rounds=1", word) for word in words]
     if words[0] == "plan":  # downloads nothing, trains nothing
         return words
     if any(DOWNLOADED.search(word) for word in words):
