@@ -149,8 +149,8 @@ def iterate(ctx: typer.Context) -> None:
       rcpo submit iterate rounds=3 ... slurm.nodes=2            a chain of SLURM jobs
 
     Keys are those of train, sample.*, score, pairing (see `rcpo sample`), and iterate.reference=round|first.
-    The folder that is printed at the start (hydra.run.dir=DIR chooses it) has round-N/sample and
-    round-N/train, and round-0, the model before. The same call continues one that was stopped or killed.
+    The folder that is printed at the start (hydra.run.dir=DIR chooses it) has round-N/sample, train and
+    evaluate; round 0 is the model before. The same call continues one that was stopped or killed.
     """
     from rcpo.onpolicy.iterate import iterate as go_through
 

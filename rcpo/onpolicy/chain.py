@@ -18,6 +18,8 @@ from rcpo.launch.checks import check_run
 from rcpo.onpolicy.command import fetch_scorer, with_folder
 from rcpo.onpolicy.iterate import ITERATE_NODES, PRIMARY_ROUNDS
 from rcpo.onpolicy.rounds import EVALUATE, SAMPLE, TRAIN, Iteration, Step
+from rcpo.onpolicy.settings import dated
+from rcpo.report.rounds import SETTINGS_FILE
 from rcpo.slurm.queue import ACTIVE, Queued, Submitted, job_id, now, queue, read_submitted, sbatch
 from rcpo.slurm.script import Job, render
 from rcpo.slurm.snapshot import PACKAGE, snapshot
@@ -43,6 +45,7 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
         config = parse(user_part(cfg))
         rounds, settings = iterate_config(cfg)
         folder = resolved_dir(cfg, None).absolute()
+        dated(config, folder / SETTINGS_FILE)
         iteration = Iteration(config, onpolicy_config(cfg, config), settings, rounds, folder)
     _ready(iteration, slurm)
     left = [step for step in iteration.steps() if not step.done]

@@ -25,7 +25,7 @@ from rcpo.jobs.folders import resolved_dir
 from rcpo.jobs.show import show, shows
 from rcpo.launch import check, configure_log, external_ranks, run_here, world_size
 from rcpo.launch.local import launch_workers, python
-from rcpo.onpolicy.settings import Settings
+from rcpo.onpolicy.settings import SETTINGS_FILE, Settings, dated
 from rcpo.runfolder import refuse_locked
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def sample(arguments: Sequence[str]) -> int:
             return show(hydra, name, flags, overrides)
         settings, folder = _settings(hydra, name, overrides, Path(runs[0]) if runs else None)
     ready(settings)
+    dated(settings.config, folder / SETTINGS_FILE)
     ranks = external_ranks()
     main_rank = ranks is None or ranks.rank == 0
     if main_rank:

@@ -19,7 +19,8 @@ from rcpo.launch import DONE, check, external_ranks
 from rcpo.launch.local import forward_signals
 from rcpo.onpolicy.command import NODES, fetch_scorer, with_folder
 from rcpo.onpolicy.rounds import Iteration, Step
-from rcpo.report.rounds import conclude
+from rcpo.onpolicy.settings import dated
+from rcpo.report.rounds import SETTINGS_FILE, conclude
 from rcpo.signals import STOPPED
 
 PRIMARY_ROUNDS = "rounds"  # conf/rounds.yaml
@@ -47,6 +48,7 @@ def iterate(arguments: Sequence[str]) -> int:
         config = parse(user_part(cfg))
         rounds, settings = iterate_config(cfg)
         folder = resolved_dir(cfg, None).absolute()
+        dated(config, folder / SETTINGS_FILE)
         iteration = Iteration(config, onpolicy_config(cfg, config), settings, rounds, folder)
     ready(iteration, config.launch.processes)
     print(f"iterate: {os.path.relpath(folder)}", flush=True)

@@ -1,8 +1,7 @@
 """The steps of `rcpo iterate`, each in a folder of its own; what each needs is known before the first one.
 
-round-0                the model before all rounds, evaluated
-round-N/sample         answers of the model so far, and their pairs
-round-N/train          a run on those pairs, and its evaluation on the data's own held-out pairs
+round-N/sample: answers of the model so far, and their pairs. round-N/train: a run on those pairs.
+round-N/evaluate: its weights on the data's own held-out pairs; of round 0, the model before all rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 from rcpo.config import ConfigError, DataConfig, RunConfig, save_run_config, to_container
 from rcpo.config.changes import FREE_NODES, flatten
-from rcpo.config.onpolicy import FIRST, IterateConfig, OnPolicyConfig, as_tree
+from rcpo.config.onpolicy import ROUND, IterateConfig, OnPolicyConfig, as_tree
 from rcpo.config.parsing import read_tree
 from rcpo.evaluation.heldout import RECORD
 from rcpo.final import FINAL
@@ -27,7 +26,7 @@ from rcpo.onpolicy.command import sample_command
 from rcpo.onpolicy.pairs import PAIRS, finished_pairs
 from rcpo.onpolicy.settings import Settings
 from rcpo.report.rounds import SETTINGS_FILE
-from rcpo.runfolder import FINISHED_FILE
+from rcpo.runfolder import EVALUATION, FINISHED_FILE
 from rcpo.tracking.jsonl import replace_text
 
 SAMPLE, TRAIN, EVALUATE = "sample", "train", "evaluate"
@@ -81,21 +80,20 @@ class Iteration:
 
     def steps(self) -> Iterator[Step]:
         """All steps in their order."""
-        yield Step(0, EVALUATE, self.start)
+        yield Step(0, EVALUATE, self.evaluate(0))
         for number in range(1, self.rounds + 1):
             yield Step(number, SAMPLE, self.sample(number))
             yield Step(number, TRAIN, self.train(number))
-            yield Step(number, EVALUATE, self.train(number))
-
-    @property
-    def start(self) -> Path:
-        return self.folder / "round-0"
+            yield Step(number, EVALUATE, self.evaluate(number))
 
     def sample(self, number: int) -> Path:
         return self.folder / f"round-{number}" / SAMPLE
 
     def train(self, number: int) -> Path:
         return self.folder / f"round-{number}" / TRAIN
+
+    def evaluate(self, number: int) -> Path:
+        return self.folder / f"round-{number}" / EVALUATE
 
     def check(self) -> None:
         """Raises ConfigError for what rounds rule out, and for a folder of another iteration."""
@@ -159,15 +157,16 @@ class Iteration:
         replace_text(self.folder / SETTINGS_FILE, OmegaConf.to_yaml(OmegaConf.create(self._tree())))
         evaluated = copy.deepcopy(self.config)
         # nothing is trained, so the global batch need not fit this number of processes
-        evaluated.train.batch_size = evaluated.train.micro_batch_size * processes
+        evaluated.train.batch_size = (evaluated.train.micro_batch_size or 1) * processes
         for number in range(self.rounds + 1):
-            folder = self.train(number) if number else self.start
-            (folder / "evaluation").mkdir(parents=True, exist_ok=True)
-            save_run_config(evaluated, folder / "evaluation" / "config.yaml")
+            folder = self.evaluate(number) / EVALUATION
+            folder.mkdir(parents=True, exist_ok=True)
+            save_run_config(self.after(evaluated, number), folder / "config.yaml")
         for number in range(1, self.rounds + 1):
             nodes = replace(self.nodes, sample=replace(self.nodes.sample, round=number))
             run = self.train(number - 1) if number > 1 else None
             Settings(evaluated, nodes, run).write(self.sample(number))
+            self.train(number).mkdir(exist_ok=True)
             save_run_config(self.training(number), self.train(number) / "config.yaml")
 
     def training(self, number: int) -> RunConfig:
@@ -177,9 +176,18 @@ class Iteration:
         config.data = round_data(config.data, self.sample(number) / PAIRS)
         if number == 1:
             return config
-        final = str(self.train(number - 1) / FINAL)
-        if self.settings.reference == FIRST:
-            config.reference.path = config.adapter.path or str(model_folder(self.config.model))
+        config = self.after(config, number - 1)
+        if self.settings.reference == ROUND:
+            config.reference.path = None
+        return config
+
+    def after(self, config: RunConfig, number: int) -> RunConfig:
+        """The same with the weights that a round ended with, and the first model as its reference."""
+        if number == 0:
+            return config
+        config = copy.deepcopy(config)
+        final = str(self.train(number) / FINAL)
+        config.reference.path = config.adapter.path or str(model_folder(self.config.model))
         if config.adapter.name == "none":
             config.model = replace(config.model, name="local", path=final, revision=None, init="pretrained")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,16 @@ from rcpo.config.parsing import read_tree
 from rcpo.tracking.jsonl import replace_text
 
 SETTINGS_FILE = "sample.yaml"
+
+
+def dated(config: RunConfig, path: Path) -> None:
+    """Sets the day that a template writes, where none is given: that on which the work in a folder began.
+
+    `path` is the file that it left there, which holds its configuration.
+    """
+    if config.data.date is None:
+        known = OmegaConf.select(read_tree(path), "config.data.date") if path.exists() else None
+        config.data.date = known or date.today().isoformat()
 
 
 @dataclass(frozen=True)

@@ -53,18 +53,16 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _values(place: Path) -> dict[str, float]:
-    train = place / "train"
-    run = train if train.is_dir() else place
     about = read_object(place / "sample" / "pairs.json")
     found = {key: float(about[key]) for key in ("pairs", "score_mean") if about.get(key) is not None}
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_rows(place / "train" / "metrics.jsonl")
     for name in BAND:
         values = [
             row[f"{SAMPLES_BAND}{name}"] for row in rows if row.get(f"{SAMPLES_BAND}{name}") is not None
         ]
         if values:
             found[f"{SAMPLES_BAND}{name}"] = fmean(values)
-    return {**found, **read_evaluation(run / "evaluation.json")}
+    return {**found, **read_evaluation(place / "evaluate" / "evaluation.json")}
 
 
 def table(found: Sequence[Round]) -> tuple[list[str], list[list[str]]]:

@@ -42,17 +42,20 @@ def test_each_round_starts_from_the_weights_of_the_one_before(tmp_path: Path) ->
     assert len(names) == 10 and not any(step.done for step in plan.steps())
     for number in (1, 2, 3):
         (plan.sample(number) / "pairs.jsonl").touch()
+        shutil.copytree(model_folder(RunConfig().model), plan.train(number) / "final")
         settings, config = Settings.read(plan.sample(number)), plan.training(number)
         assert settings.nodes.sample.round == number
         assert config.data.path == str(plan.sample(number) / "pairs.jsonl") and config.data.eval_fraction == 0
         assert config.resume == "auto" and config.reference.path is None
-        evaluated = plan.train(number) / "evaluation" / "config.yaml"
-        assert load_run_config(evaluated).train.batch_size == 32  # 16 pairs for each of two ranks
+        evaluated = plan.evaluate(number - 1) / "evaluation" / "config.yaml"
+        assert load_run_config(evaluated).train.batch_size == 2  # whatever is trained, two ranks can evaluate
         assert load_run_config(evaluated).data == RunConfig().data
+        assert load_run_config(evaluated).model == config.model
+        first = None if number == 1 else str(model_folder(RunConfig().model))
+        assert load_run_config(evaluated).reference.path == first
         if number > 1:
             final = plan.train(number - 1) / "final"
             assert settings.run == plan.train(number - 1) and config.model.path == str(final)
-            shutil.copytree(model_folder(RunConfig().model), final)
         else:
             assert settings.run is None and config.model.path is None
         assert load_run_config(plan.train(number)) == config
@@ -128,15 +131,12 @@ def test_another_iteration_is_refused_and_more_rounds_are_not(tmp_path: Path) ->
 
 
 def test_the_table_shows_what_each_round_left(tmp_path: Path) -> None:
-    start, train, sample = (
-        tmp_path / "round-0",
-        tmp_path / "round-1" / "train",
-        tmp_path / "round-1" / "sample",
-    )
-    for folder in (start, train, sample):
+    start = tmp_path / "round-0" / "evaluate"
+    sample, train, evaluate = (tmp_path / "round-1" / name for name in ("sample", "train", "evaluate"))
+    for folder in (start, sample, train, evaluate):
         folder.mkdir(parents=True)
     (start / "evaluation.json").write_text('{"eval/exact_match": 0.99, "eval/token_logratios/chosen": 0.0}')
-    (train / "evaluation.json").write_text(
+    (evaluate / "evaluation.json").write_text(
         '{"eval/exact_match": 0.995, "eval/token_logratios/chosen": -0.02}'
     )
     (sample / "pairs.json").write_text('{"pairs": 1234, "score_mean": 0.926}')
@@ -162,8 +162,8 @@ SMALL = [
 ]
 # what a round leaves behind, but for times, speeds, host and paths
 SAME = [
-    *("round-0/evaluation.json", "round-1/sample/pairs.jsonl", "round-1/train/evaluation.json"),
-    *("round-2/sample/pairs.jsonl", "round-2/train/evaluation.json"),
+    *("round-0/evaluate/evaluation.json", "round-1/sample/pairs.jsonl", "round-1/evaluate/evaluation.json"),
+    *("round-2/sample/pairs.jsonl", "round-2/evaluate/evaluation.json"),
     *("round-1/train/final/model.safetensors", "round-2/train/final/model.safetensors"),
 ]
 
@@ -223,7 +223,7 @@ def killed(folder: Path, until: str, count: int = 1) -> None:
 def test_kill_9_in_each_phase_changes_nothing(whole: Path, tmp_path: Path) -> None:
     """While it evaluates, samples, trains; each time the same call goes on."""
     for until, count in (
-        ("round-0/evaluation/config.yaml", 1),
+        ("round-0/evaluate/evaluation/config.yaml", 1),
         ("round-1/sample/answers/rank-0.jsonl", 1),
         ("round-1/train/metrics.jsonl", 2),
         ("round-1/train/finished.json", 1),

@@ -45,8 +45,9 @@ def about(folder: Path) -> dict[str, Any]:
     return found
 
 
-def results(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in ("pairs.jsonl", "pairs.json")]
+def results(folder: Path) -> list[Any]:
+    """The pairs and all about them but the state of the checkout, which may change while tests run."""
+    return [(folder / "pairs.jsonl").read_bytes(), {**about(folder), "rcpo": None}]
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +491,7 @@ def test_verifiable_scores_need_a_right_answer(tmp_path: Path) -> None:
     data = given.config.data
     data.name, data.workers = "pairs", 0
     data.path = str(tmp_path / "unpaired.jsonl")
-    lines = [{"prompt": f"{n}+1=", "completion": "2", "label": False} for n in range(10, 20)]
+    lines = [{"prompt": f"{n}+1=", "completion": "2", "label": n % 2 == 0} for n in range(10, 20)]
     Path(data.path).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ConfigError, match=r"score=number: .* has no chosen response"):
         work.make(given, tmp_path / "out")
