@@ -11,7 +11,8 @@ from ranks import on_ranks
 from tiny import sums_file, tiny_llama
 from workers import nonfinite
 
-from rcpo.config import RunError, TrainConfig
+from rcpo import distributed
+from rcpo.config import ObjectiveConfig, RunError, TrainConfig
 from rcpo.nonfinite import NonFiniteWatch
 from rcpo.objectives import RunningMean
 
@@ -53,6 +54,25 @@ def test_in_a_row_is_counted_anew_after_a_good_step(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="max_nonfinite=1"):
         resumed.judge(True, {"step": 6})
     assert json.loads((tmp_path / "nonfinite" / "step-1.json").read_text())["metrics"]["loss"] == "nan"
+
+
+def test_a_bad_step_leaves_bco_s_running_mean_alone(tmp_path: Path) -> None:
+    """The mean is over the pairs of good steps: 8 of the first, none of the second, 8 of the third."""
+    distributed.initialize()
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
+    config = nonfinite.configuration(model, pairs, 0, "skip")
+    config.objective = ObjectiveConfig(name="bco", hyperparameters={"beta": 0.1})
+    trainer, objective = nonfinite.start(config, tmp_path)
+    trainer.train_step()
+    assert isinstance(objective.state, RunningMean)
+    kept = objective.state.state_dict()
+    assert kept["count"] == 16  # both rewards of each pair
+    objective.armed = "loss"
+    assert trainer.train_step()["nonfinite_steps"] == 1
+    assert objective.state.state_dict() == kept
+    objective.armed = ""
+    trainer.train_step()
+    assert objective.state.count == 32 and objective.state.total != kept["total"]
 
 
 def test_a_running_mean_forgets_a_bad_step() -> None:
