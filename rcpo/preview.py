@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -25,12 +26,14 @@ from rcpo.config.composition import (
     user_part,
 )
 from rcpo.data.dataset import Datasets, load_datasets
-from rcpo.data.records import Example
+from rcpo.data.records import PAIRS, Example
 from rcpo.data.store import PairDataset
+from rcpo.diagnosis import ches_lines, ches_of, responses, sampled
 from rcpo.jobs.show import show, shows
-from rcpo.models import load_tokenizer, model_folder
+from rcpo.models import Policy, load_model, load_tokenizer, model_folder
 from rcpo.visible import visible
 
+SHOW = "show"  # the word that adds a diagnosis, with or without a number of examples
 SHOWN = 3  # examples, without `show=`
 LONGEST = 1200  # characters of a part that are shown: its first and last halves
 BINS, BAR = 12, 40  # of a histogram: rows, and columns of the longest bar
@@ -40,7 +43,7 @@ STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "gold": "yellow
 def preview(arguments: Sequence[str]) -> int:
     """`rcpo data ARGUMENTS`: returns the exit code; raises ConfigError for what cannot be used."""
     flags = split_arguments(arguments)
-    wanted = [override for override in flags.overrides if override.startswith("show=")]
+    wanted = [word for word in flags.overrides if word == SHOW or word.startswith(f"{SHOW}=")]
     overrides = [override for override in flags.overrides if override not in wanted]
     if flags.multirun:
         raise ConfigError("command line: data takes one dataset at a time, without -m")
@@ -51,7 +54,8 @@ def preview(arguments: Sequence[str]) -> int:
             return show(hydra, name, flags, overrides)
         config = parse(user_part(compose_with(hydra, name, overrides)))
     logging.basicConfig(level=logging.WARNING)
-    _show(config, _number(wanted[0].removeprefix("show=")) if wanted else SHOWN)
+    numbers = [word.removeprefix(f"{SHOW}=") for word in wanted if word != SHOW]
+    _show(config, _number(numbers[0]) if numbers else SHOWN, diagnose=bool(wanted))
     return 0
 
 
@@ -61,7 +65,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _show(config: RunConfig, count: int) -> None:
+def _show(config: RunConfig, count: int, *, diagnose: bool) -> None:
     console = Console(highlight=False)
     model = config.model
     folder = model_folder(model)
@@ -83,6 +87,21 @@ def _show(config: RunConfig, count: int) -> None:
     console.print(histogram(datasets.train))
     for line in duplicates(datasets):
         say(line)
+    if diagnose and datasets.train.kind == PAIRS:
+        for line in _diagnosis(config, tokenizer, datasets.train):
+            say(line)
+
+
+def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: PairDataset) -> list[str]:
+    """Lines on the pairs, and on what the model makes of them where its weights are on this machine."""
+    lines = responses(dataset)
+    path = config.model.path
+    if path is not None and not Path(path).expanduser().is_dir():
+        return [*lines, f"CHES needs the model: model.path={path} is not a folder on this machine"]
+    policy = Policy(load_model(model_folder(config.model), config, init=config.model.init))
+    pad, places = tokenizer.pad_token_id, sampled(dataset)
+    assert isinstance(pad, int)
+    return [*lines, *ches_lines(ches_of(policy, dataset, places, pad), places, dataset.id)]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> str:

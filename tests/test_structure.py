@@ -46,7 +46,7 @@ ROWS: list[list[str]] = [
     ],
     [
         *("evaluation", "comparison", "report", "launch", "jobs", "slurm", "onpolicy", "planner"),
-        *("integrations", "preview", "doctor"),
+        *("integrations", "diagnosis", "preview", "doctor"),
     ],
     ["cli", "__main__"],
 ]
