@@ -10,6 +10,12 @@ import numpy as np
 
 from rcpo.config import RunConfig
 
+CERTAIN = -0.1
+"""Mean log-prob per token from which a winner has too little left to gain."""
+
+FLOOR = -15.0
+"""Mean log-prob per token at which a loser is below chance in every vocabulary in use: e^15 = 3.3 million."""
+
 
 def tokens_per_winner(reduction: str, lengths: np.ndarray) -> float:
     """Return what divides a winner's log-ratio to give nats a token, from its reduction and the lengths.
@@ -21,11 +27,16 @@ def tokens_per_winner(reduction: str, lengths: np.ndarray) -> float:
 
 
 class DivergenceWatch:
-    """Looks at the rows of a run, the same on all ranks; `tokens` is what `tokens_per_winner` gives."""
+    """Looks at the rows of a run, the same on all ranks; `tokens` is what `tokens_per_winner` gives.
 
-    def __init__(self, config: RunConfig, tokens: float) -> None:
+    `paired` says whether the objective has a rejected side, without which nothing can be calibrated.
+    """
+
+    def __init__(self, config: RunConfig, tokens: float, *, paired: bool = True) -> None:
         self._watch = config.watch
-        self._calibrated = config.rc.enabled
+        self._loops = config.rc.loops
+        self._paired = paired
+        self._target = config.rc.target
         self._alpha_max = config.rc.alpha_max
         self._unit = tokens
         self._in_a_row = {"margin": 0, "alpha": 0}
@@ -59,11 +70,34 @@ class DivergenceWatch:
         )
 
     def _remedy(self, row: Mapping[str, Any]) -> str:
-        """Calibration can help where the band is left; winners also fall inside it (README, the study)."""
+        """Name the closed loop, or what keeps a loop that is already closed from holding the winner."""
         slower = "a lower optim.lr slows it"
-        if row.get("rc/in_band", row.get("dynamics/in_band")):
-            return f"yet the step is in the band, whose geometry does not see this fall: {slower}"
-        return slower if self._calibrated else f"rc=on may keep it, {slower}"
+        if self._loops:
+            return f"{self._why_the_loop_fails(row)}; {slower}"
+        if not self._paired:
+            return slower
+        inside = row.get("rc/in_band", row.get("dynamics/in_band"))
+        although = "this batch's band, in which the step is, does not govern other text: " if inside else ""
+        return f"{although}rc=loop holds the winner near rc.target={self._target:g}, and {slower}"
+
+    def _why_the_loop_fails(self, row: Mapping[str, Any]) -> str:
+        """The reasons that the row shows, of those for which a loop lets the winner fall."""
+        reasons = []
+        if (wanted := row.get("rc/saturated")) or self._clamped(row):
+            often = f" in {wanted} reading{'s' * (wanted > 1)}" if wanted else ""
+            reasons.append(f"it asked for more than rc.alpha_max={self._alpha_max}{often}")
+        winner, loser = row.get("logps/chosen"), row.get("logps/rejected")
+        start = None if winner is None else (winner - row["logratios/chosen"]) / self._unit
+        if start is not None and start > CERTAIN:
+            reasons.append(
+                f"the winner was almost certain under the reference ({start:.2f} nats a token) "
+                "and can only fall"
+            )
+        if loser is not None and loser / self._unit < FLOOR:
+            reasons.append(f"the loser is at its floor ({loser / self._unit:.1f} nats a token)")
+        return (
+            f"rc=loop does not hold it: {' and '.join(reasons)}" if reasons else "rc=loop has not caught up"
+        )
 
     def _margin(self, row: Mapping[str, Any]) -> str | None:
         """Every pair is right for long, and the margin still doubles: nothing is left to learn from them."""
@@ -83,17 +117,25 @@ class DivergenceWatch:
 
     def _alpha(self, row: Mapping[str, Any]) -> str | None:
         """α has been at its clamp for long."""
-        alpha = row.get("rc/alpha")
-        limit = math.inf if self._alpha_max is None else math.log(self._alpha_max)
-        if alpha is None or abs(math.log(alpha)) < limit * (1 - 1e-9):
+        if not self._clamped(row):
             self._in_a_row["alpha"] = 0
             return None
         if not self._lasts("alpha"):
             return None
-        return (
-            f"α has been at its clamp ({alpha:.3g}) for {self._in_a_row['alpha']} steps: one side's score "
-            "has nearly vanished, see dynamics/score_norm_chosen and _rejected; rc.alpha_max is the clamp"
+        why = (
+            "the loop asks for more, see rc/winner and rc/saturated"
+            if self._loops
+            else "one side's score has nearly vanished, see dynamics/score_norm_chosen and _rejected"
         )
+        return (
+            f"α has been at its clamp ({row['rc/alpha']:.3g}) for {self._in_a_row['alpha']} steps: {why}; "
+            "rc.alpha_max is the clamp"
+        )
+
+    def _clamped(self, row: Mapping[str, Any]) -> bool:
+        alpha = row.get("rc/alpha")
+        limit = math.inf if self._alpha_max is None else math.log(self._alpha_max)
+        return alpha is not None and abs(math.log(alpha)) >= limit * (1 - 1e-9)
 
     def _lasts(self, sign: str) -> bool:
         self._in_a_row[sign] += 1

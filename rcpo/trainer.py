@@ -73,7 +73,7 @@ class Trainer:
         )
         self.watch = NonFiniteWatch(session.run_dir, session.config.train)
         tokens = tokens_per_winner(session.objective.reduction, session.datasets.train.lengths[:, 1])
-        self.divergence = DivergenceWatch(session.config, tokens)
+        self.divergence = DivergenceWatch(session.config, tokens, paired=session.objective.needs_rejected)
         self.checkpoints = CheckpointWriter(session.run_dir, session.config)
         self.best = BestStep(session.config.checkpoint)
         self.inputs = shared_inputs(session.config)

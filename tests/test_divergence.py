@@ -48,23 +48,80 @@ def test_only_the_winners_that_are_there_count() -> None:
     assert tokens_per_winner("sum", np.zeros(3)) == tokens_per_winner("mean", lengths) == 1.0
 
 
+ADVICE = "rc=loop holds the winner near rc.target=0, and a lower optim.lr slows it"
+
+
 @pytest.mark.parametrize(
-    ("calibrated", "band", "remedy"),
+    ("rule", "band"),
     [
-        (False, {"dynamics/in_band": False}, "; rc=on may keep it, a lower optim.lr slows it"),
-        (False, {"dynamics/in_band": None}, "; rc=on may keep it, a lower optim.lr slows it"),
-        (False, {"dynamics/in_band": True}, "; yet the step is in the band, whose geometry does not see"),
-        (True, {"dynamics/in_band": True, "rc/in_band": False}, "; a lower optim.lr slows it"),
-        (True, {"dynamics/in_band": False, "rc/in_band": True}, "; yet the step is in the band"),
+        (None, {"dynamics/in_band": False}),
+        (None, {"dynamics/in_band": None}),
+        ("center", {"dynamics/in_band": True, "rc/in_band": False}),
+        ("edge", {}),
+        ("fixed", {}),
     ],
 )
-def test_calibration_is_advised_where_it_can_help(
-    calibrated: bool, band: dict[str, Any], remedy: str
-) -> None:
+def test_the_loop_is_advised_to_runs_without_it(rule: str | None, band: dict[str, Any]) -> None:
+    (line,) = said([{"logratios/chosen": -9.0, **band}], by_rule(rule))
+    assert line.endswith(f"(watch.winner=0.3); {ADVICE}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "band"),
+    [
+        (None, {"dynamics/in_band": True}),
+        ("center", {"dynamics/in_band": False, "rc/in_band": True}),
+    ],
+)
+def test_a_fall_inside_the_band_is_explained(rule: str | None, band: dict[str, Any]) -> None:
+    (line,) = said([{"logratios/chosen": -9.0, **band}], by_rule(rule))
+    assert line.endswith(f"; this batch's band, in which the step is, does not govern other text: {ADVICE}")
+
+
+def test_what_cannot_be_calibrated_is_not_advised_to_be() -> None:
+    (line,) = said([{"logratios/chosen": -9.0}], DivergenceWatch(RunConfig(), 1.0, paired=False))
+    assert line.endswith("(watch.winner=0.3); a lower optim.lr slows it")
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"rc/alpha": 2.0, "rc/saturated": 0}, "rc=loop has not caught up"),
+        ({"rc/alpha": 10.0}, "rc=loop does not hold it: it asked for more than rc.alpha_max=10.0"),
+        (
+            {"rc/alpha": 9.0, "rc/saturated": 7},
+            "rc=loop does not hold it: it asked for more than rc.alpha_max=10.0 in 7 readings",
+        ),
+        # 20 tokens: −9 nats of a sum, from −1 under the reference to −10
+        (
+            {"logps/chosen": -10.0},
+            "rc=loop does not hold it: the winner was almost certain under the reference "
+            "(-0.05 nats a token) and can only fall",
+        ),
+        ({"logps/chosen": -12.0}, "rc=loop has not caught up"),  # from −3: −0.15 a token
+        (
+            {"rc/saturated": 1, "logps/rejected": -320.0},
+            "rc=loop does not hold it: it asked for more than rc.alpha_max=10.0 in 1 reading and "
+            "the loser is at its floor (-16.0 nats a token)",
+        ),
+    ],
+)
+def test_a_loop_that_lets_the_winner_fall_is_explained(row: dict[str, Any], why: str) -> None:
+    (line,) = said([{"logratios/chosen": -9.0, **row}], by_rule("loop", tokens=20.0))
+    assert line.endswith(f"; {why}; a lower optim.lr slows it")
+
+
+def by_rule(rule: str | None, tokens: float = 1.0) -> DivergenceWatch:
     config = RunConfig()
-    config.rc.enabled = calibrated
-    (line,) = said([{"logratios/chosen": -9.0, **band}], DivergenceWatch(config, 1.0))
-    assert remedy in line
+    config.rc.enabled = rule is not None
+    config.rc.rule = rule or config.rc.rule
+    return DivergenceWatch(config, tokens)
+
+
+def test_a_clamped_loop_points_to_its_own_figures() -> None:
+    clamped = [{"rc/alpha": 10.0}] * 50
+    assert "the loop asks for more, see rc/winner and rc/saturated" in said(clamped, by_rule("loop"))[0]
+    assert "score has nearly vanished" in said(clamped, by_rule("edge"))[0]
 
 
 def test_certainty_with_a_growing_margin() -> None:

@@ -40,10 +40,10 @@ JUDGE_ROWS = (
 
 
 class Move(Enum):
-    """Where a side's mean log-ratio went, as far as its interval tells."""
+    """Where a side's mean log-ratio went, as far as its interval tells; single pairs may differ."""
 
     FELL = "fell"
-    KEPT = "kept its probability"
+    KEPT = f"moved by less than {NOTICEABLE} nats"
     ROSE = "rose"
     OPEN = "moved too little, or too unevenly, to call"
 
@@ -81,15 +81,25 @@ def _what_moved(values: Mapping[str, float | None]) -> str:
         )
         return f"There is no reference to compare with (mean log-probs: {shown or 'unknown'})"
     won = f"mean log-ratio {interval(values, 'logratios/chosen')}{_of_how_many(values)}"
+    won += against_the_mean(_value(values, "winner_fell"), fell=winner is Move.FELL)
     if loser is None:
-        return f"The winner {winner.value} ({won})"
+        return f"On average the winner {winner.value} ({won})"
     lost = interval(values, "logratios/rejected")
     if winner is Move.FELL and loser is Move.FELL:
-        return f"The winner fell with the loser: likelihood displacement ({won}; the loser's {lost})"
+        return (
+            f"On average the winner fell with the loser: likelihood displacement ({won}; the loser's {lost})"
+        )
     if winner is Move.FELL:
-        return f"The winner fell ({won}) although the loser {_did(loser)} ({lost})"
+        return f"On average the winner fell ({won}) although the loser {_did(loser)} ({lost})"
     joint = "while" if loser in (Move.FELL, Move.OPEN) else "and"
-    return f"The winner {winner.value} ({won}) {joint} the loser {loser.value} ({lost})"
+    return f"On average the winner {winner.value} ({won}) {joint} the loser {loser.value} ({lost})"
+
+
+def against_the_mean(share: float | None, *, fell: bool) -> str:
+    """Return the share of pairs whose winner fell, where the mean suggests that most did the opposite."""
+    if share is None or not (share < 0.5 if fell else share > 0.5):
+        return ""
+    return f"; the winner fell in {'only ' if fell else ''}{_percent(share)} of the pairs"
 
 
 def _of_how_many(values: Mapping[str, float | None]) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcpo.comparison import METRICS, Contrast, Metric, spread
-from rcpo.evaluation.summary import NOTICEABLE, describe, interval
+from rcpo.evaluation.summary import NOTICEABLE, against_the_mean, describe, interval
 from rcpo.report.dynamics import Prediction
 from rcpo.report.panels import UNITS
 from rcpo.report.probes import CROSSED, Crossings
 from rcpo.report.runs import Run, Status
 
 WINNER, LOSER = "eval/token_logratios/chosen", "eval/token_logratios/rejected"
+FELL = "eval/winner_fell"
 LAST = 10  # logged steps that stand for the end of training where nothing was evaluated
 
 
@@ -110,14 +111,15 @@ def headline_of_contrasts(pairs: Sequence[Contrast]) -> str:
         return "Runs without and with calibration; none has held-out log-ratios on both sides yet."
     kept = [pair for pair in measured if _kept_what_fell(pair)]
     first = max(kept or measured, key=_gain)
-    said = f"{_verdict(first)} ({first.label}, {_seeds(first)})."
+    said = f"{_verdict(first)}{_loser(first)} ({first.label}, {_seeds(first)})."
     if len(measured) == 1:
         return said
-    return f"{said} RC kept a winner that fell without it in {len(kept)} of {len(measured)} comparisons."
+    agree = f"{len(kept)} of {len(measured)} comparisons"
+    return f"{said} The mean winner fell without RC and not with it in {agree}."
 
 
 def sentence_of_contrast(pair: Contrast) -> str:
-    """What calibration changed, from means over seeds: "RC kept the winner: −0.03 against −0.51; …"."""
+    """What calibration changed, from means over seeds: "On average RC kept the winner: −0.03 against …"."""
     if _means(pair) is None:
         return f"{pair.label}: no held-out log-ratios on both sides yet."
     return f"{pair.label}: {_verdict(pair)}{_loser(pair)}{_score(pair)} ({_seeds(pair)})."
@@ -149,14 +151,17 @@ def _verdict(pair: Contrast) -> str:
     means = _means(pair)
     assert means is not None
     base, calibrated = means
+    fell = _means(pair, FELL)
+    share = None if fell is None else fell[1]
     figures = f"{number(calibrated)} against {number(base)}"
+    figures += against_the_mean(share, fell=calibrated < -NOTICEABLE)
     if _kept_what_fell(pair):
-        return f"RC kept the winner: {figures}"
+        return f"On average RC kept the winner: {figures}"
     if calibrated >= -NOTICEABLE:
-        return f"The winner stayed with and without RC: {figures}"
+        return f"On average the winner stayed with and without RC: {figures}"
     if calibrated > base:
-        return f"RC slowed the winner's fall, it did not stop it: {figures}"
-    return f"RC did not keep the winner: {figures}"
+        return f"On average RC slowed the winner's fall, it did not stop it: {figures}"
+    return f"On average RC did not keep the winner: {figures}"
 
 
 def _loser(pair: Contrast) -> str:

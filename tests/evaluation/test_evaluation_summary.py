@@ -52,39 +52,62 @@ GOOD = "; held-out accuracy 95 %, exact match 98 %."
         (
             KEPT,
             FELL,
-            "The winner kept its probability (mean log-ratio −0.03 [−0.05, −0.01]) while the loser fell "
-            "(−1.20 [−1.30, −1.10])",
+            "On average the winner moved by less than 0.1 nats (mean log-ratio −0.03 [−0.05, −0.01]) while "
+            "the loser fell (−1.20 [−1.30, −1.10])",
         ),
         (
             FELL,
             FELL,
-            "The winner fell with the loser: likelihood displacement (mean log-ratio −1.20 [−1.30, −1.10]; "
-            "the loser's −1.20 [−1.30, −1.10])",
+            "On average the winner fell with the loser: likelihood displacement (mean log-ratio "
+            "−1.20 [−1.30, −1.10]; the loser's −1.20 [−1.30, −1.10])",
         ),
         (
             FELL,
             KEPT,
-            "The winner fell (mean log-ratio −1.20 [−1.30, −1.10]) although the loser did not "
+            "On average the winner fell (mean log-ratio −1.20 [−1.30, −1.10]) although the loser did not "
             "(−0.03 [−0.05, −0.01])",
         ),
         (
             ROSE,
             ROSE,
-            "The winner rose (mean log-ratio 0.50 [0.40, 0.60]) and the loser rose (0.50 [0.40, 0.60])",
+            "On average the winner rose (mean log-ratio 0.50 [0.40, 0.60]) and the loser rose "
+            "(0.50 [0.40, 0.60])",
         ),
         (
             OPEN,
             FELL,
-            "The winner moved too little, or too unevenly, to call (mean log-ratio 0.00 [−0.40, 0.40]) "
-            "while the loser fell (−1.20 [−1.30, −1.10])",
+            "On average the winner moved too little, or too unevenly, to call (mean log-ratio "
+            "0.00 [−0.40, 0.40]) while the loser fell (−1.20 [−1.30, −1.10])",
         ),
-        (ROSE, None, "The winner rose (mean log-ratio 0.50 [0.40, 0.60])"),
+        (ROSE, None, "On average the winner rose (mean log-ratio 0.50 [0.40, 0.60])"),
     ],
 )
 def test_the_sentence(
     winner: tuple[float, float, float], loser: tuple[float, float, float] | None, sentence: str
 ) -> None:
     assert describe(values(winner, loser)) == sentence + GOOD
+
+
+@pytest.mark.parametrize(
+    ("winner", "share", "said"),
+    [
+        (KEPT, 0.7, "[−0.05, −0.01]; the winner fell in 70 % of the pairs) while"),
+        (KEPT, 0.5, "[−0.05, −0.01]) while"),
+        (ROSE, 0.575, "[0.40, 0.60]; the winner fell in 57 % of the pairs) while"),
+        (FELL, 0.4, "[−1.30, −1.10]; the winner fell in only 40 % of the pairs; the loser's"),
+        (FELL, 0.9, "[−1.30, −1.10]; the loser's"),
+    ],
+)
+def test_pairs_that_contradict_the_mean_are_counted(
+    winner: tuple[float, float, float], share: float, said: str
+) -> None:
+    assert said in describe(values(winner, FELL) | {"eval/winner_fell": share})
+
+
+@pytest.mark.parametrize("winner", [KEPT, FELL, ROSE, OPEN])
+def test_a_loser_that_stays_is_not_called_preserved(winner: tuple[float, float, float]) -> None:
+    sentence = describe(values(winner, KEPT))
+    assert "kept" not in sentence and "−0.03 [−0.05, −0.01]" in sentence
 
 
 def test_without_a_reference_it_says_so() -> None:

@@ -84,7 +84,10 @@ def test_a_sweep_has_its_figures_tables_and_headline(sweep: tuple[Path, str, Pag
     # the overview, then training, fans and masses of two contrasts, and downstream scores
     assert page.counts["svg"] == 8
     assert "8 runs: 8 finished" in page.words
-    assert "RC kept the winner: −0.01 against −0.48 (dpo, 2 seeds). " in page.words
+    assert (
+        "RC kept the winner: −0.01 against −0.48; the loser went to −0.60 against −0.60 (dpo, 2 seeds). "
+        in page.words
+    )
     for heading in (
         "At a glance",
         "Training",
@@ -192,7 +195,7 @@ def test_markdown_and_figures_are_written_on_request(tmp_path: Path) -> None:
     assert (figures / "training.pdf").read_bytes()[:4] == b"%PDF"
     markdown = (tmp_path / "out" / "dpo.md").read_text()
     assert "![training](dpo_figures/training.pdf)" in markdown
-    assert markdown.startswith("# The winner fell with the loser: likelihood displacement")
+    assert markdown.startswith("# On average the winner fell with the loser: likelihood displacement")
     report(Request([run], tmp_path / "out" / "dpo.html", figures="png"))
     assert (figures / "training.png").read_bytes()[1:4] == b"PNG"
 

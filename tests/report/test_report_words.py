@@ -33,21 +33,30 @@ def pair(folder: Path, base: float, calibrated: float, seeds: int = 1) -> words.
 @pytest.mark.parametrize(
     ("base", "calibrated", "beginning"),
     [
-        (-0.51, -0.03, "RC kept the winner: −0.03 against −0.51"),
-        (-0.08, -0.03, "The winner stayed with and without RC: −0.03 against −0.08"),
-        (-0.51, -0.20, "RC slowed the winner's fall, it did not stop it: −0.20 against −0.51"),
-        (-0.20, -0.51, "RC did not keep the winner: −0.51 against −0.20"),
+        (-0.51, -0.03, "On average RC kept the winner: −0.03 against −0.51"),
+        (-0.08, -0.03, "On average the winner stayed with and without RC: −0.03 against −0.08"),
+        (-0.51, -0.20, "On average RC slowed the winner's fall, it did not stop it: −0.20 against −0.51"),
+        (-0.20, -0.51, "On average RC did not keep the winner: −0.51 against −0.20"),
     ],
 )
 def test_a_contrast_says_whether_the_winner_was_kept(
     tmp_path: Path, base: float, calibrated: float, beginning: str
 ) -> None:
     found = pair(tmp_path, base, calibrated)
-    assert words.headline_of_contrasts([found]) == f"{beginning} (dpo, 1 seed)."
-    expected = (
-        f"dpo: {beginning}; the loser went to −0.60 against −0.60; exact match 90 % against 90 % (1 seed)."
-    )
+    loser = "; the loser went to −0.60 against −0.60"
+    assert words.headline_of_contrasts([found]) == f"{beginning}{loser} (dpo, 1 seed)."
+    expected = f"dpo: {beginning}{loser}; exact match 90 % against 90 % (1 seed)."
     assert words.sentence_of_contrast(found) == expected
+
+
+def test_a_kept_mean_over_falling_winners_is_told(tmp_path: Path) -> None:
+    for rc, winner, share in ((False, -0.5, 0.9), (True, -0.03, 0.7)):
+        values = evaluation(winner, -0.6) | {"eval/winner_fell": share}
+        write_run(tmp_path / str(rc), settings(rc=rc), [], values)
+    found = contrasts(conditions([run.summary for run in read_runs([tmp_path])]))
+    assert words.headline_of_contrasts(found).startswith(
+        "On average RC kept the winner: −0.03 against −0.50; the winner fell in 70 % of the pairs; the loser"
+    )
 
 
 def test_several_seeds_are_said_to_be_clear_or_not(tmp_path: Path) -> None:
@@ -61,15 +70,15 @@ def test_several_seeds_are_said_to_be_clear_or_not(tmp_path: Path) -> None:
 def test_the_headline_counts_how_many_comparisons_agree(tmp_path: Path) -> None:
     found = contrasts(conditions([run.summary for run in read_runs([write_sweep(tmp_path / "sweep")])]))
     expected = (
-        "RC kept the winner: −0.01 against −0.48 (dpo, 3 seeds). "
-        "RC kept a winner that fell without it in 2 of 2 comparisons."
+        "On average RC kept the winner: −0.01 against −0.48; the loser went to −0.60 against −0.60 "
+        "(dpo, 3 seeds). The mean winner fell without RC and not with it in 2 of 2 comparisons."
     )
     assert words.headline_of_contrasts(found) == expected
 
 
 def test_a_run_says_where_it_stands(tmp_path: Path) -> None:
     done = a_run(tmp_path / "done", metrics=rows(2), evaluation=evaluation(-0.5, -0.6))
-    assert words.headline_of_run(done).startswith("The winner fell with the loser: likelihood displacement")
+    assert words.headline_of_run(done).startswith("On average the winner fell with the loser")
     assert "(mean log-ratio −0.50 [−0.52, −0.48]; the loser's −0.60" in words.headline_of_run(done)
     silent = a_run(tmp_path / "silent", metrics=rows(2))
     # θ after one step is 0.1 · (0.2, −0.4), so the winner's mean over both rows is 0.01, the loser's −0.02
