@@ -38,6 +38,8 @@ CASES: list[dict[str, Any]] = [
     {"ranks": 1, "stage": 2, "rc": "step", "micro": None, "stops": [3], "optimizer": "sgd"},
     {"ranks": 1, "stage": 3, "rc": "step", "micro": 4, "stops": [2], "reference": "model", "sync": 2},
     {"ranks": 1, "stage": 0, "rc": "microbatch", "micro": 4, "stops": [2, 3], "dtype": "bf16"},
+    {"ranks": 1, "stage": 2, "rc": "off", "micro": 4, "stops": [3], "offload": True},
+    {"ranks": 1, "stage": 3, "rc": "step", "micro": None, "stops": [2], "dtype": "bf16", "offload": True},
     {"ranks": 2, "stage": 0, "rc": "step", "micro": 4, "stops": [3]},
     {"ranks": 2, "stage": 1, "rc": "step", "micro": None, "stops": [2], "objective": "mix"},
     {"ranks": 2, "stage": 2, "rc": "off", "micro": 4, "stops": [2], "objective": "bco"},

@@ -43,6 +43,7 @@ def configuration(
     micro: int = 4,
     dtype: str = "fp32",
     reference: str = "precompute",
+    offload: bool = False,
     sync: int = 0,
 ) -> RunConfig:
     config = RunConfig()
@@ -55,6 +56,7 @@ def configuration(
     config.optim.name, config.optim.lr = optimizer, 0.1 if optimizer == "sgd" else 1e-2
     config.optim.momentum = 0.9 if optimizer == "sgd" else 0.0
     config.engine.stage, config.watch.patience = stage, 3
+    config.engine.offload_optimizer, config.engine.offload_parameters = offload, offload and stage == 3
     config.reference.mode, config.reference.cache = reference, "off"
     config.reference.sync_every = sync
     config.objective = OBJECTIVES[objective]
