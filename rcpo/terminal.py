@@ -64,13 +64,21 @@ class LastingStream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Makes standard output and error last, and gives a user without a home a temporary one."""
+    """Makes standard output and error last, and the environment one that libraries can read."""
     _open_all()
     for name in ("stdout", "stderr"):
         stream = _lasting(getattr(sys, name))
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     _give_home()
+    _drop_empty()
+
+
+def _drop_empty() -> None:
+    """A launcher's variables that are set to nothing are not set: libraries would read numbers from them."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "x").strip():
+            del os.environ[name]
 
 
 def _open_all() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rcpo import jobs, launch
 from rcpo.cli import app
-from rcpo.config import ConfigError, RunConfig, load_run_config
+from rcpo.config import ConfigError, RunConfig, load_run_config, save_run_config
 from rcpo.config.composition import conf_dir
 from rcpo.jobs import commands, multirun
 from rcpo.launch.outcomes import Outcome
@@ -330,3 +330,55 @@ def without(part: str) -> list[str]:
 
 def test_the_entry_point_is_a_typer_application() -> None:
     assert isinstance(app, typer.Typer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", f"hydra.run.dir={'x' * 300}"], "File name too long; choose another hydra.run.dir"),
+        (["train", "-m", "seed=1,2", f"hydra.sweep.dir={'x' * 300}"], "choose another hydra.sweep.dir"),
+        (["sweep", "seed=1,2", f"hydra.sweep.dir={'x' * 300}"], "choose another hydra.sweep.dir"),
+        (["sweep", f"compare={'x' * 300}"], "File name too long"),
+        (["evaluate", f"run={'x' * 300}"], "File name too long"),
+        (["report", "x" * 300], "File name too long"),
+        (["train", "hydra.run.dir=file"], "file is not a folder; choose another hydra.run.dir"),
+        (["train", "hydra.run.dir=file/inside"], "file is not a folder; choose another hydra.run.dir"),
+        (["sweep", "seed=1,2", "hydra.sweep.dir=file/inside"], "choose another hydra.sweep.dir"),
+        (["evaluate", "run=file"], "file"),
+        (["report", "file"], "file"),
+    ],
+)
+def test_a_folder_that_cannot_be_one_is_named_in_one_message(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert result.stderr.count("rcpo: ") == 1 and "Traceback" not in result.output
+    assert max(map(len, result.stderr.splitlines())) < 400
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "sweep"])
+def test_a_folder_without_permission_is_named_in_one_message(command: str, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("to become a user without permissions needs root")
+    closed = tmp_path / "closed"
+    (closed / "run").mkdir(parents=True)
+    save_run_config(RunConfig(), closed / "run" / "config.yaml")
+    closed.chmod(0o700)
+    argument = {"evaluate": f"run={closed / 'run'}", "report": str(closed), "sweep": f"compare={closed}"}
+    CliRunner().invoke(app, [command, argument[command]])  # imports what it needs, which may lie in a home
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.setgid(54321)
+        os.setuid(54321)
+        result = CliRunner().invoke(app, [command, argument[command]])
+        os.write(write, f"{result.exit_code} {result.stderr}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        code, _, message = said.read().partition(" ")
+    assert code == "2" and message.startswith("rcpo: ") and "Permission denied" in message, message
+    assert len(message.splitlines()) == 1 and str(closed) in message

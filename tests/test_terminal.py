@@ -113,3 +113,11 @@ print(Path.home())
     assert found.returncode == 0, found.stderr
     assert "user 54321 has no home folder" in found.stderr and len(found.stderr.splitlines()) == 1
     assert not Path(found.stdout.strip()).exists()
+
+
+def test_a_launcher_s_empty_variables_are_not_set() -> None:
+    text = "import os; from rcpo import terminal; terminal.prepare(); "
+    text += "print(*map(os.environ.get, ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')))"
+    given = environment(RANK="", WORLD_SIZE=" ", LOCAL_RANK="3")
+    found = subprocess.run(program(text), capture_output=True, text=True, env=given)
+    assert found.stdout == "None None 3\n", found.stderr

@@ -90,7 +90,7 @@ class Endpoint:
             cause = problem.__cause__
             if not isinstance(cause, HTTPError):
                 raise ConfigError(f"{self._node}.base_url={self._base}: {problem}") from None
-            if cause.code in _NO_KEY:
+            if cause.code in (*_NO_KEY, _PROXY):
                 raise ConfigError(str(problem)) from None
 
     def complete(self, body: Mapping[str, Any], route: str = CHAT) -> Reply:

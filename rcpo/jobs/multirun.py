@@ -74,8 +74,8 @@ def multirun(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig)
     """
     sweep_dir = Path(cfg.hydra.sweep.dir)
     pinned = [*overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(str(sweep_dir))}"]
+    make_folder(sweep_dir, "hydra.sweep.dir")
     with refusing_leaves_nothing(sweep_dir), refusals_explained(hydra, name, overrides):
-        make_folder(sweep_dir, "hydra.sweep.dir")
         planned = list(_flatten(_first_pass(hydra, name, pinned, cfg)))
         close_log()
         refuse_shared_folders((each.run_dir, each.overrides) for each in planned)

@@ -154,3 +154,21 @@ def test_retry_after_in_seconds_and_as_a_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     assert _retry_after(date) == pytest.approx(90, abs=20)
     assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_a_proxy_in_the_way_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = JudgeServer(says, key=KEY, faults=dict.fromkeys(range(9), "status 407"))
+    config = JudgeConfig(base_url="http://judge.example/v1", model="m", timeout=5.0, retries=0)
+    with server.running():
+        place = server.url.removeprefix("http://").removesuffix("/v1")
+        for proxy in (place, "127.0.0.1:9"):  # one that asks for a password, and one that is not there
+            monkeypatch.setenv("http_proxy", f"http://user:planted@{proxy}")
+            with pytest.raises(ConfigError) as refusal:
+                Endpoint(config).check()
+            message = str(refusal.value)
+            assert f"through the proxy {proxy}" in message and "http_proxy" in message
+            assert "add judge.example to no_proxy" in message and "planted" not in message
+        monkeypatch.setenv("no_proxy", "judge.example")
+        with pytest.raises(ConfigError) as refusal:
+            Endpoint(config).check()
+    assert "proxy" not in str(refusal.value)

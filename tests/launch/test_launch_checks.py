@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import tiny_llama
 
 from rcpo.config import AdapterConfig, ConfigError, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
-from rcpo.launch import check
+from rcpo.launch import check, local
+from rcpo.launch.checks import _check_accelerator
+from rcpo.launch.local import run_command
 
 
 def test_what_needs_torch_to_be_seen_is_refused_before_the_run() -> None:
@@ -60,3 +66,48 @@ def test_models_adapters_and_references_are_looked_at(tmp_path: Path) -> None:
         check(config, world_size=1)
     config.model.init, config.adapter, config.reference.path = "random", AdapterConfig(), None
     check(config, world_size=1)
+
+
+@pytest.mark.parametrize(("given", "gpu", "ok"), [
+    ("cuda", False, False), ("cpu", False, True), ("", False, True), ("xpu", False, False),
+    ("cpu", True, False), ("cuda", True, True),
+])  # fmt: skip
+def test_deepspeed_s_accelerator_is_the_one_that_torch_computes_on(
+    given: str, gpu: bool, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", given)
+    if ok:
+        _check_accelerator(gpu)
+        return
+    with pytest.raises(ConfigError, match=f"DS_ACCELERATOR={given}, and torch sees .*: unset DS_ACCELERATOR"):
+        _check_accelerator(gpu)
+
+
+def test_a_module_of_the_user_s_is_found_and_shadows_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('shadowed')\n")
+    (tmp_path / "objective_of_mine.py").write_text(
+        "from rcpo.objectives import register\n\n\n"
+        "@register('of_mine', reduction='mean', needs_reference=False)\n"
+        "def own(logps):\n    return logps.chosen - logps.rejected\n"
+    )
+    config = RunConfig(
+        objective=ObjectiveConfig(name="of_mine", module="objective_of_mine", hyperparameters={})
+    )
+    check(config, world_size=1)
+    sys.modules.pop("colorsys", None)
+    assert Path(str(importlib.import_module("colorsys").__file__)).parent != tmp_path
+
+
+def test_local_processes_import_nothing_from_the_working_folder(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('shadowed')\n")
+    (tmp_path / "run").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(local.__file__).parents[2])}
+    command = run_command(tmp_path / "run")
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    # it comes as far as the folder, which holds no configuration
+    assert found.returncode == 2 and "shadowed" not in found.stderr
+    assert "config.yaml does not exist" in found.stderr
