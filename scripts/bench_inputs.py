@@ -80,7 +80,7 @@ def read_texts(source: Path) -> list[dict[str, str]]:
     texts = []
     for _, value in (row for piece in read_file(source) for row in piece.parsed()):
         with contextlib.suppress(BadRow):  # not an object, or nothing to learn from
-            row = read_row(value, {})
+            row = read_row(value)
             texts.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
     random.Random(SEED).shuffle(texts)
     return texts

@@ -64,7 +64,7 @@ def read_texts(source: Path) -> list[dict[str, str]]:
     texts = []
     for _, value in (row for piece in read_file(source) for row in piece.parsed()):
         with contextlib.suppress(BadRow):
-            row = read_row(value, {})
+            row = read_row(value)
             texts.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
     return texts
 

@@ -29,7 +29,7 @@ def usable(source: Path) -> list[dict[str, str]]:
     found = []
     for _, row in (row for piece in read_file(source) for row in piece.parsed()):
         try:
-            read_row(row, {})
+            read_row(row)
         except BadRow:
             continue
         found.append({side: str(row[side]) for side in ("chosen", "rejected")})

@@ -24,15 +24,18 @@ class SourceConfig:
 class DataConfig:
     """Preference pairs, or completions for kto and sft; lengths in tokens, None is no limit.
 
-    `path` is a file, a folder or a set on the hub; `subset`, `data_dir`, `split` and `revision` are what the
-    datasets library calls so; `sources` are several sets. Held out are `eval_path`, else `eval_split`, else
-    `eval_fraction` of the prompts. `columns` maps our names to the file's. `train_examples` is how many pairs
-    the embedded task makes. `template` is None (messages: the tokenizer's), `tokenizer`, a named one or a
-    Jinja file. `min_margin` and `max_margin` bound how far the two scores of a pair may be apart, `ties` keep
-    or drop pairs with equal scores. `max_dropped` is the share of rows that `on_bad=drop` may leave
-    out. `truncation` is which side of a prompt stays. `cache` keeps tokens: a folder, None (the user's) or
-    off. `workers` None is a process a core. `layout` says how pairs lie in rows: auto, shared (a prompt once)
-    or separate. `group_by_length` None is: unless the micro-batch itself matters.
+    `path` is a file, a folder or a set on the hub; `subset`, `data_dir`, `split` and `revision` are what
+    the datasets library calls so; `sources` are several sets. Held out are `eval_path`, else `eval_split`,
+    else `eval_fraction` of the prompts. `columns` maps our names to the file's: names, paths, or Jinja.
+    `format` names the form of the rows (`format_module` registers a user's own), `labels` explain labels
+    and judgments, `pairing` says how several scored answers become pairs, `learn` which answers of a
+    conversation are learned. `train_examples` is how many pairs the embedded task makes. `template` is None
+    (messages: the tokenizer's), `tokenizer`, a named one or a Jinja file. `min_margin` and `max_margin`
+    bound how far the two scores of a pair may be apart, `ties` keep or drop pairs with equal scores.
+    `max_dropped` is the share of rows that `on_bad=drop` may leave out. `truncation` is which side of a
+    prompt stays. `cache` keeps tokens: a folder, None (the user's) or off. `workers` None is a process a
+    core. `layout` says how pairs lie in rows: auto, shared (a prompt once) or separate. `group_by_length`
+    None is: unless the micro-batch itself matters.
 
     `reasoning` says what becomes of the reasoning before an answer: keep, strip, or empty (an empty block if
     generation opens one). `date` (YYYY-MM-DD) is today to a template that writes it; None is the day on which
@@ -48,6 +51,11 @@ class DataConfig:
     streaming: bool = False
     sources: list[SourceConfig] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
+    format: str | None = None
+    format_module: str | None = None
+    labels: dict[Any, Any] = field(default_factory=dict)
+    pairing: str = "best_worst"
+    learn: str = "last"
     eval_path: str | None = None
     eval_split: str | None = None
     eval_fraction: float = 0.1

@@ -43,6 +43,8 @@ CHOICES = {
     "reference.mode": ("model", "precompute"),
     "data.name": ("sums", "pairs"),
     "data.on_bad": ("refuse", "drop"),
+    "data.pairing": ("best_worst", "adjacent", "all"),
+    "data.learn": ("last", "all"),
     "data.ties": ("keep", "drop"),
     "data.truncation": ("keep_end", "keep_start"),
     "data.reasoning": ("keep", "strip", "empty"),

@@ -29,7 +29,7 @@ from rcpo.data.tokens import Damaged, Meta, TokenWriter, open_tokens
 from rcpo.data.workers import encode_all
 
 Say = Callable[[str], None]
-Check = Callable[[Piece, str], Any]
+Check = Callable[[Encoder, Piece, str], Any]
 """Raises ConfigError where a piece of the named part cannot be encoded as it should."""
 FORMAT = 1  # raise where rcpo makes other tokens of the same rows, template and tokenizer
 HEARTBEAT = 60.0  # seconds between signs of life while rank 0 works: well within the collectives' timeout
@@ -171,7 +171,7 @@ class TokenCache:
         began = time.monotonic()
         writer = TokenWriter(folder, meta)
         progress = _Progress(wanted.source.name, self._say_main)
-        left = wanted.limit
+        left, encoder = wanted.limit, wanted.encoder
         try:
             for part in wanted.source.parts:
                 writer.begin_part()
@@ -180,12 +180,15 @@ class TokenCache:
                 pieces = part.pieces()
                 if (first := next(pieces, None)) is None:
                     continue
-                wanted.check(first, part.place)
+                if not meta.form:
+                    encoder = encoder.fitted(first, part.place)
+                    meta.form = "rows" if encoder.form is None else encoder.form.name
+                wanted.check(encoder, first, part.place)
                 pieces = chain([first], pieces)
                 # closed where a few rows are enough: workers would go on
-                with contextlib.closing(encode_all(wanted.encoder, pieces, wanted.workers)) as encoded_pieces:
+                with contextlib.closing(encode_all(encoder, pieces, wanted.workers)) as encoded_pieces:
                     while left != 0 and (found := next(encoded_pieces, None)) is not None:
-                        encoded = found[1] if left is None else _first(wanted.encoder, *found, left)
+                        encoded = found[1] if left is None else _first(encoder, *found, left)
                         left = None if left is None else left - len(encoded.numbers)
                         writer.add(encoded, part.place)
                         _refuse_bad(meta, wanted)
@@ -222,7 +225,7 @@ def _first(encoder: Encoder, piece: Piece, encoded: Encoded, count: int) -> Enco
     """The first `count` usable rows of an encoded piece, as if the rows behind them were not there."""
     if len(encoded.numbers) <= count:
         return encoded
-    end = list(piece.numbers).index(int(encoded.numbers[count - 1])) + 1
+    end = list(piece.numbers).index(int(encoded.numbers[count - 1])) + 1  # with all pairs of that row
     return encoder(piece.part(0, end)).first(count)
 
 

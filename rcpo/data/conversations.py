@@ -10,18 +10,12 @@ from rcpo.data.records import BadRow, Message
 
 TURN = "Assistant:"
 _TURNS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_CONTENTS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "gold",
-    "completion",
-    "messages",
-)  # fields that may hold messages
-_RESPONSES = ("chosen", "rejected", "completion")
 _JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(role|from|content|value)"\s*:')
 _PYTHON_LIST = re.compile(r"\s*(array\()?\[?\s*\{\s*'(role|from|content|value)'\s*:")
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+_ROLES = {  # ShareGPT's names and those of its kin
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "prompter": "user", "observation": "tool", "function_response": "tool", "function_call": "assistant",
+}  # fmt: skip
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
@@ -46,6 +40,10 @@ def _message(value: Any, name: str, place: int) -> Message:
         message = {"role": _ROLES.get(role, role) if isinstance(role, str) else role} | message
         if "value" in message:
             message["content"] = message.pop("value")
+        if role == "function_call":
+            message["tool_calls"] = _calls(message.pop("content", None), name)
+    if message.get("loss_weight") in (0, 1):
+        del message["loss_weight"]  # LLaMA-Factory's mark of what is learned: prompts are not, responses are
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise BadRow(f"field {name!r} holds a message without a role")
     content = message.get("content")
@@ -71,23 +69,34 @@ def _part(part: Any, place: str) -> str:
     raise BadRow(f"{place} is a part {named}; only parts of text can be used")
 
 
+def _calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """ShareGPT's function_call, a JSON text with one call or several, as tool calls."""
+    try:
+        calls = json.loads(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"field {name!r} holds a function_call that is not JSON") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise BadRow(f"field {name!r} holds a function_call without a name")
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def is_asked(text: str, message: Message) -> bool:
     """Whether a message asks exactly this, white space around it aside."""
     content = message.get("content")
     return message["role"] != "assistant" and isinstance(content, str) and content.strip() == text.strip()
 
 
-def read_json_messages(fields: dict[str, Any]) -> dict[str, Any]:
-    """A row's fields with messages that a cell holds as JSON text, as CSV and Parquet exports write them.
+def read_json_cells(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the messages that a cell holds as JSON text, as CSV and Parquet exports write them.
 
-    Responses are messages if all that the row has are. Raises BadRow where only one of them is, and for what
-    Python prints for a list, which is not JSON.
+    Raises BadRow for broken JSON, and for what Python prints for a list, which is not JSON.
     """
-    found = {name: _from_json(fields[name], name) for name in _CONTENTS if isinstance(fields.get(name), str)}
-    texts = [name for name in _RESPONSES if name in found]
-    if len({found[name] is None for name in texts}) > 1:
-        raise BadRow("one response holds messages as JSON text, the other does not")
-    return fields | {name: messages for name, messages in found.items() if messages is not None}
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, str) and (messages := _from_json(value, name)) is not None:
+            found[name] = messages
+    return row | found if found else row
 
 
 def _from_json(text: str, name: str) -> list[Any] | None:

@@ -18,6 +18,7 @@ from rcpo.config.data import SourceSpec, eval_sources, train_sources
 from rcpo.data import sums
 from rcpo.data.cache import Check, Say, TokenCache, Wanted
 from rcpo.data.encode import Encoder
+from rcpo.data.forms import FormOptions
 from rcpo.data.invariant import check_prompts
 from rcpo.data.limits import Limits
 from rcpo.data.records import PAIRS, UNPAIRED
@@ -108,6 +109,9 @@ def make_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
         template,
         always=config.template is not None,
         columns=config.columns,
+        options=FormOptions(
+            config.format, config.format_module, config.labels, config.pairing, config.ties, config.learn
+        ),
     )
 
 
@@ -145,7 +149,7 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     encoder = make_encoder(config, tokenizer)
     report = DataReport(config.path or ", ".join(spec.name for spec in train_sources(config)))
     report.drop = config.on_bad == "drop"
-    loader = _Loader(config, encoder, partial(check_prompts, encoder, tokenizer), report, say)
+    loader = _Loader(config, encoder, partial(check_prompts, tokenizer), report, say)
     specs, held_out_specs = train_sources(config), eval_sources(config)
     if config.eval_path is None:
         _refuse_same(specs, held_out_specs)
@@ -199,7 +203,9 @@ def _within_margins(stores: Sequence[TokenStore], config: DataConfig, report: Da
     everything = PairDataset(stores)
     margins = everything.margins
     unknown = np.flatnonzero(np.isnan(margins))
-    if len(unknown):
+    bounded = config.min_margin is not None or config.max_margin is not None
+    # a comparison's own judgment says what a tie is, without any score
+    if len(unknown) and (bounded or not report.counts["compared"]):
         raise ConfigError(
             f"{everything.id(int(unknown[0]))}: neither a margin nor two scores, which data.min_margin, "
             "data.max_margin and data.ties=drop go by; give them, name their columns (data.columns), or "
@@ -246,6 +252,7 @@ class _Loader:
 
         store, meta = self._cache.fetch(make)
         self._report.counts.update(meta.counts)
+        self._report.forms[spec.name] = meta.form
         for reason, (place, count) in meta.bad.items():
             self._report.dropped[reason] += count
             self._report.examples.setdefault(reason, place)

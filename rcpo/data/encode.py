@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -10,12 +12,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
 from rcpo.config import ConfigError
-from rcpo.data.conversations import parse_prompt
-from rcpo.data.formats import FIELDS, as_conversation, read_row
+from rcpo.data.columns import check_templates, is_template, rename
+from rcpo.data.conversations import parse_prompt, read_json_cells
+from rcpo.data.detection import Judged, find_form
+from rcpo.data.formats import COLUMNS, as_conversation, read_row
+from rcpo.data.forms import Form, FormOptions
+from rcpo.data.judged import TIE_WEIGHT
 from rcpo.data.readers import Piece
 from rcpo.data.records import VALUES, BadRow, Content, Example, Row, TextPair
 from rcpo.data.report import Tally
@@ -23,7 +30,7 @@ from rcpo.data.store import PARTS
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
 
-_MADE = "4"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "5"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,17 @@ class Encoder:
         *,
         always: bool = False,
         columns: Mapping[str, str] | None = None,
+        options: FormOptions | None = None,
     ) -> None:
         self.columns = dict(columns or {})
         for name in self.columns:
-            if name not in FIELDS:
+            if name not in COLUMNS:
                 raise ConfigError(
-                    f"data.columns.{name}: there is no such field; {', '.join(FIELDS)} are known"
+                    f"data.columns.{name}: there is no such field; {', '.join(COLUMNS)} are known"
                 )
+        check_templates(self.columns)
+        self.options = options or FormOptions()
+        self.form: Form | None = None
         self.template = template
         self._always = always
         self._plain = tokeniser
@@ -93,52 +104,87 @@ class Encoder:
             "limits": repr(self._plain.limits),
             "template": json.dumps(known, sort_keys=True, default=str),
             "columns": json.dumps(self.columns, sort_keys=True),
+            "form": self.options.describe(),
             "made": _MADE,
         }
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in described.items()} | {
             name: metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")
         }
 
+    def fitted(self, piece: Piece, place: str) -> Encoder:
+        """The same for a file that begins with this piece: in the form that its columns have.
+
+        Raises ConfigError for a column of `data.columns` that no row has, and for columns that leave open
+        what they mean.
+        """
+        rows = []
+        for _, value in piece.parsed():
+            if isinstance(value, dict):
+                with contextlib.suppress(BadRow):
+                    rows.append((value, rename(read_json_cells(value), self.columns)))
+        for name, spec in self.columns.items():
+            if rows and not is_template(spec) and not any(name in renamed for _, renamed in rows):
+                known = ", ".join(dict.fromkeys(column for row, _ in rows for column in row))
+                raise ConfigError(f"data.columns.{name}={spec}: {place} has no such column; it has {known}")
+        other = copy.copy(self)
+        other.form = find_form([renamed for _, renamed in rows], self.options, place)
+        return other
+
+    def read(self, value: object) -> list[Row | BadRow]:
+        """The rows that a row of the file holds, in their one form, and why one of them cannot be used."""
+        try:
+            if isinstance(value, BadRow):
+                raise value
+            if not isinstance(value, dict):
+                raise BadRow("not a JSON object")
+            fields = rename(read_json_cells(value), self.columns)
+            return [_row(row) for row in ([fields] if self.form is None else self.form.rows(fields))]
+        except BadRow as problem:
+            return [problem]
+
     def __call__(self, piece: Piece) -> Encoded:
         """Raises ConfigError for messages without a template, and for a system prompt without messages."""
         tally = Tally()
+        found: list[_Found] = []
         texts: dict[bool, list[TextPair]] = {False: [], True: []}
-        prompts: dict[int, str] = {}
-        values: dict[int, tuple[float, ...]] = {}
-        kinds = set()
         for number, value in piece.parsed():
             tally.counts["read"] += 1
-            try:
-                if isinstance(value, BadRow):
-                    raise value
-                templated, row, pair = self.render(value, str(number), tally.counts)
-            except BadRow as problem:
-                tally.bad.append((str(number), str(problem)))
-                continue
-            kinds.add(row.kind)
-            tally.counts["longer_responses"] += any(
-                isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected, row.gold)
-            )
-            tally.counts["templated"] += templated
-            prompts[number] = prompt_key(row)
-            values[number] = row.values
-            texts[templated].append(pair)
+            rows = self.read(value)
+            tally.counts["left_out_ties"] += not rows
+            tally.counts["compared"] += isinstance(self.form, Judged)
+            for read in rows:
+                try:
+                    templated, row, pair = self.render(read, str(len(found)), tally.counts)
+                except BadRow as problem:
+                    tally.bad.append((str(number), str(problem)))
+                    continue
+                found.append(_Found(number, row))
+                texts[templated].append(pair)
+                tally.counts["templated"] += templated
+                tally.counts["half_ties"] += len(rows) > 1 and row.weight == TIE_WEIGHT
+                tally.counts["longer_responses"] += any(
+                    isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected, row.gold)
+                )
+        cuts = Tally()  # its places are those in `found`
         examples = [
-            *self._plain.encode(texts[False], tally),
-            *(() if self._chat is None else self._chat.encode(texts[True], tally)),
+            *self._plain.encode(texts[False], cuts),
+            *(() if self._chat is None else self._chat.encode(texts[True], cuts)),
         ]
+        tally.counts.update(cuts.counts)
+        tally.bad += [(str(found[int(place)].number), reason) for place, reason in cuts.bad]
         tally.bad.sort(key=lambda place: int(place[0]))
         examples.sort(key=lambda example: int(example.id))
-        return self._arrays(examples, prompts, values, frozenset(kinds), tally)
+        return self._arrays(examples, [found[int(example.id)] for example in examples], tally)
 
     def render(
-        self, value: object, name: str, counts: Counter[str] | None = None
+        self, row: Row | BadRow, name: str, counts: Counter[str] | None = None
     ) -> tuple[bool, Row, TextPair]:
-        """Whether a template is used, the row in its one form, and its text; raises BadRow.
+        """Whether a template is used, the row as a conversation if it is, and its text; raises BadRow.
 
         `counts` counts answers as `Tally` does.
         """
-        row = read_row(value, self.columns)
+        if isinstance(row, BadRow):
+            raise row
         if self._always:
             row = as_conversation(row)
         if isinstance(row.prompt, str):
@@ -172,7 +218,7 @@ class Encoder:
 
     def answer_ids(self, value: object, name: str) -> tuple[list[int], list[int]]:
         """A row's prompt within the limits and its whole chosen response; raises BadRow."""
-        templated, _, pair = self.render(value, name)
+        templated, _, pair = self.render(self.read(value)[0], name)
         tokeniser = self._tokeniser(templated)
         prompt = self.cut_prompt(self.prompt_ids(pair, templated=templated), templated=templated)
         return prompt, [] if pair.chosen is None else tokeniser.responses([pair.chosen])[0]
@@ -182,31 +228,38 @@ class Encoder:
         assert tokeniser is not None
         return tokeniser
 
-    def _arrays(
-        self,
-        examples: Sequence[Example],
-        prompts: Mapping[int, str],
-        values: Mapping[int, tuple[float, ...]],
-        kinds: frozenset[str],
-        tally: Tally,
-    ) -> Encoded:
+    def _arrays(self, examples: Sequence[Example], found: Sequence[_Found], tally: Tally) -> Encoded:
         tokens, lengths = array("i"), array("i")
         for example in examples:
             for part in example.parts:
                 tokens.extend(part)
                 lengths.append(len(part))
-        numbers = [int(example.id) for example in examples]
         encoded = Encoded(
-            np.array(numbers, dtype=np.int64),
+            np.array([one.number for one in found], dtype=np.int64),
             np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32),
             np.array(lengths, dtype=np.int32).reshape(-1, PARTS),
-            np.array([prompt_hash(prompts[number]) for number in numbers], dtype=np.uint64),
-            np.array([values[number] for number in numbers]).reshape(-1, len(VALUES)),
-            kinds,
+            np.array([prompt_hash(prompt_key(one.row)) for one in found], dtype=np.uint64),
+            np.array([one.row.values for one in found]).reshape(-1, len(VALUES)),
+            frozenset(one.row.kind for one in found),
             tally,
         )
         tally.counts["special_tokens"] += self._plain.spelled_special_tokens(encoded.tokens, encoded.lengths)
         return encoded
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A row in its one form, and the number of the file's row that it is, or is a part of."""
+
+    number: int
+    row: Row
+
+
+def _row(fields: dict[str, Any]) -> Row | BadRow:
+    try:
+        return read_row(fields)
+    except BadRow as problem:
+        return problem
 
 
 def _as_text(part: Content | None) -> str | None:

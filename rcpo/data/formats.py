@@ -26,7 +26,6 @@ from rcpo.data.conversations import (
     is_asked,
     parse_prompt,
     parse_response,
-    read_json_messages,
     split_conversations,
     split_texts,
     without_prompt,
@@ -39,19 +38,15 @@ FIELDS = (
     "chat_template_kwargs", "gold", *VALUES,
 )  # fmt: skip
 _KNOWN = frozenset(FIELDS)
-_ALIASES = {"messages": "conversations"}  # ShareGPT's name
+COLUMNS = (*FIELDS, "first", "second", "judgment", "answers", "scores", "ranks", "tree")
+"""What `data.columns` may name: the fields of a row, and what other forms of files are made of."""
 _PROMPT_LIKE = re.compile("prompt|instruction|question|query|input|problem|request|task|context|user")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
-def read_row(row: Any, columns: Mapping[str, str]) -> Row:
-    """A row of a file (a mapping of column to value) in its one form; `columns` maps our names to the file's.
-
-    Raises BadRow.
-    """
-    if not isinstance(row, dict):
-        raise BadRow("not a JSON object")
-    fields = read_json_messages(_fields(row, columns))
+def read_row(row: dict[str, Any]) -> Row:
+    """A row with rcpo's own fields, and maybe others, in its one form; raises BadRow."""
+    fields = {name: value for name, value in row.items() if name in _KNOWN}
     prompt: Content
     chosen: Content | None
     rejected: Content | None
@@ -65,11 +60,17 @@ def read_row(row: Any, columns: Mapping[str, str]) -> Row:
         messages = as_messages(fields["messages"], "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise BadRow("messages do not end with an answer of the assistant")
-        kind, prompt, chosen, rejected = SFT, messages[:-1], messages[-1:], None
+        prompt, kind = messages[:-1], UNPAIRED if "label" in fields else SFT
+        wanted = kind == SFT or _label(fields["label"])
+        chosen, rejected = (messages[-1:], None) if wanted else (None, messages[-1:])
     elif "text" in fields:
         kind, prompt, chosen, rejected = SFT, "", _text(fields["text"], "text"), None
     else:
-        raise BadRow("no field 'chosen', 'completion', 'messages' or 'text'")
+        known = ", ".join(map(repr, row)) or "none"
+        raise BadRow(
+            f"no field 'chosen', 'completion', 'messages' or 'text'; the columns are {known}: say what is in "
+            "them with data.columns"
+        )
     prompt, chosen, rejected, gold = _alike(_with_system(prompt, fields), chosen, rejected, gold)
     numbers = read_values(fields)
     found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields), gold, **numbers)
@@ -93,17 +94,6 @@ def as_conversation(row: Row) -> Row:
 
 def _said_by_assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
-
-
-def _fields(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    fields = {name: value for name, value in row.items() if name in _KNOWN and name not in columns}
-    for name, alias in _ALIASES.items():
-        if name not in row and alias in row:
-            fields[name] = row[alias]
-    for name, column in columns.items():
-        if column in row:
-            fields[name] = row[column]
-    return fields
 
 
 def _preference(fields: dict[str, Any], row: Mapping[str, Any]) -> tuple[Content, Content, Content]:
@@ -203,11 +193,13 @@ def _label(value: Any) -> bool:
     """True: a wanted completion."""
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise BadRow("field 'label' is not true or false")
+        raise BadRow("field 'label' is not true or false; explain its values with data.labels")
     return label
 
 
 def _content(value: Any, name: str) -> Content:
+    if isinstance(value, dict):  # one message
+        value = [value]
     return _text(value, name) if not isinstance(value, list) else as_messages(value, name)
 
 

@@ -17,7 +17,7 @@ ROWS = 64  # of a source; that the text is the same is checked on every row
 
 
 def check_prompts(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, piece: Piece, place: str, rows: int = ROWS
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, piece: Piece, place: str, rows: int = ROWS
 ) -> int:
     """Compares the uncut prompts of the first rows of a piece; returns how many. Bad rows are passed over.
 
@@ -28,10 +28,8 @@ def check_prompts(
         if checked == rows:
             break
         try:
-            if isinstance(value, BadRow):
-                continue
-            templated, row, pair = encoder.render(value, str(number))
-        except BadRow:
+            templated, row, pair = encoder.render(encoder.read(value)[0], str(number))
+        except (BadRow, IndexError):  # a tie that is left out has no row
             continue
         own = encoder.prompt_ids(pair, templated=templated)
         wanted = _chat_ids(encoder, tokenizer, row) if templated else _text_ids(tokenizer, pair, own)

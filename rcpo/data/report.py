@@ -37,10 +37,10 @@ class DataReport:
 
     `drop` is `data.on_bad=drop`: unusable pairs are counted and left out, otherwise the first is an error.
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
-    `left_out` counts the usable pairs that the configuration leaves out, by reason, `left_out_first` has the
-    first of each. `template` is the chat template's name, `template_note`
-    what is special about it. `shared_prompts` are held-out pairs whose prompt is
-    trained on.
+    `left_out` counts the usable pairs that the configuration leaves out, by reason, `left_out_first` has
+    the first of each. `forms` are how the sources were read, `template` is the chat template's name,
+    `template_note` what is special about it. `shared_prompts` are held-out pairs whose prompt is trained
+    on.
     """
 
     source: str
@@ -50,6 +50,7 @@ class DataReport:
     control: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     left_out_first: dict[str, str] = field(default_factory=dict)
@@ -104,6 +105,14 @@ class DataReport:
             told.append(f"{self.control} of the pairs are set aside for rc=loop to read (rc.control.pairs)")
         if self.template_note is not None:
             told.append(self.template_note)
+        told += [f"{name}: read as {form}" for name, form in self.forms.items()]
+        if counts["left_out_ties"]:
+            told.append(f"{counts['left_out_ties']} rows are ties and left out (data.ties=drop)")
+        if counts["half_ties"]:
+            told.append(
+                f"{counts['half_ties'] // 2} ties are learned in both orders at half the weight "
+                "(data.ties=keep)"
+            )
         total = sum(self.dropped.values())
         if total:
             told.append(f"{total} pairs dropped:")

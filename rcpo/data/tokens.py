@@ -32,8 +32,9 @@ class Damaged(Exception):
 
 @dataclass
 class Meta:
-    """What the files hold: `rows` usable ones of each part in order, `bad` reasons with their first place and
-    count in the order in which they occurred, `counts` as in `Tally`, `arrays` with size and checksum.
+    """What the files hold: `rows` usable ones of each part in order, `form` how they were
+    read, `bad` reasons with their first place and count in the order in which they occurred, `counts` as in
+    `Tally`, `arrays` with size and checksum.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Meta:
     labels: list[str]
     rows: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    form: str = ""
     bad: dict[str, tuple[str, int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     arrays: dict[str, tuple[int, str]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from rcpo.config.judge_checks import REFERENCE
 from rcpo.config.parsing import read_tree, structure
 from rcpo.data.dataset import load_datasets, make_encoder
 from rcpo.data.identity import example_id
-from rcpo.data.records import BadRow, Example
+from rcpo.data.records import SFT, BadRow, Example, Row
 from rcpo.evaluation.answers import longest_answer, own_stop_ids, turn_ends
 from rcpo.evaluation.endpoint import Endpoint
 from rcpo.evaluation.generation import Decoding, generate
@@ -207,7 +207,7 @@ def _tokenised(prompts: Sequence[Prompt], data: DataConfig, tokenizer: PreTraine
         if template is not None:
             said = [{"role": "user", "content": prompt.instruction}]
         try:
-            templated, _, pair = encoder.render({"prompt": said, "completion": "-"}, prompt.place)
+            templated, _, pair = encoder.render(Row(SFT, said, "-", None), prompt.place)
         except BadRow as problem:
             raise ConfigError(f"judge.prompts: {prompt.place}: {problem}") from problem
         tokens[prompt.id] = encoder.prompt_ids(pair, templated=templated)

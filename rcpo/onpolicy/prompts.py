@@ -16,7 +16,7 @@ from rcpo.data import sums
 from rcpo.data.dataset import load_datasets, make_encoder
 from rcpo.data.encode import Encoder, prompt_hash, prompt_key
 from rcpo.data.identity import HEX_DIGITS
-from rcpo.data.records import BadRow, Content, Row
+from rcpo.data.records import SFT, BadRow, Content, Row
 from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import longest_answer
@@ -103,7 +103,7 @@ def _sums(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     encoder = make_encoder(config, tokenizer)
     pairs = sums.training_pairs(config.train_examples, config.eval_fraction, seed)
     first = {pair.prompt: pair for pair in reversed(pairs)}
-    rows = ((pair.id, {"prompt": pair.prompt, "completion": pair.chosen}) for pair in first.values())
+    rows = ((pair.id, Row(SFT, pair.prompt, pair.chosen, None)) for pair in first.values())
     return [_prompt(encoder, row, place) for place, row in rows]
 
 
@@ -114,22 +114,23 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, train: PairDat
     cache = cache_folder(config.cache)
     memo = None if cache is None else cache / "hashes"
     for spec in train_sources(config):
+        fitted = None
         for part in find_source(spec, memo, log.info).parts:
             for piece in part.pieces():
+                fitted = encoder.fitted(piece, part.place) if fitted is None else fitted
                 for number, value in piece.parsed():
-                    prompt = _wanted(encoder, value, f"{part.label}:{number}", wanted)
-                    if prompt is not None:
-                        yield prompt
+                    for row in fitted.read(value):
+                        prompt = _wanted(fitted, row, f"{part.label}:{number}", wanted)
+                        if prompt is not None:
+                            yield prompt
     if wanted:
         raise ConfigError(f"data: {len(wanted)} prompts of the tokenised data are not in its files any more")
 
 
-def _wanted(encoder: Encoder, value: object, place: str, wanted: set[int]) -> Prompt | None:
+def _wanted(encoder: Encoder, found: Row | BadRow, place: str, wanted: set[int]) -> Prompt | None:
     """A row's prompt if it is one of those `wanted`, from which it is taken."""
-    if isinstance(value, BadRow):
-        return None
     try:
-        _, row, pair = encoder.render(value, place)
+        _, row, pair = encoder.render(found, place)
     except BadRow:
         return None
     if not pair.prompt:
@@ -138,11 +139,11 @@ def _wanted(encoder: Encoder, value: object, place: str, wanted: set[int]) -> Pr
     if name not in wanted:
         return None
     wanted.discard(name)
-    return _prompt(encoder, value, place)
+    return _prompt(encoder, row, place)
 
 
-def _prompt(encoder: Encoder, value: object, place: str) -> Prompt:
-    templated, row, pair = encoder.render(value, place)
+def _prompt(encoder: Encoder, row: Row, place: str) -> Prompt:
+    templated, row, pair = encoder.render(row, place)
     whole = encoder.prompt_ids(pair, templated=templated)
     tokens = encoder.cut_prompt(whole, templated=templated)
     digest = hashlib.sha256(pair.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:HEX_DIGITS]

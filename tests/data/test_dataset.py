@@ -345,15 +345,15 @@ def test_more_than_a_few_dropped_rows_are_refused(tmp_path: Path) -> None:
 
 def test_a_prompt_is_not_guessed_from_what_answers_have_in_common(tmp_path: Path) -> None:
     rows = [
-        {"instruction": "i", "chosen": f"45 kilometers is {n}", "rejected": f"45 kilometers is {n + 1}"}
+        {"task_text": "i", "chosen": f"45 kilometers is {n}", "rejected": f"45 kilometers is {n + 1}"}
         for n in range(20)
     ]
     for suffix in ("jsonl", "parquet"):
         path = tmp_path / f"x.{suffix}"
         getattr(datasets.Dataset.from_list(rows), "to_json" if suffix == "jsonl" else "to_parquet")(path)
-        with pytest.raises(ConfigError, match=r"no field 'prompt'.* data.columns.prompt=instruction"):
+        with pytest.raises(ConfigError, match=r"no field 'prompt'.* data.columns.prompt=task_text"):
             load(path=str(path), on_bad="drop", eval_fraction=0)
-        assert len(load(path=str(path), columns={"prompt": "instruction"}, eval_fraction=0).train) == 20
+        assert len(load(path=str(path), columns={"prompt": "task_text"}, eval_fraction=0).train) == 20
 
 
 def test_kinds_of_data_do_not_mix(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rcpo.data.conversations import read_json_cells
+from rcpo.data.detection import find_form
 from rcpo.data.formats import as_conversation, read_row
+from rcpo.data.forms import FormOptions
 from rcpo.data.readers import parse_line
 from rcpo.data.records import PAIRS, SFT, UNPAIRED, BadRow, Row
 
@@ -131,11 +134,20 @@ FORMS: dict[str, tuple[dict[str, Any], Row]] = {
 }  # fmt: skip
 
 
+def read(row: Any) -> Row:
+    """A row as an encoder reads it, in the form that a file of such rows has."""
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    fields = read_json_cells(row)
+    [found] = find_form([fields], FormOptions(), "x.jsonl").rows(fields)
+    return read_row(found)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_is_read(name: str) -> None:
     row, wanted = FORMS[name]
-    assert read_row(row, {}) == wanted
-    assert read_row(json.loads(json.dumps(row)), {}) == wanted
+    assert read(row) == wanted
+    assert read(json.loads(json.dumps(row))) == wanted
 
 
 BAD_ROWS: dict[bytes, str] = {
@@ -158,16 +170,17 @@ BAD_ROWS: dict[bytes, str] = {
     b'{"prompt": "p", "chosen": "c", "rejected": "c"}': "identical responses",
     b'{"chosen": "Human: a", "rejected": "Human: b"}': "no common beginning that ends in 'Assistant:'",
     b'{"chosen": "The sky is blue.", "rejected": "The sky is green."}': "no field 'prompt', and no other",
-    b'{"n": 3, "title": "t", "instruction": "i", "chosen": "45 kilometers is 45,000 m", "rejected": '
+    b'{"n": 3, "title": "t", "my_task": "i", "chosen": "45 kilometers is 45,000 m", "rejected": '
     b'"45 kilometers is far"}': "no field 'prompt'; name the column that holds it, such as "
-        "data.columns.prompt=instruction",
+        "data.columns.prompt=my_task",
     b'{"title": "t", "chosen": "a", "rejected": "b"}': "such as data.columns.prompt=title",
     b'{"prompt": "\\n\\nHuman: q\\n\\nAssistant:", "chosen": "\\n\\nHuman: q\\n\\nAssistant: a",'
     b'"rejected": "b"}': "one response repeats the prompt, the other does not",
     b'{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}],'
     b'"rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]}':
         "the conversations do not begin with the prompt's messages",
-    b'{"prompt": "p", "chosen": "[{\\"role\\": \\"user\\"}]", "rejected": "b"}': "one response holds",
+    b'{"prompt": "p", "chosen": "[{\\"role\\": \\"user\\", \\"content\\": \\"x\\"}]", "rejected": "b"}':
+        "one response is a string",
     b'{"prompt": "p", "chosen": "[{\\"role\\": ", "rejected": "b"}': "'chosen' holds messages as broken JSON",
     b"""{"prompt": "p", "chosen": "[{'content': 'a', 'role': 'assistant'}]", "rejected": "b"}""":
         "field 'chosen' holds messages as Python prints them",
@@ -178,7 +191,7 @@ BAD_ROWS: dict[bytes, str] = {
     b'{"chosen": "Assistant:", "rejected": "Assistant: b"}': "empty chosen response",
     b'{"prompt": "p", "chosen": "caf\xe9", "rejected": "r"}': "invalid UTF-8",
     b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}': "invalid Unicode",
-    b'{"prompt": "p", "completion": "c", "label": "good"}': "field 'label' is not true or false",
+    b'{"prompt": "p", "completion": "c", "label": "meh"}': "field 'label' is not true or false",
     b'{"prompt": "p", "completion": "c", "label": null}': "field 'label' is not true or false",
     b'{"completion": "c", "label": true}': "no field 'prompt'",
     b'{"prompt": "p", "completion": ""}': "empty completion",
@@ -205,16 +218,8 @@ BAD_ROWS: dict[bytes, str] = {
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS.items(), ids=range(len(BAD_ROWS)))
 def test_a_bad_row_says_why(row: bytes, reason: str) -> None:
     with pytest.raises(BadRow) as problem:
-        read_row(parse_line(row), {})
+        read(parse_line(row))
     assert reason in str(problem.value)
-
-
-def test_columns_may_be_called_otherwise() -> None:
-    row = {"question": "p", "best": "c", "worst": "r", "chosen": "not this", "text": "nor this"}
-    columns = {"prompt": "question", "chosen": "best", "rejected": "worst"}
-    assert read_row(row, columns) == Row(PAIRS, "p", "c", "r")
-    with pytest.raises(BadRow, match="no field 'chosen'"):
-        read_row({"prompt": "p", "chosen": "c", "rejected": "r"}, {"chosen": "best"})
 
 
 def test_text_as_a_conversation() -> None:
@@ -235,7 +240,7 @@ def test_text_as_a_conversation() -> None:
 def test_a_damaged_row_is_a_pair_or_a_bad_row(place: int, piece: bytes) -> None:
     damaged = GOOD[:place] + piece + GOOD[place + 1 :]
     try:
-        pair = read_row(parse_line(damaged), {})
+        pair = read(parse_line(damaged))
     except BadRow as problem:
         assert str(problem)
     else:
@@ -250,7 +255,7 @@ texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1).f
 def test_an_implicit_prompt_loses_no_character(shared: str, chosen: str, rejected: str) -> None:
     begin = f"Human: {shared}\n\nAssistant:"
     try:
-        row = read_row({"chosen": begin + chosen, "rejected": begin + rejected}, {})
+        row = read({"chosen": begin + chosen, "rejected": begin + rejected})
     except BadRow:
         return
     assert isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)

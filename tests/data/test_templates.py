@@ -304,7 +304,7 @@ def test_any_conversation_comes_back(family: str, question: str, answers: tuple[
     tokenizer = tokenizer_of(family)
     encoder = plain_encoder(family)
     try:
-        _, _, texts = encoder.render(pair([user(question)], *answers), "1")
+        _, _, texts = encoder.render(encoder.read(pair([user(question)], *answers))[0], "1")
     except BadRow:  # the same answer twice, or only white space to a template that trims
         return
     encoded = encoder(Piece([1], [pair([user(question)], *answers)]))
@@ -323,6 +323,6 @@ def test_any_conversation_comes_back(family: str, question: str, answers: tuple[
 
 def test_the_kind_of_row_stays() -> None:
     encoder = encoder_of(tokenizer_of("qwen"))
-    templated, row, _ = encoder.render(pair([user("q")], "a"), "1")
+    templated, row, _ = encoder.render(encoder.read(pair([user("q")], "a"))[0], "1")
     assert templated and row == Row(PAIRS, [user("q")], [says("a")], [says("No.")])
-    assert not encoder.render({"prompt": "q", "chosen": "a", "rejected": "b"}, "1")[0]
+    assert not encoder.render(Row(PAIRS, "q", "a", "b"), "1")[0]

@@ -104,7 +104,7 @@ Q, A, B, G = (
     ],
 )
 def test_gold_answers(row: dict[str, Any], gold: Any) -> None:
-    assert read_row(row, {}).gold == gold
+    assert read_row(row).gold == gold
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_gold_answers(row: dict[str, Any], gold: Any) -> None:
 )
 def test_gold_answers_that_do_not_fit(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        read_row(row, {})
+        read_row(row)
 
 
 def test_numbers_and_gold_reach_the_batch(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""The form of a file: which of its columns are prompt, answers, judgments, and how a row becomes pairs.
+
+A form turns a row into rows with rcpo's own fields, which `rcpo.data.formats` reads: none, one, or several.
+It is found once for each source, from the columns of its first rows, or named by `data.format`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rcpo.config import ConfigError
+from rcpo.data.records import BadRow
+
+Fields = dict[str, Any]
+
+
+class Form(Protocol):
+    """How the rows of a file are read; it can be pickled. `name` is for the user, after "read as"."""
+
+    @property
+    def name(self) -> str: ...
+
+    def rows(self, fields: Fields) -> list[Fields]:
+        """What a row of the file is in rcpo's own fields; raises BadRow."""
+        ...
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """What `data` says of forms: the keys of these names, as conf/data/pairs.yaml explains them."""
+
+    format: str | None = None
+    module: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    pairing: str = "best_worst"
+    ties: str = "keep"
+    learn: str = "last"
+
+    def describe(self) -> str:
+        """All that decides rows, the source of the user's own module too."""
+        own = "" if self.module is None else inspect.getsource(importlib.import_module(self.module))
+        return f"{self} {hashlib.sha256(own.encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Rows that have one meaning each: `names` maps rcpo's fields to the file's columns.
+
+    `more` is a column of text that follows the prompt where it is not empty: Alpaca's `input`. With
+    `every_turn` each answer of a conversation is learned, not the last alone.
+    """
+
+    name: str
+    names: Mapping[str, str]
+    more: str | None = None
+    every_turn: bool = False
+
+    def rows(self, fields: Fields) -> list[Fields]:
+        found = dict(fields)
+        for name, column in self.names.items():
+            if column in fields:
+                found[name] = fields[column]
+                if column != name and column not in self.names:
+                    del found[column]
+        if self.more is not None and self.more in found:
+            found["prompt"] = with_input(found.get("prompt"), found.pop(self.more))
+        if self.every_turn and isinstance(found.get("messages"), list):
+            return turns(found)
+        return [found]
+
+
+def with_input(instruction: Any, more: Any) -> Any:
+    """Alpaca's prompt: the instruction, and on the next line its input where there is one."""
+    if more is None or (isinstance(more, str) and not more.strip()):
+        return instruction
+    if not isinstance(instruction, str) or not isinstance(more, str):
+        raise BadRow("an instruction and its input are not both text")
+    return f"{instruction}\n{more}"
+
+
+def turns(fields: Fields) -> list[Fields]:
+    """A conversation once for each answer in it, cut after the answer; raises BadRow where there is none."""
+    messages = fields["messages"]
+    said = [
+        place
+        for place, message in enumerate(messages)
+        if place and isinstance(message, dict) and message.get("role", message.get("from")) in ASSISTANTS
+    ]
+    if not said:
+        raise BadRow("the conversation holds no answer of the assistant")
+    return [fields | {"messages": messages[: place + 1]} for place in said]
+
+
+ASSISTANTS = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call")
+
+Reader = Callable[[Fields], "Fields | Sequence[Fields]"]
+_REGISTERED: dict[str, Reader] = {}
+
+
+def register_format(name: str) -> Callable[[Reader], Reader]:
+    """Makes a function a format: `data.format=NAME data.format_module=MODULE`.
+
+    It takes a row of the file and returns a row with rcpo's fields (`prompt`, `chosen`, `rejected`, ...), or
+    a list of such rows. It raises ValueError, with a reason, for a row that cannot be used.
+
+    >>> @register_format("best-of-three")
+    ... def read(row):
+    ...     return {"prompt": row["q"], "chosen": row["answers"][0], "rejected": row["answers"][2]}
+    """
+
+    def register(reader: Reader) -> Reader:
+        _REGISTERED[name] = reader
+        return reader
+
+    return register
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A format that a user's module registers."""
+
+    name: str
+    module: str | None
+
+    def rows(self, fields: Fields) -> list[Fields]:
+        reader = registered(self.name, self.module)
+        try:
+            found = reader(fields)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadRow(f"format {self.name} refuses the row: {type(error).__name__}: {error}") from error
+        rows = [found] if isinstance(found, dict) else found
+        if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+            raise BadRow(f"format {self.name} returns something other than rows")
+        return list(rows)
+
+
+def registered(name: str, module: str | None) -> Reader:
+    """The reader of a name after the user's module is imported; raises ConfigError where there is none."""
+    if module is not None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"data.format_module={module} cannot be imported: {error}") from error
+    if name not in _REGISTERED:
+        own = f"; {module} registers {', '.join(_REGISTERED) or 'none'}" if module else ""
+        raise ConfigError(
+            f"data.format={name}: there is no such format{own}; give one of {', '.join(FORMATS)}, or "
+            "register it with rcpo.register_format in a module and name that: data.format_module=MODULE"
+        )
+    return _REGISTERED[name]
+
+
+FORMATS = ("preferences", "comparisons", "trees", "ranked", "labelled", "supervised")

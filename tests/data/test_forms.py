@@ -1,0 +1,274 @@
+"""Which form a file has, and what its rows become; written down by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_dataset import load, write
+
+from rcpo.config import ConfigError
+from rcpo.data.columns import rename
+from rcpo.data.detection import find_form
+from rcpo.data.forms import FormOptions, register_format
+from rcpo.data.judged import FIRST, SECOND, TIE, Scored, majority, paired
+from rcpo.data.records import BadRow
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def read(rows: list[dict[str, Any]], **options: Any) -> tuple[str, list[dict[str, Any]]]:
+    """The form's name, and what the rows become, with the fields that matter here."""
+    form = find_form(rows, FormOptions(**options), "x.jsonl")
+    kept = ("prompt", "chosen", "rejected", "completion", "label", "messages", "weight", "score_chosen",
+            "score_rejected")  # fmt: skip
+    return form.name, [{k: row[k] for k in kept if k in row} for one in rows for row in form.rows(one)]
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+# name: (row of a file, what is said of it, what it becomes)
+FORMS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "plain": ({**PAIR, "other": 1}, "preference pairs", PAIR),
+    "sharegpt": (
+        {"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")},
+        "ShareGPT conversations with two answers (prompt from 'conversations')",
+        {"prompt": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")},
+    ),
+    "alpaca": (
+        {"instruction": "q", "input": "i", "output": "o", "chosen": "a", "rejected": "b"},
+        "Alpaca instructions with two answers",
+        {"prompt": "q\ni", "chosen": "a", "rejected": "b"},
+    ),
+    "alpaca, no input": (
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, "Alpaca instructions", PAIR
+    ),
+    "alpaca, supervised": (
+        {"instruction": "q", "input": "i", "output": "o"}, "Alpaca instructions",
+        {"prompt": "q\ni", "completion": "o"},
+    ),
+    "stack exchange": ({"question": "q", "response_j": "a", "response_k": "b"}, "preference pairs", PAIR),
+    "model-written evaluations": (
+        {"question": "q", "answer_matching_behavior": "a", "answer_not_matching_behavior": "b"},
+        "preference pairs", PAIR,
+    ),
+    "axolotl": (
+        {"instruction": "q", "chosen_response": "a", "rejected_response": "b", "chosen_score": 2.0},
+        "Alpaca instructions with two answers", {**PAIR, "score_chosen": 2.0},
+    ),
+    "intel": ({"input": "q", "chosen": "a", "rejected": "b"}, "preference pairs (prompt from 'input')", PAIR),
+    "better and worse": (
+        {"query": "q", "better_answer": "a", "worse_answer": "b", "better_model": "x", "worse_model": "y"},
+        "preference pairs", PAIR,
+    ),
+    "second is better": (
+        {"input": "q", "output_1": "b", "output_2": "a", "label": 2}, "comparisons of 'output_1' and", PAIR
+    ),
+    "a letter": (
+        {"question": "q", "answer_a": "a", "answer_b": "b", "winner": "model_a"},
+        "comparisons of 'answer_a'", PAIR,
+    ),
+    "ids": (
+        {"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": 1, "safer_id": 0},
+        "judged by 'better_response_id'", PAIR,
+    ),
+    "three annotators": (
+        {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 1, "annotator2": 2,
+         "annotator3": 1},
+        "judged by 'annotator1', 'annotator2', 'annotator3'", PAIR,
+    ),
+    "strength": (
+        {"context": "q", "response1": "a", "response2": "b", "overall_preference": -2}, "comparisons", PAIR
+    ),
+    "scores in a list": (
+        {"prompt": "q", "responses": ["x", "a", "b"], "scores": [2, 3.5, 1]},
+        "by score ('scores'), paired best",
+        {**PAIR, "score_chosen": 3.5, "score_rejected": 1.0},
+    ),
+    "ranks inside": (
+        {"prompt": "q", "answers": [{"answer": "b", "rank": 2}, {"answer": "a", "rank": 1},
+                                    {"answer": "?", "rank": None}]},
+        "by rank ('rank')", {**PAIR, "score_chosen": -1.0, "score_rejected": -2.0},
+    ),
+    "ultrafeedback's own": (
+        {"instruction": "q", "completions": [{"response": "b", "overall_score": 1},
+                                             {"response": "a", "overall_score": 9}]},
+        "by score ('overall_score')", {**PAIR, "score_chosen": 9.0, "score_rejected": 1.0},
+    ),
+    "a label": (
+        {"question": "q", "response": "a", "acceptable?": 0},
+        "prompt from 'question', completion from 'response', label from 'acceptable?')",
+        {"prompt": "q", "completion": "a", "label": False},
+    ),
+    "a label of a conversation": (
+        {"conversations": [human("q"), gpt("a")], "kto_tag": True}, "completions with labels",
+        {"messages": [human("q"), gpt("a")], "label": True},
+    ),
+    "a word": (
+        {"prompt": "q", "completion": "a", "label": "Thumbs up"}, "completions with labels",
+        {"prompt": "q", "completion": "a", "label": True},
+    ),
+    "supervised sharegpt": (
+        {"conversations": [human("q"), gpt("a")]},
+        "ShareGPT conversations (messages from 'conversations'), the",
+        {"messages": [human("q"), gpt("a")]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_is_found_and_named(name: str) -> None:
+    row, said, wanted = FORMS[name]
+    assert (said in (found := read([row]))[0], found[1]) == (True, [wanted]), found
+
+
+def test_a_majority_decides_and_as_many_for_either_are_a_tie() -> None:
+    assert majority([FIRST, FIRST, SECOND]) == FIRST
+    assert majority([FIRST, TIE, TIE]) == TIE
+    assert majority([FIRST, SECOND, TIE]) == TIE
+    assert majority([SECOND, TIE]) == SECOND
+
+
+def test_a_tie_is_both_orders_at_half_the_weight_or_nothing() -> None:
+    row = {"prompt": "q", "output_1": "a", "output_2": "b", "label": "tie"}
+    half = {"prompt": "q", "weight": 0.5}
+    assert read([row])[1] == [
+        half | {"chosen": "a", "rejected": "b"},
+        half | {"chosen": "b", "rejected": "a"},
+    ]
+    assert read([row], ties="drop")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("pairing", "wanted"),
+    [("best_worst", ["ac"]), ("adjacent", ["ab", "bc"]), ("all", ["ab", "ac", "bc"])],
+)
+def test_several_answers_are_paired_as_asked(pairing: str, wanted: list[str]) -> None:
+    scored = [Scored("b", 2), Scored("c", 1), Scored("a", 3)]
+    pairs = paired({}, scored, pairing, "keep")
+    assert [pair["chosen"] + pair["rejected"] for pair in pairs] == wanted
+    assert all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+    with pytest.raises(BadRow, match="fewer than two"):
+        paired({}, scored[:1], pairing, "keep")
+
+
+def test_a_tree_gives_a_pair_for_every_group_of_ranked_replies() -> None:
+    def said(text: str, rank: int | None, *replies: Any) -> dict[str, Any]:
+        return {"text": text, "role": "assistant", "rank": rank, "replies": list(replies)}
+
+    def asked(text: str, *replies: Any) -> dict[str, Any]:
+        return {"text": text, "role": "prompter", "replies": list(replies)}
+
+    tree = asked("q", said("a", 0, asked("more", said("d", 1), said("c", 0))), said("b", 1), said("?", None))
+    name, rows = read([{"prompt": tree, "tree_state": "x"}])
+    scores = {"score_chosen": 0.0, "score_rejected": -1.0}
+    q, a, more = (
+        {"role": role, "content": text}
+        for role, text in (("user", "q"), ("assistant", "a"), ("user", "more"))
+    )
+    assert name.startswith("trees of replies in 'prompt'")
+    assert rows == [
+        {"prompt": [q], "chosen": "a", "rejected": "b", **scores},
+        {"prompt": [q, a, more], "chosen": "c", "rejected": "d", **scores},
+    ]
+
+
+def test_every_answer_of_a_conversation_can_be_learned() -> None:
+    talk = [human("1"), gpt("a"), human("2"), gpt("b")]
+    assert read([{"conversations": talk}])[1] == [{"messages": talk}]
+    assert read([{"conversations": talk}], learn="all")[1] == [{"messages": talk[:2]}, {"messages": talk}]
+
+
+def test_columns_are_names_paths_and_templates() -> None:
+    row = {"instruction": "do", "input": "it", "a": {"b": [{"text": "yes"}]}, "chosen": "not this"}
+    columns = {"prompt": "{{ instruction }}\n{{ input }}", "chosen": "a.b[0].text", "rejected": "none"}
+    assert rename(row, columns) == {"prompt": "do\nit", "chosen": "yes"}
+    with pytest.raises(BadRow, match=r"does not fit: .nothing. is undefined"):
+        rename(row, {"prompt": "{{ nothing }}"})
+    with pytest.raises(BadRow, match="does not fit"):
+        rename(row, {"prompt": "{{ ''.__class__.__mro__ }}"})  # a sandbox
+
+
+def test_what_labels_and_judgments_mean_can_be_said() -> None:
+    row = {"prompt": "q", "completion": "a", "label": "meh"}
+    assert read([row], labels={"meh": False})[1][0]["label"] is False
+    first = {"prompt": "q", "output_1": "a", "output_2": "b", "label": 1}
+    zero = first | {"label": 0}
+    with pytest.raises(ConfigError, match=r"holds 0, 1, which may mean .*; say which: data\.labels"):
+        read([first, zero])
+    meaning = {1: "first", 0: "second"}
+    assert [row["chosen"] for row in read([first, zero], labels=meaning)[1]] == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"1 is explained as 'best'; the meanings are first, second"):
+        read([first], labels={1: "best"})
+    with pytest.raises(ConfigError, match="read as preference pairs; leave it out"):
+        read([PAIR], labels={1: "first"})
+    with pytest.raises(BadRow, match="a judgment that is not explained"):
+        read([first, first | {"label": "unsure"}])
+
+
+def test_a_form_that_a_file_does_not_have_is_refused_with_what_it_needs() -> None:
+    reason = (
+        r"has no such columns; it has prompt, chosen, rejected. Name them with data.columns: prompt, first"
+    )
+    with pytest.raises(ConfigError, match=reason):
+        read([PAIR], format="comparisons")
+    with pytest.raises(
+        ConfigError, match=r"data.format=nix: there is no such format; give one of preferences"
+    ):
+        read([PAIR], format="nix")
+
+
+def test_a_registered_function_is_a_format() -> None:
+    @register_format("best of three")
+    def best_of_three(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": row["q"], "chosen": row["answers"][0], "rejected": row["answers"][2]}
+
+    rows = [{"q": "q", "answers": ["a", "x", "b"]}]
+    assert read(rows, format="best of three") == ("best of three", [PAIR])
+    with pytest.raises(BadRow, match="format best of three refuses the row: KeyError"):
+        find_form(rows, FormOptions(format="best of three"), "x").rows({})
+
+
+def test_a_column_that_the_file_lacks_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [PAIR])
+    reason = r"data.columns.chosen=good: .*x.jsonl has no such column; it has prompt, chosen, rejected"
+    with pytest.raises(ConfigError, match=reason):
+        load(path=path, columns={"chosen": "good"})
+    with pytest.raises(ConfigError, match=r"data.columns.chosen=.* is not a Jinja template"):
+        load(path=path, columns={"chosen": "{{ good"})
+
+
+def test_comparisons_in_a_file_are_trained_counted_and_kept(tmp_path: Path) -> None:
+    """The form, the ties and the ids survive the cache."""
+    rows = [{"q": f"q{n}", "output_1": "a", "output_2": f"b{n}", "label": n % 3} for n in range(30)]
+    path = write(tmp_path / "x.jsonl", rows)
+    settings = {
+        "path": path,
+        "eval_fraction": 0,
+        "columns": {"prompt": "q"},
+        "cache": str(tmp_path / "cache"),
+    }
+    for _ in range(2):
+        data = load(**settings)
+        assert len(data.train) == 40 and data.train.weights.tolist().count(0.5) == 20
+        assert list(data.train.ids)[:3] == ["x.jsonl:1", "x.jsonl:1", "x.jsonl:2"]
+        said = data.report.lines()
+        assert any(
+            "x.jsonl: read as comparisons of 'output_1' and 'output_2' judged by 'label'" in x for x in said
+        )
+        assert "10 ties are learned in both orders at half the weight (data.ties=keep)" in said
+    assert len(load(**settings, ties="drop").train) == 20
+
+
+def test_a_csv_of_messages_as_json_is_a_conversation(tmp_path: Path) -> None:
+    cell = json.dumps(json.dumps([human("q"), gpt("a")]))
+    (tmp_path / "x.jsonl").write_text(f'{{"conversations": {cell}}}\n' * 4)
+    data = load(path=str(tmp_path / "x.jsonl"), eval_fraction=0, template="plain")
+    assert data.train.kind == "sft" and len(data.train) == 4
