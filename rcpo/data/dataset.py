@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from rcpo.data.encode import Encoder
 from rcpo.data.forms import FormOptions
 from rcpo.data.invariant import check_prompts
 from rcpo.data.limits import Limits
+from rcpo.data.readers import Piece
 from rcpo.data.records import PAIRS, UNPAIRED
 from rcpo.data.rendering import reads_date
 from rcpo.data.report import DataReport, Tally
@@ -149,7 +149,11 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     encoder = make_encoder(config, tokenizer)
     report = DataReport(config.path or ", ".join(spec.name for spec in train_sources(config)))
     report.drop = config.on_bad == "drop"
-    loader = _Loader(config, encoder, partial(check_prompts, tokenizer), report, say)
+
+    def check(fitted: Encoder, piece: Piece, place: str) -> int:
+        return check_prompts(fitted, tokenizer, piece, place)
+
+    loader = _Loader(config, encoder, check, report, say)
     specs, held_out_specs = train_sources(config), eval_sources(config)
     if config.eval_path is None:
         _refuse_same(specs, held_out_specs)

@@ -17,7 +17,7 @@ ROWS = 64  # of a source; that the text is the same is checked on every row
 
 
 def check_prompts(
-    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, piece: Piece, place: str, rows: int = ROWS
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, piece: Piece, place: str, rows: int = ROWS
 ) -> int:
     """Compares the uncut prompts of the first rows of a piece; returns how many. Bad rows are passed over.
 
