@@ -39,7 +39,7 @@ def opened_at_end(prompt: str) -> str:
 
 def closed_at_end(prompt: str) -> bool:
     """Whether a prompt ends with a block of thoughts that it has closed itself."""
-    return _CLOSED.search(prompt) is not None
+    return _CLOSED.search(prompt[-64:]) is not None  # longer than any tag
 
 
 def usual_closing(opening: str) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rcpo.data.reasoning import split_reasoning
+from rcpo.data.reasoning import FIELDS, split_reasoning
 from rcpo.data.records import BadRow, Message, Row
 
 _WORDS, _TOOL, _CALL, _KEY = "probed-content", "probed_tool_{}", "probed_call_{}", "probed_key_{}"
@@ -49,6 +49,9 @@ def refuse_unrendered_calls(messages: Sequence[Message], render: Callable[[list[
 
 def is_said(message: Message, text: str) -> bool:
     """Whether a rendered answer has a message's words and its reasoning, white space aside."""
+    content = message.get("content")
+    if isinstance(content, str) and content.strip() in text and not any(name in message for name in FIELDS):
+        return True  # as nearly always
     reasoning, plain = split_reasoning(message)
     content = plain.get("content")
     return all(_holds(text, part) for part in (reasoning, content) if isinstance(part, str))
