@@ -15,6 +15,7 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
     Llama4TextConfig,
@@ -184,6 +185,16 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
         Policy(model).examine()
     decoder = AutoModelForCausalLM.from_config(BertConfig(**sizes, is_decoder=True)).eval()
     Policy(decoder).examine()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routing_to_experts_is_no_leak(dtype: torch.dtype) -> None:
+    config = GptOssConfig(
+        **SIZE, head_dim=8, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    )
+    policy = Policy(build(config).to(dtype))
+    policy.examine()
+    assert policy.fused
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
