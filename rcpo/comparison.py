@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from rcpo.runfolder import FINISHED_FILE, read_evaluation, read_object, read_row
 CONFIDENCE = 0.95
 SEED = "seed"
 CALIBRATED = "rc.enabled"
+RULE = "rc"  # off, or what the configuration group calls the rule
+MEASURING = ("rc.geometry", "rc.sketch", "rc.sketch_seed")  # what rc=off reads of rc.*
+RULE_KEYS = {"rc.alpha": "fixed", "rc.target": "loop", "rc.signal": "loop"}
+CONTROL = "rc.control."  # the loop's too
 CONTENTS = "contents"
 TASK_KEYS = ("eval.tasks", "eval.limit", "eval.chat_template")
 # made from metrics.jsonl; every other value but REPETITION is evaluation.json's
@@ -118,7 +122,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Contrast:
-    """The same training without calibration and with it."""
+    """The same training without calibration and by one rule of it."""
 
     label: str
     base: Condition
@@ -287,43 +291,98 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def rule_of(settings: Mapping[str, Any]) -> str:
+    """The word that `rc=` takes for how a run was calibrated."""
+    if not settings.get(CALIBRATED):
+        return "off"
+    rule = str(settings.get("rc.rule") or "center")
+    return "on" if rule == "center" else rule
+
+
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the rule as one key, `rc`, and of `rc.*` what this rule reads."""
+    rule = rule_of(settings)
+    kept = {key: value for key, value in settings.items() if _is_read(key, rule)}
+    return kept | {RULE: rule}
+
+
+def _is_read(key: str, rule: str) -> bool:
+    if not key.startswith("rc."):
+        return True
+    if rule == "off":
+        return key in MEASURING
+    if key in (CALIBRATED, "rc.rule"):
+        return False
+    return rule == ("loop" if key.startswith(CONTROL) else RULE_KEYS.get(key, rule))
+
+
 def conditions(runs: Sequence[RunSummary]) -> list[Condition]:
     """The runs by what they share without the seed, in the order in which each first came."""
-    keys = differing([run.settings for run in runs])
-    grouped = _grouped(runs, lambda run: _identity(run.settings, keys))
+    keys = differing([comparable(run.settings) for run in runs])
+    grouped = _grouped(runs, lambda run: _identity(comparable(run.settings), keys))
     labels = labelled([group[0].settings for group in grouped])
     return [Condition(label, tuple(group)) for label, group in zip(labels, grouped)]
 
 
 def contrasts(found: Sequence[Condition]) -> list[Contrast]:
-    """Each calibrated condition beside the uncalibrated one that is equal but for `rc.*`, if there is one."""
-    settings = [condition.settings for condition in found]
-    keys = [key for key in differing(settings) if not key.startswith("rc.")]
-    bases = {_identity(c.settings, keys): c for c in found if not c.settings.get(CALIBRATED)}
-    pairs = [(bases.get(_identity(c.settings, keys)), c) for c in found if c.settings.get(CALIBRATED)]
-    matched = [(base, calibrated) for base, calibrated in pairs if base is not None]
-    variants = {key for key in differing([c.settings for _, c in matched]) if key.startswith("rc.")}
-    labels = labelled([c.settings for _, c in matched], among=[*keys, *sorted(variants - {CALIBRATED})])
+    """Each calibrated condition beside the uncalibrated one that is equal but for `rc.*`, if there is one.
+
+    Of several such, it is the one whose dynamics were measured alike, or else the first.
+    """
+    settings = [comparable(condition.settings) for condition in found]
+    keys = [key for key in differing(settings) if not _is_of_rc(key)]
+    bases = [condition for condition in found if rule_of(condition.settings) == "off"]
+    matched = []
+    for condition in found:
+        equal = [base for base in bases if _same(base, condition, keys)]
+        if equal and rule_of(condition.settings) != "off":
+            base = next((each for each in equal if _same(each, condition, MEASURING)), equal[0])
+            matched.append((base, condition))
+    own = [calibrated.settings for _, calibrated in matched]
+    variants = [key for key in differing([comparable(each) for each in own]) if _is_of_rc(key)]
+    always = {RULE} if any(rule_of(each) != "on" for each in own) else set()
+    labels = labelled(own, among=[*keys, *variants], always=always)
     return [Contrast(label, *pair) for label, pair in zip(labels, matched)]
 
 
-def labelled(settings: Sequence[Mapping[str, Any]], among: Sequence[str] | None = None) -> list[str]:
+def _is_of_rc(key: str) -> bool:
+    return key == RULE or key.startswith("rc.")
+
+
+def _same(one: Condition, other: Condition, keys: Sequence[str]) -> bool:
+    return _identity(one.settings, keys) == _identity(other.settings, keys)
+
+
+def labelled(
+    settings: Sequence[Mapping[str, Any]],
+    among: Sequence[str] | None = None,
+    always: Collection[str] = (),
+) -> list[str]:
     """A short name for each: its objective, and the keys that tell it from others of the same objective.
 
-    `among` are the keys to tell apart by (None: all that differ).
+    `among` are the keys to tell apart by (None: all that differ), `always` those to name in any case. A key
+    that the own rule does not read is left out.
     """
+    every = [comparable(each) for each in settings]
     labels = []
-    for own in settings:
-        peers = [each for each in settings if each.get("objective.name") == own.get("objective.name")]
+    for own in every:
+        peers = [each for each in every if each.get("objective.name") == own.get("objective.name")]
         keys = [key for key in differing(peers) if among is None or key in among]
-        parts = [str(own.get("objective.name", "run")), *(_said(key, own.get(key)) for key in keys)]
-        labels.append(" ".join(parts))
+        parts = [_said(key, own.get(key)) for key in sorted({*keys, *always}) if _tells(key, own, peers)]
+        labels.append(" ".join([str(own.get("objective.name", "run")), *parts]))
     return labels
 
 
+def _tells(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key belongs into a name: of `rc.*` those that the rule reads and others set otherwise."""
+    if not key.startswith("rc."):
+        return True
+    if key == "rc.alpha":
+        return own[RULE] == "fixed"
+    return key in own and own[RULE] != "off" and len({repr(peer[key]) for peer in peers if key in peer}) > 1
+
+
 def _said(key: str, value: Any) -> str:
-    if key == CALIBRATED:
-        return "rc=on" if value else "rc=off"
     shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return f"{key.removeprefix('objective.')}={shown}"
 

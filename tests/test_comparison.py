@@ -26,6 +26,7 @@ from rcpo.comparison import (
     overall,
     paired_difference,
     rank_correlation,
+    rule_of,
     run_values,
     spread,
     summarise_run,
@@ -263,3 +264,52 @@ def test_a_run_is_read_from_its_folder_as_far_as_it_came(tmp_path: Path) -> None
 def test_comparing_needs_no_torch() -> None:
     program = "import sys, rcpo.comparison; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_every_rule_is_a_contrast_of_its_own_against_the_same_base() -> None:
+    """One base for on, edge, loop and two constants; keys that a rule does not read split nothing."""
+    unread = {"rc.target": 0.0, "rc.control.every": 4, "rc.ema": None}
+    runs = [run("off", **unread, values={"x": 1.0})]
+    for place, (rule, alpha) in enumerate(
+        [("center", None), ("edge", None), ("loop", None), ("fixed", 1.5), ("fixed", 2.0)], 1
+    ):
+        more = {"rc.rule": rule, "rc.alpha": alpha, **unread}
+        runs.append(run(f"{rule}-{alpha}", rc=True, values={"x": 1.0 + place}, **more))
+    found = contrasts(conditions(runs))
+    assert [pair.label for pair in found] == [
+        "dpo rc=on",
+        "dpo rc=edge",
+        "dpo rc=loop",
+        "dpo rc=fixed rc.alpha=1.5",
+        "dpo rc=fixed rc.alpha=2",
+    ]
+    assert all(pair.base.runs == (runs[0],) for pair in found)
+    assert [pair.difference("x").mean for pair in found] == [1.0, 2.0, 3.0, 4.0, 5.0]  # type: ignore[union-attr]
+
+
+def test_band_and_scope_are_named_where_they_differ() -> None:
+    ways = [("batch", "batch"), ("samples", "batch"), ("batch", "pair")]
+    runs = [
+        run(rc=True, **{"rc.rule": "edge", "rc.band": band, "rc.scope": scope, "rc.alpha_max": 10.0})
+        for band, scope in ways
+    ]
+    base = run(**{"rc.rule": "center", "rc.band": "batch", "rc.scope": "batch", "rc.alpha_max": 10.0})
+    assert [pair.label for pair in contrasts(conditions([base, *runs]))] == [
+        f"dpo rc=edge rc.band={band} rc.scope={scope}" for band, scope in ways
+    ]
+
+
+def test_a_single_rule_that_is_not_the_papers_is_named() -> None:
+    (found,) = contrasts(conditions([run(), run(rc=True, **{"rc.rule": "loop"})]))
+    assert found.label == "dpo rc=loop" and rule_of(found.base.settings) == "off"
+
+
+def test_the_base_is_the_one_that_was_measured_alike() -> None:
+    kinds = ("head", "parameters")
+    runs = [run(rc=rc, **{"rc.geometry": kind}) for kind in kinds for rc in (False, True)]
+    pairs = contrasts(conditions(runs))
+    assert [(p.base.runs[0], p.calibrated.runs[0]) for p in pairs] == [(runs[0], runs[1]), (runs[2], runs[3])]
+
+
+def test_runs_without_calibration_differ_by_no_key_of_it() -> None:
+    assert len(conditions([run(seed=1, **{"rc.ema": 0.5}), run(seed=2, **{"rc.ema": 0.9})])) == 1

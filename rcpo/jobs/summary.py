@@ -28,6 +28,7 @@ from rcpo.comparison import (
     conditions,
     contrasts,
     overall,
+    rule_of,
     spread,
     summarise_run,
 )
@@ -174,8 +175,10 @@ def sheets(comparison: Comparison, strong: str = "**{}**") -> list[Sheet]:
         found.append(_of_conditions(comparison, strong))
     if comparison.contrasts:
         found.append(_of_contrasts(comparison, strong))
-    if len(comparison.contrasts) >= SEVERAL:
-        found.append(_over_contrasts(comparison))
+    for rule in dict.fromkeys(rule_of(c.calibrated.settings) for c in comparison.contrasts):
+        same = [c for c in comparison.contrasts if rule_of(c.calibrated.settings) == rule]
+        if len(same) >= SEVERAL:
+            found.append(_over_contrasts(same, comparison.metrics, rule))
     if comparison.incomplete:
         rows = [[name, str(why.code), why.reason or ""] for name, why in comparison.incomplete.items()]
         found.append(("not complete", ["run", "exit code", "reason"], rows))
@@ -201,15 +204,15 @@ def _of_contrasts(comparison: Comparison, strong: str) -> Sheet:
         cells = [(d is not None and d.clear, m.show_difference(d)) for m, d in zip(metrics, differences)]
         pairs = max((d.count for d in differences if d is not None), default=0)
         rows.append([contrast.label, str(pairs), *_marked(cells, strong)])
-    title = f"calibration on minus off, paired by seed, {CONFIDENCE:.0%} t interval"
+    title = f"with calibration minus rc=off, paired by seed, {CONFIDENCE:.0%} t interval"
     return title, ["runs of", "pairs", *(metric.title for metric in metrics)], rows
 
 
-def _over_contrasts(comparison: Comparison) -> Sheet:
+def _over_contrasts(contrasts: Sequence[Contrast], metrics: Sequence[Metric], rule: str) -> Sheet:
     """One row a metric: what most readers of a long sweep want first."""
     rows = []
-    for metric in comparison.metrics:
-        found = overall(comparison.contrasts, metric.key)
+    for metric in metrics:
+        found = overall(contrasts, metric.key)
         if found is None:
             continue
         rows.append(
@@ -223,10 +226,10 @@ def _over_contrasts(comparison: Comparison) -> Sheet:
             ]
         )
     title = (
-        f"medians over {len(comparison.contrasts)} contrasts, and how many calibration raised and lowered, "
+        f"medians over {len(contrasts)} contrasts, and how many rc={rule} raised and lowered, "
         f"in brackets with a {CONFIDENCE:.0%} interval that leaves out zero"
     )
-    return title, ["", "off", "on", "difference", "higher", "lower"], rows
+    return title, ["", "off", rule, "difference", "higher", "lower"], rows
 
 
 def _marked(cells: Iterable[tuple[bool, str]], strong: str) -> list[str]:

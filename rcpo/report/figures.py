@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from rcpo.report import panels, theme
 from rcpo.report.panels import Panel, dots
@@ -27,14 +27,15 @@ MASS_STYLES = ("-", "-", (0, (4, 2)), (0, (1, 1.5)))
 
 
 def main_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The two that say most, as far as the runs measured what they show."""
-    return [panels.sides, *([panels.ratio] if _any(runs, "dynamics/score_cosine") else [])]
+    """The ones that say most, as far as the runs measured what they show: sides, α, the ratio."""
+    chosen: list[Panel] = [panels.fresh if runs and all(run.loops for run in runs) else panels.sides]
+    chosen += [panels.alpha] if _any(runs, "rc/alpha") else []
+    return chosen + ([panels.ratio] if _any(runs, "dynamics/score_cosine") else [])
 
 
 def all_panels(runs: Sequence[Run]) -> list[Panel]:
     """Every panel that the runs measured something for, the main ones first."""
     chosen = main_panels(runs)
-    chosen += [panels.alpha] if _any(runs, "rc/alpha") else []
     chosen += [panels.margins] if _any(runs, "logps/rejected") else []
     return chosen + ([panels.cosine, panels.in_band] if _any(runs, "dynamics/score_cosine") else [])
 
@@ -44,7 +45,7 @@ def _any(runs: Sequence[Run], key: str) -> bool:
 
 
 def dynamics_of_run(runs: Sequence[Run]) -> Figure:
-    """The panels of one condition: the two main ones wide, the others beside each other."""
+    """The panels of one condition: the main ones wide, the others beside each other."""
     main, chosen = len(main_panels(runs)), all_panels(runs)
     others = len(chosen) - main
     rows = main + (others + 1) // 2
@@ -214,6 +215,7 @@ def _finish(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(_plainly)
     axes.yaxis.set_major_formatter(_plainly)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plainly(value: float, _: object) -> str:

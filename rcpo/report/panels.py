@@ -52,6 +52,18 @@ def sides(axes: Axes, runs: Sequence[Run], width: int) -> None:
             _held_out(axes, run, key, colour)
 
 
+def fresh(axes: Axes, runs: Sequence[Run], width: int) -> None:
+    """What the closed loop goes by: fresh winners and losers, and the target; diamonds are held out."""
+    axes.set_title("Fresh winner and loser: log-ratios to the start")
+    axes.set_ylabel("nats per token")
+    for target in sorted({float(run.settings.get("rc.target") or 0.0) for run in runs}):
+        level(axes, target, SMALL, label=f"target {target:g}")
+    for side, label, colour in (("chosen", "winner", theme.WINNER), ("rejected", "loser", theme.LOSER)):
+        _curves(axes, _lines(runs, f"rc/{label}", width), width, colour, label)
+        for run in runs:
+            _held_out(axes, run, f"token_logratios/{side}", colour)
+
+
 def _held_out(axes: Axes, run: Run, key: str, colour: str) -> None:
     steps, values = run.held_out(key)
     final = run.evaluation.get(f"eval/{key}")
@@ -61,8 +73,8 @@ def _held_out(axes: Axes, run: Run, key: str, colour: str) -> None:
 
 
 def ratio(axes: Axes, runs: Sequence[Run], width: int) -> None:
-    """The incentive ratio over the shaded band with its centre; after calibration too, where there is one."""
-    axes.set_title("Incentive ratio and the band")
+    """The incentive ratio, before and after calibration, over the batch's band and the one across samples."""
+    axes.set_title("Incentive ratio and the bands")
     axes.set_ylabel("d_w / d_l, log scale")
     centre = _mean_of(runs, "dynamics/band_center", width, geometric=True)
     if not len(centre.steps):
@@ -75,6 +87,7 @@ def ratio(axes: Axes, runs: Sequence[Run], width: int) -> None:
     calibrated = _lines(runs, "rc/calibrated_ratio", width, geometric=True)
     after = mean_line(calibrated, width, geometric=True)
     _band(axes, centre, _mean_of(runs, "dynamics/score_cosine", width), [before, after])
+    _sample_band(axes, runs, width)
     _draw(axes, centre, theme.MUTED, "centre r*", linewidth=1)
     _draw_before(axes, before, "r, before calibration" if calibrated else "r", calibrated)
     _curves(axes, calibrated, width, theme.CALIBRATED, "α² r", geometric=True)
@@ -95,13 +108,30 @@ def _band(axes: Axes, centre: Line, cosine: Line, others: Sequence[Line]) -> Non
     if len(steps) == 1:  # a single point has no area
         steps = np.array([steps[0] - 0.5, steps[0] + 0.5])
         lower, upper = np.repeat(lower, 2), np.repeat(upper, 2)
-    axes.fill_between(steps, lower, upper, color=theme.BAND, alpha=0.28, linewidth=0, label="band")
+    axes.fill_between(steps, lower, upper, color=theme.BAND, alpha=0.28, linewidth=0, label="batch's band")
+
+
+def _sample_band(axes: Axes, runs: Sequence[Run], width: int) -> None:
+    """r̄* ρ̄ to r̄*/ρ̄, outlined, for it can be as narrow as a line; nothing before it stands clear of noise."""
+    ends = [
+        _mean_of(runs, f"dynamics/samples/band_{end}", width, geometric=True) for end in ("lower", "upper")
+    ]
+    lower, upper = ends
+    if not len(lower.steps) or not len(upper.steps):
+        return
+    high = np.interp(lower.steps, upper.steps, upper.values)
+    style: dict[str, Any] = {"color": theme.LOSER, "alpha": 0.5, "linewidth": 1.0}
+    axes.fill_between(lower.steps, lower.values, high, label="samples' band", **style)
 
 
 def alpha(axes: Axes, runs: Sequence[Run], width: int) -> None:
-    """The calibration's weight α; 1 is no calibration."""
+    """The calibration's weight α on a logarithmic axis; 1 is no calibration."""
     axes.set_title("Calibration weight α")
-    axes.set_ylabel("α")
+    axes.set_ylabel("α, log scale")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7), numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.update_datalim([(1, 0.8), (1, 1.25)], updatex=False)
     level(axes, 1.0)
     lines = _lines(runs, "rc/alpha", width, geometric=True)
     if not lines:
@@ -190,10 +220,10 @@ def dots(values: Column) -> dict[str, Any]:
     return {"marker": "o", "markersize": 4} if np.count_nonzero(~np.isnan(values)) < 3 else {}
 
 
-def level(axes: Axes, value: float, around: float = 0.0) -> None:
+def level(axes: Axes, value: float, around: float = 0.0, label: str | None = None) -> None:
     """A reference line; the axis reaches at least `around` to both sides of it."""
     axes.update_datalim([(1, value - around), (1, value + around)], updatex=False)
-    axes.axhline(value, color=theme.MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.axhline(value, color=theme.MUTED, linewidth=0.8, linestyle=(0, (2, 2)), label=label)
 
 
 def _say(axes: Axes, text: str) -> None:

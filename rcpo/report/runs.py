@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpo.comparison import RunSummary, made_with, run_values
+from rcpo.comparison import RunSummary, made_with, rule_of, run_values
 from rcpo.config.schema import ConfigError
 from rcpo.runfolder import (
     FINISHED_FILE,
@@ -121,6 +121,11 @@ class Run:
     @property
     def calibrated(self) -> bool:
         return bool(self.settings.get("rc.enabled"))
+
+    @property
+    def loops(self) -> bool:
+        """Whether α followed the movement of fresh pairs, which the rows then tell."""
+        return rule_of(self.settings) == "loop" and self.has("rc/winner")
 
     @property
     def summary(self) -> RunSummary:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcpo.comparison import METRICS, STEPS_IN_BAND, Condition, conditions, contrasts, spread
-from rcpo.report import appendix, figures, overview, panels, tables, words
+from rcpo.report import appendix, figures, frontier, overview, panels, tables, words
 from rcpo.report.document import Block, Document, Paragraph, Picture, Section
 from rcpo.report.dynamics import predict_margin
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
@@ -21,6 +21,11 @@ HOW_TO_READ = (
     "The winner should stay at 0, the loser fall. While the ratio r is in the band, a small step neither "
     "lowers the winner nor raises the loser; at the centre r* both sides pull equally, and calibration moves "
     "r there."
+)
+
+FRONTIER = (
+    "Up and to the right is better: a larger held-out margin, and a winner that did not fall. A point is the "
+    "mean of a condition, its bars the standard deviation over seeds; a line joins the values of a constant."
 )
 
 
@@ -141,8 +146,7 @@ def _groups(rows: Sequence[overview.Row], runs: dict[str, Run]) -> list[Group]:
     for row in rows:
         if row.base is not None and row.calibrated is not None:
             labels.append(row.label)
-            sides = {"without calibration": row.base, "with calibration": row.calibrated}
-            found.append([column(f"{row.label} {how}", condition) for how, condition in sides.items()])
+            found.append([column(condition.label, condition) for condition in (row.base, row.calibrated)])
         else:
             condition = row.base or row.calibrated
             assert condition is not None
@@ -189,6 +193,10 @@ def _at_a_glance(found: Sequence[Condition]) -> list[Block]:
         )
         rows = overview.overview_rows(found, pairs)
         blocks.append(Picture("overview", overview.overview(rows, metrics), caption))
+    blocks += [
+        Picture(f"frontier-{place}" if place else "frontier", frontier.frontier(points), FRONTIER)
+        for place, points in enumerate(frontier.frontiers(found))
+    ]
     if pairs:
         blocks.append(tables.of_contrasts(pairs))
     return [*blocks, tables.of_conditions(found)]

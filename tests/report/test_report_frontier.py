@@ -1,0 +1,76 @@
+"""The frontier of a sweep, and the first figure of a calibrated run, from numbers made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_folders import rows, settings, write_run
+
+from rcpo.comparison import RunSummary, conditions
+from rcpo.report import theme
+from rcpo.report.figures import dynamics_of_run
+from rcpo.report.frontier import LOSER, WINNER, curves, frontier, frontiers
+from rcpo.report.runs import read_run
+
+
+def a_run(winner: float, loser: float, rule: str | None = None, seed: int = 1, **more: Any) -> RunSummary:
+    own = {"seed": seed, "objective.name": "dpo", "rc.enabled": rule is not None, "rc.rule": rule, **more}
+    return RunSummary(f"{rule}-{seed}", own, {WINNER: winner, LOSER: loser})
+
+
+def test_points_are_means_with_their_spread_over_seeds() -> None:
+    runs = [a_run(-0.5, -0.6), a_run(-0.3, -0.6, seed=2), a_run(0.1, 0.0, "loop"), a_run(0.2, 0.0, "edge")]
+    ((off, loop, _),) = frontiers(conditions(runs))
+    assert off.winner.mean == pytest.approx(-0.4) and off.margin.mean == pytest.approx(0.2)  # of 0.1 and 0.3
+    assert off.margin.deviation == pytest.approx(0.1 * 2**0.5)
+    assert (loop.rule, loop.margin.mean, loop.margin.deviation) == ("loop", pytest.approx(0.1), None)
+
+
+def test_constants_are_joined_in_their_order_from_the_base() -> None:
+    runs = [a_run(0.3, 0.2, "fixed", **{"rc.alpha": alpha}) for alpha in (2.0, 0.5)]
+    runs += [a_run(-0.5, -0.6), a_run(0.1, 0.0, "loop")]
+    runs += [a_run(0.0, -0.1, **{"objective.nll_coef": weight}) for weight in (1.0, 0.1)]
+    (points,) = frontiers(conditions(runs))
+    found = curves(points)
+    assert [point.alpha for point in found["constant α"]] == [0.5, 1.0, 2.0]
+    assert [point.nll for point in found["nll_coef"]] == [0.0, 0.1, 1.0]
+    with theme.applied():
+        axes = frontier(points).axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["constant α", "nll_coef"]
+    # both constants fall on one place, and so do both weights
+    assert {text.get_text() for text in axes.texts} == {
+        "rc=off",
+        "rc=loop",
+        "rc=fixed rc.alpha=2, rc=fixed rc.alpha=0.5",
+        "nll_coef=1, nll_coef=0.1",
+    }
+
+
+def test_two_conditions_and_other_learning_rates_make_no_frontier() -> None:
+    runs = [a_run(0.0, 0.0), a_run(0.1, 0.0, "loop")]
+    assert frontiers(conditions(runs)) == []
+    others = [a_run(0.2, 0.0, rule, **{"optim.lr": 1e-3}) for rule in ("edge", "center")]
+    assert frontiers(conditions([*runs, *others])) == []
+
+
+@pytest.mark.parametrize("rule", ["center", "loop"])
+def test_a_calibrated_runs_first_panels(tmp_path: Path, rule: str) -> None:
+    looped = {"rc/winner": -0.04, "rc/loser": -0.5, "dynamics/samples/band_center": 1.1}
+    bands = {"dynamics/samples/band_lower": 1.0, "dynamics/samples/band_upper": 1.2}
+    metrics = [row | bands | (looped if rule == "loop" else {}) for row in rows(4, alpha=1.2)]
+    tree = settings(rc=True, rc__rule=rule, rc__target=0.05)
+    with theme.applied():
+        sides, alpha, ratio, *_ = dynamics_of_run(
+            [read_run(write_run(tmp_path / "r", tree, metrics), "r")]
+        ).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in sides.lines}
+    if rule == "loop":
+        assert drawn["winner"] == [-0.04] * 4 and drawn["loser"] == [-0.5] * 4
+        assert drawn["target 0.05"] == [0.05, 0.05]
+    else:
+        assert drawn["winner"] == pytest.approx([row["logratios/chosen"] for row in metrics])
+    assert alpha.get_title(loc="left") == "Calibration weight α" and alpha.get_yscale() == "log"
+    labels = set(ratio.get_legend_handles_labels()[1])
+    assert {"batch's band", "samples' band", "r, before calibration", "α² r"} <= labels
