@@ -88,8 +88,8 @@ def ratio(axes: Axes, runs: Sequence[Run], width: int) -> None:
     after = mean_line(calibrated, width, geometric=True)
     _band(axes, centre, _mean_of(runs, "dynamics/score_cosine", width), [before, after])
     _sample_band(axes, runs, width)
-    _draw(axes, centre, theme.MUTED, "centre r*", linewidth=1)
-    _draw_before(axes, before, "r, before calibration" if calibrated else "r", calibrated)
+    _draw(axes, centre, theme.MUTED, "r*", linewidth=1)
+    _draw_before(axes, before, "r", calibrated)
     _curves(axes, calibrated, width, theme.CALIBRATED, "α² r", geometric=True)
 
 
@@ -120,7 +120,7 @@ def _sample_band(axes: Axes, runs: Sequence[Run], width: int) -> None:
     if not len(lower.steps) or not len(upper.steps):
         return
     high = np.interp(lower.steps, upper.steps, upper.values)
-    style: dict[str, Any] = {"color": theme.LOSER, "alpha": 0.5, "linewidth": 1.0}
+    style: dict[str, Any] = {"color": theme.INK, "alpha": 0.3, "linewidth": 1.0}
     axes.fill_between(lower.steps, lower.values, high, label="samples' band", **style)
 
 

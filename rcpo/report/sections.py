@@ -18,9 +18,10 @@ ACROSS = [BY_KEY["eval/token_logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
 FEW = 8  # conditions that are shown in full; more show what says most, so that a page is made in seconds
 
 HOW_TO_READ = (
-    "The winner should stay at 0, the loser fall. While the ratio r is in the band, a small step neither "
-    "lowers the winner nor raises the loser; at the centre r* both sides pull equally, and calibration moves "
-    "r there."
+    "The winner should stay at 0, the loser fall. While the ratio r is in the batch's band, a small step "
+    "neither lowers the batch's winners nor raises its losers; at the centre r* both sides pull equally. "
+    "Other text has a band of its own, the samples' band, drawn once it stands clear of noise. Calibration "
+    "makes α² r of r."
 )
 
 FRONTIER = (

@@ -73,4 +73,4 @@ def test_a_calibrated_runs_first_panels(tmp_path: Path, rule: str) -> None:
         assert drawn["winner"] == pytest.approx([row["logratios/chosen"] for row in metrics])
     assert alpha.get_title(loc="left") == "Calibration weight α" and alpha.get_yscale() == "log"
     labels = set(ratio.get_legend_handles_labels()[1])
-    assert {"batch's band", "samples' band", "r, before calibration", "α² r"} <= labels
+    assert labels == {"batch's band", "samples' band", "r*", "r", "α² r"}
