@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import held_out, sums_file, tiny_llama
+from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rcpo import distributed
@@ -44,8 +44,8 @@ def config(models: tuple[str, str], tmp_path: Path) -> RunConfig:
     config.model.name, (config.model.path, config.reference.path) = "local", models
     config.reference.cache = "off"
     config.data.name = "pairs"
-    config.data.path = sums_file(tmp_path / "pairs.jsonl", 3)
-    config.data.eval_path = held_out(config.data.path)
+    config.data.path = sums_file(tmp_path / "train.jsonl", 3)
+    config.data.eval_path = sums_file(tmp_path / "pairs.jsonl", 3)
     config.train.batch_size = config.train.micro_batch_size = 3
     config.eval.parameters_geometry = True
     return config
