@@ -106,11 +106,11 @@ class Trainer:
         means = sums.means(distributed.reduce_sum)
         self.votes = {name: int(means.pop(name)) for name in VOTES}
         bad = means.pop("nonfinite") > 0
-        if self.objective.state is not None:
-            self.objective.state.step(distributed.reduce_sum, keep=not bad)
         learning_rate = self.engine.learning_rate
         measured = self.dynamics.end()
         update = self.engine.step()
+        if self.objective.state is not None:  # what a step that changed no weight saw does not count
+            self.objective.state.step(distributed.reduce_sum, keep=update.applied and not bad)
         self._sync_reference()
         bad = bad or not (update.applied or update.rescaled)
         seconds = time.perf_counter() - began

@@ -56,7 +56,8 @@ def test_in_a_row_is_counted_anew_after_a_good_step(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "nonfinite" / "step-1.json").read_text())["metrics"]["loss"] == "nan"
 
 
-def test_a_bad_step_leaves_bco_s_running_mean_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_bad_step_leaves_bco_s_running_mean_alone(tmp_path: Path, kind: str) -> None:
     """The mean is over the pairs of good steps: 8 of the first, none of the second, 8 of the third."""
     distributed.initialize()
     model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
@@ -67,7 +68,7 @@ def test_a_bad_step_leaves_bco_s_running_mean_alone(tmp_path: Path) -> None:
     assert isinstance(objective.state, RunningMean)
     kept = objective.state.state_dict()
     assert kept["count"] == 16  # both rewards of each pair
-    objective.armed = "loss"
+    objective.armed = kind
     assert trainer.train_step()["nonfinite_steps"] == 1
     assert objective.state.state_dict() == kept
     objective.armed = ""
