@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rcpo.config.composition import conf_dir
+from rcpo.config.paths import conf_dir
 from rcpo.launch import DONE, FAILED, external_ranks
 from rcpo.visible import text_lines
 

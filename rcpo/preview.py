@@ -18,13 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rcpo import hub
 from rcpo.config import ConfigError, RunConfig, parse
 from rcpo.config.commands import refuse_command_keys
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    split_arguments,
-    user_part,
-)
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.records import PAIRS, Example
 from rcpo.data.store import PairDataset

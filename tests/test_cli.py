@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from rcpo import jobs, launch
 from rcpo.cli import app
 from rcpo.config import ConfigError, RunConfig, load_run_config, save_run_config
-from rcpo.config.composition import conf_dir
+from rcpo.config.paths import conf_dir
 from rcpo.jobs import commands, multirun
 from rcpo.launch.outcomes import Outcome
 from rcpo.launch.pool import Pool

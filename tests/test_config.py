@@ -38,7 +38,6 @@ from rcpo.config.composition import (
     PRIMARY,
     compose,
     compose_with,
-    conf_dir,
     hydra_session,
     over_run,
     split_arguments,
@@ -46,6 +45,7 @@ from rcpo.config.composition import (
 )
 from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys
+from rcpo.config.paths import conf_dir
 from rcpo.config.refusals import _in_quotes, _quoted
 from rcpo.config.validation import (
     CHOICES,

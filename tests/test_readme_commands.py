@@ -21,7 +21,7 @@ from datasets import Dataset
 from judge_server import JudgeServer
 from tiny import sums_file, tiny_llama
 
-from rcpo.config.composition import conf_dir
+from rcpo.config.paths import conf_dir
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SMALL = {

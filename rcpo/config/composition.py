@@ -18,9 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rcpo.config.commands import COMMAND_NODES
 from rcpo.config.parsing import describe
-from rcpo.config.paths import conf_dir as conf_dir
-from rcpo.config.refusals import refusals_explained as refusals_explained
-from rcpo.config.refusals import refuse_odd_overrides
+from rcpo.config.paths import conf_dir
+from rcpo.config.refusals import refusals_explained, refuse_odd_overrides
 from rcpo.config.schema import ConfigError
 from rcpo.config.validation import nearest
 from rcpo.visible import os_message

@@ -10,16 +10,9 @@ from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, parse, save_run_config, to_container
 from rcpo.config.commands import refuse_command_keys
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    over_run,
-    refusals_explained,
-    split_arguments,
-    user_part,
-)
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, over_run, split_arguments, user_part
 from rcpo.config.parsing import read_tree, structure
+from rcpo.config.refusals import refusals_explained
 from rcpo.jobs.folders import job_dir, refuse_other, resolved_dir
 from rcpo.jobs.multirun import train_many
 from rcpo.jobs.show import show, shows, wants_multirun

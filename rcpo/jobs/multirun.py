@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 
 from rcpo.config import ConfigError, RunConfig, parse, save_run_config
 from rcpo.config.commands import sweep_config
-from rcpo.config.composition import compose_with, refusals_explained, user_part
+from rcpo.config.composition import compose_with, user_part
+from rcpo.config.refusals import refusals_explained
 from rcpo.inputs import read_inputs, standing
 from rcpo.jobs.folders import job_dir, make_folder, refuse_other
 from rcpo.jobs.naming import refuse_shared_folders

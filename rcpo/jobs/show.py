@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rcpo.config import ConfigError
-from rcpo.config.composition import compose_with, refusals_explained
+from rcpo.config.composition import compose_with
+from rcpo.config.refusals import refusals_explained
 from rcpo.launch import DONE
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from rcpo.config import ConfigError
 from rcpo.config.commands import refuse_command_keys, sweep_config
-from rcpo.config.composition import PRIMARY, compose_with, hydra_session, refusals_explained, split_arguments
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments
+from rcpo.config.refusals import refusals_explained
 from rcpo.jobs import summary
 from rcpo.jobs.multirun import compose_many, multirun, summary_code
 from rcpo.jobs.naming import refuse_shared_folders, run_name

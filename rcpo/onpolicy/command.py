@@ -11,14 +11,7 @@ from omegaconf import DictConfig
 from rcpo import hub
 from rcpo.config import ConfigError, RunConfig, parse, to_container
 from rcpo.config.commands import refuse_command_keys
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    over_run,
-    split_arguments,
-    user_part,
-)
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, over_run, split_arguments, user_part
 from rcpo.config.onpolicy import ScoreConfig, onpolicy_config
 from rcpo.config.parsing import read_tree, structure
 from rcpo.jobs.folders import resolved_dir

@@ -13,14 +13,8 @@ from rich.console import Console
 
 from rcpo.config import ConfigError, parse
 from rcpo.config.commands import plan_config, refuse_command_keys
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    refusals_explained,
-    split_arguments,
-    user_part,
-)
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
+from rcpo.config.refusals import refusals_explained
 from rcpo.jobs.show import show as show_configuration
 from rcpo.jobs.show import shows
 from rcpo.launch import DONE, FAILED

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rcpo.config.composition import conf_dir
+from rcpo.config.paths import conf_dir
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

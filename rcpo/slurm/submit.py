@@ -14,14 +14,7 @@ from omegaconf import DictConfig
 from rcpo.caching import write_privately
 from rcpo.config import ConfigError, RunConfig, parse, save_run_config, to_container
 from rcpo.config.commands import SlurmConfig, refuse_command_keys, slurm_config
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    over_run,
-    split_arguments,
-    user_part,
-)
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, over_run, split_arguments, user_part
 from rcpo.config.parsing import read_tree, structure
 from rcpo.jobs.folders import make_folder, refuse_other, resolved_dir
 from rcpo.jobs.multirun import compose_many, is_complete

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from rcpo import distributed
 from rcpo.config import ConfigError, RunConfig
-from rcpo.config.composition import conf_dir
+from rcpo.config.paths import conf_dir
 from rcpo.evaluation.harness import Harness, TaskSpec, flat_record, write_results
 from rcpo.evaluation.heldout import merge_record
 from rcpo.evaluation.run import load_whole

@@ -18,7 +18,8 @@ from tiny import sums_file
 
 from rcpo import jobs
 from rcpo.config import ConfigError, RunConfig, parse
-from rcpo.config.composition import compose, conf_dir
+from rcpo.config.composition import compose
+from rcpo.config.paths import conf_dir
 from rcpo.jobs.naming import run_name
 from rcpo.launch.outcomes import Outcome, read_outcome
 

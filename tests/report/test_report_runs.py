@@ -13,7 +13,7 @@ import pytest
 from report_folders import rows, settings, write_run
 
 from rcpo.config import ConfigError
-from rcpo.config.composition import conf_dir
+from rcpo.config.paths import conf_dir
 from rcpo.launch.outcomes import Outcome
 from rcpo.report import command
 from rcpo.report.runs import Status, find_runs, read_run, read_runs
