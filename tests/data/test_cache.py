@@ -86,7 +86,7 @@ def test_what_decides_tokens_is_in_the_key_and_nothing_else(load: Loader, tmp_pa
         {"template": "chatml"},
         {"template": "chatml", "system_prompt": "s"},
         {"template": "chatml", "template_options": {"x": 1}},
-        {"columns": {"system": "s"}},
+        {"columns": {"text": "prompt", "prompt": "prompt"}},
         {"max_examples": 7},
         {"tokenizer": tokenizer_of("neox")},
         {"path": shutil.copy(load.path, tmp_path / "y.jsonl")},  # it is in the ids

@@ -91,7 +91,7 @@ SETS: dict[str, tuple[Any, str, int, int]] = {
 
 
 def load(name: str, folder: Path) -> Datasets:
-    config: DataConfig = parse(compose([f"data={name}", f"data.path={folder}"])).data
+    config: DataConfig = parse(compose([f"data={name}", f"data.path={folder}", "data.max_dropped=0.2"])).data
     return load_datasets(config, tokenizer_of("qwen"), seed=1)
 
 

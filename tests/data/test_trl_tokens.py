@@ -49,6 +49,9 @@ def test_trl_learns_the_line_break_after_the_end_of_a_turn(family: str) -> None:
             assert tokenizer.decode(longer[len(response) :]).strip() == ""
 
 
+PROMPTED = {"prompt": "The sum is", "chosen": " four.", "rejected": " two."}
+
+
 def test_text_is_the_same() -> None:
     rows = [
         {"prompt": "What is the sum of 1 and 2?", "chosen": " The sum is 3.", "rejected": " I think 4"},
@@ -57,7 +60,8 @@ def test_text_is_the_same() -> None:
     for family in ("neox", "qwen", "llama3"):
         tokenizer = tokenizer_of(family)
         assert ours(tokenizer, rows[:1]) == trl_tokens(tokenizer, rows[:1])
-        assert ours(tokenizer, rows[1:]) == trl_tokens(tokenizer, rows[1:])  # the prompt is implicit
+        # TRL takes what two plain texts have in common for their prompt; rcpo wants a column that says it
+        assert ours(tokenizer, [PROMPTED]) == trl_tokens(tokenizer, rows[1:])
 
 
 def test_trl_takes_the_end_of_a_prompt_away_where_a_token_spans_the_border() -> None:
