@@ -150,7 +150,7 @@ def registered(name: str, module: str | None) -> Reader:
         own = f"; {module} registers {', '.join(_REGISTERED) or 'none'}" if module else ""
         raise ConfigError(
             f"data.format={name}: there is no such format{own}; give one of {', '.join(FORMATS)}, or "
-            "register it with rcpo.register_format in a module and name that: data.format_module=MODULE"
+            "register it (rcpo.data.forms.register_format) in a module: data.format_module=MODULE"
         )
     return _REGISTERED[name]
 

@@ -200,6 +200,11 @@ def _csv(path: Path) -> Iterator[Piece]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
+            if len(header) == 1 and ";" in header[0]:
+                raise ConfigError(
+                    f"{path}:1: the columns are separated by semicolons; "
+                    "save the file with commas, or with tabs as .tsv"
+                )
             if len(set(header)) < len(header):
                 raise ConfigError(f"{path}:1: a column's name is there twice")
             rows = (_csv_row(header, values, reader.line_num) for values in reader if values)

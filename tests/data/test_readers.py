@@ -105,6 +105,11 @@ GOOD = lines({"prompt": "p", "chosen": "c", "rejected": "r"})
         ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', "latin.json:2: invalid UTF-8"),
         ("latin.csv", b"a,b\n1,caf\xe9\n", "latin.csv:.*not CSV in UTF-8"),
         ("quote.csv", b'a,b\n1,"2\n', "quote.csv:.*not CSV"),
+        (
+            "excel.csv",
+            b'prompt;chosen;rejected\n"a, b";c;d\n',
+            "excel.csv:1: the columns are separated by semi",
+        ),
         ("twice.csv", b"a,a\n1,2\n", "a column's name is there twice"),
         ("x.parquet", b"PAR1 and nothing", "cannot be read as Parquet"),
         ("x.arrow", b"ARROW1 and nothing", "cannot be read as Arrow"),
