@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcpo.band import DisentanglementBand, Dynamics, Movement
-    from rcpo.calibration import DynamicsMeter, RewardCalibrator, StepCalibration
-    from rcpo.geometry import ScoreGeometry, Sketch, head_scores
-    from rcpo.incentives import incentives
-    from rcpo.logps import score_sides, token_logps
-    from rcpo.objectives import Objective, get_objective, register
-    from rcpo.samples import CrossSamples, SampleGeometry
-    from rcpo.types import PairLogps, TokenBatch
+    from rcpo.method.band import DisentanglementBand, Dynamics, Movement
+    from rcpo.method.calibration import DynamicsMeter, RewardCalibrator, StepCalibration
+    from rcpo.method.geometry import ScoreGeometry, Sketch, head_scores
+    from rcpo.method.incentives import incentives
+    from rcpo.method.logps import score_sides, token_logps
+    from rcpo.method.objectives import Objective, get_objective, register
+    from rcpo.method.samples import CrossSamples, SampleGeometry
+    from rcpo.method.types import PairLogps, TokenBatch
 
 __version__ = "0.1.0"
 
@@ -68,7 +68,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rcpo' has no attribute {name!r}")
-    module = importlib.import_module(f"rcpo.{_HOME[name]}")
+    module = importlib.import_module(f"rcpo.method.{_HOME[name]}")
     value = getattr(module, name)
     globals()[name] = value
     return value

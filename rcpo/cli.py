@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rcpo import __version__, terminal
+from rcpo import __version__
+from rcpo.system import terminal
 
 _RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
@@ -88,9 +89,9 @@ def train(ctx: typer.Context) -> None:
     Hydra's flags stand anywhere: -m, --cfg job|hydra|all, --resolve, --info, --config-dir, --config-name.
     The run's folder is printed at the start; hydra.run.dir=DIR chooses it, resume=auto continues it.
     """
-    from rcpo import jobs
+    from rcpo.commands.train import train as run
 
-    _finish(jobs.train, ctx.args)
+    _finish(run, ctx.args)
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -108,9 +109,9 @@ def evaluate(ctx: typer.Context) -> None:
 
     The result is evaluation.json in the run's folder, or in a new one under outputs/.
     """
-    from rcpo import jobs
+    from rcpo.commands.evaluate import evaluate as run
 
-    _finish(jobs.evaluate, ctx.args)
+    _finish(run, ctx.args)
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -133,7 +134,7 @@ def sample(ctx: typer.Context) -> None:
     The folder that is printed at the start, or hydra.run.dir=DIR, gets pairs.jsonl, which data=pairs reads,
     and pairs.json, which says where it comes from. The same call continues one that was killed.
     """
-    from rcpo.onpolicy.command import sample as make
+    from rcpo.commands.sample import sample as make
 
     _finish(make, ctx.args)
 
@@ -152,7 +153,7 @@ def iterate(ctx: typer.Context) -> None:
     The folder that is printed at the start (hydra.run.dir=DIR chooses it) has round-N/sample, train and
     evaluate; round 0 is the model before. The same call continues one that was stopped or killed.
     """
-    from rcpo.onpolicy.iterate import iterate as go_through
+    from rcpo.commands.iterate import iterate as go_through
 
     _finish(go_through, ctx.args)
 
@@ -168,7 +169,7 @@ def show_data(ctx: typer.Context) -> None:
     Examples with prompt and learned tokens in colour (show=3 of them), the template and its special tokens,
     lengths, what is cut or dropped, and what is both trained on and held out.
     """
-    from rcpo.preview import preview
+    from rcpo.commands.data import preview
 
     _finish(preview, ctx.args)
 
@@ -204,7 +205,7 @@ def report_runs(
       rcpo report outputs/DIR --markdown --figures pdf  for a paper
       rcpo report outputs/DIR --watch                   a page that follows training
     """
-    from rcpo.report.command import Request, run
+    from rcpo.commands.report import Request, run
 
     request = Request(folders, output, markdown, None if figures is None else figures.value)
     _finish(run, request, every if watch else None)
@@ -230,9 +231,9 @@ def sweep(ctx: typer.Context) -> None:
 
     sweep.json, sweep.md and a folder for each run are in hydra.sweep.dir.
     """
-    from rcpo import jobs
+    from rcpo.commands.sweep import sweep as run
 
-    _finish(jobs.sweep, ctx.args)
+    _finish(run, ctx.args)
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -249,7 +250,7 @@ def plan(ctx: typer.Context) -> None:
 
     Where the plan does not fit the GPU, the nearest configuration that does is named, and the exit code is 1.
     """
-    from rcpo.planner.command import plan as make_plan
+    from rcpo.commands.plan import plan as make_plan
 
     _finish(make_plan, ctx.args)
 
@@ -289,9 +290,9 @@ def submit(
 
     Before its time is over, or when it is pre-empted, a run saves a checkpoint and goes on in the next piece.
     """
-    from rcpo.onpolicy.chain import submit_chain
+    from rcpo.commands.chain import submit_chain
+    from rcpo.commands.submit import submit as submit_job
     from rcpo.slurm.status import report_status
-    from rcpo.slurm.submit import submit as submit_job
 
     if command is Submittable.STATUS:
         _finish(report_status, ctx.args)
@@ -304,16 +305,17 @@ def submit(
 @app.command()
 def doctor() -> None:
     """Show what this machine has and what would fail; exit code 1 where `rcpo train` could not run."""
-    from rcpo.doctor import examine
+    from rcpo.commands.doctor import examine
 
     raise typer.Exit(examine())
 
 
 def _finish(command: Callable[..., int], *arguments: Any) -> None:
     """Runs a command to its exit code; what the user has to change is one line, without a traceback."""
-    from rcpo.config import ConfigError, RunError
-    from rcpo.launch import FAILED, failed, refused
-    from rcpo.visible import is_about_a_file, os_message
+    from rcpo.errors import ConfigError, RunError
+    from rcpo.launch.outcomes import FAILED
+    from rcpo.launch.run import failed, refused
+    from rcpo.system.text import is_about_a_file, os_message
 
     try:
         code = command(*arguments)

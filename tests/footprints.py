@@ -20,7 +20,7 @@ import torch
 from tiny import TOKENIZER, sums_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner import communication, states
 from rcpo.planner.gathers import Gathers, gathers, module_order
 from rcpo.planner.memory import Step

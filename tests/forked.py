@@ -12,8 +12,16 @@ from pathlib import Path
 
 # what most commands import sooner or later; none of it starts a thread or asks where it runs
 IMPORTED = [
-    *("rcpo.cli", "rcpo.jobs", "rcpo.launch.run", "rcpo.trainer", "rcpo.preview", "rcpo.report.command"),
-    *("rcpo.evaluation.run", "rcpo.evaluation.heldout", "rcpo.evaluation.probes", "rcpo.planner.command"),
+    *(
+        "rcpo.cli",
+        "rcpo.commands.train",
+        "rcpo.commands.sweep",
+        "rcpo.launch.run",
+        "rcpo.training.trainer",
+        "rcpo.commands.data",
+        "rcpo.commands.report",
+    ),
+    *("rcpo.evaluation.run", "rcpo.evaluation.heldout", "rcpo.evaluation.probes", "rcpo.commands.plan"),
     *("transformers.models.llama.modeling_llama", "datasets", "peft"),
 ]
 _context = multiprocessing.get_context("forkserver")

@@ -18,7 +18,7 @@ def on_ranks(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 
     `work` is a module's function and its arguments can be pickled.
     """
-    multiprocessing.get_context(START).set_forkserver_preload(["rcpo.trainer", "rcpo.launch.run"])
+    multiprocessing.get_context(START).set_forkserver_preload(["rcpo.training.trainer", "rcpo.launch.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,7 +28,7 @@ def on_ranks(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 def _rank(rank: int, ranks: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from rcpo import distributed
+    from rcpo.system import distributed
 
     distributed.initialize()
     work(*arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +17,14 @@ MODULES = ("types", "objectives", "incentives", "geometry", "logps", "calibratio
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
-    importlib.import_module(f"rcpo.{name}")
-    results = doctest.testmod(sys.modules[f"rcpo.{name}"], optionflags=doctest.NORMALIZE_WHITESPACE)
+    module = importlib.import_module(f"rcpo.method.{name}")
+    results = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 0 and results.failed == 0
 
 
 @pytest.mark.parametrize("name", rcpo.__all__)
 def test_every_public_name_has_an_example(name: str) -> None:
     value = getattr(rcpo, name)
-    if inspect.ismodule(value):  # rcpo.incentives names the function and its module
-        value = getattr(value, name)
     assert ">>>" in (value.__doc__ or ""), name
 
 

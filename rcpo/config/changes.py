@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rcpo.config.parsing import to_container
-from rcpo.config.schema import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 
 DATA_FREE = ("data.streaming", "data.cache", "data.workers")  # how data are read, but not which
 # What a run shows, keeps and where it runs: none of it touches a weight. Data files are compared by content.

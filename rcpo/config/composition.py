@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rcpo.config.commands import COMMAND_NODES
+from rcpo.config.nodes import COMMAND_NODES
 from rcpo.config.parsing import describe
 from rcpo.config.paths import conf_dir
 from rcpo.config.refusals import refusals_explained, refuse_odd_overrides
-from rcpo.config.schema import ConfigError
 from rcpo.config.validation import nearest
-from rcpo.visible import os_message
+from rcpo.errors import ConfigError
+from rcpo.system.text import os_message
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -229,3 +229,19 @@ def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> Di
         changes.append(override)
     ConfigStore.instance().store(name="finished_run", node=base)
     return user_part(compose_with(hydra, "finished_run", changes))
+
+
+def job_dir() -> Path:
+    """The folder that Hydra made for the job it is running."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:
+    """The folder that `hydra.run.dir` stands for."""
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().set_config(cfg)
+    folder = str(cfg.hydra.run.dir)
+    return Path(folder if suffix is None else f"{folder}_{suffix}")

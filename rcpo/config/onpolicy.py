@@ -10,12 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rcpo.config.commands import check_node, read_node
 from rcpo.config.data import DataConfig
-from rcpo.config.judge import EndpointConfig
-from rcpo.config.judge_checks import COMPARED, RATED, check_endpoint, read_template
-from rcpo.config.schema import ConfigError, RunConfig
+from rcpo.config.judge import COMPARED, RATED, EndpointConfig, check_endpoint, read_template
+from rcpo.config.nodes import check_node, read_node
+from rcpo.config.schema import RunConfig
 from rcpo.config.validation import Range, check_range
+from rcpo.errors import ConfigError
 
 NODES = ("sample", "score", "pairing", "iterate")
 VERIFIABLE = ("exact", "number", "pattern")  # scores that say right or wrong, by the data's own response

@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from rcpo.config.schema import ConfigError, ObjectiveConfig, RunConfig
+from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.config.shapes import refuse_shapes
 from rcpo.config.validation import unknown_key, validate
-from rcpo.visible import first_line
+from rcpo.errors import ConfigError
+from rcpo.system.text import first_line
 
 _OBJECTIVE_KEYS = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"hyperparameters"}
 # merged into, so it must not bring the default objective's hyper-parameters along

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from rcpo.config.schema import ConfigError
+from rcpo.errors import ConfigError
 
 
 def conf_dir() -> Path:

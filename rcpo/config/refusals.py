@@ -17,9 +17,9 @@ from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
 from rcpo.config.parsing import describe, known_keys
 from rcpo.config.paths import conf_dir
-from rcpo.config.schema import ConfigError
 from rcpo.config.validation import nearest, unknown_key
-from rcpo.visible import text_lines
+from rcpo.errors import ConfigError
+from rcpo.system.text import text_lines
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra

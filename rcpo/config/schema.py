@@ -11,15 +11,7 @@ from typing import Any
 
 from rcpo.config.data import DataConfig
 from rcpo.config.judge import JudgeConfig
-
-
-class ConfigError(ValueError):
-    """A command line, configuration or input that the user has to change; the CLI exits with 2."""
-
-
-class RunError(RuntimeError):
-    """What ends a run and is no fault of its code: the message says all; the CLI exits with 1."""
-
+from rcpo.errors import ConfigError
 
 LARGEST_MICRO_BATCH = 16  # that is chosen without being asked: it fits small models, and large ones are told
 

@@ -7,8 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from rcpo.config.schema import ConfigError
 from rcpo.config.validation import unknown_key
+from rcpo.errors import ConfigError
 
 MAY_BE_EMPTY = ("data.system_prompt",)  # texts of which the empty one means something
 

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rcpo.config.data_checks import check_data
-from rcpo.config.judge_checks import check_judge
-from rcpo.config.model_checks import check_models
+from rcpo.config.data import check_data
+from rcpo.config.judge import check_judge
+from rcpo.config.model import check_models
 from rcpo.config.paths import is_file, readable_folder
-from rcpo.config.schema import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 
 # the held-out means that an evaluation while training may have
 BEST_METRICS = (

@@ -18,18 +18,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rcpo import distributed
-from rcpo.caching import Lock, sync_folder
-from rcpo.config import ConfigError
 from rcpo.data.encode import Encoded, Encoder
-from rcpo.data.readers import Piece
-from rcpo.data.sources import Source
+from rcpo.data.readers import RowBlock
+from rcpo.data.sources import DataSource
 from rcpo.data.store import TokenStore
 from rcpo.data.tokens import Damaged, Meta, TokenWriter, open_tokens
 from rcpo.data.workers import encode_all
+from rcpo.errors import ConfigError
+from rcpo.system import distributed
+from rcpo.system.files import Lock, sync_folder
 
 Say = Callable[[str], None]
-Check = Callable[[Encoder, Piece, str], Any]
+Check = Callable[[Encoder, RowBlock, str], Any]
 """Raises ConfigError where a piece of the named part cannot be encoded as it should."""
 FORMAT = 1  # raise where rcpo makes other tokens of the same rows, template and tokenizer
 HEARTBEAT = 60.0  # seconds between signs of life while rank 0 works: well within the collectives' timeout
@@ -37,13 +37,13 @@ PROGRESS_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TokenRequest:
     """A source's tokens: at most `limit` usable rows of it, by an encoder; `drop` is what bad rows meet.
 
     `check` looks at a part's first piece before it is encoded.
     """
 
-    source: Source
+    source: DataSource
     encoder: Encoder
     check: Check
     limit: int | None
@@ -76,7 +76,7 @@ class TokenCache:
         """Where hashes of files are remembered."""
         return None if self._folder is None else self._folder / "hashes"
 
-    def fetch(self, make: Callable[[], Wanted]) -> tuple[TokenStore, Meta]:
+    def fetch(self, make: Callable[[], TokenRequest]) -> tuple[TokenStore, Meta]:
         """The tokens wanted and what became of the rows, the same on every rank. Collective.
 
         `make` looks for the source; it is called where tokens may have to be made. Raises ConfigError on
@@ -101,7 +101,7 @@ class TokenCache:
             raise ConfigError(problems[0])
         return found
 
-    def _try(self, make: Callable[[], Wanted]) -> tuple[tuple[TokenStore, Meta] | None, str | None]:
+    def _try(self, make: Callable[[], TokenRequest]) -> tuple[tuple[TokenStore, Meta] | None, str | None]:
         """The tokens, or why there are none: the other ranks have to hear of it."""
         try:
             return self._fetch(make()), None
@@ -117,7 +117,7 @@ class TokenCache:
         except (Damaged, OSError):  # another machine's folder
             return None
 
-    def _fetch(self, wanted: Wanted) -> tuple[TokenStore, Meta]:
+    def _fetch(self, wanted: TokenRequest) -> tuple[TokenStore, Meta]:
         meta = wanted.meta()
         if self._folder is None:
             return self._build(wanted, meta, None)
@@ -133,7 +133,7 @@ class TokenCache:
         finally:
             lock.release()
 
-    def _open(self, folder: Path, wanted: Wanted) -> tuple[TokenStore, Meta] | None:
+    def _open(self, folder: Path, wanted: TokenRequest) -> tuple[TokenStore, Meta] | None:
         began = time.perf_counter()
         try:
             store, meta = open_tokens(folder, folder.name, verify=distributed.is_main())
@@ -147,7 +147,7 @@ class TokenCache:
         self._say_main(f"{wanted.source.name}: {len(store)} examples read from the cache in {seconds:.1f} s")
         return store, meta
 
-    def _make(self, folder: Path, wanted: Wanted, meta: Meta) -> tuple[TokenStore, Meta]:
+    def _make(self, folder: Path, wanted: TokenRequest, meta: Meta) -> tuple[TokenStore, Meta]:
         """Into a folder of another name, which gets its own when it is whole; in memory if that fails."""
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -167,7 +167,7 @@ class TokenCache:
             shutil.rmtree(temporary, ignore_errors=True)
         return store, meta
 
-    def _build(self, wanted: Wanted, meta: Meta, folder: Path | None) -> tuple[TokenStore, Meta]:
+    def _build(self, wanted: TokenRequest, meta: Meta, folder: Path | None) -> tuple[TokenStore, Meta]:
         began = time.monotonic()
         writer = TokenWriter(folder, meta)
         progress = _Progress(wanted.source.name, self._say_main)
@@ -201,7 +201,7 @@ class TokenCache:
         self._say_main(f"{wanted.source.name}: {len(store)} examples tokenised in {seconds:.1f} s")
         return store, meta
 
-    def _wait(self, lock: Lock, wanted: Wanted) -> None:
+    def _wait(self, lock: Lock, wanted: TokenRequest) -> None:
         told = False
         while not lock.acquire():
             if not told:
@@ -221,7 +221,7 @@ class TokenCache:
             self._say(text)
 
 
-def _first(encoder: Encoder, piece: Piece, encoded: Encoded, count: int) -> Encoded:
+def _first(encoder: Encoder, piece: RowBlock, encoded: Encoded, count: int) -> Encoded:
     """The first `count` usable rows of an encoded piece, as if the rows behind them were not there."""
     if len(encoded.numbers) <= count:
         return encoded
@@ -229,7 +229,7 @@ def _first(encoder: Encoder, piece: Piece, encoded: Encoded, count: int) -> Enco
     return encoder(piece.part(0, end)).first(count)
 
 
-def _refuse_bad(meta: Meta, wanted: Wanted) -> None:
+def _refuse_bad(meta: Meta, wanted: TokenRequest) -> None:
     """Raises ConfigError for the first bad row, unless such rows are dropped."""
     if meta.bad and not wanted.drop:
         reason, (place, _) = next(iter(meta.bad.items()))

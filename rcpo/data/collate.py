@@ -15,11 +15,11 @@ from itertools import chain, pairwise
 import numpy as np
 import torch
 
-from rcpo.attention import PADDING, SEGMENTS_PER_PAIR
 from rcpo.data.batches import FILLER, pack
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
-from rcpo.types import TokenBatch
+from rcpo.method.types import TokenBatch
+from rcpo.models.attention import PADDING, SEGMENTS_PER_PAIR
 
 Pair = list[list[int]]  # a prompt's token ids and those of its responses, one for each side
 Arrays = dict[str, np.ndarray]

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from rcpo.config import ConfigError
 from rcpo.data.records import BadRow
-from rcpo.visible import first_line
+from rcpo.errors import ConfigError
+from rcpo.system.text import first_line
 
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(-?\d+)\]")
 _MISSING = object()

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rcpo.caching import cache_folder
-from rcpo.config import ConfigError, DataConfig
-from rcpo.config.data import SourceSpec, eval_sources, train_sources
+from rcpo.config.data import DataConfig, SourceSpec, eval_sources, train_sources
 from rcpo.data import sums
-from rcpo.data.cache import Check, Say, TokenCache, Wanted
+from rcpo.data.cache import Check, Say, TokenCache, TokenRequest
 from rcpo.data.encode import Encoder
 from rcpo.data.forms import FormOptions
 from rcpo.data.invariant import check_prompts
 from rcpo.data.limits import Limits
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
 from rcpo.data.records import PAIRS, UNPAIRED
 from rcpo.data.rendering import reads_date
 from rcpo.data.report import DataReport, Tally
@@ -29,6 +27,8 @@ from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset, TokenStore
 from rcpo.data.templates import ChatTemplate, find_template, template_sources
 from rcpo.data.tokenise import PairTokeniser
+from rcpo.errors import ConfigError
+from rcpo.system.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
     report = DataReport(config.path or ", ".join(spec.name for spec in train_sources(config)))
     report.drop = config.on_bad == "drop"
 
-    def check(fitted: Encoder, piece: Piece, place: str) -> int:
+    def check(fitted: Encoder, piece: RowBlock, place: str) -> int:
         return check_prompts(fitted, tokenizer, piece, place)
 
     loader = _Loader(config, encoder, check, report, say)
@@ -250,9 +250,9 @@ class _Loader:
         config = self._config
         drop = config.on_bad == "drop"
 
-        def make() -> Wanted:
+        def make() -> TokenRequest:
             source = find_source(spec, self._cache.memo, self._say)
-            return Wanted(source, self._encoder, self._check, config.max_examples, config.workers, drop)
+            return TokenRequest(source, self._encoder, self._check, config.max_examples, config.workers, drop)
 
         store, meta = self._cache.fetch(make)
         self._report.counts.update(meta.counts)

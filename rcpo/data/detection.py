@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rcpo.config import ConfigError
 from rcpo.data.forms import ASSISTANTS, FORMATS, Custom, Fields, Form, FormOptions, Renamed, registered
 from rcpo.data.judged import FIRST, MARKS, REPLIES, SECOND, TEXTS, TIE, Comparisons, Ranked, Trees, normal
+from rcpo.errors import ConfigError
 
 PROMPTS = (
     "prompt", "instruction", "question", "query", "conversations", "messages", "conversation",

@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from rcpo.config import ConfigError
 from rcpo.data.columns import check_templates, is_template, rename
 from rcpo.data.conversations import parse_prompt, read_json_cells
 from rcpo.data.detection import Judged, find_form
 from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
 from rcpo.data.judged import TIE_WEIGHT
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
 from rcpo.data.records import VALUES, BadRow, Content, Example, Row, TextPair
 from rcpo.data.report import Tally
 from rcpo.data.store import PARTS
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
+from rcpo.errors import ConfigError
 
 _MADE = "5"  # counts changes of what is made of a row: tokens stored before one are made anew
 
@@ -111,7 +111,7 @@ class Encoder:
             name: metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")
         }
 
-    def fitted(self, piece: Piece, place: str) -> Encoder:
+    def fitted(self, piece: RowBlock, place: str) -> Encoder:
         """The same for a file that begins with this piece: in the form that its columns have.
 
         Raises ConfigError for a column of `data.columns` that no row has, and for columns that leave open
@@ -142,7 +142,7 @@ class Encoder:
         except BadRow as problem:
             return [problem]
 
-    def __call__(self, piece: Piece) -> Encoded:
+    def __call__(self, piece: RowBlock) -> Encoded:
         """Raises ConfigError for messages without a template, and for a system prompt without messages."""
         tally = Tally()
         found: list[_Found] = []

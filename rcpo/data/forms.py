@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rcpo.config import ConfigError
 from rcpo.data.records import BadRow
+from rcpo.errors import ConfigError
 
 Fields = dict[str, Any]
 

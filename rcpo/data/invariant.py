@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rcpo.config import ConfigError
 from rcpo.data.encode import Encoder
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
 from rcpo.data.records import BadRow, Row, TextPair
 from rcpo.data.rendering import fix_date
+from rcpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ ROWS = 64  # of a source; that the text is the same is checked on every row
 
 
 def check_prompts(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, piece: Piece, place: str, rows: int = ROWS
+    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, piece: RowBlock, place: str, rows: int = ROWS
 ) -> int:
     """Compares the uncut prompts of the first rows of a piece; returns how many. Bad rows are passed over.
 

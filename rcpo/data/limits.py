@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rcpo.config import ConfigError
+from rcpo.errors import ConfigError
 
 KEEP_END, KEEP_START = "keep_end", "keep_start"
 

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rcpo.config import ConfigError
 from rcpo.data.records import BadRow
-from rcpo.visible import first_line
+from rcpo.errors import ConfigError
+from rcpo.system.text import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowBlock:
     """Some rows of a file: their numbers, as the user counts them from 1, and the rows, parsed or not.
 
     `rows` are lines of JSON, mappings, reasons why a row is bad, or an Arrow record batch.
@@ -53,17 +53,17 @@ class Piece:
             except BadRow as problem:
                 yield number, problem
 
-    def part(self, start: int, stop: int) -> Piece:
+    def part(self, start: int, stop: int) -> RowBlock:
         """The rows from one place to another, both counted from 0 in this piece."""
         stop = min(stop, len(self.numbers))
         rows = self.rows[start:stop] if isinstance(self.rows, Sequence) else _sliced(self.rows, start, stop)
-        return Piece(self.numbers[start:stop], rows)
+        return RowBlock(self.numbers[start:stop], rows)
 
 
-Reader = Callable[[Path], Iterator[Piece]]
+Reader = Callable[[Path], Iterator[RowBlock]]
 
 
-def read_file(path: Path) -> Iterator[Piece]:
+def read_file(path: Path) -> Iterator[RowBlock]:
     """The rows of a file, by its suffix.
 
     Raises ConfigError for a file of another kind, and for one that is damaged in more than a row.
@@ -130,17 +130,17 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _json_lines(path: Path) -> Iterator[Piece]:
+def _json_lines(path: Path) -> Iterator[RowBlock]:
     with _open(path) as file:
         numbered = enumerate(file, start=1)
         while lines := list(islice(numbered, ROWS)):
             if lines[0][0] == 1:
                 lines[0] = 1, lines[0][1].removeprefix(BOM)
             kept = [(number, line) for number, line in lines if not line.isspace() and line]
-            yield Piece([number for number, _ in kept], [line for _, line in kept])
+            yield RowBlock([number for number, _ in kept], [line for _, line in kept])
 
 
-def _json(path: Path) -> Iterator[Piece]:
+def _json(path: Path) -> Iterator[RowBlock]:
     """An array of objects, or JSON Lines under another name."""
     with _open(path) as file:
         start = file.read(4096).removeprefix(BOM).lstrip()
@@ -156,7 +156,7 @@ def _json(path: Path) -> Iterator[Piece]:
         raise ConfigError(f"{path}:{line}: invalid UTF-8; give JSON Lines to leave such rows out") from error
     rows = enumerate(_array(text, path), start=1)
     while some := list(islice(rows, ROWS)):
-        yield Piece([number for number, _ in some], [row for _, row in some])
+        yield RowBlock([number for number, _ in some], [row for _, row in some])
 
 
 def _array(text: str, path: Path) -> Iterator[Any]:
@@ -193,7 +193,7 @@ def _broken_array(text: str, place: int, path: Path) -> ConfigError:
     return ConfigError(f"{path}:{line}: broken JSON; mend it, or give JSON Lines to leave such rows out")
 
 
-def _csv(path: Path) -> Iterator[Piece]:
+def _csv(path: Path) -> Iterator[RowBlock]:
     csv.field_size_limit(2**31 - 1)  # its own limit is shorter than many responses
     delimiter = "\t" if kind(path) == ".tsv" else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
@@ -209,7 +209,7 @@ def _csv(path: Path) -> Iterator[Piece]:
                 raise ConfigError(f"{path}:1: a column's name is there twice")
             rows = (_csv_row(header, values, reader.line_num) for values in reader if values)
             while some := list(islice(rows, ROWS)):
-                yield Piece([number for number, _ in some], [row for _, row in some])
+                yield RowBlock([number for number, _ in some], [row for _, row in some])
         except (csv.Error, UnicodeDecodeError) as error:
             # a quote that never ends or another encoding: where rows begin is not known any more
             raise ConfigError(
@@ -223,7 +223,7 @@ def _csv_row(header: list[str], values: list[str], line: int) -> tuple[int, dict
     return line, dict(zip(header, values, strict=True))
 
 
-def _parquet(path: Path) -> Iterator[Piece]:
+def _parquet(path: Path) -> Iterator[RowBlock]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -233,7 +233,7 @@ def _parquet(path: Path) -> Iterator[Piece]:
         raise ConfigError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
 
-def _arrow(path: Path) -> Iterator[Piece]:
+def _arrow(path: Path) -> Iterator[RowBlock]:
     """Both of Arrow's formats: a stream, as the datasets library writes it, or a file."""
     import pyarrow as pa
 
@@ -251,13 +251,13 @@ def _arrow(path: Path) -> Iterator[Piece]:
         raise ConfigError(f"{path} cannot be read as Arrow: {first_line(error)}") from error
 
 
-def arrow_pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[Piece]:
+def arrow_pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[RowBlock]:
     """Record batches as pieces, rows counted from 1."""
     first = 1
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS):
             part = batch.slice(start, ROWS)
-            yield Piece(range(first, first + part.num_rows), part)
+            yield RowBlock(range(first, first + part.num_rows), part)
             first += part.num_rows
 
 

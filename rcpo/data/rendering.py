@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from rcpo.data.records import BadRow, Message
-from rcpo.visible import first_line
+from rcpo.system.text import first_line
 
 # what the sandbox and a template's own arithmetic raise for a conversation that it was not written for
 _FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)

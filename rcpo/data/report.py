@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rcpo.config import ConfigError
+from rcpo.errors import ConfigError
 
 
 @dataclass

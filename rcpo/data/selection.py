@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rcpo.config import ConfigError
+from rcpo.errors import ConfigError
 
 
 def split_prompts(prompts: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

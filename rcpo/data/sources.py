@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rcpo.caching import file_hash
-from rcpo.config import ConfigError
 from rcpo.config.data import SourceSpec
-from rcpo.data.readers import ROWS, Piece, arrow_pieces, count_rows, data_files, kind, read_file
+from rcpo.data.readers import ROWS, RowBlock, arrow_pieces, count_rows, data_files, kind, read_file
 from rcpo.data.splits import WHOLE, read_split
-from rcpo.visible import first_line
+from rcpo.errors import ConfigError
+from rcpo.system.files import file_hash
+from rcpo.system.text import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +43,7 @@ class Part:
     dataset: Any = None
     window: range | None = None
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RowBlock]:
         """The rows, a piece at a time."""
         if self.file is not None:
             pieces = read_file(self.file)
@@ -56,7 +56,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One split of one set. `key` is a hash of its contents, or of the revision that fixes them."""
 
     name: str
@@ -64,7 +64,7 @@ class Source:
     key: str
 
 
-def find_source(spec: SourceSpec, memo: Path | None, say: Say) -> Source:
+def find_source(spec: SourceSpec, memo: Path | None, say: Say) -> DataSource:
     """The rows that a specification names; raises ConfigError where there are none.
 
     `memo` is the folder that remembers the hashes of files, None to hash all of them. `say` takes lines for
@@ -82,7 +82,7 @@ def find_source(spec: SourceSpec, memo: Path | None, say: Say) -> Source:
     return _on_hub(spec)
 
 
-def _of_files(spec: SourceSpec, splits: Mapping[str, Sequence[Path]], memo: Path | None) -> Source:
+def _of_files(spec: SourceSpec, splits: Mapping[str, Sequence[Path]], memo: Path | None) -> DataSource:
     """The wanted split or parts of splits of a folder or file."""
     chosen = _windows(spec, splits)
     names = Counter(file.name for file in {file for file, _ in chosen})
@@ -95,7 +95,7 @@ def _of_files(spec: SourceSpec, splits: Mapping[str, Sequence[Path]], memo: Path
         # where two files have one name, their folders' names tell them apart
         label = file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}"
         parts.append(Part(str(file), label, file, window=window))
-    return Source(spec.name, tuple(parts), digest.hexdigest())
+    return DataSource(spec.name, tuple(parts), digest.hexdigest())
 
 
 def _windows(spec: SourceSpec, splits: Mapping[str, Sequence[Path]]) -> list[tuple[Path, range | None]]:
@@ -120,7 +120,7 @@ def _windows(spec: SourceSpec, splits: Mapping[str, Sequence[Path]]) -> list[tup
     return found
 
 
-def _within(pieces: Iterator[Piece], window: range) -> Iterator[Piece]:
+def _within(pieces: Iterator[RowBlock], window: range) -> Iterator[RowBlock]:
     """Those rows of a file whose place, counted from 0, is in the window."""
     start = 0
     for piece in pieces:
@@ -227,7 +227,7 @@ def _builder(path: str, spec: SourceSpec) -> Any:
         raise ConfigError(f"{spec.key('path')}={spec.path}: {first_line(error)}") from error
 
 
-def _on_hub(spec: SourceSpec) -> Source:
+def _on_hub(spec: SourceSpec) -> DataSource:
     """A split of a set on the hub: downloaded once by the library, or streamed; offline, from its cache."""
     import datasets
 
@@ -258,7 +258,7 @@ def _on_hub(spec: SourceSpec) -> Source:
     fixed = [spec.path, builder.config.name, spec.data_dir, spec.split, builder.hash, _origin(builder)]
     place = f"{spec.path} {spec.split}"
     key = hashlib.sha256(repr(fixed).encode()).hexdigest()
-    return Source(
+    return DataSource(
         spec.name, (Part(place, f"{spec.path.rpartition('/')[2]}/{spec.split}", dataset=loaded),), key
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rcpo.config import ConfigError
 from rcpo.config.data import SourceSpec
+from rcpo.errors import ConfigError
 
 WHOLE = "train"  # the split that a file without splits is
 

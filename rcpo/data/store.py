@@ -10,8 +10,8 @@ from typing import overload
 
 import numpy as np
 
-from rcpo.config import ConfigError
 from rcpo.data.records import PAIRS, VALUES, Example
+from rcpo.errors import ConfigError
 
 PARTS = 4  # of an example: prompt, chosen, rejected, gold
 

@@ -18,13 +18,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.config import ConfigError
 from rcpo.data.frames import ANSWER, NO_FRAME, REASON, WORDS, Frame, find_frame
 from rcpo.data.reasoning import closed_at_end, split_reasoning
 from rcpo.data.records import SFT, BadRow, Content, Message, Row
 from rcpo.data.rendered import is_said, refuse_unrendered, refuse_unrendered_calls
 from rcpo.data.rendering import reads_date, render, reserved
-from rcpo.visible import first_line
+from rcpo.errors import ConfigError
+from rcpo.system.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rcpo.config import ConfigError
 from rcpo.data.limits import Limits, UnusablePair
 from rcpo.data.records import Example, TextPair
 from rcpo.data.report import Tally
 from rcpo.data.templates import ChatTemplate
+from rcpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

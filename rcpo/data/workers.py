@@ -19,9 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import IO, Any
 
-from rcpo.config import ConfigError
 from rcpo.data.encode import Encoded, Encoder
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
+from rcpo.errors import ConfigError
 
 ALONE = 6  # pieces that this process encodes by itself: as long as the workers would take to start
 AHEAD = 2  # pieces for each worker that are read before they are asked for
@@ -29,8 +29,8 @@ _LENGTH = struct.Struct("<Q")
 
 
 def encode_all(
-    encoder: Encoder, pieces: Iterable[Piece], workers: int | None
-) -> Generator[tuple[Piece, Encoded], None, None]:
+    encoder: Encoder, pieces: Iterable[RowBlock], workers: int | None
+) -> Generator[tuple[RowBlock, Encoded], None, None]:
     """The pieces, each encoded, in their order; `workers` None is one a core, below 2 this process alone.
 
     A few pieces are encoded here in any case. Raises ConfigError as `Encoder` does.
@@ -67,8 +67,8 @@ class _Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(workers, initializer=self._start)
 
-    def map(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Encoded]]:
-        waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
+    def map(self, pieces: Iterable[RowBlock]) -> Iterator[tuple[RowBlock, Encoded]]:
+        waiting: deque[tuple[RowBlock, Future[Encoded]]] = deque()
         for piece in pieces:
             waiting.append((piece, self._threads.submit(self._encode, piece)))
             if len(waiting) >= AHEAD * self._workers:
@@ -95,7 +95,7 @@ class _Pool:
         self._local.process = process
         _send(process.stdin, self._encoder)
 
-    def _encode(self, piece: Piece) -> Encoded:
+    def _encode(self, piece: RowBlock) -> Encoded:
         process: subprocess.Popen[bytes] = self._local.process
         try:
             _send(process.stdin, pickle.dumps(piece, protocol=5))

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rcpo import distributed
 from rcpo.data.batches import FILLER, split
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.generation import Answer, Decoding, generate
 from rcpo.reference.rows import Reference
-from rcpo.session import Session
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +115,7 @@ def answer_logps(
     return [everyone[number] for number in range(len(pairs))]
 
 
-def policy_score(session: Session) -> Reference:
+def policy_logps(session: Session) -> Reference:
     """The policy's token log-probs of a batch."""
     return lambda batch: session.engine.score(batch)[0].detach()
 

@@ -8,9 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from rcpo.config import EndpointConfig, RunError
+from rcpo.config.judge import EndpointConfig
+from rcpo.errors import RunError
 from rcpo.evaluation.endpoint import CHAT, Endpoint, Refused, Reply, Unanswered
-from rcpo.signals import Stopped
+from rcpo.system.signals import Stopped
 
 PATIENCE = 10  # requests in a row without an answer, after all their tries: then the endpoint is gone
 CHARACTERS = 4  # of English text in a token, roughly; the estimate says that it counts so

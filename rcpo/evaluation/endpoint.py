@@ -23,8 +23,9 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, getproxies, proxy_bypass
 
-from rcpo.config import ConfigError, EndpointConfig
-from rcpo.visible import visible
+from rcpo.config.judge import EndpointConfig
+from rcpo.errors import ConfigError
+from rcpo.system.text import visible
 
 CHAT, TEXT = "chat/completions", "completions"  # routes: messages, or text as it stands
 LONGEST_WAIT = 60.0  # seconds between tries, where the endpoint names no time

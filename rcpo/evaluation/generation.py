@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from rcpo import distributed
+from rcpo.system import distributed
 
 
 @dataclass(frozen=True)

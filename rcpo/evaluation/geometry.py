@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpo import distributed
-from rcpo.calibration import DynamicsMeter
-from rcpo.dynamics import measured_every
-from rcpo.geometry import Sketch
-from rcpo.incentives import incentives
-from rcpo.scoring import Scored
-from rcpo.session import Session
+from rcpo.method.calibration import DynamicsMeter
+from rcpo.method.geometry import Sketch
+from rcpo.method.incentives import incentives
+from rcpo.system import distributed
+from rcpo.training.dynamics import measured_every
+from rcpo.training.forward import PairOutput
+from rcpo.training.session import Session
 
 
 class HeldOutDynamics:
@@ -42,7 +42,7 @@ class HeldOutDynamics:
         """The context for the forward pass: gradients only where all parameters' are asked for."""
         return torch.enable_grad() if self._by_parameters else torch.no_grad()
 
-    def observe(self, scored: Scored) -> tuple[Tensor, Tensor] | None:
+    def observe(self, scored: PairOutput) -> tuple[Tensor, Tensor] | None:
         """Adds a batch; returns its pairs' incentives (N,) and (N,), or None where nothing is measured."""
         if not self._meters:
             return None

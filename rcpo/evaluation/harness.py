@@ -21,18 +21,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rcpo import distributed
-from rcpo.caching import cache_folder, write_atomically
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.config.validation import nearest
-from rcpo.hub import Source
-from rcpo.reference.keys import source_hash, tokenizer_hash
-from rcpo.tracking.jsonl import replace_text, write_lines
-from rcpo.visible import first_line
+from rcpo.errors import ConfigError
+from rcpo.models.contents import source_hash, tokenizer_hash
+from rcpo.models.hub import ModelSource
+from rcpo.runs.folder import HARNESS_FILE, HARNESS_FOLDER
+from rcpo.runs.jsonl import write_lines
+from rcpo.system import distributed
+from rcpo.system.files import cache_folder, replace_text, write_atomically
+from rcpo.system.text import first_line
 
 PREFIX = "eval/harness/"
-RESULTS = "harness.json"
-SAMPLES = "harness"  # a folder with a file for each task
 FORMAT = "1"
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Harness:
 
     def run(
         self,
-        source: Source,
+        source: ModelSource,
         tokenizer: PreTrainedTokenizerBase,
         load: Callable[[], PreTrainedModel],
     ) -> Results:
@@ -184,13 +184,13 @@ def flat_record(results: Mapping[str, Results]) -> dict[str, float]:
 
 def write_results(folder: Path, results: Mapping[str, Results]) -> None:
     """harness.json, and for each task a file with a line for each document, where those are known."""
-    (folder / SAMPLES).mkdir(parents=True, exist_ok=True)
+    (folder / HARNESS_FOLDER).mkdir(parents=True, exist_ok=True)
     kept = {}
     for spec, found in results.items():
         kept[spec] = {key: plain(value) for key, value in found.items() if key != "samples"}
         for task, samples in found.get("samples", {}).items():
-            write_lines(folder / SAMPLES / f"{task}.jsonl", map(plain, samples))
-    replace_text(folder / RESULTS, json.dumps(kept, indent=1, allow_nan=False) + "\n")
+            write_lines(folder / HARNESS_FOLDER / f"{task}.jsonl", map(plain, samples))
+    replace_text(folder / HARNESS_FILE, json.dumps(kept, indent=1, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

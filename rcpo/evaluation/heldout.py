@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rcpo import distributed
 from rcpo.data.identity import example_id
 from rcpo.data.records import VALUES
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import answer, decoding_of, text_of
-from rcpo.evaluation.divergence import distinct_prompts, kl_columns
+from rcpo.evaluation.checkers import checker_of
 from rcpo.evaluation.geometry import HeldOutDynamics
+from rcpo.evaluation.kl import distinct_prompts, kl_columns
 from rcpo.evaluation.lengths import PREFIX, by_length
 from rcpo.evaluation.preference import (
     PreferenceScores,
@@ -23,21 +23,18 @@ from rcpo.evaluation.preference import (
     preference_metrics,
     write_examples,
 )
-from rcpo.evaluation.scorers import scorer_of
-from rcpo.inputs import EVALUATION_SETTINGS
-from rcpo.runfolder import read_record
-from rcpo.scoring import Scored
-from rcpo.session import Session
-from rcpo.tracking.jsonl import write_json
+from rcpo.runs.folder import EVALUATION, EVALUATION_FILE, EXAMPLES_FILE, read_record
+from rcpo.runs.inputs import EVALUATION_SETTINGS
+from rcpo.runs.jsonl import write_json
+from rcpo.system import distributed
+from rcpo.training.forward import PairOutput
+from rcpo.training.session import Session
 
-RECORD = "evaluation.json"
-FOLDER = "evaluation"  # what belongs to single examples, checkpoints, tasks
-EXAMPLES = "examples.jsonl"
 MERGED = ("eval/harness/", "eval/judge/")  # other tools' keys in evaluation.json
 
 
 def evaluate(
-    session: Session, *, examples: str = EXAMPLES, parameters_geometry: bool = False
+    session: Session, *, examples: str = EXAMPLES_FILE, parameters_geometry: bool = False
 ) -> dict[str, Any]:
     """The flat record of evaluation.json, equal on all ranks; rank 0 writes the file of single examples.
 
@@ -61,7 +58,7 @@ def evaluate(
     record |= dynamics.metrics() | by_length(scores)
     if distributed.is_main():
         by_id = _answers_by_id(session, dataset, answers)
-        write_examples(session.run_dir / FOLDER / examples, scores, by_id)
+        write_examples(session.run_dir / EVALUATION / examples, scores, by_id)
     return record
 
 
@@ -73,7 +70,7 @@ def evaluate_in_training(session: Session) -> dict[str, Any]:
     record = evaluate(session)
     if record and distributed.is_main():
         (session.run_dir / EVALUATION_SETTINGS).unlink(missing_ok=True)  # of an evaluation before
-        write_json(session.run_dir / RECORD, record)
+        write_json(session.run_dir / EVALUATION_FILE, record)
     return {name: value for name, value in record.items() if not name.startswith(PREFIX)}
 
 
@@ -84,7 +81,7 @@ def merge_record(
 
     Those that begin with `renewed` are the record's alone.
     """
-    path = run_dir / RECORD
+    path = run_dir / EVALUATION_FILE
     before = read_record(path, "remove it, or evaluate into another folder") or {}
     prefixes = tuple(kept)
     rest = {
@@ -111,7 +108,7 @@ def score_preferences(session: Session, dataset: PairDataset, dynamics: HeldOutD
 def _columns(
     session: Session,
     dataset: PairDataset,
-    scored: Scored,
+    scored: PairOutput,
     incentives: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> PreferenceScores:
     objective, tracked = session.objective, session.tracked_positions
@@ -167,7 +164,7 @@ def answer_prompts(session: Session, dataset: PairDataset) -> dict[str, dict[str
     Empty where nothing can tell right from wrong. An answer is compared with its prompt's first chosen one.
     """
     config = session.config.eval
-    scorer = scorer_of(config, session.datasets.checker)
+    scorer = checker_of(config, session.datasets.checker)
     if scorer is None or config.generate_examples == 0:
         return {}
     chosen = {tuple(example.prompt): example.chosen for example in reversed(dataset) if example.chosen}

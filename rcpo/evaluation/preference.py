@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpo.data.records import VALUES
-from rcpo.tracking.jsonl import clean_row, write_lines
+from rcpo.runs.jsonl import clean_row, write_lines
 
 Floats = NDArray[np.float64]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-PROBES = "probes.parquet"
-
 # column: Arrow type; README and the report rely on the names
 COLUMNS = {
     "step": "int64",

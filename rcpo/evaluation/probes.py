@@ -17,22 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from rcpo import distributed
 from rcpo.data.identity import example_id, smallest_ids
 from rcpo.data.store import PairDataset
-from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_score, text_of
-from rcpo.evaluation.divergence import seed_of
+from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_logps, text_of
+from rcpo.evaluation.checkers import checker_of
 from rcpo.evaluation.generation import Answer, repetition
-from rcpo.evaluation.probe_file import PROBES, ProbeFile
-from rcpo.evaluation.scorers import scorer_of
-from rcpo.incentives import incentives
-from rcpo.logps import sequence_logps
-from rcpo.scoring import Scored
-from rcpo.session import Session
-from rcpo.tracking import Tracker
-from rcpo.tracking.jsonl import JsonLines, truncate_after
-
-SAMPLES = "samples.jsonl"
+from rcpo.evaluation.kl import seed_of
+from rcpo.evaluation.probe_file import ProbeFile
+from rcpo.method.incentives import incentives
+from rcpo.method.logps import sequence_logps
+from rcpo.runs.folder import PROBES_FILE, SAMPLES_FILE
+from rcpo.runs.jsonl import JsonLines, truncate_after
+from rcpo.runs.tracker import Tracker
+from rcpo.system import distributed
+from rcpo.training.forward import PairOutput
+from rcpo.training.session import Session
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -62,8 +61,8 @@ class Probe:
         self._file: ProbeFile | None = None
         self._samples: JsonLines | None = None
         if distributed.is_main():
-            self._file = ProbeFile(session.run_dir / PROBES, resume_step)
-            self._samples = _open_samples(session.run_dir / SAMPLES, resume_step)
+            self._file = ProbeFile(session.run_dir / PROBES_FILE, resume_step)
+            self._samples = _open_samples(session.run_dir / SAMPLES_FILE, resume_step)
 
     def __call__(self, step: int, tracker: Tracker) -> None:
         """Measures where this step is due, or is the last one. Collective."""
@@ -91,7 +90,7 @@ class Probe:
             found |= self._columns(scored)
         return {place: row for part in distributed.gather_objects(found) for place, row in part.items()}
 
-    def _columns(self, scored: Scored) -> dict[int, Row]:
+    def _columns(self, scored: PairOutput) -> dict[int, Row]:
         batch, pairs = scored.batch, scored.pairs
         if not scored.count:
             return {}
@@ -163,7 +162,7 @@ class Probe:
             for answers in followed
             for prompt, one in zip(self._prompts, answers, strict=True)
         ]
-        found = answer_logps(self._session, pairs, policy_score(self._session))
+        found = answer_logps(self._session, pairs, policy_logps(self._session))
         masses = [float(values.sum()) for values in found]
         size = len(self._prompts)
         return [masses[start : start + size] for start in range(0, len(masses), size)]
@@ -172,7 +171,7 @@ class Probe:
         self, step: int, kinds: Sequence[tuple[str, Sequence[Answer]]], shown: range
     ) -> list[Row]:
         session = self._session
-        scorer = scorer_of(session.config.eval, session.datasets.checker)
+        scorer = checker_of(session.config.eval, session.datasets.checker)
         rows: list[Row] = []
         for place in shown:
             example = self._examples[place]

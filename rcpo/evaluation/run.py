@@ -9,25 +9,31 @@ from typing import Any
 
 from rich.console import Console
 
-from rcpo import distributed
-from rcpo.checkpoint import checkpoint_weights
-from rcpo.config import ConfigError, RunConfig
-from rcpo.config.model_checks import holds_adapter
+from rcpo.checkpoint.read import checkpoint_weights
+from rcpo.config.model import holds_adapter
+from rcpo.config.schema import RunConfig
+from rcpo.engine.load import load_whole, policy_source
+from rcpo.errors import ConfigError
 from rcpo.evaluation.harness import Harness, flat_record, write_results
-from rcpo.evaluation.heldout import FOLDER, MERGED, evaluate, merge_record
-from rcpo.evaluation.judge_record import judge_pairs
-from rcpo.evaluation.judging import Judging
+from rcpo.evaluation.heldout import MERGED, evaluate, merge_record
+from rcpo.evaluation.judge.inputs import Judging
+from rcpo.evaluation.judge.record import judge_pairs
+from rcpo.evaluation.judge.winrate import PREFIX as JUDGED
 from rcpo.evaluation.summary import describe, judge_table, summary_table, task_table
-from rcpo.evaluation.whole import load_whole, policy_source
-from rcpo.evaluation.winrate import PREFIX as JUDGED
-from rcpo.inputs import JUDGE, PAIRS, TASKS, write_evaluation_settings
-from rcpo.models import load_tokenizer
-from rcpo.runfolder import STATE_FILE, checkpoint_folders, finished_state
-from rcpo.session import Session
-from rcpo.tracking.jsonl import clean_row, write_lines
-
-FINAL = "final"
-CHECKPOINTS = "checkpoints.jsonl"
+from rcpo.models.loading import load_tokenizer
+from rcpo.runs.folder import (
+    CHECKPOINT_RECORDS,
+    EVALUATION,
+    FINAL,
+    METRICS_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    finished_state,
+)
+from rcpo.runs.inputs import JUDGE, PAIRS, TASKS, write_evaluation_settings
+from rcpo.runs.jsonl import clean_row, write_lines
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 
 def evaluate_run(config: RunConfig, run_dir: Path) -> int:
@@ -41,7 +47,7 @@ def evaluate_run(config: RunConfig, run_dir: Path) -> int:
         raise ConfigError(
             "nothing to evaluate: eval.preferences=false, eval.judge=false, and eval.tasks is empty"
         )
-    trained = (run_dir / "metrics.jsonl").exists()
+    trained = (run_dir / METRICS_FILE).exists()
     final = run_dir / FINAL
     whole = trained and ((final / "config.json").is_file() or holds_adapter(final))
     saved = checkpoints(run_dir) if settings.checkpoints == "all" else []
@@ -94,7 +100,7 @@ def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
         say(f"left out: {spec} ({reason})")
     record = flat_record(results)
     if distributed.is_main():
-        write_results(run_dir / FOLDER, results)
+        write_results(run_dir / EVALUATION, results)
         merge_record(run_dir, record, kept=("eval/",))
         write_evaluation_settings(run_dir, config, TASKS)
         Console().print(task_table(record))
@@ -105,7 +111,7 @@ def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
     pairs = judging.pairs(run_dir)
 
     def ask() -> None:
-        record = judge_pairs(judging.config, judging.endpoint, pairs, run_dir / FOLDER, say)
+        record = judge_pairs(judging.config, judging.endpoint, pairs, run_dir / EVALUATION, say)
         merge_record(run_dir, record, kept=("eval/",), renewed=JUDGED)
         write_evaluation_settings(run_dir, judging.config, JUDGE)
         Console().print(judge_table(record))
@@ -140,7 +146,7 @@ def evaluate_checkpoints(
     if final is not None and end is not None and end["step"] not in [record["step"] for record in records]:
         records.append({"step": end["step"], **final})
     if distributed.is_main():
-        write_lines(run_dir / FOLDER / CHECKPOINTS, [clean_row(record) for record in records])
+        write_lines(run_dir / CHECKPOINT_RECORDS, [clean_row(record) for record in records])
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rcpo.geometry import HeadShape, Sketch
-from rcpo.logps import score_sides
+from rcpo.method.geometry import HeadShape, Sketch
+from rcpo.method.logps import score_sides
 
 
 @dataclass
@@ -123,7 +123,7 @@ def score_head(
     sketch: Sketch,
     gathered: AbstractContextManager[Any],
 ) -> tuple[Tensor, Tensor]:
-    """`rcpo.logps.score_sides` without gradients: z (S,) and scores (2, k, D).
+    """`rcpo.method.logps.score_sides` without gradients: z (S,) and scores (2, k, D).
 
     Inside `gathered` the head's parameters are whole; sharded tensors are gathered here. The logits of the
     response tokens are made once more, a chunk at a time.

@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from rcpo.building import build_calibrator
-from rcpo.calibration import RewardCalibrator, StepCalibration
-from rcpo.config import CalibrationConfig
-from rcpo.geometry import Sketch
+from rcpo.config.schema import CalibrationConfig
 from rcpo.integrations.steering import Factor, Responses, Seen, last_hidden_states, score_head, steer
-from rcpo.models import head_shape
+from rcpo.method.calibration import RewardCalibrator, StepCalibration
+from rcpo.method.geometry import Sketch
+from rcpo.models.policy import head_shape
+from rcpo.training.objective import build_calibrator
 
 # 1.15 has the same trainers, but runs on GPUs alone; before it log-probs came another way.
 OLDEST, BEFORE = Version("1.16"), Version("1.17")

@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rcpo import terminal
-from rcpo.config import ConfigError, load_run_config
+from rcpo.config.parsing import load_run_config
+from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
 from rcpo.launch.outcomes import REFUSED
 from rcpo.launch.ranks import external_ranks, world_size
 from rcpo.launch.run import TASKS, failed, launch, refused
+from rcpo.runs.folder import CONFIG_FILE
+from rcpo.system import terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +28,7 @@ def main(arguments: list[str]) -> int:
         return REFUSED
     run_dir = Path(arguments[0])
     try:
-        config = load_run_config(run_dir / TASKS[task][1] / "config.yaml")
+        config = load_run_config(run_dir / TASKS[task][1] / CONFIG_FILE)
         ranks = external_ranks()
         configure_log(run_dir, file=ranks is None or ranks.rank == 0)
         check(config, world_size(config))

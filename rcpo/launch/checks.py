@@ -7,10 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from rcpo import hub
-from rcpo.config import ConfigError, RunConfig
-from rcpo.config.model_checks import check_folder
+from rcpo.config.model import check_folder
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 from rcpo.launch.ranks import external_ranks
+from rcpo.models import hub
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -94,7 +95,7 @@ def _check_installed(config: RunConfig) -> None:
 
 
 def _check_objective(config: RunConfig) -> None:
-    from rcpo.building import build_objective
+    from rcpo.training.objective import build_objective
 
     wanted = config.objective
     if wanted.module is not None:

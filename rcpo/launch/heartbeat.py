@@ -18,7 +18,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
 
-from rcpo.config import RunError
+from rcpo.errors import RunError
 from rcpo.launch.meeting import node_name
 from rcpo.launch.outcomes import FAILED, report_failure
 from rcpo.launch.ranks import Ranks
@@ -42,8 +42,8 @@ def end_run(rank: str) -> None:
     )
     log.info("%s", error)
     report_failure(error, everywhere=True)
-    if "rcpo.saving" in sys.modules:
-        sys.modules["rcpo.saving"].rescue_all()
+    if "rcpo.checkpoint.write" in sys.modules:
+        sys.modules["rcpo.checkpoint.write"].rescue_all()
     logging.shutdown()
     os._exit(FAILED)
 

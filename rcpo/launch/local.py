@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.launch.logs import LOG_FILE
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, WORKER
-from rcpo.signals import STOP_SIGNALS, STOPPED
+from rcpo.runs.folder import LOG_FILE
+from rcpo.system.signals import STOP_SIGNALS, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

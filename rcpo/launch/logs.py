@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-LOG_FILE = "rcpo.log"
+from rcpo.runs.folder import LOG_FILE
 
 
 def close_log() -> None:

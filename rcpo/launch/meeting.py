@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from rcpo import __version__
-from rcpo.config import ConfigError, RunConfig, RunError, to_container
 from rcpo.config.changes import flatten
+from rcpo.config.parsing import to_container
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError, RunError
 from rcpo.launch.outcomes import FAILED, report_failure
 from rcpo.launch.ranks import Ranks
-from rcpo.visible import first_line
+from rcpo.system.text import first_line
 
 SECONDS = 50.0  # that the others have to come; with what follows, less than a minute
 _WORD_SECONDS = 5.0  # that it takes until all have read why they cannot go on
@@ -103,7 +105,7 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
 
 def _store(ranks: Ranks, mine: Rank, seconds: float) -> Any:
     """The store at the address that the launcher gave; rank 0 holds it, unless the launcher's agent does."""
-    from rcpo import distributed
+    from rcpo.system import distributed
 
     try:
         return distributed.meeting_store(holds=ranks.rank == 0, seconds=seconds)
@@ -230,7 +232,7 @@ def share_folder(run_dir: Path | None) -> Path:
 
     Raises ConfigError on all ranks, naming the node, where one does not see what rank 0 writes there.
     """
-    from rcpo import distributed
+    from rcpo.system import distributed
 
     token = secrets.token_hex(8)
     if distributed.is_main() and distributed.world_size() > 1:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rcpo import terminal
 from rcpo.launch.local import Node, launch_workers, run_command
 from rcpo.launch.ranks import meeting_point
+from rcpo.system import terminal
 
 
 def this_node(environment: Mapping[str, str] = os.environ) -> Node:

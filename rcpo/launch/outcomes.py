@@ -11,12 +11,11 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rcpo.config import ConfigError
-from rcpo.launch.logs import LOG_FILE
-from rcpo.runfolder import OUTCOME_FILE, read_record
-from rcpo.signals import STOPPED
-from rcpo.tracking.jsonl import replace_text
-from rcpo.visible import text_lines
+from rcpo.errors import ConfigError
+from rcpo.runs.folder import LOG_FILE, OUTCOME_FILE, read_record
+from rcpo.system.files import replace_text
+from rcpo.system.signals import STOPPED
+from rcpo.system.text import text_lines
 
 DONE, FAILED, REFUSED = 0, 1, 2
 # set in the environment of the ranks that `launch_workers` starts

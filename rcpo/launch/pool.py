@@ -14,11 +14,10 @@ from queue import SimpleQueue
 from types import TracebackType
 
 from rcpo.launch.local import forward_signals, run_command
-from rcpo.launch.logs import LOG_FILE
 from rcpo.launch.outcomes import Outcome, outcome_of, size_of
-from rcpo.signals import STOPPED
+from rcpo.runs.folder import CONSOLE_FILE, LOG_FILE
+from rcpo.system.signals import STOPPED
 
-CONSOLE_FILE = "console.log"  # what a run says that shares its machine
 _POLL_SECONDS = 0.5
 
 NEVER = Outcome(STOPPED, "not started: the sweep was stopped before")

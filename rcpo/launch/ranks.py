@@ -10,7 +10,8 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.config import ConfigError, RunConfig, RunError, to_container
+from rcpo.config.parsing import to_container
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError, RunError
 from rcpo.launch import meeting
 from rcpo.launch.heartbeat import Heartbeat
 from rcpo.launch.local import launch_workers, run_command
 from rcpo.launch.outcomes import FAILED, REFUSED, report_failure, report_refusal, tell_agent
 from rcpo.launch.ranks import export_ranks, external_ranks
-from rcpo.visible import os_message
+from rcpo.runs.folder import EVALUATION
+from rcpo.system.text import os_message
 
 if TYPE_CHECKING:
-    from rcpo.session import Session
+    from rcpo.training.session import Session
 
 log = logging.getLogger(__name__)
 Task = Callable[[RunConfig, Path], int]
@@ -25,10 +28,10 @@ Task = Callable[[RunConfig, Path], int]
 
 def train(config: RunConfig, run_dir: Path) -> int:
     """The trainer with its held-out evaluation, imported when they are needed."""
-    from rcpo import trainer
     from rcpo.evaluation.heldout import evaluate_in_training
     from rcpo.evaluation.probes import Probe
     from rcpo.evaluation.run import show
+    from rcpo.training import trainer
 
     last: dict[str, Any] = {}
 
@@ -50,7 +53,7 @@ def evaluate(config: RunConfig, run_dir: Path) -> int:
 
 
 # what a process does with a run's folder, and the folder in it that holds the resolved config.yaml
-TASKS: dict[str, tuple[Task, str]] = {"train": (train, "."), "evaluate": (evaluate, "evaluation")}
+TASKS: dict[str, tuple[Task, str]] = {"train": (train, "."), "evaluate": (evaluate, EVALUATION)}
 
 
 def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
@@ -66,7 +69,7 @@ def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
 
 def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
     """Connects this process to the other ranks, where an outer launcher started some."""
-    from rcpo import distributed
+    from rcpo.system import distributed
 
     ranks = external_ranks()
     if ranks is None:
@@ -82,7 +85,7 @@ def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
 
 def _leave(heartbeat: Heartbeat) -> None:
     """Leaves the other ranks in order: a group that is left to the interpreter's end at times aborts it."""
-    from rcpo import distributed
+    from rcpo.system import distributed
 
     heartbeat.stop()
     distributed.shutdown()
@@ -112,7 +115,7 @@ def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
     """Runs `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
     heartbeat = Heartbeat(config.launch.lost_after)
     try:
-        from rcpo import distributed
+        from rcpo.system import distributed
 
         _join(config, heartbeat)
         folder = meeting.share_folder(run_dir)

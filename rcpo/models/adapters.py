@@ -26,9 +26,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from rcpo import distributed
-from rcpo.config import AdapterConfig, ConfigError
-from rcpo.visible import first_line
+from rcpo.config.schema import AdapterConfig
+from rcpo.errors import ConfigError
+from rcpo.system import distributed
+from rcpo.system.text import first_line
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from rcpo import distributed, hub
-from rcpo.config import ConfigError, ModelConfig, RunConfig
-from rcpo.visible import first_line
+from rcpo.config.schema import ModelConfig, RunConfig
+from rcpo.errors import ConfigError
+from rcpo.models import hub
+from rcpo.system import distributed
+from rcpo.system.text import first_line
 
 disable_progress_bar()  # the weights load in a second, on every rank
 # imported by peft, it says on every CPU that a kernel of another package is not there

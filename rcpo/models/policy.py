@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rcpo import distributed
-from rcpo.attention import attention_masks
-from rcpo.config import ConfigError
-from rcpo.geometry import HeadShape, Sketch
-from rcpo.logps import log_squares, log_squares_of, token_logps
-from rcpo.types import TokenBatch
+from rcpo.errors import ConfigError
+from rcpo.method.geometry import HeadShape, Sketch
+from rcpo.method.logps import log_squares, log_squares_of, token_logps
+from rcpo.method.types import TokenBatch
+from rcpo.models.attention import attention_masks
+from rcpo.system import distributed
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Policy(nn.Module):
     """A language model that scores response tokens without making all logits.
 
     `forward` returns log-probs (N,), the hidden states that gave them (N, D), detached, their sketched scores
-    (N, k) if a sketch is given, and `rcpo.logps.log_squares` (N,) if `squares` are asked for (else empty
-    ones).
+    (N, k) if a sketch is given, and `rcpo.method.logps.log_squares` (N,) if `squares` are asked for (else
+    empty ones).
 
     `fused` is False for a model whose own logits are not those of a linear head with a known `shape`, which
     `examine` finds out: its logits are made in full, and there are no hidden states and no scores.

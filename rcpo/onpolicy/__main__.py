@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rcpo import terminal
-from rcpo.config import ConfigError
-from rcpo.launch import REFUSED, configure_log, external_ranks, refused
-from rcpo.onpolicy.command import start
+from rcpo.errors import ConfigError
+from rcpo.launch.logs import configure_log
+from rcpo.launch.outcomes import REFUSED
+from rcpo.launch.ranks import external_ranks
+from rcpo.launch.run import refused
 from rcpo.onpolicy.settings import Settings
+from rcpo.onpolicy.start import start
+from rcpo.system import terminal
 
 
 def main(arguments: list[str]) -> int:

@@ -9,19 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo import distributed
-from rcpo.config import ConfigError, RunConfig
 from rcpo.config.onpolicy import SampleConfig
+from rcpo.config.schema import RunConfig
+from rcpo.engine.load import load_whole
+from rcpo.errors import ConfigError
 from rcpo.evaluation.answers import own_stop_ids
 from rcpo.evaluation.asking import Asking, Request
 from rcpo.evaluation.endpoint import CHAT, TEXT, Endpoint, Reply
 from rcpo.evaluation.generation import Decoding, generate
-from rcpo.evaluation.whole import load_whole
-from rcpo.hub import Source
+from rcpo.models.hub import ModelSource
 from rcpo.onpolicy.kept import Kept, Row
 from rcpo.onpolicy.progress import Progress
 from rcpo.onpolicy.prompts import Prompt, Prompts
 from rcpo.onpolicy.ranks import make_rows, nothing_lacks, on_main_or_refused
+from rcpo.system import distributed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def longest(sample: SampleConfig, prompts: Prompts) -> int:
 def answer_here(
     config: RunConfig,
     sample: SampleConfig,
-    source: Source,
+    source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     wanted: Sequence[Draw],

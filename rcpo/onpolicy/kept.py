@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rcpo import distributed
-from rcpo.tracking.jsonl import JsonLines
+from rcpo.runs.jsonl import JsonLines
+from rcpo.system import distributed
 
 Row = dict[str, Any]
 

@@ -15,8 +15,9 @@ from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.pairing import Scored, distinct, pair_up, why_none
 from rcpo.onpolicy.prompts import Prompt, pair_row
 from rcpo.onpolicy.scores import Scores
-from rcpo.runfolder import read_object
-from rcpo.tracking.jsonl import replace_text, write_lines
+from rcpo.runs.folder import read_object
+from rcpo.runs.jsonl import write_lines
+from rcpo.system.files import replace_text
 
 PAIRS, ABOUT = "pairs.jsonl", "pairs.json"
 

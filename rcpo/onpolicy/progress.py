@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from rcpo import distributed
+from rcpo.system import distributed
 
 LINES = 10  # of a whole sampling
 SECONDS = 60.0  # but a slow one still shows that it is alive

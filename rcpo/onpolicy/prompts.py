@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.caching import cache_folder
-from rcpo.config import ConfigError, DataConfig
-from rcpo.config.data import train_sources
+from rcpo.config.data import DataConfig, train_sources
 from rcpo.data import sums
 from rcpo.data.dataset import load_datasets, make_encoder
 from rcpo.data.encode import Encoder, prompt_hash, prompt_key
@@ -19,10 +17,12 @@ from rcpo.data.identity import HEX_DIGITS
 from rcpo.data.records import SFT, BadRow, Content, Row
 from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset
+from rcpo.errors import ConfigError
 from rcpo.evaluation.answers import longest_answer
 from rcpo.onpolicy.kept import whole_rows
 from rcpo.onpolicy.ranks import on_main_or_refused
-from rcpo.tracking.jsonl import write_lines
+from rcpo.runs.jsonl import write_lines
+from rcpo.system.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

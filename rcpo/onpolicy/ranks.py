@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from rcpo import distributed
-from rcpo.config import ConfigError, RunError
+from rcpo.errors import ConfigError, RunError
 from rcpo.onpolicy.kept import Kept, Row
 from rcpo.onpolicy.progress import Progress
-from rcpo.signals import Stopped
+from rcpo.system import distributed
+from rcpo.system.signals import Stopped
 
 
 class Item(Protocol):

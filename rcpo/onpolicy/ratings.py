@@ -11,15 +11,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rcpo.config import JudgeConfig
-from rcpo.config.judge_checks import RATED, read_template
-from rcpo.evaluation import judge
+from rcpo.config.judge import RATED, JudgeConfig, read_template
 from rcpo.evaluation.asking import Asking, Request
 from rcpo.evaluation.endpoint import Endpoint, Reply
+from rcpo.evaluation.judge import verdicts as judge
 from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept, Row
 from rcpo.onpolicy.progress import Progress
 from rcpo.onpolicy.prompts import Prompt
+from rcpo.runs.folder import VERDICTS_FILE
 
 TEMPLATE = """\
 Rate an assistant's answer to an instruction from 1 (useless) to 10 (could not be better). Judge whether it
@@ -135,7 +135,7 @@ def compare(
         for one, other in combinations(group, 2)
     ]
     asked = judge.questions(config, pairs)
-    verdicts = judge.judge(config, endpoint, asked, folder / judge.VERDICTS, say, stop)
+    verdicts = judge.judge(config, endpoint, asked, folder / VERDICTS_FILE, say, stop)
     return shares_of_wins(asked, verdicts)
 
 

@@ -14,20 +14,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rcpo.config import ConfigError, DataConfig, RunConfig, save_run_config, to_container
 from rcpo.config.changes import FREE_NODES, flatten
+from rcpo.config.data import DataConfig
 from rcpo.config.onpolicy import ROUND, IterateConfig, OnPolicyConfig, as_tree
-from rcpo.config.parsing import read_tree
-from rcpo.evaluation.heldout import RECORD
-from rcpo.final import FINAL
+from rcpo.config.parsing import read_tree, save_run_config, to_container
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 from rcpo.launch.local import run_command
-from rcpo.models import model_folder
-from rcpo.onpolicy.command import sample_command
+from rcpo.models.loading import model_folder
 from rcpo.onpolicy.pairs import PAIRS, finished_pairs
 from rcpo.onpolicy.settings import Settings
+from rcpo.onpolicy.start import sample_command
 from rcpo.report.rounds import SETTINGS_FILE
-from rcpo.runfolder import EVALUATION, FINISHED_FILE
-from rcpo.tracking.jsonl import replace_text
+from rcpo.runs.folder import CONFIG_FILE, EVALUATION, EVALUATION_FILE, FINAL, FINISHED_FILE
+from rcpo.system.files import replace_text
 
 SAMPLE, TRAIN, EVALUATE = "sample", "train", "evaluate"
 # what may differ when a call continues: it changes no number
@@ -65,7 +65,7 @@ class Step:
     def done(self) -> bool:
         if self.kind == SAMPLE:
             return finished_pairs(self.folder) is not None
-        return (self.folder / (FINISHED_FILE if self.kind == TRAIN else RECORD)).is_file()
+        return (self.folder / (FINISHED_FILE if self.kind == TRAIN else EVALUATION_FILE)).is_file()
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,13 @@ class Iteration:
         for number in range(self.rounds + 1):
             folder = self.evaluate(number) / EVALUATION
             folder.mkdir(parents=True, exist_ok=True)
-            save_run_config(self.after(evaluated, number), folder / "config.yaml")
+            save_run_config(self.after(evaluated, number), folder / CONFIG_FILE)
         for number in range(1, self.rounds + 1):
             nodes = replace(self.nodes, sample=replace(self.nodes.sample, round=number))
             run = self.train(number - 1) if number > 1 else None
             Settings(evaluated, nodes, run).write(self.sample(number))
             self.train(number).mkdir(exist_ok=True)
-            save_run_config(self.training(number), self.train(number) / "config.yaml")
+            save_run_config(self.training(number), self.train(number) / CONFIG_FILE)
 
     def training(self, number: int) -> RunConfig:
         """The configuration of a round's training: its pairs, from the weights of the round before."""

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from rcpo.caching import cache_folder
-from rcpo.config import ConfigError, EvalConfig, RunConfig
 from rcpo.config.onpolicy import VERIFIABLE, ScoreConfig
+from rcpo.config.schema import EvalConfig, RunConfig
 from rcpo.data import sums
+from rcpo.errors import ConfigError
+from rcpo.evaluation.checkers import checker_of
 from rcpo.evaluation.endpoint import Endpoint
-from rcpo.evaluation.scorers import scorer_of
-from rcpo.hub import Source
+from rcpo.models.contents import source_hash
+from rcpo.models.hub import ModelSource
 from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept, Row
 from rcpo.onpolicy.progress import Progress
@@ -25,7 +26,7 @@ from rcpo.onpolicy.prompts import Prompt
 from rcpo.onpolicy.ranks import make_rows, nothing_lacks, on_main_or_refused
 from rcpo.onpolicy.ratings import compare, rate
 from rcpo.onpolicy.scoring_models import Likelihood, RewardModel, ScoringModel
-from rcpo.reference.keys import source_hash
+from rcpo.system.files import cache_folder
 
 FOLDER = "scores"
 Scores = dict[str, float]
@@ -37,7 +38,7 @@ def prepare(
     config: RunConfig,
     score: ScoreConfig,
     prompts: Sequence[Prompt],
-    policy: Source,
+    policy: ModelSource,
     folder: Path,
     say: Callable[[str], None],
     stop: Callable[[], bool],
@@ -80,7 +81,7 @@ def _verifiable(config: RunConfig, score: ScoreConfig, prompts: Sequence[Prompt]
         )
     own = sums.answer_is_correct if config.data.name == "sums" else None
     kind = {"exact": None if own else "text"}.get(score.name, score.name)
-    right = scorer_of(EvalConfig(scorer=kind, answer_pattern=score.pattern), own)
+    right = checker_of(EvalConfig(scorer=kind, answer_pattern=score.pattern), own)
     assert right is not None
 
     def check(answers: Sequence[Answer]) -> Scores:
@@ -92,9 +93,9 @@ def _verifiable(config: RunConfig, score: ScoreConfig, prompts: Sequence[Prompt]
     return check
 
 
-def score_identity(config: RunConfig, score: ScoreConfig, policy: Source, memo: Path | None) -> str:
+def score_identity(config: RunConfig, score: ScoreConfig, policy: ModelSource, memo: Path | None) -> str:
     """All that a model's scores depend on besides prompt and answer, as a hash."""
-    source = policy if score.path is None else Source(Path(score.path).expanduser())
+    source = policy if score.path is None else ModelSource(Path(score.path).expanduser())
     weights = (
         source_hash(source, config.seed, memo) if source.base.is_dir() else f"{score.path} {score.revision}"
     )

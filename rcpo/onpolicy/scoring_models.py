@@ -12,16 +12,17 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rcpo import distributed, hub
-from rcpo.config import ConfigError, RunConfig
 from rcpo.config.onpolicy import ScoreConfig
+from rcpo.config.schema import RunConfig
 from rcpo.data.conversations import parse_prompt
 from rcpo.data.dataset import make_encoder
-from rcpo.evaluation.whole import load_whole
-from rcpo.hub import Source
-from rcpo.models import load_tokenizer
-from rcpo.models.loading import DTYPES
+from rcpo.engine.load import load_whole
+from rcpo.errors import ConfigError
+from rcpo.models import hub
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import DTYPES, load_tokenizer
 from rcpo.onpolicy.prompts import Prompt
+from rcpo.system import distributed
 
 Ids = list[int]
 
@@ -116,11 +117,11 @@ def _padding(own: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
 class Likelihood:
     """A causal language model: the mean log-probability of an answer's tokens, its end among them."""
 
-    def __init__(self, config: RunConfig, score: ScoreConfig, policy: Source) -> None:
+    def __init__(self, config: RunConfig, score: ScoreConfig, policy: ModelSource) -> None:
         self._config = config
         self._source = policy
         if score.path is not None:
-            self._source = Source(hub.folder("score.path", score.path, score.revision))
+            self._source = ModelSource(hub.folder("score.path", score.path, score.revision))
         self._tokenizer = load_tokenizer(self._source.tokenizer, config.model)
         self._encoder = make_encoder(replace(config.data, columns={}), self._tokenizer)
         own = AutoConfig.from_pretrained(self._source.base, trust_remote_code=config.model.trust_remote_code)

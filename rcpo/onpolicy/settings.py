@@ -8,10 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from rcpo.config import ConfigError, RunConfig, parse, to_container
 from rcpo.config.onpolicy import OnPolicyConfig, as_tree, onpolicy_config
-from rcpo.config.parsing import read_tree
-from rcpo.tracking.jsonl import replace_text
+from rcpo.config.parsing import parse, read_tree, to_container
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
+from rcpo.system.files import replace_text
 
 SETTINGS_FILE = "sample.yaml"
 

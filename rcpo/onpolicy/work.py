@@ -8,26 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rcpo import __version__, distributed
-from rcpo.caching import cache_folder
-from rcpo.config import ConfigError, RunError
+from rcpo import __version__
 from rcpo.config.onpolicy import MODELS, as_tree
+from rcpo.engine.load import policy_source
+from rcpo.errors import ConfigError, RunError
 from rcpo.evaluation.endpoint import Endpoint
-from rcpo.evaluation.whole import policy_source
-from rcpo.final import FINAL
-from rcpo.hub import Source
-from rcpo.models import load_tokenizer
+from rcpo.models.contents import source_hash
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_tokenizer
 from rcpo.onpolicy import answers, scores
 from rcpo.onpolicy.pairs import lines, make_pairs, usable, write_pairs
 from rcpo.onpolicy.prompts import Prompt, Prompts, load_prompts
 from rcpo.onpolicy.ranks import leave_if_asked, on_main_or_refused
 from rcpo.onpolicy.settings import Settings
-from rcpo.reference.keys import source_hash
-from rcpo.runfolder import read_object
-from rcpo.signals import STOPPED, Stopped, StopRequest
-from rcpo.tracking.environment import git_state
-from rcpo.tracking.jsonl import replace_text
-from rcpo.trainer import alone_in
+from rcpo.runs.environment import git_state
+from rcpo.runs.folder import FINAL, read_object
+from rcpo.system import distributed
+from rcpo.system.files import cache_folder, replace_text
+from rcpo.system.signals import STOPPED, Stopped, StopRequest
+from rcpo.training.trainer import alone_in
 
 ASKED = "asked.json"  # beside the answers: what they depend on
 
@@ -75,7 +74,7 @@ def _make(settings: Settings, folder: Path, stop: Callable[[], bool]) -> None:
     on_main_or_refused(lambda: _conclude(settings, folder, wanted_prompts, found, scored, provenance))
 
 
-def answering(settings: Settings, folder: Path) -> Source:
+def answering(settings: Settings, folder: Path) -> ModelSource:
     """The model that answers; raises ConfigError for a run that has no trained weights."""
     final = None if settings.run is None else settings.run / FINAL
     if final is not None and not final.is_dir():
@@ -83,7 +82,7 @@ def answering(settings: Settings, folder: Path) -> Source:
     return policy_source(settings.config, settings.run or folder, final)
 
 
-def _provenance(settings: Settings, source: Source, prompts: Prompts) -> dict[str, Any]:
+def _provenance(settings: Settings, source: ModelSource, prompts: Prompts) -> dict[str, Any]:
     """Where pairs come from; `asked` is what the answers depend on."""
     config, nodes, sample = settings.config, settings.nodes, settings.nodes.sample
     cache = cache_folder(config.reference.cache)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.config.validation import validate
+from rcpo.errors import ConfigError
 from rcpo.planner.plan import Plan, Planner
 
 Change = tuple[str, object]  # a key and its new value

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rcpo.config import RunConfig
-from rcpo.metrics import StepSums
+from rcpo.config.schema import RunConfig
 from rcpo.planner.gathers import Gathers
-from rcpo.planner.states import (
-    ELEMENT,
-    SUM,
-    Parameter,
-    flat_elements,
-    partition,
-    plain,
-    sums_apart,
-)
+from rcpo.planner.states import ELEMENT, SUM, Parameter, flat_elements, partition, plain, sums_apart
+from rcpo.training.metrics import StepSums
 
 BUCKET = 500_000_000  # elements of gradients that DeepSpeed reduces in one message: its default
 # of a rank's bytes in a message, those that cross its link in a ring, as multiples of (ranks - 1) / ranks

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rcpo.models import Policy
+from rcpo.models.policy import Policy
 from rcpo.planner.trace import Rows, decoder_layers, fake_weights, inputs
 
 # DeepSpeed's own limits, in elements: fetched ahead, whole at a time, until a weight is used again

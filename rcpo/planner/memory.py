@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner.communication import BUCKET
 from rcpo.planner.gathers import Gathers
 from rcpo.planner.states import (

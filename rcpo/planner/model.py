@@ -11,10 +11,12 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from rcpo import hub
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.config.validation import nearest
-from rcpo.models import DTYPES, Policy, load_config, model_folder
+from rcpo.errors import ConfigError
+from rcpo.models import hub
+from rcpo.models.loading import DTYPES, load_config, model_folder
+from rcpo.models.policy import Policy
 from rcpo.planner.states import Parameter
 from rcpo.planner.trace import LAYERS
 

@@ -9,21 +9,21 @@ from typing import TypeVar, cast
 
 from transformers import PreTrainedConfig
 
-from rcpo.attention import choose_layout
-from rcpo.building import build_objective
-from rcpo.config import RunConfig
-from rcpo.config.commands import GpuConfig, PlanConfig
+from rcpo.config.schema import RunConfig
 from rcpo.data.store import PairDataset
-from rcpo.models import Policy
-from rcpo.objectives import Objective
+from rcpo.method.objectives import Objective
+from rcpo.models.attention import choose_layout
+from rcpo.models.policy import Policy
 from rcpo.planner.communication import Message, messages, own_messages
 from rcpo.planner.gathers import Gathers, gathers, module_order
 from rcpo.planner.memory import Phase, Step
 from rcpo.planner.model import architecture, depth, few_layers, owned, parameters
+from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.states import Parameter
 from rcpo.planner.timing import Machine, Times, times
 from rcpo.planner.trace import Rows, Trace, trace
 from rcpo.planner.workload import Workload, training_data, workload
+from rcpo.training.objective import build_objective
 
 T = TypeVar("T")
 

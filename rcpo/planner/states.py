@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER = 4  # bytes of an element that the optimizer updates, and of each of its moments

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rcpo.config import RunConfig
-from rcpo.config.commands import GpuConfig, PlanConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner.communication import Message
+from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.states import ELEMENT, MASTER, moments
 
 # NCCL's model of a ring with large messages (src/graph/tuning.cc): a start, a hop inside a node, one between

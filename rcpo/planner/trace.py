@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from rcpo.geometry import Sketch
-from rcpo.models import Policy
+from rcpo.method.geometry import Sketch
+from rcpo.models.policy import Policy
 
 LAYERS = 4  # of them the second and third are of the middle, and differ by what one layer keeps
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcpo.config import ConfigError, RunConfig
-from rcpo.config.commands import PlanConfig
+from rcpo.config.schema import RunConfig
 from rcpo.data.batches import GlobalBatches, by_length, pack, row_lengths, split
 from rcpo.data.dataset import load_datasets
 from rcpo.data.store import PairDataset
-from rcpo.hub import own_folder
-from rcpo.models import load_tokenizer, model_folder
-from rcpo.objectives import Objective
+from rcpo.errors import ConfigError
+from rcpo.method.objectives import Objective
+from rcpo.models.hub import own_folder
+from rcpo.models.loading import load_tokenizer, model_folder
+from rcpo.planner.settings import PlanConfig
 from rcpo.planner.trace import Rows
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rcpo import distributed
-from rcpo.caching import Lock
 from rcpo.reference.entry import SUFFIX, VALUES, Damaged, Sink, Stored, remove_unfinished
 from rcpo.reference.keys import entry_key
+from rcpo.system import distributed
+from rcpo.system.files import Lock
 
 Say = Callable[[str], None]
 Fill = Callable[[Sink | None], None]
@@ -30,7 +30,7 @@ PATIENCE = 5.0  # seconds between two looks at a lock: well within the collectiv
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LogpRequest:
     """`total` log-probs, what they depend on, and a name for the user."""
 
     name: str
@@ -57,7 +57,7 @@ class Cache:
         """Where hashes of files are remembered."""
         return None if self._folder is None else self._folder / "hashes"
 
-    def fetch(self, wanted: Wanted, fill: Fill) -> Values:
+    def fetch(self, wanted: LogpRequest, fill: Fill) -> Values:
         """The values wanted: read, or computed by `fill` and kept. Collective."""
         if self._folder is None:
             return self._compute(None, wanted, fill)
@@ -77,12 +77,12 @@ class Cache:
             if lock is not None:
                 lock.release()
 
-    def _look(self, path: Path, wanted: Wanted) -> tuple[bool, Stored | None]:
+    def _look(self, path: Path, wanted: LogpRequest) -> tuple[bool, Stored | None]:
         """Whether rank 0 finds the entry whole, the same on all ranks; on rank 0 the entry as well."""
         stored = self._open(path, wanted) if distributed.is_main() else None
         return distributed.broadcast_object(stored is not None), stored
 
-    def _open(self, path: Path, wanted: Wanted) -> Stored | None:
+    def _open(self, path: Path, wanted: LogpRequest) -> Stored | None:
         try:
             return Stored(path, wanted.key, wanted.total)
         except FileNotFoundError:
@@ -91,12 +91,12 @@ class Cache:
             self._say(f"{wanted}: {path} is not used, {error}; they are computed again")
             return None
 
-    def _read(self, path: Path, wanted: Wanted, stored: Stored | None) -> Values:
+    def _read(self, path: Path, wanted: LogpRequest, stored: Stored | None) -> Values:
         values = self._share(path, wanted, stored, None)
         self._say_main(f"{wanted}: read from cache {wanted.key[:12]} ({wanted.total:,} tokens)")
         return values
 
-    def _wait(self, path: Path, wanted: Wanted) -> Lock | None:
+    def _wait(self, path: Path, wanted: LogpRequest) -> Lock | None:
         """Rank 0's lock on an entry; the ranks meet now and then, so that none of them times out."""
         lock = Lock(path.with_suffix(".lock")) if distributed.is_main() else None
         patience = 0.0
@@ -106,7 +106,7 @@ class Cache:
             patience = PATIENCE
         return lock
 
-    def _compute(self, path: Path | None, wanted: Wanted, fill: Fill) -> Values:
+    def _compute(self, path: Path | None, wanted: LogpRequest, fill: Fill) -> Values:
         began = time.perf_counter()
         sink = Sink(path, wanted.total) if distributed.is_main() else None
         memory: np.ndarray | None = None
@@ -130,7 +130,7 @@ class Cache:
         return self._share(path, wanted, stored, None)
 
     def _share(
-        self, path: Path | None, wanted: Wanted, stored: Stored | None, memory: np.ndarray | None
+        self, path: Path | None, wanted: LogpRequest, stored: Stored | None, memory: np.ndarray | None
     ) -> Values:
         """The values on every rank, from rank 0's file or memory: mapped by those that see the file too."""
         if path is not None and not distributed.is_main():

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rcpo.caching import new_file, sync_folder, write_all
-from rcpo.config import RunError
+from rcpo.errors import RunError
+from rcpo.system.files import new_file, sync_folder, write_all
 
 HEADER = 4096
 SUFFIX = ".logps"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.store import PairDataset
-from rcpo.types import TokenBatch
+from rcpo.method.types import TokenBatch
 
 FILLER, NOT_STORED = -1, -2  # places of tokens that have none
 Reference = Callable[[TokenBatch], Tensor]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rcpo.comparison import differing
-from rcpo.config import RunConfig, to_container
 from rcpo.config.changes import flatten
+from rcpo.config.parsing import to_container
+from rcpo.config.schema import RunConfig
 from rcpo.report.document import Table
 from rcpo.report.runs import Run
+from rcpo.runs.comparison import differing
 
 LONG = 400  # characters of a sample; the file has the rest
 SHOWN_STEPS = 4  # of a run's samples: first, last and what lies between

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from rcpo.comparison import Condition, Spread, comparable, differing, labelled, rule_of, spread
 from rcpo.report import theme
 from rcpo.report.figures import new_figure
+from rcpo.runs.comparison import Condition, Spread, comparable, differing, labelled, rule_of, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

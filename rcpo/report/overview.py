@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rcpo.comparison import Condition, Contrast, Metric
 from rcpo.report import theme
 from rcpo.report.figures import new_figure
+from rcpo.runs.comparison import Condition, Contrast, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

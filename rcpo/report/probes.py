@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpo.report.runs import Column, Run
+from rcpo.runs.folder import PROBES_FILE
 
-FILE = "probes.parquet"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CROSSED = 0.01  # nats: one percent of probability, above what rounding does to an untouched pair
 MASSES = {
@@ -77,7 +77,7 @@ class Crossings:
 
 def read_probes(folder: Path) -> Probes | None:
     """A run's probes; None where it kept none, or the file is torn."""
-    path = folder / FILE
+    path = folder / PROBES_FILE
     if not path.is_file():
         return None
     import pyarrow as pa  # only where there are probes: it takes a third of a second

@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rcpo.comparison import METRICS, Metric
 from rcpo.report.document import Section
 from rcpo.report.document import Table as Cells
-from rcpo.runfolder import read_evaluation, read_object, read_rows
-from rcpo.tracking.jsonl import replace_text
+from rcpo.runs.comparison import METRICS, Metric
+from rcpo.runs.folder import EVALUATION_FILE, METRICS_FILE, read_evaluation, read_object, read_rows
+from rcpo.system.files import replace_text
 
 SETTINGS_FILE = "iterate.yaml"
 ROUNDS_FILE, ROUNDS_TABLE = "iterate.json", "iterate.md"
@@ -55,14 +55,14 @@ def _folders(folder: Path) -> Iterator[Path]:
 def _values(place: Path) -> dict[str, float]:
     about = read_object(place / "sample" / "pairs.json")
     found = {key: float(about[key]) for key in ("pairs", "score_mean") if about.get(key) is not None}
-    rows = read_rows(place / "train" / "metrics.jsonl")
+    rows = read_rows(place / "train" / METRICS_FILE)
     for name in BAND:
         values = [
             row[f"{SAMPLES_BAND}{name}"] for row in rows if row.get(f"{SAMPLES_BAND}{name}") is not None
         ]
         if values:
             found[f"{SAMPLES_BAND}{name}"] = fmean(values)
-    return {**found, **read_evaluation(place / "evaluate" / "evaluation.json")}
+    return {**found, **read_evaluation(place / "evaluate" / EVALUATION_FILE)}
 
 
 def table(found: Sequence[Round]) -> tuple[list[str], list[list[str]]]:

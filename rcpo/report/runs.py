@@ -15,13 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rcpo.comparison import RunSummary, made_with, rule_of, run_values
-from rcpo.config.schema import ConfigError
-from rcpo.runfolder import (
+from rcpo.errors import ConfigError
+from rcpo.runs.comparison import RunSummary, made_with, rule_of, run_values
+from rcpo.runs.folder import (
+    CHECKPOINT_RECORDS,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATED_CONFIG,
+    EVALUATION_FILE,
     FINISHED_FILE,
     JOB_FILE,
+    JUDGE_FILE,
     LOCK_FILE,
+    METRICS_FILE,
     OUTCOME_FILE,
+    SAMPLES_FILE,
     is_locked,
     is_sweeping,
     read_evaluation,
@@ -30,15 +38,10 @@ from rcpo.runfolder import (
     read_rows,
     read_settings,
 )
-from rcpo.visible import text_lines
+from rcpo.system.text import text_lines
 
 Column = NDArray[np.float64]
 
-CONFIG, METRICS, EVALUATION = "config.yaml", "metrics.jsonl", "evaluation.json"
-ENVIRONMENT, SAMPLES = "environment.json", "samples.jsonl"
-CHECKPOINTS = "evaluation/checkpoints.jsonl"
-JUDGE = "evaluation/judge.json"
-EVALUATED_CONFIG = "evaluation/config.yaml"
 STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
 # a traceback's last line: a class by its module, or a built-in one
@@ -180,7 +183,7 @@ def _composes(config: Path) -> bool:
 
 def _config(folder: Path) -> Path:
     """A run's configuration; that of its evaluation for a model that was not trained here."""
-    own = folder / CONFIG
+    own = folder / CONFIG_FILE
     return own if own.exists() else folder / EVALUATED_CONFIG
 
 
@@ -192,7 +195,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     paths = list(dict.fromkeys(path.resolve() for folder in folders for path in find_runs(folder)))
     if not paths:
         shown = ", ".join(map(str, folders))
-        raise ConfigError(f"no run in {shown}: a run's folder holds a {CONFIG}, which `rcpo train` writes")
+        raise ConfigError(
+            f"no run in {shown}: a run's folder holds a {CONFIG_FILE}, which `rcpo train` writes"
+        )
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
@@ -206,7 +211,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def read_run(folder: Path, name: str) -> Run:
     """Reads a run's folder; a run whose config.yaml cannot be read has no settings, and that as its error."""
-    rows = read_rows(folder / METRICS)
+    rows = read_rows(folder / METRICS_FILE)
     error = read_object(folder / OUTCOME_FILE).get("reason") or _last_error(folder / "rcpo.log")
     settings: dict[str, Any] = {}
     try:
@@ -219,11 +224,11 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         settings=settings,
         rows=rows,
-        checkpoints=read_rows(folder / CHECKPOINTS),
-        evaluation=read_evaluation(folder / EVALUATION),
-        judge=read_object(folder / JUDGE),
-        environment=read_object(folder / ENVIRONMENT),
-        samples=read_lines(folder / SAMPLES),
+        checkpoints=read_rows(folder / CHECKPOINT_RECORDS),
+        evaluation=read_evaluation(folder / EVALUATION_FILE),
+        judge=read_object(folder / JUDGE_FILE),
+        environment=read_object(folder / ENVIRONMENT_FILE),
+        samples=read_lines(folder / SAMPLES_FILE),
         status=status,
         error=error if status is Status.ENDED else None,
     )
@@ -236,7 +241,7 @@ def _status(folder: Path, trained: bool, error: str | None) -> Status:
         return Status.RUNNING
     if trained or error is not None:
         return Status.ENDED
-    if (folder / EVALUATION).exists():
+    if (folder / EVALUATION_FILE).exists():
         return Status.EVALUATED
     if not (folder / LOCK_FILE).exists() and (is_submitted(folder) or is_sweeping(folder.parent)):
         return Status.QUEUED

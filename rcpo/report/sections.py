@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rcpo.comparison import METRICS, STEPS_IN_BAND, Condition, conditions, contrasts, spread
 from rcpo.report import appendix, figures, frontier, overview, panels, tables, words
 from rcpo.report.document import Block, Document, Paragraph, Picture, Section
 from rcpo.report.dynamics import predict_margin
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
 from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
+from rcpo.runs.comparison import METRICS, STEPS_IN_BAND, Condition, conditions, contrasts, spread
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 ACROSS = [BY_KEY["eval/token_logratios/chosen"], BY_KEY[STEPS_IN_BAND]]

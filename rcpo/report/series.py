@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcpo.report.runs import Column, Run
-from rcpo.tracking.display import nice_stride
+from rcpo.runs.display import nice_stride
 
 POINTS = 50  # a line of more is noise at the width of a page
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from rcpo.comparison import (
-    METRICS,
-    Condition,
-    Contrast,
-    Metric,
-    rank_correlation,
-    spread,
-)
 from rcpo.evaluation.summary import ROWS, interval, judge_counts, judge_rows
 from rcpo.report import words
 from rcpo.report.document import Table
 from rcpo.report.probes import ANSWERS, Probes, first_and_last
 from rcpo.report.runs import Run, natural
+from rcpo.runs.comparison import METRICS, Condition, Contrast, Metric, rank_correlation, spread
 
 HARNESS = "eval/harness/"
 JUDGED = (

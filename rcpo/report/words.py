@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcpo.comparison import METRICS, Contrast, Metric, spread
 from rcpo.evaluation.summary import NOTICEABLE, against_the_mean, describe, interval
 from rcpo.report.dynamics import Prediction
 from rcpo.report.panels import UNITS
 from rcpo.report.probes import CROSSED, Crossings
 from rcpo.report.runs import Run, Status
+from rcpo.runs.comparison import METRICS, Contrast, Metric, spread
 
 WINNER, LOSER = "eval/token_logratios/chosen", "eval/token_logratios/rejected"
 FELL = "eval/winner_fell"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rcpo import terminal
-from rcpo.config import ConfigError
-from rcpo.jobs import summary
+from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE, FAILED, outcome_of
-from rcpo.runfolder import EVALUATION
+from rcpo.runs.folder import EVALUATION
+from rcpo.sweeps import summary
+from rcpo.system import terminal
 
 
 def main(arguments: list[str]) -> int:

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rcpo.config import ConfigError, RunError
-from rcpo.runfolder import JOB_FILE, read_record
-from rcpo.tracking.jsonl import replace_text
+from rcpo.errors import ConfigError, RunError
+from rcpo.runs.folder import JOB_FILE, read_record
+from rcpo.system.files import replace_text
 
 # states of a job that has not come to its end
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.config import ConfigError
-from rcpo.config.commands import SlurmConfig
+from rcpo.errors import ConfigError
+from rcpo.slurm.settings import SlurmConfig
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 
@@ -23,7 +23,7 @@ class _Template(string.Template):
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What a script is about. `name` is train, sweep or evaluate; `folder` holds the script and its output.
 
     `command` is the module that the interpreter runs as each task, with its arguments, to which training adds
@@ -51,7 +51,7 @@ class Job:
         return self.folder / "runs.txt"
 
 
-def render(job: Job, slurm: SlurmConfig, after: str | None = None) -> str:
+def render(job: BatchJob, slurm: SlurmConfig, after: str | None = None) -> str:
     """The script; `after` is the id of a job that has to be done before."""
     python = slurm.python or sys.executable
     interpreter = [*slurm.wrap, python]
@@ -70,7 +70,7 @@ def render(job: Job, slurm: SlurmConfig, after: str | None = None) -> str:
     return _Template(TEMPLATE.read_text(encoding="utf-8")).substitute(quoted)
 
 
-def directives(job: Job, slurm: SlurmConfig, after: str | None) -> list[str]:
+def directives(job: BatchJob, slurm: SlurmConfig, after: str | None) -> list[str]:
     """sbatch's flags, as they stand behind #SBATCH."""
     output = "slurm-%A_%a.out" if job.runs is not None else "slurm-%j.out"
     per_node = slurm.ranks if slurm.tasks == "rank" or not job.trains else 1
@@ -111,14 +111,14 @@ def _setup(slurm: SlurmConfig) -> list[str]:
     return [*modules, *slurm.setup, *exports]
 
 
-def _threads(job: Job, slurm: SlurmConfig) -> str:
+def _threads(job: BatchJob, slurm: SlurmConfig) -> str:
     """A rank's share of its task's cores, as the shell counts it."""
     if not job.trains or slurm.tasks == "rank":
         return "${SLURM_CPUS_PER_TASK:-1}"
     return f"$(((${{SLURM_CPUS_PER_TASK:-1}} + {slurm.ranks - 1}) / {slurm.ranks}))"
 
 
-def _run_dir(job: Job) -> str:
+def _run_dir(job: BatchJob) -> str:
     if job.runs is None:
         return f"run_dir={shlex.quote(str(job.folder))}"
     return f'run_dir=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(job.run_list))})'
@@ -134,7 +134,7 @@ def _srun(slurm: SlurmConfig) -> list[str]:
     return ["--wait=360", *cores, *slurm.srun]
 
 
-def _conclusion(job: Job, slurm: SlurmConfig, interpreter: str) -> list[str]:
+def _conclusion(job: BatchJob, slurm: SlurmConfig, interpreter: str) -> list[str]:
     """What is left behind for `rcpo submit status`, of a sweep the table so far, and the next piece."""
     sweep = [] if job.runs is None else [shlex.quote(str(job.folder))]
     # a rank, or srun, that was warned before it could listen ends with 128 + SIGUSR1, and has nothing to save

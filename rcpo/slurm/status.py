@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rcpo.config import ConfigError
+from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE, read_outcome
-from rcpo.runfolder import EVALUATION, FINISHED_FILE, JOB_FILE
+from rcpo.runs.folder import EVALUATION, FINISHED_FILE, JOB_FILE, METRICS_FILE
 from rcpo.slurm.queue import Queued, Submitted, queue, read_submitted
 
 _TAIL_BYTES = 1 << 16
@@ -74,7 +74,7 @@ def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -
     found = []
     for index, folder in enumerate(map(Path, submitted.runs)):
         job = f"{submitted.job}_{index}" if submitted.array else submitted.job
-        row, age = last_row(folder / "metrics.jsonl")
+        row, age = last_row(folder / METRICS_FILE)
         queued = known.get(job)
         if queued is None:  # SLURM forgets a job minutes after its end
             queued = Queued(evaluated(folder) if name == "evaluate" else left_behind(folder), "", "")

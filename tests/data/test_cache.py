@@ -18,12 +18,13 @@ import pytest
 from kinds import tokenizer_of
 from test_dataset import TOKENIZER, pairs, write
 
-from rcpo.config import ConfigError, DataConfig
+from rcpo.config.data import DataConfig
 from rcpo.data import workers
 from rcpo.data.dataset import Datasets, load_datasets, make_encoder
-from rcpo.data.readers import ROWS, Piece
+from rcpo.data.readers import ROWS, RowBlock
 from rcpo.data.tokens import ARRAYS
 from rcpo.data.workers import ALONE, encode_all
+from rcpo.errors import ConfigError
 
 WORKER = str(Path(__file__).parents[1] / "workers" / "data_ranks.py")
 MANY = (ALONE + 3) * ROWS  # rows that are worth a worker
@@ -135,10 +136,10 @@ def test_what_a_killed_process_left_is_removed(load: Loader) -> None:
     assert not left.exists() and load.entry.is_dir()
 
 
-def pieces(count: int) -> list[Piece]:
+def pieces(count: int) -> list[RowBlock]:
     rows = pairs(count)
     return [
-        Piece(range(start + 1, start + 1 + len(rows[start : start + ROWS])), rows[start : start + ROWS])
+        RowBlock(range(start + 1, start + 1 + len(rows[start : start + ROWS])), rows[start : start + ROWS])
         for start in range(0, count, ROWS)
     ]
 
@@ -158,7 +159,7 @@ def test_workers_make_the_same_in_the_same_order() -> None:
 def test_a_refusal_comes_out_of_a_worker_and_leaves_none_behind() -> None:
     encoder = make_encoder(DataConfig(name="pairs"), TOKENIZER)
     messages = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    given = [*pieces(MANY), Piece([MANY + 1], [messages]), *pieces(MANY)]
+    given = [*pieces(MANY), RowBlock([MANY + 1], [messages]), *pieces(MANY)]
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         list(encode_all(encoder, given, 2))
     assert not [child for child in psutil.Process().children() if "rcpo.data.workers" in child.cmdline()]
@@ -216,7 +217,8 @@ def test_processes_that_start_together_tokenise_once(load: Loader) -> None:
     write(Path(load.path), pairs(3 * ROWS))
     program = (
         "import sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from rcpo.config import DataConfig; import rcpo.data; from rcpo.data.dataset import load_datasets\n"
+        "from rcpo.config.data import DataConfig; import rcpo.data\n"
+        "from rcpo.data.dataset import load_datasets\n"
         "tokenizer = AutoTokenizer.from_pretrained(Path(rcpo.data.__file__).parents[1] / 'assets' / 'tiny')\n"
         "config = DataConfig(name='pairs', path=sys.argv[1], cache=sys.argv[2], eval_fraction=0.0)\n"
         "sys.stdin.readline(); said = []\n"

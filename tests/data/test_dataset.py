@@ -10,8 +10,9 @@ from permissions import no_permission
 from transformers import AutoTokenizer
 
 import rcpo.data
-from rcpo.config import ConfigError, DataConfig, SourceConfig
+from rcpo.config.data import DataConfig, SourceConfig
 from rcpo.data.dataset import load_datasets
+from rcpo.errors import ConfigError
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(rcpo.data.__file__).parents[1] / "assets" / "tiny")
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from test_dataset import load, write
 
-from rcpo.config import ConfigError
 from rcpo.data.columns import rename
 from rcpo.data.detection import find_form
 from rcpo.data.forms import FormOptions, register_format
 from rcpo.data.judged import FIRST, SECOND, TIE, Scored, majority, paired
 from rcpo.data.records import BadRow
+from rcpo.errors import ConfigError
 
 
 def human(text: str) -> dict[str, str]:

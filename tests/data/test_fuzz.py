@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_dataset import TOKENIZER
 
-from rcpo.config import ConfigError, DataConfig
+from rcpo.config.data import DataConfig
 from rcpo.data.dataset import load_datasets
+from rcpo.errors import ConfigError
 
 EACH = 50  # files of each kind
 

@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset
 from kinds import tokenizer_of
 
-from rcpo.config import DataConfig
 from rcpo.config.composition import compose
+from rcpo.config.data import DataConfig
 from rcpo.config.parsing import parse
 from rcpo.config.paths import conf_dir
 from rcpo.data.dataset import Datasets, load_datasets

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from kinds import tokenizer_of
 from test_templates import CHAT, encode, pair, parts, plain_encoder, says, user
 
-from rcpo.config import ConfigError
 from rcpo.data.limits import Limits, UnusablePair
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
+from rcpo.errors import ConfigError
 
 
 def test_cuts_by_hand() -> None:
@@ -77,7 +77,7 @@ def test_no_token_goes_uncounted_and_none_of_a_response_below_the_limit(
     if messages and tokenizer.chat_template:
         row = {"prompt": [user(texts[0])], "chosen": [says(texts[1])], "rejected": [says(texts[2])]}
     try:
-        whole, cut = plain_encoder(family)(Piece([1], [row])), encode(tokenizer, row, **limits)
+        whole, cut = plain_encoder(family)(RowBlock([1], [row])), encode(tokenizer, row, **limits)
     except ConfigError as error:
         assert "max_prompt_length" in str(error) and limits["max_prompt_length"] == 1
         return

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.config import ConfigError
 from rcpo.data.readers import ROWS, read_file
 from rcpo.data.records import BadRow
+from rcpo.errors import ConfigError
 
 ROW = {"prompt": " é\u2028\r\n", "chosen": "\ufeffc ", "rejected": "\x00 𝕩\t"}
 

@@ -12,11 +12,11 @@ from kinds import TEMPLATES, tokenizer_of
 from test_templates import encode, encoder_of, pair, parts, says, user, write
 from transformers import PreTrainedTokenizerFast
 
-from rcpo.config import ConfigError
 from rcpo.data.encode import Encoded
 from rcpo.data.invariant import check_prompts
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
 from rcpo.data.templates import find_template
+from rcpo.errors import ConfigError
 
 QWEN = tokenizer_of("qwen")
 OPEN = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
@@ -34,9 +34,9 @@ def path(name: str) -> str:
 def texts(row: dict[str, Any], name: str, tokenizer: PreTrainedTokenizerFast = QWEN, **settings: Any) -> Any:
     """Prompt and chosen response as text; the prompt is what transformers gives to generation."""
     encoder = encoder_of(tokenizer, template=path(name), **settings)
-    encoded = encoder(Piece([1], [row]))
+    encoded = encoder(RowBlock([1], [row]))
     assert not encoded.tally.bad, encoded.tally.bad
-    assert check_prompts(encoder, tokenizer, Piece([1], [row]), "here") == 1
+    assert check_prompts(encoder, tokenizer, RowBlock([1], [row]), "here") == 1
     prompt, chosen, *_ = map(tokenizer.decode, parts(encoded))
     return prompt, chosen
 
@@ -175,8 +175,8 @@ DATED = (
 def test_a_template_writes_the_runs_date(tmp_path: Path) -> None:
     def run(day: str) -> tuple[Encoded, dict[str, str]]:
         encoder = encoder_of(QWEN, template=write(tmp_path, DATED), date=day)
-        assert check_prompts(encoder, QWEN, Piece([1], [PLAIN]), "here") == 1
-        return encoder(Piece([1], [PLAIN])), encoder.ingredients()
+        assert check_prompts(encoder, QWEN, RowBlock([1], [PLAIN]), "here") == 1
+        return encoder(RowBlock([1], [PLAIN])), encoder.ingredients()
 
     first, ingredients = run("2026-01-31")
     assert QWEN.decode(parts(first)[0]) == "31 Jan 2026|user: q|assistant: "
@@ -213,7 +213,7 @@ def test_a_variable_that_is_missing_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"give it as data.template_options=\{bos_token: \"\"\}"):
         encoder_of(QWEN, template=needs)
     encoder = encoder_of(QWEN, template=needs, template_options={"bos_token": ""})
-    prompt, *_ = parts(encoder(Piece([1], [PLAIN])))
+    prompt, *_ = parts(encoder(RowBlock([1], [PLAIN])))
     assert QWEN.decode(prompt) == "xuser: q|assistant: "
     # transformers renders what is only printed and missing as nothing
     printed = write(tmp_path, "{{ bos_token }}{{ functions }}" + DATED.partition("|")[2])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.config import ConfigError
 from rcpo.data.selection import mixture, split_prompts
+from rcpo.errors import ConfigError
 
 
 def array(values: list[int]) -> np.ndarray:

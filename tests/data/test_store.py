@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.config import ConfigError
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset, TokenStore
+from rcpo.errors import ConfigError
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 examples = st.lists(st.builds(Example, st.text(max_size=3), ids, ids, ids, ids), max_size=6)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from kinds import FAMILIES, TEMPLATES, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
-from rcpo.config import ConfigError, DataConfig
+from rcpo.config.data import DataConfig
 from rcpo.data.dataset import make_encoder
 from rcpo.data.encode import Encoded, Encoder
 from rcpo.data.invariant import check_prompts
-from rcpo.data.readers import Piece
+from rcpo.data.readers import RowBlock
 from rcpo.data.records import PAIRS, BadRow, Row
 from rcpo.data.templates import find_template, named_templates
+from rcpo.errors import ConfigError
 
 CHAT = [family for family in FAMILIES if family != "neox"]
 CALL = {"role": "assistant", "tool_calls": [{"name": "f"}]}
@@ -43,7 +44,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Encoder:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], **settings: Any) -> Encoded:
-    return encoder_of(tokenizer, **settings)(Piece(range(1, len(rows) + 1), list(rows)))
+    return encoder_of(tokenizer, **settings)(RowBlock(range(1, len(rows) + 1), list(rows)))
 
 
 def parts(encoded: Encoded, row: int = 0) -> list[list[int]]:
@@ -149,7 +150,7 @@ def test_every_named_template_goes_with_every_tokenizer(name: str, family: str) 
     tokenizer = tokenizer_of(family)
     rows = [pair(prompt, *answers) for prompt, *answers in CONVERSATIONS.values()]
     encoder = encoder_of(tokenizer, template=name, system_prompt="Be kind.")
-    piece = Piece(range(1, len(rows) + 1), rows)
+    piece = RowBlock(range(1, len(rows) + 1), rows)
     encoded = encoder(piece)
     assert len(encoded.numbers) == len(rows) and not encoded.tally.bad
     assert check_prompts(encoder, tokenizer, piece, "here") == len(rows)
@@ -199,13 +200,13 @@ def test_tools_are_left_as_they_are() -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
     row = {"prompt": [user("q")], "chosen": [call], "rejected": [says("no")], "tools": [tool]}
     encoder = encoder_of(tokenizer)
-    encoded = encoder(Piece([1], [row]))
+    encoded = encoder(RowBlock([1], [row]))
     prompt, chosen, _ = map(tokenizer.decode, parts(encoded))
     assert (
         '\n{"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "int"}}}}' in prompt
     )
     assert chosen == '<call>{"name": "add"}</call><|im_end|>'
-    assert check_prompts(encoder, tokenizer, Piece([1], [row]), "here") == 1
+    assert check_prompts(encoder, tokenizer, RowBlock([1], [row]), "here") == 1
 
 
 def test_thoughts_belong_to_the_response_unless_the_prompt_closes_them() -> None:
@@ -307,7 +308,7 @@ def test_any_conversation_comes_back(family: str, question: str, answers: tuple[
         _, _, texts = encoder.render(encoder.read(pair([user(question)], *answers))[0], "1")
     except BadRow:  # the same answer twice, or only white space to a template that trims
         return
-    encoded = encoder(Piece([1], [pair([user(question)], *answers)]))
+    encoded = encoder(RowBlock([1], [pair([user(question)], *answers)]))
     if encoded.tally.bad:
         assert "same tokens" in encoded.tally.bad[0][1]  # trimmed to the same
         return

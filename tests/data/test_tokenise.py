@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import rcpo.data
-from rcpo.config import ConfigError
 from rcpo.data.limits import Limits
 from rcpo.data.records import Example, TextPair
 from rcpo.data.report import Tally
 from rcpo.data.tokenise import PairTokeniser
+from rcpo.errors import ConfigError
 
 CORPUS = ["Human: what is the sum?\n\nAssistant: the sum is 46", "hello   world, it is what it is"] * 20
 CHARACTERS = AutoTokenizer.from_pretrained(Path(rcpo.data.__file__).parents[1] / "assets" / "tiny")

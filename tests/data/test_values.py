@@ -12,8 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import rcpo.data
-from rcpo.config import ConfigError, DataConfig
-from rcpo.config.data_checks import check_data
+from rcpo.config.data import DataConfig, check_data
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import load_datasets
 from rcpo.data.formats import read_row
@@ -21,6 +20,7 @@ from rcpo.data.records import BadRow, Example
 from rcpo.data.selection import by_margin
 from rcpo.data.store import PairDataset
 from rcpo.data.values import read_values
+from rcpo.errors import ConfigError
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(rcpo.data.__file__).parents[1] / "assets" / "tiny")
 NAN = math.nan

@@ -12,15 +12,16 @@ import torch
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rcpo import distributed
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
-from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_score, stop_ids
-from rcpo.evaluation.divergence import distinct_prompts, k3, kl_columns, seed_of
+from rcpo.errors import ConfigError
+from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_logps, stop_ids
 from rcpo.evaluation.generation import Decoding, generate
 from rcpo.evaluation.heldout import evaluate
-from rcpo.session import Session
+from rcpo.evaluation.kl import distinct_prompts, k3, kl_columns, seed_of
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 Make = Callable[..., Session]
 
@@ -75,7 +76,7 @@ def test_log_probs_of_answers_come_in_the_answers_order(make: Make, folders: tup
     lengths = [4, 1, 6, 2, 5, 3, 6]
     pairs = [(prompt, [7 + place for place in range(n)]) for prompt, n in zip(prompts, lengths, strict=True)]
     assert session.heldout.reference is not None
-    for score, folder in ((policy_score(session), folders[0]), (session.heldout.reference, folders[1])):
+    for score, folder in ((policy_logps(session), folders[0]), (session.heldout.reference, folders[1])):
         found = answer_logps(session, pairs, score)
         for values, (prompt, tokens) in zip(found, pairs, strict=True):
             assert values.tolist() == pytest.approx(by_hand(folder, prompt, tokens), abs=1e-5)

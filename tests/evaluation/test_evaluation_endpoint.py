@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from judge_server import JudgeServer
 
-from rcpo.config import ConfigError, JudgeConfig
+from rcpo.config.judge import JudgeConfig
+from rcpo.errors import ConfigError
 from rcpo.evaluation.endpoint import Endpoint, Refused, Unanswered, _retry_after
 
 KEY = "sk-plantedplantedplanted"

@@ -18,14 +18,15 @@ from tasks import write_tasks
 from tiny import TOKENIZER, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from rcpo import distributed
-from rcpo.config import ConfigError, RunConfig
 from rcpo.config.paths import conf_dir
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 from rcpo.evaluation.harness import Harness, TaskSpec, flat_record, write_results
 from rcpo.evaluation.heldout import merge_record
 from rcpo.evaluation.run import load_whole
-from rcpo.hub import Source
-from rcpo.models import load_model, load_tokenizer
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_model, load_tokenizer
+from rcpo.system import distributed
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'rcpo[eval]'")
 
@@ -59,7 +60,7 @@ def config(tasks: tuple[str, str], tmp_path: Path) -> RunConfig:
 def results(config: RunConfig, load: Callable[[], Any] | None = None, folder: str = TOKENIZER) -> Any:
     tokenizer = load_tokenizer(Path(folder), config.model)
     found = Harness.prepare(config)
-    return found.run(Source(Path(folder)), tokenizer, load or (lambda: load_model(Path(folder), config)))
+    return found.run(ModelSource(Path(folder)), tokenizer, load or (lambda: load_model(Path(folder), config)))
 
 
 def never() -> NoReturn:
@@ -214,8 +215,8 @@ def test_an_adapter_is_added_to_the_weights(tmp_path: Path) -> None:
     settings = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     adapted.save_pretrained(tmp_path / "final")
-    merged = load_whole(config, Source(Path(base), adapter=tmp_path / "final"))
-    plain = load_whole(config, Source(Path(base)))
+    merged = load_whole(config, ModelSource(Path(base), adapter=tmp_path / "final"))
+    plain = load_whole(config, ModelSource(Path(base)))
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         found, expected, without = (model(ids).logits for model in (merged, adapted, plain))

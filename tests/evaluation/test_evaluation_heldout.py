@@ -12,10 +12,11 @@ import torch
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rcpo import distributed
-from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.errors import ConfigError
 from rcpo.evaluation.heldout import evaluate, evaluate_in_training, merge_record
-from rcpo.session import Session
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 BETA = 0.5
 

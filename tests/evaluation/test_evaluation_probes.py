@@ -16,12 +16,13 @@ import torch
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rcpo import distributed, trainer
-from rcpo.config import ObjectiveConfig, RunConfig
+from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.data.identity import example_id
 from rcpo.evaluation.probe_file import COLUMNS, ProbeFile
 from rcpo.evaluation.probes import Probe, probe_positions
-from rcpo.session import Session
+from rcpo.system import distributed
+from rcpo.training import trainer
+from rcpo.training.session import Session
 
 BETA, STEPS = 0.5, 4
 

@@ -14,10 +14,11 @@ import torch
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rcpo.checkpoint import checkpoint_weights
-from rcpo.config import ConfigError, RunConfig
+from rcpo.checkpoint.read import checkpoint_weights
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 from rcpo.evaluation.run import evaluate_run
-from rcpo.runfolder import checkpoint_folders
+from rcpo.runs.folder import checkpoint_folders
 
 KEYS = ("prompt", "chosen")
 

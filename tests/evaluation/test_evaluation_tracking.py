@@ -12,13 +12,14 @@ import pytest
 import torch
 from tiny import sums_file, tiny_llama
 
-from rcpo import distributed, session
-from rcpo.config import ObjectiveConfig, RunConfig
+from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.evaluation.heldout import evaluate
 from rcpo.evaluation.probes import Probe
 from rcpo.evaluation.summary import describe
-from rcpo.session import Session, Tracking, tracking
-from rcpo.tracking import Tracker
+from rcpo.runs.tracker import Tracker
+from rcpo.system import distributed
+from rcpo.training import session
+from rcpo.training.session import Session, Tracking, tracking
 
 
 @pytest.fixture(scope="module", autouse=True)

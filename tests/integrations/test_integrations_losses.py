@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer, KTOTrainer
 
-from rcpo.logps import length_weights, pair_logps, token_weights
-from rcpo.objectives import Objective, get_objective
-from rcpo.types import PairLogps, TokenBatch
+from rcpo.method.logps import length_weights, pair_logps, token_weights
+from rcpo.method.objectives import Objective, get_objective
+from rcpo.method.types import PairLogps, TokenBatch
 
 PAIRS, LONGEST = 6, 7
 CHOSEN = torch.tensor([3, 7, 2, 5, 1, 4])

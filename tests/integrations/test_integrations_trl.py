@@ -29,9 +29,7 @@ from rcpo.integrations.trl import (
     CalibratedORPOTrainer,
     RewardCalibrationConfig,
 )
-from rcpo.integrations.trl import (
-    _require_trl as require_trl,
-)
+from rcpo.integrations.trl import _require_trl as require_trl
 
 HERE = Path(__file__).parent
 WORKER = str(HERE.parent / "workers" / "trl_ranks.py")

@@ -12,10 +12,10 @@ from trainers import build, sums, sums_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOTrainer
 
-from rcpo import distributed
-from rcpo.config import ObjectiveConfig, RunConfig
+from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.evaluation.heldout import evaluate
-from rcpo.session import Session
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 NAMES = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama
 
-from rcpo.config import AdapterConfig, ConfigError, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
-from rcpo.launch import check, local
-from rcpo.launch.checks import _check_accelerator
+from rcpo.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from rcpo.errors import ConfigError
+from rcpo.launch import local
+from rcpo.launch.checks import _check_accelerator, check
 from rcpo.launch.local import run_command
 
 
@@ -90,7 +91,7 @@ def test_a_module_of_the_user_s_is_found_and_shadows_no_library(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "colorsys.py").write_text("raise SystemExit('shadowed')\n")
     (tmp_path / "objective_of_mine.py").write_text(
-        "from rcpo.objectives import register\n\n\n"
+        "from rcpo.method.objectives import register\n\n\n"
         "@register('of_mine', reduction='mean', needs_reference=False)\n"
         "def own(logps):\n    return logps.chosen - logps.rejected\n"
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rcpo.config import RunConfig, save_run_config
+from rcpo.config.parsing import save_run_config
+from rcpo.config.schema import RunConfig
 from rcpo.launch import local
 from rcpo.launch.__main__ import main
 
@@ -27,7 +28,7 @@ def ranks_that(run_dir: Path, body: str, processes: int = 2, before: str = "") -
     worker = run_dir / "worker.py"
     worker.write_text(
         "import os, signal, sys, time\nfrom pathlib import Path\nfrom rcpo import launch\n"
-        "from rcpo.config import ConfigError, load_run_config\n"
+        "from rcpo.errors import ConfigError; from rcpo.config.parsing import load_run_config\n"
         "def task(config, run_dir):\n    rank = int(os.environ['RANK'])\n"
         + textwrap.indent(textwrap.dedent(body), "    ")
         + f"\nfolder = Path({str(run_dir)!r})\nconfig = load_run_config(folder)\n{before}"

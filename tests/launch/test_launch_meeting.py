@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from test_launch_local import ranks_that
 
-from rcpo import distributed
-from rcpo.config import ConfigError, RunConfig, RunError
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError, RunError
 from rcpo.launch import heartbeat, meeting
 from rcpo.launch.heartbeat import Heartbeat
 from rcpo.launch.meeting import Rank, meet
 from rcpo.launch.ranks import Ranks
+from rcpo.system import distributed
 
 VERSIONS = {"torch": "2.13.0", "python": "3.11.2"}
 

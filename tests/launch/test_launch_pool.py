@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rcpo.launch import pool
-from rcpo.launch.logs import LOG_FILE
 from rcpo.launch.outcomes import Outcome, last_message, read_outcome
 from rcpo.launch.pool import NEVER, Pool, run_process, slots
+from rcpo.runs.folder import LOG_FILE
 
 RECORD = "[2026-01-01 00:00:00,000][rcpo.launch.run][{}] - {}\n"
 

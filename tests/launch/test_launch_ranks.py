@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from rcpo.config import ConfigError, LaunchConfig, RunConfig
-from rcpo.distributed import device_index
+from rcpo.config.schema import LaunchConfig, RunConfig
+from rcpo.errors import ConfigError
 from rcpo.launch import ranks
 from rcpo.launch.ranks import Ranks, external_ranks, first_node
+from rcpo.system.distributed import device_index
 
 
 def test_a_process_alone_has_no_outer_launcher() -> None:

@@ -16,23 +16,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_reference import heldout_logratios
+from sessions import heldout_logratios
 from tiny import held_out, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig
 
-from rcpo import distributed
-from rcpo.config import AdapterConfig, ConfigError, RunConfig
-from rcpo.config.model_checks import check_folder, holds_adapter
-from rcpo.models import load_model
-from rcpo.models.adapters import (
-    add_adapter,
-    merge_adapter,
-    read_adapter,
-    starting_adapters,
-    target_names,
-)
-from rcpo.session import Session
-from rcpo.trainer import Trainer
+from rcpo.config.model import check_folder, holds_adapter
+from rcpo.config.schema import AdapterConfig, RunConfig
+from rcpo.errors import ConfigError
+from rcpo.models.adapters import add_adapter, merge_adapter, read_adapter, starting_adapters, target_names
+from rcpo.models.loading import load_model
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 WORKER = str(Path(__file__).parents[1] / "workers" / "adapter_ranks.py")
 NO_BITS = "bitsandbytes is not installed: pip install 'rcpo[qlora]'"

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import sums_file, tiny_llama
 
-from rcpo import hub
-from rcpo.config import ConfigError
-from rcpo.config.model_checks import is_hub_name
+from rcpo.config.model import is_hub_name
+from rcpo.errors import ConfigError
+from rcpo.models import hub
 
 COMMIT = "0123456789" * 4
 
@@ -129,8 +129,8 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 FETCH = """
 import sys
-from rcpo import hub
-from rcpo.config import ConfigError
+from rcpo.models import hub
+from rcpo.errors import ConfigError
 for name, revision, pickle, code in {calls}:
     try:
         print("fetched", hub.fetch("model.path", name, revision, pickle=pickle, code=code))

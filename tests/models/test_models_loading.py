@@ -20,11 +20,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from rcpo import distributed
-from rcpo.config import ConfigError, ModelConfig, RunConfig
-from rcpo.hub import Source
-from rcpo.models import load_config, load_model, load_tokenizer
-from rcpo.start import read_model
+from rcpo.config.schema import ModelConfig, RunConfig
+from rcpo.engine.load import read_model
+from rcpo.errors import ConfigError
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_config, load_model, load_tokenizer
+from rcpo.system import distributed
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_other_weights_than_the_model_s_are_refused(
     config = RunConfig()
     config.engine.stage = stage
     with pytest.raises(ConfigError, match=said) as refused:
-        read_model(Source(folder), config)
+        read_model(ModelSource(folder), config)
     assert "\n" not in str(refused.value)
 
 

@@ -14,12 +14,12 @@ import torch
 from tiny import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rcpo import distributed
-from rcpo.config import RunConfig
-from rcpo.engine import Engine
-from rcpo.hub import Source
-from rcpo.models import Policy
-from rcpo.start import read_model
+from rcpo.config.schema import RunConfig
+from rcpo.engine.load import read_model
+from rcpo.engine.zero import Engine
+from rcpo.models.hub import ModelSource
+from rcpo.models.policy import Policy
+from rcpo.system import distributed
 
 WORKER = str(Path(__file__).parents[1] / "workers" / "partitioned_loading.py")
 
@@ -64,7 +64,7 @@ def test_one_rank_reads_the_same_weights(tmp_path: Path) -> None:
     for stage in (0, 3):
         config = RunConfig()
         config.engine.stage = stage
-        policy = Engine(Policy(read_model(Source(folder), config)), config).policy
+        policy = Engine(Policy(read_model(ModelSource(folder), config)), config).policy
         ids = torch.arange(1, 9)[None]
         inputs = ids, torch.ones_like(ids), torch.arange(8)[None], torch.arange(7), ids[0, 1:]
         with torch.no_grad():

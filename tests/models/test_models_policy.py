@@ -27,14 +27,15 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from rcpo.building import build_objective
-from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
+from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
-from rcpo.dynamics import check_geometry
-from rcpo.geometry import HeadShape, Sketch, outer_scores
-from rcpo.models import Policy, policy_inputs
-from rcpo.types import TokenBatch
+from rcpo.errors import ConfigError
+from rcpo.method.geometry import HeadShape, Sketch, outer_scores
+from rcpo.method.types import TokenBatch
+from rcpo.models.policy import Policy, policy_inputs
+from rcpo.training.dynamics import check_geometry
+from rcpo.training.objective import build_objective
 
 SIZE: dict[str, Any] = {
     "vocab_size": 40,

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from rcpo.config import ConfigError, RunConfig, parse
-from rcpo.config.commands import refuse_command_keys
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, user_part
+from rcpo.config.nodes import refuse_command_keys
 from rcpo.config.onpolicy import (
     IterateConfig,
     OnPolicyConfig,
@@ -22,6 +21,9 @@ from rcpo.config.onpolicy import (
     iterate_config,
     onpolicy_config,
 )
+from rcpo.config.parsing import parse
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

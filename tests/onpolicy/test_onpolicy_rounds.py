@@ -18,10 +18,12 @@ import forked
 import pytest
 from tiny import tiny_llama
 
-from rcpo.config import ConfigError, RunConfig, load_run_config
+from rcpo.commands.chain import needs
 from rcpo.config.onpolicy import IterateConfig, OnPolicyConfig
-from rcpo.models import model_folder
-from rcpo.onpolicy.chain import needs
+from rcpo.config.parsing import load_run_config
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
+from rcpo.models.loading import model_folder
 from rcpo.onpolicy.rounds import Iteration
 from rcpo.onpolicy.settings import Settings
 from rcpo.report.rounds import rounds, table, write
@@ -256,7 +258,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_chain_is_shown_and_touches_nothing(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rcpo.onpolicy.chain import submit_chain
+    from rcpo.commands.chain import submit_chain
 
     words = ["rounds=2", "hydra.run.dir=it", "slurm.nodes=2", "train.micro_batch_size=8"]
     assert submit_chain(words, dry_run=True) == 0
@@ -269,7 +271,7 @@ def test_a_chain_is_shown_and_touches_nothing(outputs: Path, capsys: pytest.Capt
 
 
 def test_several_runs_and_outer_launchers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rcpo.onpolicy.iterate import iterate
+    from rcpo.commands.iterate import iterate
 
     with pytest.raises(ConfigError, match="without -m"):
         iterate(["-m", "seed=1,2"])

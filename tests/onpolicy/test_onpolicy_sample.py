@@ -16,17 +16,18 @@ from ranks import on_ranks
 from tiny import TOKENIZER, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from rcpo import distributed
-from rcpo.config import ConfigError, RunConfig, RunError
 from rcpo.config.onpolicy import OnPolicyConfig, PairingConfig, SampleConfig, ScoreConfig
+from rcpo.config.schema import RunConfig
 from rcpo.data.dataset import load_datasets
-from rcpo.models import load_tokenizer, model_folder
+from rcpo.errors import ConfigError, RunError
+from rcpo.models.loading import load_tokenizer, model_folder
 from rcpo.onpolicy import work
 from rcpo.onpolicy.kept import Kept
 from rcpo.onpolicy.prompts import load_prompts
 from rcpo.onpolicy.ratings import rating_of
 from rcpo.onpolicy.settings import Settings
-from rcpo.signals import STOPPED
+from rcpo.system import distributed
+from rcpo.system.signals import STOPPED
 
 
 def settings(**nodes: Any) -> Settings:

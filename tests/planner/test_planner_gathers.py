@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner.gathers import Event, Gathers, gathers, module_order
 from rcpo.planner.model import few_layers, owned
 from rcpo.planner.trace import Rows

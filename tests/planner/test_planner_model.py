@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama
 
-from rcpo.config import ConfigError, RunConfig
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 from rcpo.planner.model import architecture, names, parameters
 
 PUBLISHED = {

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from tiny import sums_file, tiny_llama
 
-from rcpo import distributed
 from rcpo.cli import main
-from rcpo.config import ConfigError, RunConfig
-from rcpo.config.commands import GpuConfig, PlanConfig
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
 from rcpo.planner.advice import nearest
 from rcpo.planner.plan import Planner
+from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.trace import Rows
-from rcpo.session import Session
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 GPU = GpuConfig(
     name="small", memory=1e8, bf16=1e13, fp16=1e13, fp32=1e12, bandwidth=1e12, link=1e11, network=1e10,
@@ -140,7 +141,7 @@ def test_planning_loads_nothing_and_asks_nobody(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.addaudithook(lambda event, _: sys.exit(event) if event == "socket.connect" else None)
-from rcpo.planner.command import plan
+from rcpo.commands.plan import plan
 ended = plan(["model=local", "model.path={path}", "engine=zero3", "launch.processes=2"])
 sys.exit(ended or "deepspeed" in sys.modules)"""
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rcpo import distributed
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.data.batches import FILLER
 from rcpo.planner.communication import own_messages
+from rcpo.system import distributed
 
 RANKS = 1024
 WORKER = Path(__file__).parents[1] / "workers" / "thousand_ranks.py"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner.states import (
     Parameter,
     States,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rcpo.config import RunConfig
-from rcpo.config.commands import GpuConfig, PlanConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner.communication import Message
+from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.timing import RING_HOP, RING_NODE_HOP, RING_START, Machine, Times, times
 
 GPU = GpuConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.planner.model import few_layers
 from rcpo.planner.trace import Rows, Trace, trace
 

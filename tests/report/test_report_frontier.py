@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from report_folders import rows, settings, write_run
 
-from rcpo.comparison import RunSummary, conditions
 from rcpo.report import theme
 from rcpo.report.figures import dynamics_of_run
 from rcpo.report.frontier import LOSER, WINNER, curves, frontier, frontiers
 from rcpo.report.runs import read_run
+from rcpo.runs.comparison import RunSummary, conditions
 
 
 def a_run(winner: float, loser: float, rule: str | None = None, seed: int = 1, **more: Any) -> RunSummary:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rcpo.comparison import Condition, RunSummary
 from rcpo.report.overview import Row, overview
+from rcpo.runs.comparison import Condition, RunSummary
 
 
 def row(winner: float, loser: float) -> Row:

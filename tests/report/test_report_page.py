@@ -18,8 +18,8 @@ import pytest
 from report_folders import evaluation, rows, settings, write_run, write_sweep
 from test_report_numbers import LOSERS, WINNERS, probes
 
-from rcpo.config import ConfigError
-from rcpo.report.command import Request, report, watch
+from rcpo.commands.report import Request, report, watch
+from rcpo.errors import ConfigError
 
 EVIL = "<script>alert('x')</script>\"|$\\frac{1}{2}$`&amp;"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from report_folders import rows, settings, write_run
 
-from rcpo.config import ConfigError
+from rcpo.commands import report as command
 from rcpo.config.paths import conf_dir
+from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import Outcome
-from rcpo.report import command
 from rcpo.report.runs import Status, find_runs, read_run, read_runs
-from rcpo.runfolder import sweeping
+from rcpo.runs.folder import sweeping
 
 
 def test_runs_are_found_at_any_depth_and_counted_naturally(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from report_folders import evaluation, rows, settings, write_run, write_sweep
 
-from rcpo.comparison import conditions, contrasts
 from rcpo.report import appendix, tables, words
 from rcpo.report.runs import Run, read_run, read_runs
+from rcpo.runs.comparison import conditions, contrasts
 
 
 def a_run(folder: Path, **given: Any) -> Run:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from rcpo.config.commands import SlurmConfig
-from rcpo.slurm.script import Job, directives, render
+from rcpo.slurm.script import BatchJob, directives, render
+from rcpo.slurm.settings import SlurmConfig
 
-RUN = Job(Path("/r/my run"), "train", Path("/r/my run/code"), Path("/home dir"), ["rcpo.launch"])
+RUN = BatchJob(Path("/r/my run"), "train", Path("/r/my run/code"), Path("/home dir"), ["rcpo.launch"])
 
 
 def test_a_job_of_two_nodes_asks_for_what_was_given() -> None:
@@ -48,7 +48,7 @@ def test_a_job_of_two_nodes_asks_for_what_was_given() -> None:
 
 def test_an_array_has_a_task_for_each_run() -> None:
     runs = [Path(f"/s/{name}") for name in "abc"]
-    job = Job(Path("/s"), "sweep", Path("/s/code"), Path("/w"), ["rcpo.launch"], runs=runs)
+    job = BatchJob(Path("/s"), "sweep", Path("/s/code"), Path("/w"), ["rcpo.launch"], runs=runs)
     flags = directives(job, SlurmConfig(array_parallel=2), None)
     assert "--array=0-2%2" in flags and "--output=/s/slurm-%A_%a.out" in flags
     script = render(job, SlurmConfig())
@@ -86,7 +86,7 @@ MODULE = {"BASH_FUNC_module%%": '() { echo "$@$NEVER_SET" >"$LOG/module"; [ "$2"
 def test_a_shell_runs_the_script_as_it_was_meant(code: int, end: int, requeue: bool, tmp_path: Path) -> None:
     cwd, run = tmp_path / "a 'quoted' place", tmp_path / "a run; rm -rf $HOME"
     cwd.mkdir()
-    job = Job(run, "train", run / "code", cwd, ["rcpo.launch"])
+    job = BatchJob(run, "train", run / "code", cwd, ["rcpo.launch"])
     slurm = SlurmConfig(
         python="python",
         modules=["gcc/13", "cuda/12"],
@@ -131,7 +131,7 @@ def test_a_warning_reaches_the_step_and_its_end_is_waited_for(tmp_path: Path) ->
     )
     requeue = 'echo "$@" >$LOG/requeued'
     environment = programs(tmp_path, {"srun": step, "scontrol": requeue, "python": "true"})
-    job = Job(tmp_path / "run", "train", tmp_path / "code", tmp_path, ["rcpo.launch"])
+    job = BatchJob(tmp_path / "run", "train", tmp_path / "code", tmp_path, ["rcpo.launch"])
     command = ["bash", "-c", render(job, SlurmConfig(python="python"))]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:

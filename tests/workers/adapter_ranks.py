@@ -11,10 +11,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from rcpo import distributed
-from rcpo.config import AdapterConfig, RunConfig
-from rcpo.session import Session
-from rcpo.trainer import Trainer
+from rcpo.config.schema import AdapterConfig, RunConfig
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 STEPS = 3
 NAMES = ("loss", "grad_norm", "logratios/chosen", "logratios/rejected", "rc/alpha", "dynamics/score_cosine")

@@ -9,13 +9,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tiny import held_out
 
-from rcpo import distributed
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.evaluation.heldout import evaluate_in_training
-from rcpo.session import Session
-from rcpo.signals import STOPPED
-from rcpo.tracking import Tracker
-from rcpo.trainer import train
+from rcpo.runs.tracker import Tracker
+from rcpo.system import distributed
+from rcpo.system.signals import STOPPED
+from rcpo.training.session import Session
+from rcpo.training.trainer import train
 
 STEPS, NEVER = 8, -1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rcpo.reference.cache import Cache, Wanted
+from rcpo.reference.cache import Cache, LogpRequest
 from rcpo.reference.entry import Sink
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     (folder / f"ready-{os.getpid()}").touch()
     while not (folder / "go").exists():
         time.sleep(0.01)
-    wanted = Wanted("train", {"weights": "worker"}, 1000)
+    wanted = LogpRequest("train", {"weights": "worker"}, 1000)
     found, _ = Cache(folder / "cache", lambda text: print(text, flush=True)).fetch(wanted, fill)
     print(f"all {int((found == values).sum())} right")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from rcpo import distributed
-from rcpo.config import ObjectiveConfig, RunConfig
-from rcpo.session import Session
-from rcpo.trainer import Trainer
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 LR = 1e-3
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from rcpo import distributed
-from rcpo.config import ConfigError, DataConfig
+from rcpo.config.data import DataConfig
 from rcpo.data import cache
 from rcpo.data.dataset import load_datasets
+from rcpo.errors import ConfigError
+from rcpo.system import distributed
 
 
 def main() -> None:

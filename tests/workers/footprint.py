@@ -22,11 +22,12 @@ import torch
 import torch.multiprocessing
 from deepspeed.comm.comm import comms_logger
 
-from rcpo import distributed, engine
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.config.validation import validate
-from rcpo.session import Session
-from rcpo.trainer import Trainer
+from rcpo.engine import zero as engine
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 zero = engine._zero
 STEPS = 3  # under ZeRO-3 the first two record the order of the modules

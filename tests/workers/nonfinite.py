@@ -13,12 +13,13 @@ import torch
 from tiny import held_out
 from torch import Tensor
 
-from rcpo import distributed
-from rcpo.config import RunConfig, RunError
-from rcpo.objectives import Objective
-from rcpo.session import Session
-from rcpo.trainer import Trainer
-from rcpo.types import PairLogps
+from rcpo.config.schema import RunConfig
+from rcpo.errors import RunError
+from rcpo.method.objectives import Objective
+from rcpo.method.types import PairLogps
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 
 class Poisoned(Objective):

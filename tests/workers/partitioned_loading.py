@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from rcpo import distributed
-from rcpo.config import RunConfig
-from rcpo.engine import Engine
-from rcpo.hub import Source
-from rcpo.models import Policy, load_model
-from rcpo.start import read_model
+from rcpo.config.schema import RunConfig
+from rcpo.engine.load import read_model
+from rcpo.engine.zero import Engine
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_model
+from rcpo.models.policy import Policy
+from rcpo.system import distributed
 
 
 def anonymous() -> int:
@@ -53,7 +54,7 @@ def main() -> None:
     load_model(folder.parent / "small", config)  # so that modules and their code are in memory already
     peak = Peak()
     peak.start()
-    model = read_model(Source(folder), config)
+    model = read_model(ModelSource(folder), config)
     took = peak.end()
     sizes = [getattr(p, "ds_numel", p.numel()) * 4 for p in model.parameters()]
     engine = Engine(Policy(model), config)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rcpo import PairLogps, RewardCalibrator, Sketch, StepCalibration, get_objective, incentives, score_sides
+from rcpo import PairLogps, RewardCalibrator, Sketch, StepCalibration, get_objective, score_sides
+from rcpo.method import incentives
 
 STEPS, PAIRS, LENGTH = 4, 8, 12
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rcpo import distributed
-from rcpo.config import RunConfig
+from rcpo.config.schema import RunConfig
 from rcpo.reference.rows import StoredReference
-from rcpo.session import Session
+from rcpo.system import distributed
+from rcpo.training.session import Session
 
 
 def configuration(model: str, reference: str, pairs: str, stage: int) -> RunConfig:

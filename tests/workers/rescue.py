@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rcpo import distributed, saving
-from rcpo.config import RunConfig
-from rcpo.session import Session
-from rcpo.trainer import Trainer
+from rcpo.checkpoint import write as saving
+from rcpo.config.schema import RunConfig
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 
 def states(folder: Path) -> list[Any]:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rcpo import distributed
-from rcpo.checkpoint import newest
-from rcpo.config import ObjectiveConfig, RunConfig
-from rcpo.session import Session
-from rcpo.tracking import Tracker
-from rcpo.trainer import Trainer
+from rcpo.checkpoint.read import newest
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.runs.tracker import Tracker
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 STEPS, MANY = 7, "many.jsonl"
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}

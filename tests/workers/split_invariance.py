@@ -10,10 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from rcpo import distributed
-from rcpo.config import ConfigError, ObjectiveConfig, RunConfig
-from rcpo.session import Session
-from rcpo.trainer import Trainer
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.errors import ConfigError
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 KEEP = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logratios/chosen")
 MEASURED = ("dynamics/", "rc/")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rcpo.config import RunConfig
-from rcpo.session import Session
+from rcpo.config.schema import RunConfig
+from rcpo.training.session import Session
 
 
 def configuration(ranks: int, examples: int) -> RunConfig:

@@ -1,0 +1,140 @@
+"""`rcpo submit iterate`: the steps of an iteration as SLURM jobs, each waiting for the one it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rcpo.commands.compose import show, shows
+from rcpo.commands.iterate import ITERATE_NODES, PRIMARY_ROUNDS
+from rcpo.commands.sample import fetch_scorer, with_folder
+from rcpo.config.composition import compose_with, hydra_session, resolved_dir, split_arguments, user_part
+from rcpo.config.nodes import refuse_command_keys
+from rcpo.config.onpolicy import iterate_config, onpolicy_config
+from rcpo.config.parsing import parse
+from rcpo.errors import ConfigError
+from rcpo.launch.checks import check_run
+from rcpo.launch.outcomes import DONE
+from rcpo.onpolicy.rounds import EVALUATE, SAMPLE, TRAIN, Iteration, Step
+from rcpo.onpolicy.settings import dated
+from rcpo.report.rounds import SETTINGS_FILE
+from rcpo.runs.environment import git_state, redact
+from rcpo.slurm.queue import ACTIVE, Queued, Submitted, job_id, now, queue, read_submitted, sbatch
+from rcpo.slurm.script import BatchJob, render
+from rcpo.slurm.settings import SlurmConfig, slurm_config
+from rcpo.slurm.snapshot import PACKAGE, snapshot
+
+CODE = "code"
+
+
+def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
+    """Submits the steps that are not done, or with `dry_run` shows their scripts and touches nothing.
+
+    Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
+    """
+    flags = split_arguments(arguments)
+    name = flags.config_name or PRIMARY_ROUNDS
+    overrides = with_folder(flags.overrides, "iterate")
+    refuse_command_keys(overrides, (*ITERATE_NODES, "slurm"))
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            return show(hydra, name, flags, overrides)
+        cfg = compose_with(hydra, name, overrides)
+        slurm = slurm_config(cfg)
+        config = parse(user_part(cfg))
+        rounds, settings = iterate_config(cfg)
+        folder = resolved_dir(cfg, None).absolute()
+        dated(config, folder / SETTINGS_FILE)
+        iteration = Iteration(config, onpolicy_config(cfg, config), settings, rounds, folder)
+    _ready(iteration, slurm)
+    left = [step for step in iteration.steps() if not step.done]
+    if not left:
+        print("rcpo: nothing is left to run")
+        return DONE
+    before = None if slurm.after is None else job_id(slurm.after)
+    if dry_run:
+        for step, needed in zip(left, needs(left), strict=True):
+            after = before if needed is None else f"JOB-OF-{needed.label}"
+            print(script_of(step, iteration, slurm, after))
+        return DONE
+    _refuse_queued(left)
+    iteration.write(slurm.world_size)
+    modules = {str(module) for module in [config.objective.module] if module is not None}
+    snapshot(folder / CODE, modules, Path.cwd())
+    jobs: dict[Step, str] = {}
+    for step, needed in zip(left, needs(left), strict=True):
+        job = job_of(step, iteration)
+        after = before if needed is None else jobs[needed]
+        job.script.write_text(script_of(step, iteration, slurm, after), encoding="utf-8")
+        jobs[step] = sbatch(job.script)
+        Submitted(
+            job=jobs[step],
+            runs=[str(step.folder)],
+            array=False,
+            command=["iterate", *map(redact, arguments)],
+            git=git_state(PACKAGE / "__init__.py"),
+            time=now(),
+        ).write(step.folder, job.name)
+        print(f"rcpo: {step.name}: job {jobs[step]}", flush=True)
+    where = os.path.relpath(folder)
+    print(
+        f"rcpo: rcpo submit status {where} shows them; when all are done, rcpo report {where} does the rounds"
+    )
+    return DONE
+
+
+def _ready(iteration: Iteration, slurm: SlurmConfig) -> None:
+    config = iteration.config
+    iteration.check()
+    if config.launch.processes != 1:
+        raise ConfigError(f"launch.processes={config.launch.processes}: a job has slurm.ranks_per_node")
+    if slurm.tasks != "rank":
+        raise ConfigError(f"slurm.tasks={slurm.tasks}: rcpo submit iterate takes slurm.tasks=rank alone")
+    check_run(config, slurm.world_size)
+    fetch_scorer(config, iteration.nodes.score)
+
+
+def needs(steps: Sequence[Step]) -> list[Step | None]:
+    """Of each step the one that it waits for, None where that is done or none.
+
+    Sampling waits for the training before, training for its pairs, an evaluation for its training.
+    """
+    found: list[Step | None] = []
+    last: Step | None = None
+    for step in steps:
+        found.append(last if step.number else None)
+        if step.kind != EVALUATE:
+            last = step
+    return found
+
+
+def job_of(step: Step, iteration: Iteration) -> BatchJob:
+    """What the script of a step is about; the script hands sampling and training their folder."""
+    commands = {
+        SAMPLE: ["rcpo.onpolicy"],
+        TRAIN: ["rcpo.launch"],
+        EVALUATE: ["rcpo.launch", str(step.folder), "evaluate"],
+    }
+    return BatchJob(step.folder, step.kind, iteration.folder / CODE, Path.cwd(), commands[step.kind])
+
+
+def script_of(step: Step, iteration: Iteration, slurm: SlurmConfig, after: str | None) -> str:
+    """The script of a step, named after its round; `after` is the job that it waits for."""
+    named = replace(slurm, name=slurm.name or f"{step.label}-{iteration.folder.name}")
+    return render(job_of(step, iteration), named, after)
+
+
+def _refuse_queued(steps: Sequence[Step]) -> None:
+    """Two jobs in one folder would only find it locked."""
+    known: dict[str, Queued] | None = None
+    for step in steps:
+        before = read_submitted(step.folder, step.kind)
+        if before is None:
+            continue
+        known = queue() if known is None else known
+        if before.job in known and known[before.job].state in ACTIVE:
+            raise ConfigError(
+                f"{step.name} is job {before.job} already; wait for it, or scancel {before.job}"
+            )

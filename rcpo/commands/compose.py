@@ -1,0 +1,51 @@
+"""Hydra's flags that show something and start nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rcpo.config.composition import compose_with
+from rcpo.config.refusals import refusals_explained
+from rcpo.errors import ConfigError
+from rcpo.launch.outcomes import DONE
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+
+def shows(flags: argparse.Namespace) -> bool:
+    """Whether a flag asks for information, not a run; raises ConfigError for flags that contradict."""
+    if flags.experimental_rerun is not None:
+        raise ConfigError(
+            "command line: --experimental-rerun is not supported; a run's config.yaml repeats it"
+        )
+    shown = (flags.cfg is not None, flags.info is not None, flags.hydra_help, flags.shell_completion)
+    if sum((*shown, flags.multirun)) > 1:
+        raise ConfigError("command line: give one of -m, --cfg, --info, --hydra-help and --shell-completion")
+    if flags.resolve and flags.cfg is None:
+        raise ConfigError("command line: --resolve goes with --cfg job, --cfg hydra or --cfg all")
+    return any(shown)
+
+
+def show(hydra: Hydra, name: str, flags: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints what the flags ask for; raises ConfigError for overrides that Hydra refuses."""
+    compose_with(hydra, name, overrides)  # a refusal is explained here, before Hydra prints its own
+    with refusals_explained(hydra, name, overrides):
+        if flags.cfg is not None:
+            hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
+        elif flags.info is not None:
+            hydra.show_info(flags.info, name, overrides)
+        elif flags.hydra_help:
+            hydra.hydra_help(name, args_parser=flags.parser, args=flags)
+        else:
+            hydra.shell_completion(name, overrides)
+    return DONE
+
+
+def wants_multirun(hydra: Hydra, name: str, overrides: Sequence[str]) -> bool:
+    """Whether `hydra.mode` asks for several runs."""
+    from hydra.types import RunMode
+
+    return bool(hydra.get_mode(name, list(overrides)) == RunMode.MULTIRUN)

@@ -1,0 +1,183 @@
+"""`rcpo data`: a dataset as the model will see it, before anything is trained on it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.commands.compose import show, shows
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
+from rcpo.config.nodes import refuse_command_keys
+from rcpo.config.parsing import parse
+from rcpo.config.schema import RunConfig
+from rcpo.data.dataset import Datasets, load_datasets
+from rcpo.data.diagnosis import ches_lines, ches_of, responses, sampled
+from rcpo.data.records import PAIRS, Example
+from rcpo.data.store import PairDataset
+from rcpo.errors import ConfigError
+from rcpo.models import hub
+from rcpo.models.loading import load_model, load_tokenizer, model_folder
+from rcpo.models.policy import Policy
+from rcpo.system.text import visible
+
+SHOW = "show"  # the word that adds a diagnosis, with or without a number of examples
+SHOWN = 3  # examples, without `show=`
+LONGEST = 1200  # characters of a part that are shown: its first and last halves
+BINS, BAR = 12, 40  # of a histogram: rows, and columns of the longest bar
+STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "gold": "yellow"}
+
+
+def preview(arguments: Sequence[str]) -> int:
+    """`rcpo data ARGUMENTS`: returns the exit code; raises ConfigError for what cannot be used."""
+    flags = split_arguments(arguments)
+    wanted = [word for word in flags.overrides if word == SHOW or word.startswith(f"{SHOW}=")]
+    overrides = [override for override in flags.overrides if override not in wanted]
+    if flags.multirun:
+        raise ConfigError("command line: data takes one dataset at a time, without -m")
+    refuse_command_keys(overrides)
+    name = flags.config_name or PRIMARY
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            return show(hydra, name, flags, overrides)
+        config = parse(user_part(compose_with(hydra, name, overrides)))
+    logging.basicConfig(level=logging.WARNING)
+    numbers = [word.removeprefix(f"{SHOW}=") for word in wanted if word != SHOW]
+    _show(config, _number(numbers[0]) if numbers else SHOWN, diagnose=bool(wanted))
+    return 0
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"show={text} is not a number of examples")
+    return int(text)
+
+
+def _show(config: RunConfig, count: int, *, diagnose: bool) -> None:
+    console = Console(highlight=False)
+    model = config.model
+    folder = model_folder(model)
+    if model.path is not None:
+        folder = hub.tokenizer_folder("model.path", model.path, model.revision)
+    tokenizer = load_tokenizer(folder, model)
+
+    def say(line: str) -> None:
+        console.print(Text(visible(line)), soft_wrap=True)
+
+    datasets = load_datasets(config.data, tokenizer, config.seed, say)
+    for line in (*datasets.report.lines(), _special_tokens(tokenizer, datasets)):
+        say(line)
+    for example in datasets.train[:count]:
+        console.print(_panel(example, tokenizer))
+    for name, dataset in (("train", datasets.train), ("held out", datasets.evaluation)):
+        if dataset is not None:
+            console.print(length_table(name, dataset))
+    console.print(histogram(datasets.train))
+    for line in duplicates(datasets):
+        say(line)
+    if diagnose and datasets.train.kind == PAIRS:
+        for line in _diagnosis(config, tokenizer, datasets.train):
+            say(line)
+
+
+def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: PairDataset) -> list[str]:
+    """Lines on the pairs, and on what the model makes of them where its weights are on this machine."""
+    lines = responses(dataset)
+    path = config.model.path
+    if path is not None and not Path(path).expanduser().is_dir():
+        return [*lines, f"CHES needs the model: model.path={path} is not a folder on this machine"]
+    policy = Policy(load_model(model_folder(config.model), config, init=config.model.init))
+    pad, places = tokenizer.pad_token_id, sampled(dataset)
+    assert isinstance(pad, int)
+    return [*lines, *ches_lines(ches_of(policy, dataset, places, pad), places, dataset.id)]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> str:
+    template = datasets.template
+    ends_itself = template is not None and template.frame.ends
+    ending = template.frame.ending.strip() if template is not None and ends_itself else tokenizer.eos_token
+    known = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "pad": tokenizer.pad_token}
+    names = ", ".join(f"{name} {token}" for name, token in known.items() if token is not None)
+    return f"special tokens: {names}; a response ends with {ending}, which is learned"
+
+
+def _panel(example: Example, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    """An example's parts in their colours; the prompt is given, the responses are learned."""
+    body = Text()
+    for name, ids in zip(STYLES, example.parts, strict=True):
+        if ids:
+            what = "given" if name == "prompt" else "learned"
+            body.append(f"{name} ({len(ids)} tokens, {what})\n", style="bold")
+            body.append_text(tokens_as_text(ids, tokenizer, STYLES[name]))
+            body.append("\n")
+    body.right_crop(1)
+    return Panel(body, title=Text(visible(example.id, lines=False)), title_align="left")
+
+
+def tokens_as_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, style: str) -> Text:
+    """Decoded tokens in a style, special ones reversed; a long text without its middle."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    mark = tokenizer("x", add_special_tokens=False)["input_ids"]
+    start = len(tokenizer.decode(mark))  # behind a mark no decoder takes a first space away
+    text = Text()
+    for is_special, group in groupby(ids, key=special.__contains__):
+        words = tokenizer.decode([*mark, *group])[start:]
+        text.append(visible(words), style=f"{style} reverse" if is_special else style)
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    gap = Text(f"\n… {len(text) - LONGEST:,} characters …\n", style="italic")
+    return text[:half].append_text(gap).append_text(text[-half:])
+
+
+def length_table(name: str, dataset: PairDataset) -> Table:
+    """Tokens of each part: shortest, median, 95th percentile, longest; of parts that are there."""
+    table = Table(title=f"{name}: {len(dataset):,} examples, tokens", title_justify="left")
+    for column in ("part", "examples", "shortest", "median", "95 %", "longest", "in all"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, lengths in zip(STYLES, dataset.lengths.T, strict=True):
+        there = lengths[lengths > 0]
+        if len(there):
+            figures = (len(there), there.min(), *np.percentile(there, [50, 95]), there.max(), there.sum())
+            table.add_row(part, *(f"{int(figure):,}" for figure in figures))
+    return table
+
+
+def histogram(dataset: PairDataset) -> Text:
+    """How many examples have how many tokens in their longest sequence, prompt and response."""
+    lengths = dataset.lengths[:, 0] + dataset.lengths[:, 1:].max(axis=1)
+    counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
+    text = Text("prompt and longest response, tokens\n", style="bold")
+    for count, low, high in zip(counts.tolist(), edges, edges[1:], strict=False):
+        bar = "█" * round(BAR * count / max(counts))
+        text.append(f"{int(np.ceil(low)):>7,} to {int(high):>7,} {count:>9,} {bar}\n", style="none")
+    text.right_crop(1)
+    return text
+
+
+def duplicates(datasets: Datasets) -> list[str]:
+    """What is there more than once: in training, and in training and held out."""
+    train = Counter(map(_contents, datasets.train))
+    again = sum(train.values()) - len(train)
+    lines = [f"{again:,} of {len(datasets.train):,} training examples repeat another one's tokens"]
+    if datasets.evaluation is not None:
+        both = sum(_contents(example) in train for example in datasets.evaluation)
+        lines.append(
+            f"{both:,} of {len(datasets.evaluation):,} held-out examples are trained on, "
+            f"{datasets.report.shared_prompts:,} have a prompt that is"
+        )
+    return lines
+
+
+def _contents(example: Example) -> int:
+    """Python's 64-bit hash of the tokens: a few of a million would be taken for others once in 10⁷ sets."""
+    return hash((tuple(example.prompt), tuple(example.chosen), tuple(example.rejected)))

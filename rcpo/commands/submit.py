@@ -1,0 +1,212 @@
+"""`rcpo submit train|sweep|evaluate`: folder, snapshot, script, and the job that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rcpo.commands.compose import show, shows
+from rcpo.commands.sweep import combinations
+from rcpo.config.composition import (
+    PRIMARY,
+    compose_with,
+    hydra_session,
+    over_run,
+    resolved_dir,
+    split_arguments,
+    user_part,
+)
+from rcpo.config.nodes import refuse_command_keys
+from rcpo.config.parsing import parse, read_tree, save_run_config, structure, to_container
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
+from rcpo.launch.checks import check_run
+from rcpo.launch.folder import make_folder, refuse_other
+from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
+from rcpo.runs.environment import git_state, redact
+from rcpo.runs.folder import CODE, CONFIG_FILE, EVALUATION, FINAL, OUTCOME_FILE
+from rcpo.slurm.queue import ACTIVE, Submitted, job_id, now, queue, read_submitted, sbatch
+from rcpo.slurm.script import BatchJob, render
+from rcpo.slurm.settings import SlurmConfig, slurm_config
+from rcpo.slurm.snapshot import PACKAGE, snapshot
+from rcpo.sweeps.multirun import compose_many, is_complete
+from rcpo.system.files import write_privately
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+
+
+@dataclass
+class Submission:
+    """A job to be: what its script says, and what its runs' folders have to hold before."""
+
+    job: BatchJob
+    slurm: SlurmConfig
+    configs: dict[Path, RunConfig]
+    refused: dict[Path, Outcome] = field(default_factory=dict)
+
+
+def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
+    """`rcpo submit COMMAND ARGUMENTS`: submits it, or with `dry_run` shows the script and touches nothing.
+
+    Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
+    """
+    flags = split_arguments(arguments)
+    allowed = ("slurm", "sweep", "study") if command == "sweep" else ("slurm",)
+    refuse_command_keys(flags.overrides, allowed)
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            composed = [override for override in flags.overrides if not override.startswith("run=")]
+            return show(hydra, flags.config_name or PRIMARY, flags, composed)
+        plan = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[command](hydra, flags)
+    for folder, outcome in plan.refused.items():
+        print(f"rcpo: {folder.name}: {outcome.reason}", file=sys.stderr)
+    if plan.job.runs is not None and not plan.job.runs:
+        print("rcpo: nothing is left to run")
+        return REFUSED if plan.refused else DONE
+    after = None if plan.slurm.after is None else job_id(plan.slurm.after)
+    script = render(plan.job, plan.slurm, after)
+    hidden = dict.fromkeys(plan.slurm.env or {}, "***")
+    print(render(plan.job, replace(plan.slurm, env=hidden), after))
+    if dry_run:
+        for folder in plan.job.runs or ():
+            print(f"# {folder}")
+        return REFUSED if plan.refused else DONE
+    _refuse_queued(plan.job)
+    _write(plan, script)
+    submitted = Submitted(
+        job=sbatch(plan.job.script),
+        runs=[str(folder) for folder in plan.job.runs or (plan.job.folder,)],
+        array=plan.job.runs is not None,
+        command=[command, *map(_without_secrets, arguments)],
+        git=git_state(PACKAGE / "__init__.py"),
+        time=now(),
+    )
+    submitted.write(plan.job.folder, plan.job.name)
+    print(f"rcpo: submitted {plan.job.script} as job {submitted.job}; rcpo submit status shows it")
+    return FAILED if plan.refused else DONE
+
+
+def _without_secrets(argument: str) -> str:
+    key = argument.partition("=")[0]
+    return f"{key}=***" if key.lstrip("+").startswith("slurm.env") else redact(argument)
+
+
+def _train(hydra: Hydra, flags: argparse.Namespace) -> Submission:
+    if flags.multirun:
+        raise ConfigError("-m: several runs are one array, `rcpo submit sweep`")
+    cfg = compose_with(hydra, flags.config_name or PRIMARY, flags.overrides)
+    slurm = slurm_config(cfg)
+    run_dir = resolved_dir(cfg, None).absolute()
+    job = BatchJob(run_dir, "train", run_dir / CODE, Path.cwd(), _training(slurm))
+    return Submission(job, slurm, {run_dir: _checked(cfg, slurm, run_dir)})
+
+
+def _sweep(hydra: Hydra, flags: argparse.Namespace) -> Submission:
+    name = flags.config_name or PRIMARY
+    cfg = compose_many(hydra, name, flags.overrides)
+    slurm, sweep_dir = slurm_config(cfg), Path(cfg.hydra.sweep.dir).absolute()
+    configs: dict[Path, RunConfig] = {}
+    refused: dict[Path, Outcome] = {}
+    for run_dir, each in combinations(hydra, name, cfg, flags.overrides):
+        try:
+            config = _checked(each, slurm, run_dir.absolute())
+        except ConfigError as error:
+            refused[run_dir.absolute()] = Outcome(REFUSED, str(error))
+            continue
+        if not is_complete(run_dir, config):
+            configs[run_dir.absolute()] = config
+    job = BatchJob(sweep_dir, "sweep", sweep_dir / CODE, Path.cwd(), _training(slurm), runs=list(configs))
+    return Submission(job, slurm, configs, refused)
+
+
+def _evaluate(hydra: Hydra, flags: argparse.Namespace) -> Submission:
+    runs = [o.partition("=")[2] for o in flags.overrides if o.startswith("run=")]
+    if flags.multirun:
+        raise ConfigError("-m: submit evaluate takes one run at a time")
+    if not runs or not runs[0]:
+        raise ConfigError("submit evaluate needs a run, which may still be waiting: run=DIR")
+    own = [override for override in flags.overrides if not override.startswith(("run=", "slurm"))]
+    asked = [override for override in flags.overrides if override.startswith("slurm")]
+    slurm = slurm_config(compose_with(hydra, flags.config_name or PRIMARY, asked))
+    run_dir = Path(runs[0]).absolute()
+    if not run_dir.is_dir():
+        raise ConfigError(f"run={run_dir} is not a folder; give one that was trained, or submitted")
+    _check_evaluation(hydra, run_dir, own, slurm)
+    place = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
+    command = ["rcpo.cli", "evaluate", f"run={run_dir}", *own, *place]
+    return Submission(
+        BatchJob(run_dir, "evaluate", run_dir / "code-evaluate", Path.cwd(), command), slurm, {}
+    )
+
+
+def _check_evaluation(hydra: Hydra, run_dir: Path, own: list[str], slurm: SlurmConfig) -> None:
+    """Raises ConfigError for what the evaluation would refuse when it starts, hours later."""
+    refuse_command_keys(own)
+    base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
+    config = parse(over_run(hydra, base, own), files=slurm.after is None)
+    if slurm.after is None and not (run_dir / FINAL).is_dir() and not _is_submitted(run_dir):
+        raise ConfigError(f"run={run_dir} has no final/ and no job that is to write it; finish it first")
+    if not (config.eval.preferences or config.eval.tasks or config.eval.judge):
+        raise ConfigError(
+            "nothing to evaluate: eval.preferences=false, eval.judge=false, and eval.tasks is empty"
+        )
+
+
+def _is_submitted(run_dir: Path) -> bool:
+    """Whether a job trains in the folder, by itself or as a run of a sweep."""
+    alone, sweep = read_submitted(run_dir, "train"), read_submitted(run_dir.parent, "sweep")
+    return alone is not None or (sweep is not None and str(run_dir) in sweep.runs)
+
+
+def _training(slurm: SlurmConfig) -> list[str]:
+    return ["rcpo.launch"] if slurm.tasks == "rank" else ["rcpo.launch.node", str(slurm.ranks)]
+
+
+def _checked(cfg: DictConfig, slurm: SlurmConfig, run_dir: Path) -> RunConfig:
+    """The run's configuration, checked for as many ranks as it will have, and made to continue itself."""
+    # what another job has yet to write is looked for when this one starts
+    config = parse(user_part(cfg), files=slurm.after is None)
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"resume={config.resume}: a job continues in its own folder: hydra.run.dir")
+    if config.launch.processes != 1:
+        raise ConfigError(f"launch.processes={config.launch.processes}: a job has slurm.ranks_per_node")
+    config.resume = "auto"
+    check_run(config, slurm.world_size, models=slurm.after is None)
+    refuse_other(run_dir, config, slurm.world_size)
+    return config
+
+
+def _refuse_queued(job: BatchJob) -> None:
+    """Two jobs in one folder would only find it locked."""
+    before = read_submitted(job.folder, job.name)
+    if before is None:
+        return
+    known = queue()
+    mine = {state for key, state in known.items() if key.partition("_")[0] == before.job}
+    if any(each.state in ACTIVE for each in mine):
+        raise ConfigError(f"{job.folder} is job {before.job} already; wait for it, or scancel {before.job}")
+
+
+def _write(plan: Submission, script: str) -> None:
+    job = plan.job
+    make_folder(job.folder, "hydra.run.dir")
+    modules = {config.objective.module for config in plan.configs.values()} - {None}
+    snapshot(job.code, {str(module) for module in modules}, job.cwd)
+    for run_dir, outcome in plan.refused.items():
+        make_folder(run_dir, "hydra.sweep.dir")
+        outcome.write(run_dir)
+    for run_dir, config in plan.configs.items():
+        make_folder(run_dir, "hydra.sweep.dir")
+        save_run_config(config, run_dir / CONFIG_FILE)
+    if job.runs is not None:
+        job.run_list.write_text("".join(f"{run_dir}\n" for run_dir in job.runs), encoding="utf-8")
+    if not job.trains:
+        (job.folder / EVALUATION / OUTCOME_FILE).unlink(missing_ok=True)  # of the evaluation before
+    write_privately(job.script, script)  # slurm.env may hold secrets

@@ -1,0 +1,64 @@
+"""Configuration nodes that belong to one command, such as `sweep` and `plan`: read and validated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rcpo.config.parsing import describe
+from rcpo.config.validation import Range, check_choice, check_range, unknown_key
+from rcpo.errors import ConfigError
+
+Node = TypeVar("Node")
+
+
+# the nodes and groups that a run does not know, and the commands that read them
+COMMAND_NODES = {
+    "sweep": "rcpo sweep and rcpo train -m",
+    "study": "rcpo sweep",
+    "plan": "rcpo plan",
+    "gpu": "rcpo plan",
+    "slurm": "rcpo submit",
+    "sample": "rcpo sample and rcpo iterate",
+    "score": "rcpo sample and rcpo iterate",
+    "pairing": "rcpo sample and rcpo iterate",
+    "iterate": "rcpo iterate",
+    "rounds": "rcpo iterate",
+}
+
+
+def check_node(
+    name: str, config: Any, choices: Mapping[str, tuple[str, ...]], ranges: Mapping[str, Range]
+) -> None:
+    """Raises ConfigError for the first value of a node that is no choice, or out of range."""
+    for key, known in choices.items():
+        check_choice(f"{name}.{key}", getattr(config, key), known)
+    for key, bounds in ranges.items():
+        check_range(f"{name}.{key}", getattr(config, key), bounds)
+
+
+def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
+    """A node's dataclass; a primary configuration of the user's own may lack the node. Raises ConfigError."""
+    given = OmegaConf.select(cfg, name, default={})
+    known = {f"{name}.{field.name}" for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    for key in given:
+        if f"{name}.{key}" not in known:
+            raise ConfigError(unknown_key(f"{name}.{key}", known))
+    try:
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}.{describe(error)}") from error
+    assert isinstance(config, type(default))
+    return config
+
+
+def refuse_command_keys(overrides: Sequence[str], allowed: Sequence[str] = ()) -> None:
+    """Raises ConfigError for keys that the command at hand does not read."""
+    for override in overrides:
+        node = override.lstrip("+~").partition("=")[0].partition(".")[0]
+        if node in COMMAND_NODES and node not in allowed:
+            raise ConfigError(f"{override}: {node} is read by {COMMAND_NODES[node]} alone")

@@ -1,0 +1,1 @@
+"""Another model compares the run's answers with others."""

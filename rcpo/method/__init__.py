@@ -1,0 +1,1 @@
+"""The method: objectives, incentives, geometry, and calibration. It needs torch alone."""

@@ -1,0 +1,283 @@
+"""Token log-probs straight from hidden states, a chunk of logits at a time, and their reductions to z.
+
+Only response positions reach the head, so N is the number of response tokens. The log-softmax runs in fp32
+(in fp64 for fp64 inputs), in place of the logits. Where all of them fit into one chunk it is kept for the
+backward pass; else each chunk is computed again there (as gradient checkpointing does; Wijmans et al. 2024,
+arXiv 2411.09009, for the head), so never more than a chunk of logits is alive. The head geometry's sketch
+(`rcpo.method.geometry`) is read off the same softmax.
+
+Axes: N response tokens, S sequences, D hidden, V vocabulary, k sketch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcpo.method.geometry import BLOCK_ELEMENTS, CHUNK_ELEMENTS, HeadShape, Sketch, excess_, outer_scores
+from rcpo.method.types import PairLogps, TokenBatch
+
+
+class _FusedLogps(torch.autograd.Function):
+    """(N, D) hidden, (V, D) weight → (N,) log-probs and, given a sketch, (N, k) scores (no gradient)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        shape: HeadShape,
+        chunk: int,
+        sketch: Sketch | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        count = len(labels)
+        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+        ctx.frozen = needs_hidden and not any(needs_head)  # then the gradient by h needs no second pass
+        keep = any(needs_head) and count <= chunk
+        differentiate = keep or ctx.frozen or sketch is not None
+        logps = hidden.new_empty(count, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        scores = None if sketch is None else logps.new_empty(count, sketch.size)
+        kept = torch.empty_like(hidden) if ctx.frozen else None
+        for start in range(0, count, chunk):
+            part = slice(start, start + chunk)
+            logits = shape.logits(hidden[part], weight, bias)
+            own = None if scores is None else scores[part]
+            logps[part] = _score(logits, labels[part], shape, sketch, own, differentiate=differentiate)
+            if kept is not None and ctx.frozen:
+                kept[part] = logits.to(weight.dtype) @ weight
+            elif keep:
+                kept = logits
+        if scores is not None:
+            if shape.scale != 1.0:
+                scores *= shape.scale
+            ctx.mark_non_differentiable(scores)
+        ctx.save_for_backward(hidden, weight, bias, labels, kept)
+        ctx.shape, ctx.chunk = shape, chunk
+        return logps, scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        shape: HeadShape = ctx.shape
+        coefficients = -shape.scale * grad_logps[:, None]  # (N, 1), for the smaller factor of each product
+        if ctx.frozen:
+            return (kept * coefficients).to(hidden.dtype), *[None] * 6
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias else None
+        for start in range(0, len(labels), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            excess = kept
+            if excess is None:
+                excess = shape.logits(hidden[part], weight, bias)
+                _score(excess, labels[part], shape, None, None, differentiate=True)
+            if grad_hidden is not None:
+                grad_hidden[part] = (excess.to(weight.dtype) @ weight) * coefficients[part]
+            if grad_weight is not None:
+                grad_weight.addmm_(excess.T, hidden[part] * coefficients[part])
+            if grad_bias is not None:
+                grad_bias.addmv_(excess.T, coefficients[part, 0])
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
+
+
+def _score(
+    logits: Tensor,
+    labels: Tensor,
+    shape: HeadShape,
+    sketch: Sketch | None,
+    scores: Tensor | None,
+    *,
+    differentiate: bool,
+) -> Tensor:
+    """log p(y) (n,) of a chunk of logits (n, V), with their sketched scores written to `scores` (n, k).
+
+    With `differentiate` the logits become (p − e_y) ⊙ f′. Rows that fit into the cache are done together.
+    """
+    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    logps = logits.new_empty(len(logits))
+    for first in range(0, len(logits), size):
+        rows = slice(first, first + size)
+        log_softmax = torch.log_softmax(logits[rows], dim=-1)
+        logps[rows] = log_softmax.gather(1, labels[rows, None]).squeeze(1)
+        if differentiate:
+            logits[rows] = excess_(log_softmax.exp_(), labels[rows], shape.slope(logits[rows]))
+            if scores is not None and sketch is not None:
+                scores[rows] = sketch.scores(logits[rows])
+    return logps
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    sketch: Sketch | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(label) of each token, (N,), and its sketched score S((e_y − p) ⊙ f′), (N, k), if asked for.
+
+    `hidden` (N, D) are the final hidden states that predict `labels` (N,) through the head `weight` (V, D).
+    Gradients flow to hidden, weight and bias; the scores carry none. `chunk` is in tokens.
+
+    >>> logps, _ = token_logps(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
+    >>> logps  # log ¼
+    tensor([-1.3863])
+    """
+    assert hidden.shape == (len(labels), weight.shape[1]), (hidden.shape, labels.shape, weight.shape)
+    tokens = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    logps, scores = _FusedLogps.apply(hidden, weight, bias, labels, shape or HeadShape(), tokens, sketch)
+    return logps, scores
+
+
+def log_squares(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """log Σ_v p(v)² at each position, (N,), no gradient: what a token drawn there scores on average, roughly.
+
+    hidden (N, D), head `weight` (V, D); `chunk` is in tokens.
+
+    >>> log_squares(torch.ones(1, 2), torch.zeros(4, 2))  # four times ¼²: log ¼
+    tensor([-1.3863])
+    """
+    head, size = shape or HeadShape(), chunk or max(1, CHUNK_ELEMENTS // len(weight))
+    with torch.no_grad():
+        parts = [log_squares_of(head.logits(part, weight, bias)) for part in hidden.split(size)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def log_squares_of(logits: Tensor) -> Tensor:
+    """log Σ_v p(v)² of logits (N, V), (N,)."""
+    return torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1)
+
+
+def token_weights(logps: Tensor, sequences: Tensor, lengths: Tensor, reduction: str) -> Tensor:
+    """Weight of each token's log-prob in its sequence's z: (N,), (N,), (S,) → (N,) in fp64, no gradient.
+
+    sum: 1; mean: 1/length; importance: (1 − p) ÷ its sum over the sequence.
+    """
+    if reduction == "sum":
+        return torch.ones_like(logps, dtype=torch.float64)
+    if reduction == "mean":
+        return 1.0 / lengths.double()[sequences]
+    raw = -torch.expm1(logps.detach().double())
+    totals = raw.new_zeros(len(lengths)).index_add(0, sequences, raw)
+    return raw / totals.clamp(min=torch.finfo(torch.float64).tiny)[sequences]
+
+
+def length_weights(sequences: Tensor, lengths: Tensor, pairs: int, alpha: float) -> Tensor:
+    """`alpha` for the tokens of a pair's longer response beyond the length of the shorter, else 1: (N,) fp64.
+
+    Liu et al. 2024 (LD-DPO). The tokens are in order, `sequences` (N,) and `lengths` (S,) as in a batch of
+    so many `pairs`; responses other than the chosen and the rejected ones count in full.
+    """
+    shared = lengths.clone()
+    shared[: 2 * pairs] = torch.minimum(lengths[:pairs], lengths[pairs : 2 * pairs]).repeat(2)
+    starts = lengths.cumsum(0) - lengths
+    places = torch.arange(len(sequences), device=sequences.device) - starts[sequences]
+    beyond = (places >= shared[sequences]).double()
+    return 1 + (alpha - 1) * beyond
+
+
+def sequence_logps(logps: Tensor, weights: Tensor, sequences: Tensor, count: int) -> Tensor:
+    """z of each sequence, the weighted sum of its token log-probs: (N,) → (S,) in fp64."""
+    return logps.new_zeros(count, dtype=torch.float64).index_add(0, sequences, logps.double() * weights)
+
+
+def pair_logps(
+    batch: TokenBatch,
+    logps: Tensor,
+    weights: Tensor,
+    ref_logps: Tensor | None,
+    squares: Tensor | None = None,
+) -> PairLogps:
+    """The B pairs of a batch from the log-probs of its response tokens, in the reduction of `weights`.
+
+    `ref_logps` (N,), the reference's log-probs of the same tokens, is reduced with the same weights. From
+    `squares` (N,), `log_squares` at the same places, come the responses' likelihoods.
+    """
+    sides = batch.sides
+    count = sides * batch.num_pairs
+    z = sequence_logps(logps, weights, batch.sequences, count).view(sides, -1)
+    lengths = batch.lengths.view(sides, -1)
+    by_length = 1.0 / batch.lengths.double()[batch.sequences]
+    means = sequence_logps(logps, by_length, batch.sequences, count)
+    likelihoods = None
+    if squares is not None:
+        compared = sequence_logps((logps - squares).detach(), by_length, batch.sequences, count)
+        likelihoods = compared.exp().view(sides, -1)
+    ref = (
+        None
+        if ref_logps is None
+        else sequence_logps(ref_logps, weights, batch.sequences, count).view(sides, -1)
+    )
+    return PairLogps(
+        chosen=z[0],
+        rejected=z[1] if sides > 1 else None,
+        ref_chosen=None if ref is None else ref[0],
+        ref_rejected=ref[1] if ref is not None and sides > 1 else None,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1] if sides > 1 else None,
+        chosen_means=means.view(sides, -1)[0],
+        kl_chosen=z[2] if sides > 2 else None,
+        ref_kl_chosen=ref[2] if ref is not None and sides > 2 else None,
+        weights=batch.weights,
+        margins=batch.margins,
+        chosen_likelihoods=None if likelihoods is None else likelihoods[0],
+        rejected_likelihoods=None if likelihoods is None or sides < 2 else likelihoods[1],
+    )
+
+
+def score_sides(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    winners: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: HeadShape | None = None,
+    sketch: Sketch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z of S responses, (S,) in fp64, and both sides' summed head scores, (2, k, D), in one pass of the head.
+
+    For training loops other than rcpo's. hidden (S, T, D) predicts `labels` (S, T) through the head `weight`
+    (V, D); `weights` (S, T) is each token's part in z, 0 outside the response (a sum: 1, a mean: 1/length);
+    `winners` (S,) tells chosen from rejected. Gradients flow through z; the scores, a side's Σ ∇z by the
+    head's weight, carry none.
+
+    >>> _ = torch.manual_seed(0)
+    >>> hidden, head, labels = torch.randn(2, 3, 4), torch.randn(5, 4), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    >>> weights, winners = torch.full((2, 3), 1 / 3), torch.tensor([True, False])
+    >>> z, scores = score_sides(hidden, head, labels, weights, winners)
+    >>> z.shape, scores.shape
+    (torch.Size([2]), torch.Size([2, 5, 4]))
+    >>> expected = torch.log_softmax(hidden @ head.T, -1).gather(2, labels[..., None]).mean((1, 2))
+    >>> bool(torch.allclose(z.float(), expected))
+    True
+    """
+    sketch = sketch or Sketch(len(weight), None)
+    responses = weights != 0
+    states, sequences = hidden[responses], responses.nonzero()[:, 0]
+    logps, scores = token_logps(states, weight, labels[responses], bias=bias, shape=shape, sketch=sketch)
+    assert scores is not None
+    z = sequence_logps(logps, weights[responses].double(), sequences, len(hidden))
+    parts = [weights[responses] * (winners[sequences] == side) for side in (True, False)]
+    return z, torch.stack([outer_scores(states, scores, part) for part in parts])

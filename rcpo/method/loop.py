@@ -1,0 +1,102 @@
+"""Closed-loop calibration: α follows from what happened to responses that the policy has not been trained on.
+
+The band across samples is a few percent wide and its edges are noisy, so no α computed beforehand hits it.
+Its prediction can be observed instead. With w and l the mean log-ratios per token of fresh winners and losers
+against the starting policy, the error is how far they are outside `w ≥ target ≥ l`:
+
+    e(w, l) = max(0, target − w) − max(0, l − target)
+    log α = k_p e(w + h ẇ, l + h l̇) + I,   I ← I + k_i e(w, l)
+
+A falling winner raises α; a loser that rises while the winner holds lowers it; inside, α returns to 1, the
+objective as it is. These are the proportional and integral terms of a Lagrangian for the constraint that the
+winner must not fall (PID Lagrangian methods, Stooke et al. 2020). The derivative, in the form of a look
+ahead, is what makes it stable: AdamW's momentum makes log-ratios follow α with a lag of about ten steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rcpo.method.averages import Average
+from rcpo.method.band import Dynamics, Movement
+
+FAST, SLOW = 0.7, 0.93
+"""Memories per step of the two averages of w and l, whose lags differ by eleven steps."""
+
+PROPORTIONAL, INTEGRAL, AHEAD = 5.0, 0.2, 3.0
+"""k_p per nat and token, k_i per nat, token and step, and how far to look ahead in lags (h = 33 steps)."""
+
+LEAK = 0.99
+"""Of the integral for each step inside, where α returns to 1."""
+
+SLEW = 0.5
+"""Largest change of log α in a step: a bad reading moves α by a factor of 1.6 at most."""
+
+
+class LoopRule:
+    """log α from the movement of fresh pairs; `limit` bounds |log α| and its integral (anti-windup).
+
+    `target` is what the winner has to keep, in nats per token: 0 where it started, or more for a winner that
+    is to rise. The loser may not exceed it.
+    """
+
+    def __init__(self, *, target: float = 0.0, limit: float) -> None:
+        self.target = target
+        self.saturated = 0
+        self._limit = limit
+        self._integral = 0.0
+        self._log_alpha = 0.0
+        self._averages = [Average(memory) for memory in (FAST, SLOW, FAST, SLOW)]  # of w, then of l
+
+    def __call__(self, dynamics: Dynamics) -> float | None:
+        """log α; as it was where there is no reading."""
+        return self._log_alpha if dynamics.movement is None else self.follow(dynamics.movement)
+
+    def follow(self, movement: Movement) -> float:
+        """log α after a reading."""
+        steps = movement.steps
+        if not math.isfinite(movement.winner + movement.loser):
+            return self._log_alpha
+        values = (movement.winner, movement.winner, movement.loser, movement.loser)
+        u, slow_u, v, slow_v = (a.add(value, steps) for a, value in zip(self._averages, values, strict=True))
+        error, ahead = self._error(u, v), self._error(u + AHEAD * (u - slow_u), v + AHEAD * (v - slow_v))
+        integral = self._integral + INTEGRAL * error * steps if error else self._integral * LEAK**steps
+        self._integral = _clamp(integral, self._limit)
+        wanted = PROPORTIONAL * ahead + self._integral
+        self.saturated += abs(wanted) > self._limit
+        change = _clamp(wanted, self._limit) - self._log_alpha
+        self._log_alpha += _clamp(change, SLEW * max(steps, 1.0))
+        return self._log_alpha
+
+    def metrics(self) -> dict[str, Any]:
+        """The averages that the loop follows, its integral, and how often it wanted more than the clamp."""
+        return {
+            "rc/winner": self._averages[0].value,
+            "rc/loser": self._averages[2].value,
+            "rc/integral": self._integral,
+            "rc/saturated": self.saturated,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, integral and log α, ready for JSON."""
+        return {
+            "averages": [average.state_dict() for average in self._averages],
+            "integral": self._integral,
+            "log_alpha": self._log_alpha,
+            "saturated": self.saturated,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        for average, saved in zip(self._averages, state["averages"], strict=True):
+            average.load_state_dict(saved)
+        self._integral, self._log_alpha = state["integral"], state["log_alpha"]
+        self.saturated = state["saturated"]
+
+    def _error(self, winner: float, loser: float) -> float:
+        return max(0.0, self.target - winner) - max(0.0, loser - self.target)
+
+
+def _clamp(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))

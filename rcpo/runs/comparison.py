@@ -1,0 +1,480 @@
+"""Runs beside each other: what they differ in, means over seeds, paired differences. No torch.
+
+A *condition* is what runs of different seeds share. A *contrast* is a condition without calibration beside
+one with it that is equal in all else; its runs are paired by seed, so that a seed's own effect cancels out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rcpo.config.changes import flatten, shapes_evaluation, shapes_judgement, shapes_result
+from rcpo.runs.folder import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    FINISHED_FILE,
+    METRICS_FILE,
+    PROBES_FILE,
+    read_evaluation,
+    read_object,
+    read_rows,
+    read_settings,
+)
+from rcpo.runs.inputs import EVALUATION_SETTINGS, HELD_OUT, INPUTS, JUDGE, PAIRS, TASKS
+
+CONFIDENCE = 0.95
+SEED = "seed"
+CALIBRATED = "rc.enabled"
+RULE = "rc"  # off, or what the configuration group calls the rule
+MEASURING = ("rc.geometry", "rc.sketch", "rc.sketch_seed")  # what rc=off reads of rc.*
+RULE_KEYS = {"rc.alpha": "fixed", "rc.target": "loop", "rc.signal": "loop"}
+CONTROL = "rc.control."  # the loop's too
+CONTENTS = "contents"
+TASK_KEYS = ("eval.tasks", "eval.limit", "eval.chat_template")
+# made from metrics.jsonl; every other value but REPETITION is evaluation.json's
+STEPS_IN_BAND = "steps_in_band"
+BEFORE_CALIBRATION = "steps_in_band/before_calibration"
+BAND_ENTERED = "band_entered"
+REPETITION = "probes/repetition"  # made from probes.parquet
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value that runs are compared by: its key, its name for readers, its unit ("nats", "share" or "")."""
+
+    key: str
+    title: str
+    unit: str = ""
+
+    def show(self, value: float | None, *, signed: bool = False) -> str:
+        """The value with a minus that is one: shares in percent, the rest with three decimals."""
+        if value is None or math.isnan(value):
+            return "–"
+        sign = "+" if signed or self.unit == "nats" else ""
+        if self.unit == "share":
+            return f"{100 * value:{sign}.{int(signed)}f} %".replace("-", "−")
+        return f"{value:{sign}.3f}".replace("-", "−")
+
+    def show_spread(self, spread: Spread | None) -> str:
+        """`mean ± standard deviation`; the mean alone of a single run."""
+        if spread is None:
+            return "–"
+        if spread.deviation is None:
+            return self.show(spread.mean)
+        deviation = f"{100 * spread.deviation:.0f}" if self.unit == "share" else f"{spread.deviation:.3f}"
+        return f"{self.show(spread.mean)} ± {deviation}"
+
+    def show_difference(self, difference: Difference | None) -> str:
+        """`mean [low, high]`, the mean alone of a single pair; shares in percentage points."""
+        if difference is None:
+            return "–"
+        mean = self.show(difference.mean, signed=True).replace("%", "points")
+        if difference.low is None or difference.high is None:
+            return mean
+        low, high = (
+            self.show(end, signed=True).removesuffix(" %") for end in (difference.low, difference.high)
+        )
+        return f"{mean} [{low}, {high}]"
+
+
+METRICS = (
+    Metric("eval/token_logratios/chosen", "winner's log-ratio", "nats"),
+    Metric("eval/token_logratios/rejected", "loser's log-ratio", "nats"),
+    Metric("eval/winner_fell", "pairs whose winner fell", "share"),
+    Metric("eval/rewards/accuracies", "preference accuracy", "share"),
+    Metric("eval/exact_match", "exact match", "share"),
+    Metric(REPETITION, "repeated 4-grams", "share"),
+    Metric(STEPS_IN_BAND, "steps in the band", "share"),
+)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as comparisons see it: `settings` by dotted key, `values` by metric key."""
+
+    name: str
+    settings: Mapping[str, Any]
+    values: Mapping[str, float]
+
+    @property
+    def seed(self) -> Any:
+        return self.settings.get(SEED)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Runs that share everything but the seed."""
+
+    label: str
+    runs: tuple[RunSummary, ...]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.runs[0].settings
+
+    def values(self, key: str) -> list[float]:
+        """The metric's value of each run that has it."""
+        return [run.values[key] for run in self.runs if key in run.values]
+
+    def by_seed(self, key: str) -> dict[Any, float]:
+        """The metric by seed, a mean where a seed ran more than once."""
+        found: dict[Any, list[float]] = {}
+        for run in self.runs:
+            if key in run.values:
+                found.setdefault(run.seed, []).append(run.values[key])
+        return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The same training without calibration and by one rule of it."""
+
+    label: str
+    base: Condition
+    calibrated: Condition
+
+    def difference(self, key: str) -> Difference | None:
+        """Calibrated minus uncalibrated, paired by seed: the same data in the same order."""
+        return paired_difference(self.base.by_seed(key), self.calibrated.by_seed(key))
+
+    def means(self, key: str) -> tuple[float, float] | None:
+        """Both sides' means over the seeds that both have, so that they differ by `difference`'s mean."""
+        base, calibrated = self.base.by_seed(key), self.calibrated.by_seed(key)
+        common = [seed for seed in base if seed in calibrated]
+        if not common:
+            return None
+        return (
+            statistics.fmean(base[seed] for seed in common),
+            statistics.fmean(calibrated[seed] for seed in common),
+        )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n − 1; None of a single value) of `count` runs."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of `count` paired differences with its 95 % t interval; a single pair has no interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A metric over contrasts: medians of the two sides' means and of the differences, and their signs.
+
+    All of them are over the seeds that both sides of a contrast have.
+
+    Of `count` contrasts `higher` are above zero and `lower` below, `clearly_*` with their whole interval.
+    """
+
+    base: float
+    calibrated: float
+    difference: float
+    count: int
+    higher: int
+    clearly_higher: int
+    lower: int
+    clearly_lower: int
+
+
+def summarise_run(folder: Path) -> RunSummary:
+    """Reads config.yaml, evaluation.json, metrics.jsonl and probes.parquet of a run.
+
+    A missing or torn one adds no values. Raises ConfigError where the folder has no readable config.yaml.
+    """
+    values = read_evaluation(folder / EVALUATION_FILE)
+    return RunSummary(
+        folder.name,
+        read_settings(folder / CONFIG_FILE) | made_with(folder),
+        run_values(folder, values, read_rows(folder / METRICS_FILE)),
+    )
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """What a result was made with and config.yaml does not tell, as further settings.
+
+    These are the contents of data and models, shortened, and the settings of later evaluations.
+    """
+    finished, made = read_object(folder / FINISHED_FILE), read_object(folder / EVALUATION_SETTINGS)
+    read = {**_node(finished, INPUTS)}
+    found: dict[str, Any] = {}
+    for part, wanted in ((PAIRS, _shapes_pairs), (TASKS, TASK_KEYS.__contains__), (JUDGE, shapes_judgement)):
+        record = _node(made, part)
+        found |= {key: value for key, value in flatten(_node(record, "config")).items() if wanted(key)}
+        if part == PAIRS:
+            read |= {what: hash for what, hash in _node(record, INPUTS).items() if what == HELD_OUT}
+    return found | {f"{CONTENTS}.{what}": str(content)[:8] for what, content in read.items()}
+
+
+def _node(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A mapping inside a record; empty where there is none."""
+    found = record.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _shapes_pairs(key: str) -> bool:
+    return shapes_evaluation(key) and key not in (*TASK_KEYS, "eval.judge", "eval.preferences")
+
+
+def run_values(
+    folder: Path, evaluation: Mapping[str, float], rows: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """What a run is compared by: its evaluation, how it stood to the band, and how its answers repeat.
+
+    Repetition is for answers that nothing can check.
+    """
+    values = {**evaluation, **band_record(rows)}
+    if "eval/exact_match" not in values and (share := _last_repetition(folder / PROBES_FILE)) is not None:
+        values[REPETITION] = share
+    return values
+
+
+def band_record(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How a run stood to the band; a value that nothing is known of is left out.
+
+    The share of steps inside, with the ratio that calibration made of it and with the ratio before it, and
+    the first step inside.
+    """
+    rows = list(rows)
+    inside = [row.get("rc/in_band", row.get("dynamics/in_band")) for row in rows]
+    found = {
+        STEPS_IN_BAND: _share(inside),
+        BEFORE_CALIBRATION: _share([row.get("dynamics/in_band") for row in rows]),
+        BAND_ENTERED: next((float(row["step"]) for row, is_in in zip(rows, inside) if is_in), None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _share(inside: Iterable[bool | None]) -> float | None:
+    """Share of the steps that have a band."""
+    known = [bool(value) for value in inside if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _last_repetition(path: Path) -> float | None:
+    """Mean share of repeated 4-grams in the last greedy answers to the probe prompts."""
+    if not path.is_file():
+        return None
+    import pyarrow as pa  # a third of a second, and for runs with probes alone
+    import pyarrow.parquet as parquet
+
+    try:
+        rows = parquet.read_table(path, columns=["step", "greedy_repetition"]).to_pylist()
+    except (OSError, pa.ArrowException):
+        return None
+    last = max((row["step"] for row in rows), default=0)
+    shares = [row["greedy_repetition"] for row in rows if row["step"] == last]
+    known = [share for share in shares if share is not None]
+    return statistics.fmean(known) if known else None
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys, sorted, that take more than one value and touch the result; never the seed."""
+    keys = sorted({key for each in settings for key in each})
+    return [
+        key
+        for key in keys
+        if key != SEED and shapes_result(key) and len({repr(each.get(key)) for each in settings}) > 1
+    ]
+
+
+def rule_of(settings: Mapping[str, Any]) -> str:
+    """The word that `rc=` takes for how a run was calibrated."""
+    if not settings.get(CALIBRATED):
+        return "off"
+    rule = str(settings.get("rc.rule") or "center")
+    return "on" if rule == "center" else rule
+
+
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the rule as one key, `rc`, and of `rc.*` what this rule reads."""
+    rule = rule_of(settings)
+    kept = {key: value for key, value in settings.items() if _is_read(key, rule)}
+    return kept | {RULE: rule}
+
+
+def _is_read(key: str, rule: str) -> bool:
+    if not key.startswith("rc."):
+        return True
+    if rule == "off":
+        return key in MEASURING
+    if key in (CALIBRATED, "rc.rule"):
+        return False
+    return rule == ("loop" if key.startswith(CONTROL) else RULE_KEYS.get(key, rule))
+
+
+def conditions(runs: Sequence[RunSummary]) -> list[Condition]:
+    """The runs by what they share without the seed, in the order in which each first came."""
+    keys = differing([comparable(run.settings) for run in runs])
+    grouped = _grouped(runs, lambda run: _identity(comparable(run.settings), keys))
+    labels = labelled([group[0].settings for group in grouped])
+    return [Condition(label, tuple(group)) for label, group in zip(labels, grouped)]
+
+
+def contrasts(found: Sequence[Condition]) -> list[Contrast]:
+    """Each calibrated condition beside the uncalibrated one that is equal but for `rc.*`, if there is one.
+
+    Of several such, it is the one whose dynamics were measured alike, or else the first.
+    """
+    settings = [comparable(condition.settings) for condition in found]
+    keys = [key for key in differing(settings) if not _is_of_rc(key)]
+    bases = [condition for condition in found if rule_of(condition.settings) == "off"]
+    matched = []
+    for condition in found:
+        equal = [base for base in bases if _same(base, condition, keys)]
+        if equal and rule_of(condition.settings) != "off":
+            base = next((each for each in equal if _same(each, condition, MEASURING)), equal[0])
+            matched.append((base, condition))
+    own = [calibrated.settings for _, calibrated in matched]
+    variants = [key for key in differing([comparable(each) for each in own]) if _is_of_rc(key)]
+    always = {RULE} if any(rule_of(each) != "on" for each in own) else set()
+    labels = labelled(own, among=[*keys, *variants], always=always)
+    return [Contrast(label, *pair) for label, pair in zip(labels, matched)]
+
+
+def _is_of_rc(key: str) -> bool:
+    return key == RULE or key.startswith("rc.")
+
+
+def _same(one: Condition, other: Condition, keys: Sequence[str]) -> bool:
+    return _identity(one.settings, keys) == _identity(other.settings, keys)
+
+
+def labelled(
+    settings: Sequence[Mapping[str, Any]],
+    among: Sequence[str] | None = None,
+    always: Collection[str] = (),
+) -> list[str]:
+    """A short name for each: its objective, and the keys that tell it from others of the same objective.
+
+    `among` are the keys to tell apart by (None: all that differ), `always` those to name in any case. A key
+    that the own rule does not read is left out.
+    """
+    every = [comparable(each) for each in settings]
+    labels = []
+    for own in every:
+        peers = [each for each in every if each.get("objective.name") == own.get("objective.name")]
+        keys = [key for key in differing(peers) if among is None or key in among]
+        parts = [_said(key, own.get(key)) for key in sorted({*keys, *always}) if _tells(key, own, peers)]
+        labels.append(" ".join([str(own.get("objective.name", "run")), *parts]))
+    return labels
+
+
+def _tells(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key belongs into a name: of `rc.*` those that the rule reads and others set otherwise."""
+    if not key.startswith("rc."):
+        return True
+    if key == "rc.alpha":
+        return own[RULE] == "fixed"
+    return key in own and own[RULE] != "off" and len({repr(peer[key]) for peer in peers if key in peer}) > 1
+
+
+def _said(key: str, value: Any) -> str:
+    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{key.removeprefix('objective.')}={shown}"
+
+
+def _identity(settings: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(repr(settings.get(key)) for key in keys)
+
+
+def _grouped(runs: Sequence[RunSummary], key: Callable[[RunSummary], Any]) -> list[list[RunSummary]]:
+    groups: dict[Any, list[RunSummary]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and standard deviation of values; None of no values."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, len(values))
+
+
+def paired_difference(base: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
+    """`other` − `base` over the keys (seeds) that both have; None where there is none."""
+    differences = [other[key] - base[key] for key in base if key in other]
+    found = spread(differences)
+    if found is None:
+        return None
+    if found.deviation is None:
+        return Difference(found.mean, None, None, 1)
+    half = t_quantile((1 + CONFIDENCE) / 2, found.count - 1) * found.deviation / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
+
+
+def overall(found: Sequence[Contrast], key: str) -> Overall | None:
+    """What calibration did to a metric over all contrasts that have it; None where there is none."""
+    differences = [difference for contrast in found if (difference := contrast.difference(key))]
+    means = [both for contrast in found if (both := contrast.means(key))]
+    if not differences:
+        return None
+    up = [difference for difference in differences if difference.mean > 0]
+    down = [difference for difference in differences if difference.mean < 0]
+    return Overall(
+        statistics.median(base for base, _ in means),
+        statistics.median(calibrated for _, calibrated in means),
+        statistics.median(difference.mean for difference in differences),
+        len(differences),
+        len(up),
+        sum(difference.clear for difference in up),
+        len(down),
+        sum(difference.clear for difference in down),
+    )
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's ρ, ties with their mean rank; None under three values or where one side is constant."""
+    if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
+        return None
+    return statistics.correlation(_ranks(one), _ranks(other))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Student's t for a probability in (0.5, 1) and whole degrees of freedom ≥ 1, by bisection.
+
+    The distribution is closed-form there (Abramowitz and Stegun 26.7.3 and 26.7.4); good to 1e-9 relative.
+    """
+    low, high = 0.0, math.pi / 2  # of θ = atan(t / √degrees)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _t_inside(theta: float, degrees: int) -> float:
+    """P(|t| < √degrees tan θ)."""
+    cosine = math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for index in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= cosine**2 * (index - 1) / index
+    return (2 / math.pi) * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total

@@ -1,0 +1,117 @@
+"""environment.json: what a result depends on besides its configuration; no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rcpo.system.files import replace_text
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "deepspeed",
+    "accelerate",
+    "peft",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "datasets",
+    "wandb",
+    "rich",
+    "typer",
+    "trl",
+    "lm-eval",
+)
+_SECRET = re.compile(r"((?:key|token|secret|password|passwd)\s*[=:]\s*)\S+", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(//[^/@\s:]+:)[^/@\s]+@")
+
+
+def write_environment(path: Path) -> None:
+    """Write versions, the code's git commit, hardware, host and command line as one JSON object."""
+    replace_text(path, json.dumps(describe_environment(), indent=2, ensure_ascii=False) + "\n")
+
+
+def describe_environment() -> dict[str, Any]:
+    """The content of environment.json; a package that is not installed, or an unknown figure, is null."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [redact(argument) for argument in sys.argv],
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": git_state(Path(__file__)),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_bytes": _memory_bytes(),
+            "gpus": _gpu_names(),
+        },
+    }
+
+
+def redact(argument: str) -> str:
+    """A command-line argument without the values of keys that name a secret or a URL's password."""
+    return _CREDENTIALS.sub(r"\1***@", _SECRET.sub(r"\1***", argument))
+
+
+def git_state(file: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that tracks `file`, and whether tracked files differ from it; None outside.
+
+    A copy installed into some other project's checkout is not tracked there: it borrows no commit.
+    """
+    folder = file.resolve().parent
+    if _git(folder, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no", ":/")
+    return None if commit is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or a stuck network file system
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or None
+
+
+def _memory_bytes() -> int | None:
+    names = os.sysconf_names
+    if "SC_PAGE_SIZE" in names and "SC_PHYS_PAGES" in names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _gpu_names() -> list[str]:
+    import torch  # here, so that tracking itself stays cheap to import
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,89 @@
+"""The one importer of wandb: a run whose id lives in the run folder and so survives resume and requeue."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rcpo.config.parsing import to_container
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
+from rcpo.runs.folder import WANDB_ID_FILE
+from rcpo.runs.jsonl import Scalar
+
+
+def stored_id(run_dir: Path) -> str:
+    """The run's wandb id, made at the first call and read back at every later one."""
+    path = run_dir / WANDB_ID_FILE
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    identity = secrets.token_hex(4)
+    path.write_text(identity + "\n", encoding="utf-8")
+    return identity
+
+
+class WandbRun:
+    """A wandb run, online or offline, with its files under the run folder.
+
+    Rows carry their own `step`, declared as the x axis of every metric: wandb's internal counter only ever
+    grows and would drop the steps that a resumed run takes again. Raises ConfigError where wandb cannot
+    start.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+        import wandb  # half a second, and a service process: only where the user wants it
+        import wandb.util
+
+        settings = wandb.Settings(console="off", silent=True)  # the terminal belongs to the display
+        try:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                mode=cast(Literal["online", "offline"], config.wandb.mode),
+                id=stored_id(run_dir),
+                resume="allow",
+                dir=run_dir,
+                config=to_container(config),
+                settings=settings,
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb.mode={config.wandb.mode}: wandb could not start ({error}): "
+                "run `wandb login`, or use wandb.mode=offline or wandb.mode=disabled"
+            ) from error
+        self._teardown = wandb.teardown
+        self._make_table = wandb.Table
+        # it would import pandas, which takes half a second, only to ask whether a table is one of its frames
+        wandb.util.pd_available = False
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, row: Mapping[str, Scalar]) -> None:
+        """Send a row; a null is left out, a bool becomes 0 or 1 so that wandb can draw it."""
+        self._run.log(
+            {
+                key: int(value) if isinstance(value, bool) else value
+                for key, value in row.items()
+                if value is not None
+            }
+        )
+
+    def alert(self, text: str) -> None:
+        """A warning, shown on the run's page and sent where the user lets wandb send alerts."""
+        self._run.alert(title="rcpo", text=text)
+
+    def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send rows of the same keys as the table `samples` of a step."""
+        columns = list(rows[0])
+        data = [[row[column] for column in columns] for row in rows]
+        self._run.log({"step": step, "samples": self._make_table(columns=columns, data=data)})
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run; wandb shows it as failed for a code other than 0.
+
+        `finish` comes back before an offline run's last rows are on disk (two of twelve runs were then still
+        empty); stopping wandb's service waits for them.
+        """
+        self._run.finish(exit_code=exit_code)
+        self._teardown()

@@ -1,0 +1,1 @@
+"""Many runs: started beside each other, searched over, and compared."""

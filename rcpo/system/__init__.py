@@ -1,0 +1,1 @@
+"""Processes, signals, files, and text: what does not know rcpo."""

@@ -1,0 +1,54 @@
+"""The doctor's findings: each stated with what would fail, and an exit code that follows from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rcpo.commands import doctor
+from rcpo.commands.doctor import BAD, GOOD, WARN, Finding
+
+
+def test_a_machine_that_trains_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.examine() == 0
+    text = capsys.readouterr().out
+    for part in (
+        "torch",
+        "DeepSpeed",
+        "C++ compiler",
+        "ninja",
+        "ranks",
+        "SLURM",
+        "wandb",
+        "hub",
+        "memory",
+        "disk",
+    ):
+        assert part in text
+    assert "`rcpo train` can run here." in text
+
+
+@pytest.mark.parametrize(("state", "code"), [(GOOD, 0), (WARN, 0), (BAD, 1)])
+def test_only_what_stops_training_fails(
+    state: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = Finding("moon phase", state, "waning [sic]", "wait a week")
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: [finding],))
+    assert doctor.examine() == code
+    text = capsys.readouterr().out
+    assert "waning [sic]" in text
+    assert ("cannot run here: moon phase" in text) == (code == 1)
+
+
+def test_a_machine_without_a_compiler_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
+    assert [finding.state for finding in doctor._compiler()] == [BAD, BAD]
+
+
+def test_ranks_that_cannot_meet_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    (finding,) = doctor._ranks()
+    assert finding.state == BAD
+    assert "MASTER_ADDR" in finding.advice
+    assert "MASTER_PORT" not in finding.advice

@@ -1,0 +1,181 @@
+"""The engine's start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import sums_file, tiny_llama
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from rcpo.config.schema import RunConfig
+from rcpo.engine.zero import build_optimizer, parameter_groups, schedule
+from rcpo.system import distributed
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from rcpo.system import distributed
+from rcpo.config.schema import RunConfig
+from rcpo.engine.zero import Engine
+from rcpo.models.policy import Policy; from rcpo.models.loading import load_model
+
+distributed.initialize()
+Engine(Policy(load_model(Path(sys.argv[1]), RunConfig())), RunConfig(), total_steps=1)
+"""
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.25, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_are_those_of_transformers(name: str, ratio: float, tmp_path: Path) -> None:
+    config, steps = RunConfig(), 8  # their trainer warms up for ceil(0.03 · 8) = 1 and ceil(0.3 · 8) = 3
+    config.optim.schedule, config.optim.warmup_ratio = name, ratio
+    theirs = "constant_with_warmup" if name == "constant" else name
+    arguments = TrainingArguments(output_dir=str(tmp_path), warmup_steps=ratio)  # below 1: a share
+    warmup = arguments.get_warmup_steps(steps) if ratio < 1 else steps
+    makers = schedule(config, steps), lambda o: get_scheduler(theirs, o, warmup, steps)
+    rates: list[list[float]] = []
+    for make in makers:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+        scheduler = make(optimizer)
+        rates.append([])
+        for _ in range(steps + 1):
+            rates[-1].append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+    assert rates[0] == pytest.approx(rates[1], abs=1e-15)
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+        Qwen3Config(**SIZES, head_dim=8),  # norms of queries and keys
+        Gemma2Config(**SIZES, head_dim=8),
+        PhiConfig(**(SIZES | {"num_key_value_heads": 4})),
+        GPTNeoXConfig(**(SIZES | {"num_key_value_heads": 4})),
+        GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4),  # norms that are called ln_1
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_weights_decay_where_they_do_in_transformers(config: PreTrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decaying, rest = (
+        group | {"names": {names[p] for p in group["params"]}} for group in parameter_groups(model, 0.1)
+    )
+    wanted = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    assert decaying["names"] == wanted & set(names.values()) and decaying["weight_decay"] == 0.1
+    assert rest["names"] == set(names.values()) - wanted and rest["weight_decay"] == 0.0
+    (single,) = parameter_groups(model, 0.0)
+    assert len(single["params"]) == len(names)
+
+
+def test_a_norm_by_another_name_does_not_decay_either() -> None:
+    config = MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert "backbone.norm_f.weight" in Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    assert not any(p is model.backbone.norm_f.weight for p in parameter_groups(model, 0.1)[0]["params"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_decay_shrinks_matrices_and_leaves_norms_and_biases(name: str) -> None:
+    config = RunConfig()
+    config.optim.name, config.optim.lr, config.optim.weight_decay = name, 0.5, 0.2
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    model[1].weight.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = build_optimizer(model, config)
+    assert {p for group in optimizer.param_groups for p in group["params"]} == {
+        *model[0].parameters(),
+        model[1].bias,
+    }
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        factor = 1 - 0.5 * 0.2 if key == "0.weight" else 1.0
+        torch.testing.assert_close(value, factor * before[key])
+
+
+def test_starting_compiles_nothing(tmp_path: Path) -> None:
+    model, extensions = tiny_llama(tmp_path / "model"), tmp_path / "extensions"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions)}
+    command = [sys.executable, "-c", PROGRAM, model]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+    assert not extensions.exists() or not any(extensions.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_gradients_are_clipped_at_the_given_norm_or_not_at_all(tmp_path: Path, stage: str) -> None:
+    worker = str(Path(__file__).parents[1] / "workers" / "clipping.py")
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 16)
+    command = [sys.executable, worker, model, pairs, stage]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    rows = json.loads(result.stdout.splitlines()[-1])
+    norm = rows["null"]["grad_norm"]
+    assert norm > 2.0
+    # plain SGD: the weights move by the learning rate times the gradient that was left of it
+    assert rows["null"]["moved"] == pytest.approx(norm, rel=1e-4)
+    assert rows["1000.0"]["moved"] == pytest.approx(norm, rel=1e-4)
+    assert rows["2.0"]["moved"] == pytest.approx(2.0, rel=1e-4)
+    assert rows["0.5"]["moved"] == pytest.approx(0.5, rel=1e-4)
+    assert {row["grad_norm"] for row in rows.values()} == {norm}  # what is logged is the norm before
+
+
+def test_a_restored_loss_scaler_goes_on_like_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    from rcpo.engine.zero import scaler_state, set_scaler_state
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # rank 0 says more
+
+    def new() -> loss_scaler.DynamicLossScaler:
+        return loss_scaler.DynamicLossScaler(
+            init_scale=2**16, scale_window=3, min_scale=1, delayed_shift=2,
+            consecutive_hysteresis=False, raise_error_at_min_scale=False, dtype=torch.half,
+        )  # fmt: skip
+
+    first, other = new(), new()
+    for overflow in (True, True, False, False):
+        first.update_scale(overflow)
+    set_scaler_state(other, json.loads(json.dumps(scaler_state(first))))
+    scales = []
+    for overflow in (False, False, True, False, True, False, False, False, False):
+        first.update_scale(overflow)
+        other.update_scale(overflow)
+        scales.append((first.cur_scale, other.cur_scale))
+    assert all(a == b for a, b in scales) and len({a for a, _ in scales}) > 1
+
+
+@pytest.mark.parametrize(("gpus", "local", "place"), [(4, "0", 0), (4, "2", 2), (1, "2", 0)])
+def test_each_rank_of_a_node_has_the_gpu_of_its_number(
+    gpus: int, local: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv(distributed.LOCAL, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert distributed.device() == torch.device("cuda", place)

@@ -1,0 +1,104 @@
+"""What the README shows in Python runs as it stands."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import rcpo
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(heading: str) -> list[str]:
+    """The Python blocks under a heading of the second level."""
+    section = re.split(r"^## ", README.partition(f"## {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    found = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert found, heading
+    return found
+
+
+def rows(seed: int) -> dict[str, torch.Tensor]:
+    """A micro-batch of two pairs: chosen rows, then rejected ones, responses of 3 and 5 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 90, (4, 9), generator=generator)
+    weights = torch.zeros(4, 8)
+    for row, length in enumerate((3, 5, 5, 3)):
+        weights[row, -length:] = 1 / length
+    winners = torch.tensor([True, True, False, False])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "weights": weights, "winners": winners}
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> dict[str, Any]:
+    """The names that the README's loop defines, and a model."""
+    names: dict[str, Any] = {}
+    exec(blocks("In your own loop")[0], names)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model"), dtype=torch.float32)
+    names["scored"] = names["Scored"](model)
+    return names
+
+
+def test_the_loop_of_ones_own(loop: dict[str, Any]) -> None:
+    optimizer = torch.optim.SGD(loop["scored"].parameters(), lr=0.1)
+    steps = [loop["training_step"](loop["scored"], optimizer, [rows(0), rows(1)]) for _ in range(3)]
+    assert steps[0]["rc/alpha"] == 1.0 and steps[1]["rc/alpha"] != 1.0
+    assert steps[-1]["dynamics/score_norm_chosen"] > 0
+    again = loop["RewardCalibrator"]()
+    again.load_state_dict(loop["calibrator"].state_dict())
+    assert again.alpha == loop["calibrator"].alpha
+
+
+def test_the_same_lines_inside_trainer(loop: dict[str, Any], tmp_path: Path) -> None:
+    exec(blocks("In your own loop")[1], loop)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        remove_unused_columns=False, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = loop["CalibratedTrainer"](
+        model=loop["scored"], args=arguments, train_dataset=[0, 1, 0, 1],
+        data_collator=lambda seeds: rows(seeds[0]),
+    )  # fmt: skip
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "rc/alpha" in row]
+    assert len(logged) == 2 and logged[0]["rc/alpha"] == 1.0 and logged[1]["rc/alpha"] != 1.0
+
+
+def test_the_trl_example(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from tiny import TOKENIZER
+    from transformers import AutoTokenizer
+    from trl import DPOConfig
+
+    row = {"prompt": "10+99=", "chosen": "it is 109", "rejected": "110"}
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "out"), max_steps=1, use_cpu=True, bf16=False, report_to=[],
+        logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    names: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model"), dtype=torch.float32),
+        "args": arguments,
+        "dataset": Dataset.from_list([row] * 8),
+        "tokenizer": AutoTokenizer.from_pretrained(TOKENIZER),
+    }
+    exec(blocks("Inside TRL")[0], names)
+    assert names["trainer"].state.log_history[0]["rc/alpha"] == 1.0
+
+
+def test_the_llama_factory_example_asks_rcpo_for_what_there_is() -> None:
+    """It runs in an environment of its own; what it takes from rcpo is checked here."""
+    [code] = blocks("Inside LLaMA-Factory")
+    [line] = [line for line in imports_from(code) if line.module == "rcpo"]
+    assert len(line.names) > 3 and all(hasattr(rcpo, alias.name) for alias in line.names)
+
+
+def imports_from(code: str) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]

@@ -1,0 +1,66 @@
+"""`scripts/bench`: a tiny size, so that what it measures is known to run and its answers to make sense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+TINY = ["--vocabulary", "300", "--hidden", "16", "--layers", "1", "--heads", "2", "--length", "48"]
+
+
+def bench(out: Path, only: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPTS / "benchmark/main.py"), "--steps", "2", "--warmup", "1", *TINY]
+    result = subprocess.run(
+        [*command, "--only", only, "--out", str(out)], capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "###" in (out / "results.md").read_text()
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_four_variants_see_the_same_batches(tmp_path: Path) -> None:
+    found = bench(tmp_path, "calibration")["calibration"]
+    assert set(found) == {
+        "rc=off dynamics.every=0",
+        "rc=off",
+        "rc=on",
+        "the published way",
+        "rc=on, by rc=off",
+    }
+    for row in found.values():
+        assert len(row["all_seconds"]) == 2 and min(row["all_seconds"]) > 0
+        assert row["peak"] > 50e6  # a Python process with torch has more
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> None:
+    found = bench(tmp_path, "phases,epochs")
+    for row in found["phases"]:
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=0.15)  # medians, of each phase its own
+        assert row["shares"]["head"] > 0 and row["shares"]["geometry"] > 0 and row["shares"]["optimizer"] > 0
+        assert (row["shares"]["communication"] > 0) == (row["processes"] > 1)
+    assert [row["pairs"] for row in found["epochs"]] == [64, 512]
+    assert found["epochs"][0]["ratio"] == 1 and found["epochs"][1]["milliseconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install 'rcpo[bench]'"
+)
+def test_both_sides_compute_the_same_losses(tmp_path: Path) -> None:
+    """DPO from the same weights on the same tokens: log 2 at first, then nearly so at a tiny rate."""
+    results = bench(tmp_path, "peers,trl")
+    ours, theirs = (results["peers"][name]["losses"] for name in ("rcpo rc=on", "TRL"))
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    assert results["trl"]["DPOTrainer"]["ratio"] == 1 and results["trl"]["CalibratedDPOTrainer"]["ratio"] > 0

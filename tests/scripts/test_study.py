@@ -1,0 +1,124 @@
+"""The scripts of the study: what they choose, judge and prepare, on numbers made by hand and on tiny runs."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from rcpo.runs.comparison import RunSummary
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "study"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(lr: float, right: float, loser: float) -> RunSummary:
+    settings = {
+        "objective.name": "ipo", "objective.reduction": "mean", "objective.tau": 1.0, "optim.lr": lr,
+    }  # fmt: skip
+    values = {"eval/exact_match": right, "eval/token_logratios/rejected": loser}
+    return RunSummary(str(lr), settings, values)
+
+
+def test_the_best_of_those_whose_loser_fell_is_chosen() -> None:
+    choose = script("choose")
+    idle, mild, strong = run(1e-6, 0.99, -0.05), run(3e-5, 0.9, -0.1), run(1e-4, 0.8, -2.0)
+    assert choose.choose([idle, strong, mild], "eval/exact_match", 0.1) is mild
+    assert choose.choose([idle, strong], "eval/exact_match", 0.1) is strong
+    assert choose.choose([idle, mild], "eval/exact_match", 0.5) is mild
+    line = choose.line([idle, mild], "eval/exact_match", 0.1)
+    assert line == "ipo_mean: {lr: 3.0e-5}  # of 2: 90.0 %, loser -0.10"
+
+
+def step(ratio: float, winner: float, loser: float, **more: float) -> dict[str, Any]:
+    """A Step's values: ρ = ½, r* = 2, so the band goes from 1 to 4."""
+    band = {"lower": 1.0, "upper": 4.0, "center": 2.0, "cosine": 0.5}
+    scales = {"scale_winner": 2.0, "scale_loser": 8.0}
+    return {"ratio": ratio, "winner": winner, "loser": loser, **band, **scales, **more}
+
+
+def test_verdicts_are_judged_by_what_happened() -> None:
+    verdicts = script("verdicts")
+    steps = [
+        verdicts.Step(**values)
+        for values in (
+            step(2.0, winner=0.1, loser=-0.1),  # inside: right about both
+            step(0.5, winner=-0.1, loser=-0.2),  # below: right about both
+            step(0.5, winner=0.1, loser=-0.1),  # below, and the winner rose
+            step(5.0, winner=0.2, loser=-0.1),  # above, and the loser fell
+        )
+    ]
+    found = verdicts.judged(steps)
+    assert (found["winner_right"], found["winner_rose"], found["winner_said_to_rise"]) == (0.75, 0.75, 0.5)
+    assert (found["loser_right"], found["loser_fell"], found["steps"]) == (0.75, 1.0, 4)
+    # 2 (2 − ½ · 2) and −8 (1 − ½ · 2 / 2)
+    assert (steps[0].winner_rate, steps[0].loser_rate) == (2.0, -4.0)
+
+
+def test_a_calibrated_step_is_judged_by_the_ratio_it_used() -> None:
+    verdicts = script("verdicts")
+    row = {
+        "rc/alpha": 2.0,
+        "logps/chosen": -1.0,
+        "logps/rejected": -2.0,
+        "dynamics/incentive_ratio": 1.0,
+        "dynamics/incentive_rejected": 0.5,
+        "dynamics/score_norm_chosen": 1.0,
+        "dynamics/score_norm_rejected": 4.0,
+        "dynamics/score_cosine": -0.1,
+        "dynamics/band_lower": -0.4,
+        "dynamics/band_upper": None,
+        "dynamics/band_center": 4.0,
+    }
+    found = verdicts.step_of(row, (-0.5, -2.5))
+    assert (found.ratio, found.upper, found.winner, found.loser) == (4.0, math.inf, 0.5, -0.5)
+    assert (found.scale_winner, found.scale_loser) == (0.25, 4.0)  # d_l / α times the squared norms
+
+
+@pytest.mark.slow
+def test_by_the_true_gradient_a_small_sgd_step_on_a_pair_does_what_the_band_says() -> None:
+    verdicts = script("verdicts")
+    overrides = [
+        "objective=simpo", "rc.geometry=parameters", "optim=sgd", "optim.lr=1e-4", "data.train_examples=64",
+        "train.batch_size=1", "train.micro_batch_size=1", "reference.cache=off",
+    ]  # fmt: skip
+    found = verdicts.judged(list(verdicts.steps_of(overrides, 12)))
+    assert found["winner_right"] == found["loser_right"] == 1.0 and found["steps"] == 12
+
+
+def test_inputs_hold_usable_pairs_and_a_model_that_reads_them(tmp_path: Path) -> None:
+    inputs = script("hh_inputs")
+    inputs.HELD_OUT = 3
+    rows = [
+        {side: f"\n\nHuman: what is {n}?\n\nAssistant: {answer} {n}" for side, answer in sides}
+        for n in range(8)
+        for sides in [(("chosen", "it is"), ("rejected", "no"))]
+    ]
+    rows.insert(2, {"chosen": "\n\nHuman: hm\n\nAssistant: ", "rejected": "\n\nHuman: hm\n\nAssistant: a"})
+    with gzip.open(tmp_path / "pairs.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    inputs.main(tmp_path / "pairs.jsonl.gz", tmp_path / "out")
+    lines = {
+        name: (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        for name in ("pairs", "held_out", "chosen")
+    }
+    assert {name: len(found) for name, found in lines.items()} == {"pairs": 5, "held_out": 3, "chosen": 5}
+    assert json.loads(lines["held_out"][-1]) == rows[-1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    text = json.loads(lines["chosen"][0])["text"]
+    assert text == rows[0]["chosen"] and tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -1,0 +1,125 @@
+"""Options that go with any objective: pairs weighted by likelihood, tokens by length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import sums_file, tiny_llama
+from torch import Tensor
+
+from rcpo import PairLogps, get_objective
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.errors import ConfigError
+from rcpo.method import incentives
+from rcpo.method.logps import length_weights, log_squares, log_squares_of
+from rcpo.system import distributed
+from rcpo.training.session import Session, refuse_options
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_tokens_beyond_the_shorter_response_by_hand() -> None:
+    # two pairs: 2 and 3 tokens, 4 and 1; the third side counts in full
+    lengths = torch.tensor([2, 4, 3, 1, 3, 2])
+    sequences = torch.repeat_interleave(torch.arange(6), lengths)
+    found = length_weights(sequences, lengths, 2, 0.25)
+    expected = [1, 1, *(1, 0.25, 0.25, 0.25), *(1, 1, 0.25), 1, *(1, 1, 1), *(1, 1)]
+    assert found.tolist() == expected
+
+
+def test_squares_of_the_head_are_those_of_its_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, bias = (
+        torch.randn(*shape, generator=generator).double() for shape in ((5, 3), (7, 3), (7,))
+    )
+    probabilities = torch.softmax(hidden @ head.T + bias, dim=1)
+    expected = (probabilities**2).sum(1).log()
+    torch.testing.assert_close(log_squares(hidden, head, bias=bias, chunk=2), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(log_squares_of(hidden @ head.T + bias), expected, rtol=1e-12, atol=0)
+    assert log_squares(hidden[:0], head).shape == (0,)
+
+
+def test_likelihoods_weight_losses_and_incentives_but_not_the_supervised_term() -> None:
+    logps = PairLogps(
+        *(vector(-1.2, -3.1), vector(-2.5, -0.7), vector(-1.6, -2.2), vector(-2.1, -1.0)),
+        chosen_lengths=vector(4, 2),
+        rejected_lengths=vector(3, 5),
+        chosen_likelihoods=vector(0.5, 2.0),
+        rejected_likelihoods=vector(0.4, 0.1),
+    )
+    weighted, plain = (get_objective("dpo", beta=1.0, weighting=name) for name in ("wpo", None))
+    weights = vector(0.2, 0.2)
+    torch.testing.assert_close(weighted(logps), weights * plain(logps), rtol=1e-12, atol=0)
+    for one, other in zip(incentives(weighted, logps), incentives(plain, logps), strict=True):
+        torch.testing.assert_close(one, weights * other, rtol=1e-12, atol=0)
+    supervised = get_objective("dpo", beta=1.0, weighting="wpo", nll_coef=0.5)
+    expected = weights * plain(logps) - 0.5 * vector(-0.3, -1.55)
+    torch.testing.assert_close(supervised(logps), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dpo", {"weighting": "vpo"}, r"objective\.weighting='vpo'; choose one of wpo"),
+        ("aot", {"weighting": "wpo"}, r"weights pairs, and objective=aot sorts the pairs"),
+        ("sft", {"weighting": "wpo"}, r"weights pairs, and objective=sft has no rejected side"),
+        ("simpo", {"length_alpha": 0.5}, r"length_alpha=0\.5 is defined for the summed log-probs"),
+        ("sft", {"length_alpha": 0.5}, r"length_alpha=0\.5 is defined for the summed log-probs"),
+        ("dpo", {"length_alpha": 0.5, "nll_coef": 1.0}, r"length_alpha=0\.5 and objective\.nll_coef"),
+        (
+            "mix",
+            {"length_alpha": 0.5, "parts": [{"name": "dpo"}, {"name": "simpo"}]},
+            r"is defined for the summed",
+        ),
+        (
+            "mix",
+            {"parts": [{"name": "dpo", "length_alpha": 0.5}]},
+            r"parts\[0\]\.length_alpha: set objective",
+        ),
+    ],
+)
+def test_options_that_say_nothing_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_objective(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"), [({"weighting": "wpo"}, "weighting"), ({"length_alpha": 0.5}, "length_alpha")]
+)
+def test_single_completions_are_no_pairs_to_compare(options: dict[str, Any], key: str) -> None:
+    objective = get_objective("kto", **options)
+    refuse_options(objective, "pairs")
+    with pytest.raises(ConfigError, match=rf"objective\.{key} needs pairs"):
+        refuse_options(objective, "unpaired")
+
+
+def test_a_batch_is_scored_with_the_options(tmp_path: Path) -> None:
+    config = RunConfig()
+    config.wandb.mode = "disabled"
+    config.model.name, config.model.path = "local", tiny_llama(tmp_path / "model")
+    config.data.name, config.data.eval_fraction = "pairs", 0.0
+    config.data.path = sums_file(tmp_path / "pairs.jsonl", 4)
+    config.train.batch_size = config.train.micro_batch_size = 4
+    config.objective = ObjectiveConfig(name="dpo", weighting="wpo", length_alpha=0.25)
+    distributed.initialize()
+    session = Session(config, tmp_path / "run", training=True)
+    found = session.scorer(session.collate(session.datasets.train, [0, 1, 2, 3])).pairs
+    for place, example in enumerate(session.datasets.train):
+        shared = min(len(example.chosen), len(example.rejected))
+        for z, likelihood, response in (
+            (found.chosen, found.chosen_likelihoods, example.chosen),
+            (found.losers, found.rejected_likelihoods, example.rejected),
+        ):
+            ids = torch.tensor([example.prompt + response])
+            logits = session.engine.policy.model(ids).logits[0, len(example.prompt) - 1 : -1].detach()
+            logs = torch.log_softmax(logits.double(), dim=1)
+            own = logs[torch.arange(len(response)), torch.tensor(response)]
+            expected = own[:shared].sum() + 0.25 * own[shared:].sum()
+            assert z[place].item() == pytest.approx(expected.item(), rel=1e-5)
+            mean = (own - (logs.exp() ** 2).sum(1).log()).mean().exp()
+            assert likelihood is not None and likelihood[place].item() == pytest.approx(mean.item(), rel=1e-5)
