@@ -1,4 +1,4 @@
-"""Every `rcpo` command of the README runs, made small: one step, few examples, one seed.
+"""Every `rcpo` command of the pages runs, made small: one step, few examples, one seed.
 
 What would download a model, or wants a cluster, is composed in its place (`--cfg job`, `--dry-run`).
 """
@@ -19,11 +19,11 @@ import pytest
 import yaml
 from datasets import Dataset
 from judge_server import JudgeServer
+from pages import blocks
 from tiny import sums_file, tiny_llama
 
 from rcpo.config.paths import conf_dir
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "train.max_steps": "1",
     "train.batch_size": "8",
@@ -42,7 +42,7 @@ DOWNLOADED = re.compile(
 def commands() -> list[str]:
     """The lines of bash blocks that call rcpo, continuations joined, comments left out, each once."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+    for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -108,7 +108,7 @@ def submitted_runs(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's commands name: models, data, a run, an adapter, an objective of one's own."""
+    """What the commands name: models, data, a run, an adapter, an objective of one's own."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("my-model", "A", "B"):
         tiny_llama(folder / name)
@@ -122,7 +122,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train_prefs", "test_prefs"):
         shutil.copyfile(folder / "pairs.parquet", data / f"{split}-00000-of-00001.parquet")
     python, conf = (
-        re.findall(rf"```{kind}\n# (\S+)\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml")
+        [match.groups() for block in blocks(kind) if (match := re.match(r"# (\S+)\n(.*)", block, re.DOTALL))]
+        for kind in ("python", "yaml")
     )
     for name, text in [*python, *conf]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,28 +1,21 @@
-"""What the README shows in Python runs as it stands."""
+"""The Python that pages show runs as it stands."""
 
 from __future__ import annotations
 
 import ast
-import re
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import blocks
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import rcpo
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(heading: str) -> list[str]:
-    """The Python blocks under a heading of the second level."""
-    section = re.split(r"^## ", README.partition(f"## {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
-    found = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert found, heading
-    return found
+PAGE = "rcpo/integrations/README.md"
 
 
 def rows(seed: int) -> dict[str, torch.Tensor]:
@@ -38,9 +31,9 @@ def rows(seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def loop(tmp_path: Path) -> dict[str, Any]:
-    """The names that the README's loop defines, and a model."""
+    """The names that the page's loop defines, and a model."""
     names: dict[str, Any] = {}
-    exec(blocks("In your own loop")[0], names)
+    exec(blocks("python", PAGE, "In your own loop")[0], names)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model"), dtype=torch.float32)
     names["scored"] = names["Scored"](model)
     return names
@@ -57,7 +50,7 @@ def test_the_loop_of_ones_own(loop: dict[str, Any]) -> None:
 
 
 def test_the_same_lines_inside_trainer(loop: dict[str, Any], tmp_path: Path) -> None:
-    exec(blocks("In your own loop")[1], loop)
+    exec(blocks("python", PAGE, "In your own loop")[1], loop)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=1, gradient_accumulation_steps=2,
         max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
@@ -89,16 +82,33 @@ def test_the_trl_example(tmp_path: Path) -> None:
         "dataset": Dataset.from_list([row] * 8),
         "tokenizer": AutoTokenizer.from_pretrained(TOKENIZER),
     }
-    exec(blocks("Inside TRL")[0], names)
+    exec(blocks("python", "README.md", "Your own loop, and TRL")[0], names)
     assert names["trainer"].state.log_history[0]["rc/alpha"] == 1.0
 
 
 def test_the_llama_factory_example_asks_rcpo_for_what_there_is() -> None:
     """It runs in an environment of its own; what it takes from rcpo is checked here."""
-    [code] = blocks("Inside LLaMA-Factory")
+    [code] = blocks("python", PAGE, "Inside LLaMA-Factory")
     [line] = [line for line in imports_from(code) if line.module == "rcpo"]
     assert len(line.names) > 3 and all(hasattr(rcpo, alias.name) for alias in line.names)
 
 
 def imports_from(code: str) -> list[ast.ImportFrom]:
     return [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+
+
+def test_the_incentives_of_the_method_page() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("python", "rcpo/method/README.md")[0], names)
+    expected = 0.1 / (1 + math.exp(0.1))  # β σ(−βm) with β = 0.1 and m = 1
+    assert names["chosen"].item() == pytest.approx(expected) == pytest.approx(0.0475, abs=5e-5)
+    assert names["rejected"].item() == pytest.approx(expected)
+
+
+def test_a_trainer_of_ones_own_is_calibrated() -> None:
+    from trl import DPOTrainer
+
+    names: dict[str, Any] = {}
+    exec(blocks("python", PAGE, "Inside TRL")[0], names)
+    trainer, mixin = names["MyTrainer"], names["RewardCalibrationMixin"]
+    assert trainer.__mro__.index(mixin) < trainer.__mro__.index(DPOTrainer)
