@@ -34,7 +34,8 @@ def test_a_chain_over_two_nodes_ends_with_one_machine_s_pairs_and_bits(
         assert len(jobs) == 7
         again = user.rcpo("submit", "iterate", *SMALL, "slurm.nodes=2", "hydra.run.dir=chain", code=2)
         assert "already; wait for it" in again
-        user.rcpo("iterate", *SMALL, "launch.processes=2", "hydra.run.dir=here")
+        for rounds in ("rounds=1", "rounds=2"):  # the second call adds a round
+            user.rcpo("iterate", rounds, *SMALL[1:], "launch.processes=2", "hydra.run.dir=here")
         for job in jobs:
             words = [path.read_text()[-2000:] for path in tmp_path.glob("chain/*/*/slurm-*.out")]
             assert cluster.wait_for_end(job) == "COMPLETED", "\n".join(words)
