@@ -122,3 +122,11 @@ def test_no_range_is_of_a_key_that_does_not_exist() -> None:
     for name, kind in kinds.items():
         known = {field.name for field in dataclasses.fields(kind)}
         assert {*CHOICES[name], *ONPOLICY_RANGES[name]} <= known
+
+
+def test_rounds_have_settings_of_their_own_which_the_command_line_overrides(hydra: Any) -> None:
+    own = parse(user_part(compose_with(hydra, "rounds", [])))
+    assert own.train.max_steps is None and own.eval.generate_examples is None
+    assert (own.objective.name, own.optim.lr) == ("cpo", 1e-5)
+    given = parse(user_part(compose_with(hydra, "rounds", ["objective=simpo", "optim.lr=1e-6", "rc=on"])))
+    assert (given.objective.name, given.optim.lr, given.rc.enabled) == ("simpo", 1e-6, True)
