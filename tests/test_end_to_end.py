@@ -46,6 +46,9 @@ DYNAMICS = {
         "band_lower",
         "band_upper",
         "in_band",
+        *(f"samples/{name}" for name in ("winner", "loser", "cross", "self_influence", "cosine", "in_band")),
+        *(f"samples/{name}_error" for name in ("winner", "loser", "cross")),
+        *(f"samples/band_{name}" for name in ("center", "lower", "upper")),
     )
 }
 CALIBRATION = {f"rc/{name}" for name in ("alpha", "calibrated_ratio", "in_band", "skipped", "clamped")}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 TOKENIZER = str(resources.files("rcpo") / "assets" / "tiny")
 
 
-def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> str:
+def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32, positions: int = 64) -> str:
     """A random two-layer Llama over the packaged characters, in the hub's format."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -22,7 +22,7 @@ def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> str:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.method.geometry import ScoreGeometry
-from rcpo.method.samples import SampleGeometry
+from rcpo.method.samples import NAMES, SampleGeometry
+
+BAND = ("band_center", "band_lower", "band_upper", "in_band")
+SAMPLE_METRICS = tuple(f"dynamics/samples/{name}" for name in (*NAMES, *BAND))
+"""The names of the geometry across samples in a metrics row."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,6 @@ class Dynamics:
 
 
 def _band_metrics(prefix: str, band: DisentanglementBand | None, ratio: float | None) -> dict[str, Any]:
-    return {
-        f"{prefix}/band_center": band.center if band else None,
-        f"{prefix}/band_lower": band.lower if band else None,
-        f"{prefix}/band_upper": band.upper if band else None,
-        f"{prefix}/in_band": ratio in band if band and ratio is not None else None,
-    }
+    inside = ratio in band if band and ratio is not None else None
+    values = (band.center, band.lower, band.upper, inside) if band else (None,) * 4
+    return {f"{prefix}/{name}": value for name, value in zip(BAND, values, strict=True)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpo.method.band import Dynamics, Movement
+from rcpo.method.band import SAMPLE_METRICS, Dynamics, Movement
 from rcpo.method.geometry import ScoreGeometry
 from rcpo.method.loop import LoopRule
 from rcpo.method.rules import BandRule, FixedRule, Rule
@@ -260,13 +260,15 @@ class StepCalibration:
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
         dynamics = self._meter.collect(self._reduce)
+        # rows have the same names from the first step on, which has no step before it
+        metrics = dict.fromkeys(SAMPLE_METRICS) | dynamics.metrics()
         if self.calibrator is None:
-            return dynamics.metrics()
+            return metrics
         alpha, ratio, band = self.calibrator.alpha, dynamics.incentive_ratio, dynamics.band
         if not self.by_microbatch:
             self.calibrator.update(dynamics)
         calibrated = None if ratio is None else alpha**2 * ratio
-        return dynamics.metrics() | {
+        return metrics | {
             "rc/alpha": alpha,
             "rc/calibrated_ratio": calibrated,
             "rc/in_band": calibrated in band if band is not None and calibrated is not None else None,

@@ -30,6 +30,12 @@ CLEAR = 3.0
 FEWEST = 8
 """Products before a standard error means anything."""
 
+NAMES = (
+    *("winner", "loser", "cross", "winner_error", "loser_error", "cross_error"),
+    *("cosine", "self_influence"),
+)
+"""What is logged of the geometry itself; the band's edges follow from it."""
+
 
 @dataclass(frozen=True)
 class SampleGeometry:
@@ -70,16 +76,7 @@ class SampleGeometry:
 
     def metrics(self) -> dict[str, Any]:
         """Names of `dynamics/samples/*` and their values, but for the band's."""
-        return {
-            "winner": self.winner,
-            "loser": self.loser,
-            "cross": self.cross,
-            "winner_error": self.winner_error,
-            "loser_error": self.loser_error,
-            "cross_error": self.cross_error,
-            "cosine": self.cosine,
-            "self_influence": self.self_influence,
-        }
+        return {name: getattr(self, name) for name in NAMES}
 
 
 class CrossSamples:

@@ -154,7 +154,7 @@ def test_every_option_composes_and_parses(
         "hh_start": [f"model.path={model_folder}", f"data.path={pairs}"],  # their inputs are made by a script
         **{
             name: [f"model.path={model_folder}", f"data.path={pairs}", f"data.eval_path={pairs}"]
-            for name in ("hh", "hh_grid")
+            for name in ("hh", "hh_grid", "hh_rules")
         },
         "judge": ["judge.base_url=http://127.0.0.1:8000/v1", "judge.model=any"],
     }
@@ -427,7 +427,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
                 "eval=judge",
                 "judge.base_url=http://h/v1",
                 "judge.model=m",
-                f"judge.template={Path(__file__).with_name('tiny.py')}",
+                f"judge.template={Path(__file__).parents[1] / 'tiny.py'}",
             ],
             ["lacks {instruction}, {first}, {second}"],
         ),

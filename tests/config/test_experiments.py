@@ -181,7 +181,7 @@ def ultrafeedback(folder: Path, rows: int) -> str:
 
 
 def stand_in(name: str, tmp_path: Path, *overrides: str) -> RunConfig:
-    model = tiny_llama(tmp_path / "model", hidden=64)
+    model = tiny_llama(tmp_path / "model", hidden=64, positions=1024)
     data = ultrafeedback(tmp_path / "data", 80)
     return composed(
         f"experiment={name}",

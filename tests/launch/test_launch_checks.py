@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import tiny_llama
 
 from rcpo.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
@@ -54,7 +56,7 @@ def test_models_adapters_and_references_are_looked_at(tmp_path: Path) -> None:
         ConfigError, match=r"adapter\.path=.* holds no weights \(adapter_model\.safetensors\)"
     ):
         check(config, world_size=1)
-    (adapter / "adapter_model.safetensors").touch()
+    save_file({"weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
     check(config, world_size=1)
     config.reference.path = str(adapter)
     with pytest.raises(ConfigError, match=r"the base model of reference\.path=.*gone/far/away"):

@@ -17,7 +17,7 @@ from rcpo import PairLogps, RewardCalibrator, get_objective
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, user_part
 from rcpo.config.parsing import parse
 from rcpo.errors import ConfigError
-from rcpo.method import incentives
+from rcpo.method.incentives import incentives
 from rcpo.system import distributed
 
 

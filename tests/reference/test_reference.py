@@ -104,7 +104,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ["dpo", "tidpo", "kto"])
 def test_precomputed_is_what_a_held_model_gives(config: RunConfig, name: str) -> None:
     if name == "tidpo":
-        config.objective = ObjectiveConfig(name=name, reduction="importance")
+        config.objective = ObjectiveConfig(name=name, reduction="importance", hyperparameters={"beta": 0.1})
     elif name == "kto":
         config.objective = ObjectiveConfig(name=name, hyperparameters=KTO)
     sessions = [prepared(config)[0], prepared(config)[0]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from rcpo import PairLogps, get_objective
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.errors import ConfigError
-from rcpo.method import incentives
+from rcpo.method.incentives import incentives
 from rcpo.method.logps import length_weights, log_squares, log_squares_of
 from rcpo.system import distributed
 from rcpo.training.session import Session, refuse_options

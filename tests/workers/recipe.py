@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rcpo import PairLogps, RewardCalibrator, Sketch, StepCalibration, get_objective, score_sides
-from rcpo.method import incentives
+from rcpo.method.incentives import incentives
 
 STEPS, PAIRS, LENGTH = 4, 8, 12
 
