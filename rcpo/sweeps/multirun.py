@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -104,9 +105,10 @@ class Planned:
 
 def _first_pass(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig) -> Any:
     """The runs of a sweep as Hydra composes them here, whatever launcher will start them."""
-    own = [each for each in overrides if each.partition("=")[0] != "hydra/launcher"]
-    here = own if cfg.hydra.launcher._target_ == BASIC_LAUNCHER else [*own, "hydra/launcher=basic"]
-    return hydra.multirun(name, planned_job, here)
+    if cfg.hydra.launcher._target_ != BASIC_LAUNCHER:  # the other launcher's settings are unknown to this one
+        settings = re.compile(r"[+~]*hydra[/.]launcher\b")
+        overrides = [*(each for each in overrides if not settings.match(each)), "hydra/launcher=basic"]
+    return hydra.multirun(name, planned_job, list(overrides))
 
 
 def planned_job(cfg: DictConfig) -> Planned:

@@ -318,3 +318,17 @@ def test_a_real_sweep_with_a_failing_run_called_twice(tmp_path: Path) -> None:
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert second.returncode == 1 and complete.stat().st_mtime_ns == before
     assert "optim.lr-0.0001: complete before" in second.stdout
+
+
+def test_settings_of_another_launcher_do_not_stop_the_planning(runs: Runs) -> None:
+    pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher", reason="submitit is not installed: pip install 'rcpo[slurm]'"
+    )
+    from rcpo.config.composition import PRIMARY, hydra_session
+    from rcpo.sweeps.multirun import _first_pass, _flatten, compose_many
+
+    given = ["seed=1,2", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=15", HERE]
+    with hydra_session() as hydra:
+        cfg = compose_many(hydra, PRIMARY, given)
+        planned = list(_flatten(_first_pass(hydra, PRIMARY, [*given, "hydra.mode=MULTIRUN"], cfg)))
+    assert [each.overrides for each in planned] == ["seed=1", "seed=2"]
