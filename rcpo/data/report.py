@@ -17,8 +17,7 @@ class Tally:
     The counts: rows `read`, those that a template rendered (`templated`); `truncated_prompts`,
     `truncated_responses` and, in all, `tokens_cut`; responses with further turns behind the first
     (`longer_responses`) or that spell special tokens (`special_tokens`); responses that the finished
-    conversation renders differently (`rendered_otherwise`); answers that begin with their prompt
-    (`repeated_prompts`).
+    conversation renders differently (`rendered_otherwise`).
     """
 
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -134,8 +133,6 @@ class DataReport:
                 "finished conversation: they are the answer's own text and the end of its turn, after the "
                 "prompt that generation is given"
             )
-        if counts["repeated_prompts"]:
-            told.append(f"warning: {counts['repeated_prompts']} responses begin with their whole prompt")
         if counts["special_tokens"]:
             told.append(f"warning: {counts['special_tokens']} responses spell special tokens in their text")
         if self.shared_prompts:
