@@ -25,6 +25,12 @@ from rcpo.method.types import PairLogps
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks."""
 
+STEP_SUMS = 8
+"""Numbers that a step's reduction carries beside the scores: four sums and their counts."""
+
+RANK_NUMBERS = 13
+"""Numbers in fp64 that ranks exchange for each micro-batch with updates every micro-batch."""
+
 RULES = ("center", "edge", "loop", "fixed")
 BANDS = ("batch", "samples")
 

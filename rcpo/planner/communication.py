@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rcpo.config.schema import RunConfig
+from rcpo.method.calibration import RANK_NUMBERS, STEP_SUMS
 from rcpo.planner.gathers import Gathers
 from rcpo.planner.states import ELEMENT, SUM, Parameter, flat_elements, partition, plain, sums_apart
 from rcpo.training.metrics import StepSums
@@ -120,10 +121,10 @@ def own_messages(config: RunConfig, scores: int, microbatches: int) -> list[Mess
     if scores:
         found.append(Message("all_reduce", calibration_bytes(scores), 1, "calibration"))
     if config.rc.enabled and config.rc.update == "microbatch":
-        found.append(Message("all_reduce", 80, microbatches, "calibration"))
+        found.append(Message("all_reduce", 8 * RANK_NUMBERS, microbatches, "calibration"))
     return found
 
 
 def calibration_bytes(scores: int) -> int:
-    """Bytes of a step's statistics on each rank, in fp32: the scores, and four sums in three words."""
-    return 4 * (scores + 3 * 4)
+    """Bytes of a step's statistics on each rank, in fp32: the scores, and the sums in three words."""
+    return 4 * (scores + 3 * STEP_SUMS)

@@ -41,12 +41,12 @@ def test_a_thousand_ranks_share_an_epoch_without_holes_or_repeats(tmp_path: Path
 
 def test_calibration_takes_the_same_bytes_for_any_batch_length_and_vocabulary() -> None:
     config = RunConfig()
-    # Llama 3 8B: both sides of 2,048 buckets by 4,096 hidden, four sums in three words, all in fp32
-    expected = 4 * (2 * 2048 * 4096 + 12)
+    # Llama 3 8B: both sides of 2,048 buckets by 4,096 hidden, eight numbers in three words, all in fp32
+    expected = 4 * (2 * 2048 * 4096 + 3 * 8)
     for batch, micro in ((1, 1), (4096, 8)):
         config.train.batch_size, config.train.micro_batch_size = batch, micro
         sizes = {m.purpose: m.size * m.count for m in own_messages(config, 2 * 2048 * 4096, batch // micro)}
-        assert sizes["calibration"] == expected == 67_108_912
+        assert sizes["calibration"] == expected == 67_108_960
         assert sizes["metrics"] < 1000 and sizes["peak memory"] == 4
 
 
