@@ -25,7 +25,7 @@ from rcpo.runs.folder import CHECKPOINTS, DAMAGED, STATE_FILE, checkpoint_folder
 from rcpo.system import distributed
 
 MANIFEST, TENSORS = "manifest.json", "tensors"
-EXTRA = "extra"  # the key of tensors that are no parameter's
+EXTRA = "extra"  # the key of tensors that belong to no parameter
 FORMAT = 2
 
 

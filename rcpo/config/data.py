@@ -131,7 +131,7 @@ def eval_sources(config: DataConfig) -> list[SourceSpec]:
     """What is read to hold out; nothing where a fraction of the prompts is."""
     if config.eval_path is not None:
         entry = SourceConfig(path=config.eval_path)
-        # a part of the training split is no part of another set, and a file has one split
+        # another set does not have the training split's parts, and a file has one split
         own = "train" if Path(config.eval_path).expanduser().is_file() else config.split.partition("[")[0]
         return [_spec(config, entry, "data", config.eval_split or own or "train", "eval_split")]
     entries = config.sources or [SourceConfig()]

@@ -34,7 +34,7 @@ COMMAND_NODES = {
 def check_node(
     name: str, config: Any, choices: Mapping[str, tuple[str, ...]], ranges: Mapping[str, Range]
 ) -> None:
-    """Raises ConfigError for the first value of a node that is no choice, or out of range."""
+    """Raise ConfigError for the first value of a node that is not a choice, or is out of range."""
     for key, known in choices.items():
         check_choice(f"{name}.{key}", getattr(config, key), known)
     for key, bounds in ranges.items():

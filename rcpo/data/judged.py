@@ -155,7 +155,7 @@ class Ranked:
 
 
 def number(value: Any) -> float | None:
-    """A score or rank; None where there is none. Raises BadRow for what is no finite number."""
+    """Return a score or rank, None where there is none. Raises BadRow for a value that is not finite."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:

@@ -64,7 +64,7 @@ def render(
             **variables,
         )
     except (TemplateError, *_FAILURES) as error:
-        # a template may quote the data, which is no text to print as it is
+        # a template may quote the data, which may hold characters that are not printable
         reason = first_line(error)[:200]
         raise BadRow(f"the chat template refuses the conversation: {reason}") from error
     return str(text)
