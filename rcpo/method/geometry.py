@@ -18,11 +18,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**25
-"""Logits alive at once (128 MiB in fp32): large enough for efficient products at any vocabulary."""
+LANES = 8
+"""Partial sums of a sketch, which the order of its additions is made of: equal on all devices."""
 
-BLOCK_ELEMENTS = 2**22
-"""Of these, as many at a time go through the softmax, and are still in the cache at its next pass."""
+
+@dataclass(frozen=True)
+class Passes:
+    """In which portions a device goes through logits (N, V).
+
+    `chunk` logits are alive at once: enough for efficient products at any vocabulary. Of these, `block` at a
+    time go through the softmax and the sketch, and are still in a CPU's cache at the next operation. A GPU
+    takes them all (None), for there each operation costs its start.
+    """
+
+    chunk: int
+    block: int | None = None
+
+    def tokens(self, vocabulary: int) -> int:
+        """Tokens of a chunk."""
+        return max(1, self.chunk // vocabulary)
+
+    def rows(self, vocabulary: int, tokens: int) -> int:
+        """Of so many `tokens`, those of a block."""
+        return max(1, tokens if self.block is None else self.block // vocabulary)
+
+
+ON_CPU = Passes(chunk=2**25, block=2**22)  # 128 MiB and 16 MiB in fp32
+ON_GPU = Passes(chunk=2**27)  # 512 MiB in fp32: 882 tokens of Qwen 2.5
+
+
+def passes_on(device: torch.device) -> Passes:
+    """The portions for a device."""
+    return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 class Sketch:
@@ -50,16 +77,42 @@ class Sketch:
             self._signs = self._signs.to(like)
         return self._signs
 
-    def scores(self, excess: Tensor) -> Tensor:
-        """S ((e_y − p) ⊙ f′) of each token, from `excess_` (N, V), which is minus that: (N, k)."""
+    def scores(self, excess: Tensor, passes: Passes | None = None) -> Tensor:
+        """S ((e_y − p) ⊙ f′) of each token, from `excess_` (N, V), which is minus that: (N, k).
+
+        The sum over the ⌈V/k⌉ blocks of the vocabulary: block b goes to partial sum b mod `LANES`, and the
+        partial sums are added up by halves. `passes` decide only how many of them are made at once.
+        """
         if self.exact:
             return -excess
+        together = (passes or passes_on(excess.device)).block is None
+        return self._all_lanes(excess) if together else self._lanes(excess, 0, 1)
+
+    def _all_lanes(self, excess: Tensor) -> Tensor:
+        """All partial sums at once: few operations."""
+        sums = self._partial(excess, 0, LANES * self.size, LANES * self.size)
+        width = sums.shape[1]
+        while width > self.size:
+            width //= 2
+            sums = sums[:, :width].add_(sums[:, width : 2 * width])
+        return sums
+
+    def _lanes(self, excess: Tensor, first: int, step: int) -> Tensor:
+        """The partial sums first, first + step, …, one after the other: little memory."""
+        if step == LANES:
+            return self._partial(excess, first * self.size, LANES * self.size, self.size)
+        half = self._lanes(excess, first, 2 * step)
+        return half.add_(self._lanes(excess, first + step, 2 * step))
+
+    def _partial(self, excess: Tensor, start: int, step: int, width: int) -> Tensor:
+        """−Σ of the signed columns start … start + width, then those a `step` further, …: (N, width)."""
         signs = self.signs(excess)
-        scores = excess.new_zeros(len(excess), self.size)
-        for start in range(0, self.vocabulary, self.size):
-            block = excess[:, start : start + self.size]
-            scores[:, : block.shape[1]].addcmul_(block, signs[start : start + self.size], value=-1)
-        return scores
+        sums = excess.new_zeros(len(excess), width)
+        for first in range(start, self.vocabulary, step):
+            part = slice(first, first + width)
+            block = excess[:, part]
+            sums[:, : block.shape[1]].addcmul_(block, signs[part], value=-1)
+        return sums
 
 
 def excess_(probabilities: Tensor, labels: Tensor, slope: Tensor | None) -> Tensor:
@@ -145,7 +198,8 @@ def head_scores(
             [-0.5000,  0.0000]])
     """
     head, sketch = shape or HeadShape(), sketch or Sketch(len(weight), None)
-    chunk = max(1, CHUNK_ELEMENTS // len(weight))
+    passes = passes_on(weight.device)
+    chunk = passes.tokens(len(weight))
     total = weight.new_zeros(
         sketch.size, hidden.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32)
     )
@@ -154,7 +208,7 @@ def head_scores(
             part = slice(start, start + chunk)
             logits = head.logits(hidden[part], weight, bias)
             excess = excess_(torch.softmax(logits, dim=-1), labels[part], head.slope(logits))
-            scores = sketch.scores(excess)
+            scores = sketch.scores(excess, passes)
             total += head.scale * outer_scores(hidden[part], scores, coefficients[part])
     return total
 

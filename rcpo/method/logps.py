@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpo.method.geometry import BLOCK_ELEMENTS, CHUNK_ELEMENTS, HeadShape, Sketch, excess_, outer_scores
+from rcpo.method.geometry import HeadShape, Passes, Sketch, excess_, outer_scores, passes_on
 from rcpo.method.types import PairLogps, TokenBatch
 
 
@@ -31,10 +31,10 @@ class _FusedLogps(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         shape: HeadShape,
-        chunk: int,
+        passes: Passes,
         sketch: Sketch | None,
     ) -> tuple[Tensor, Tensor | None]:
-        count = len(labels)
+        count, chunk = len(labels), passes.tokens(len(weight))
         needs_hidden, *needs_head = ctx.needs_input_grad[:3]
         ctx.frozen = needs_hidden and not any(needs_head)  # then the gradient by h needs no second pass
         keep = any(needs_head) and count <= chunk
@@ -46,75 +46,132 @@ class _FusedLogps(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = shape.logits(hidden[part], weight, bias)
             own = None if scores is None else scores[part]
-            logps[part] = _score(logits, labels[part], shape, sketch, own, differentiate=differentiate)
+            logps[part], excess = _score(
+                logits, labels[part], shape, passes, sketch, own, differentiate=differentiate
+            )
+            del logits
             if kept is not None and ctx.frozen:
-                kept[part] = logits.to(weight.dtype) @ weight
+                kept[part] = excess.to(weight.dtype) @ weight
             elif keep:
-                kept = logits
+                kept = excess
         if scores is not None:
             if shape.scale != 1.0:
                 scores *= shape.scale
             ctx.mark_non_differentiable(scores)
         ctx.save_for_backward(hidden, weight, bias, labels, kept)
-        ctx.shape, ctx.chunk = shape, chunk
+        ctx.shape, ctx.passes = shape, passes
         return logps, scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, kept = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         shape: HeadShape = ctx.shape
-        coefficients = -shape.scale * grad_logps[:, None]  # (N, 1), for the smaller factor of each product
+        coefficients = -shape.scale * grad_logps[:, None]  # (N, 1)
         if ctx.frozen:
             return (kept * coefficients).to(hidden.dtype), *[None] * 6
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias else None
-        for start in range(0, len(labels), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
+        gradients = _HeadGradients(hidden, weight, bias, *ctx.needs_input_grad[:3])
+        chunk = ctx.passes.tokens(len(weight))
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
             excess = kept
             if excess is None:
-                excess = shape.logits(hidden[part], weight, bias)
-                _score(excess, labels[part], shape, None, None, differentiate=True)
-            if grad_hidden is not None:
-                grad_hidden[part] = (excess.to(weight.dtype) @ weight) * coefficients[part]
-            if grad_weight is not None:
-                grad_weight.addmm_(excess.T, hidden[part] * coefficients[part])
-            if grad_bias is not None:
-                grad_bias.addmv_(excess.T, coefficients[part, 0])
+                logits = shape.logits(hidden[part], weight, bias)
+                _, excess = _score(logits, labels[part], shape, ctx.passes, None, None, differentiate=True)
+                del logits
+            gradients.add(part, excess, coefficients[part])
+        return *gradients.found(), *[None] * 4
+
+
+class _HeadGradients:
+    """Gradients by hidden states, weight and bias, a chunk of tokens at a time.
+
+    In bf16 and fp16 the products are those of autocast: operands in the weight's precision, sums in fp32.
+    The excess is in fp32 until it is a factor; products of several chunks add up in fp32.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *needed: bool) -> None:
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        needs_hidden, self._needs_weight, self._needs_bias = needed
+        self._by_hidden = torch.empty_like(hidden) if needs_hidden else None
+        self._by_weight: Tensor | None = None
+        self._by_bias: Tensor | None = None
+        self._half = weight.dtype in (torch.bfloat16, torch.float16)
+
+    def add(self, part: slice, excess: Tensor, coefficients: Tensor) -> None:
+        """The chunk `part` with (p − e_y) ⊙ f′ (n, V) in fp32 or better, and its coefficients (n, 1)."""
+        states = self._hidden[part]
+        if self._half:
+            factor = torch.empty_like(excess, dtype=self._weight.dtype)
+            torch.mul(excess, coefficients, out=factor)  # rounded once, for both products
+            if self._by_hidden is not None:
+                torch.mm(factor, self._weight, out=self._by_hidden[part])
+            if self._needs_weight:
+                self._by_weight = _sum(self._by_weight, factor.T @ states)
+            if self._needs_bias:
+                self._by_bias = _sum(self._by_bias, factor.sum(0, dtype=torch.float32))
+            return
+        # in full precision the smaller factor takes the coefficients
+        if self._by_hidden is not None:
+            self._by_hidden[part] = (excess @ self._weight) * coefficients
+        if self._needs_weight:
+            scaled = states * coefficients
+            if self._by_weight is None:
+                self._by_weight = excess.T @ scaled
+            else:
+                self._by_weight.addmm_(excess.T, scaled)
+        if self._needs_bias:
+            self._by_bias = _sum(self._by_bias, excess.T @ coefficients[:, 0])
+
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients by hidden, weight and bias, those that are needed, in their precision."""
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 4,
+            self._by_hidden,
+            self._as(self._weight, self._by_weight) if self._needs_weight else None,
+            self._as(self._bias, self._by_bias) if self._bias is not None and self._needs_bias else None,
         )
+
+    def _as(self, like: Tensor, gradient: Tensor | None) -> Tensor:
+        return torch.zeros_like(like) if gradient is None else gradient.to(like.dtype)
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum of products in fp32 or better; one alone stays as it is."""
+    if total is None:
+        return part
+    return total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
 
 
 def _score(
     logits: Tensor,
     labels: Tensor,
     shape: HeadShape,
+    passes: Passes,
     sketch: Sketch | None,
     scores: Tensor | None,
     *,
     differentiate: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """log p(y) (n,) of a chunk of logits (n, V), with their sketched scores written to `scores` (n, k).
 
-    With `differentiate` the logits become (p − e_y) ⊙ f′. Rows that fit into the cache are done together.
+    With `differentiate` also (p − e_y) ⊙ f′ (n, V), which may take the logits' place.
     """
-    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
-    logps = logits.new_empty(len(logits))
+    size = passes.rows(logits.shape[1], len(logits))
+    logps, excess = logits.new_empty(len(logits)), logits
     for first in range(0, len(logits), size):
         rows = slice(first, first + size)
         log_softmax = torch.log_softmax(logits[rows], dim=-1)
-        logps[rows] = log_softmax.gather(1, labels[rows, None]).squeeze(1)
-        if differentiate:
-            logits[rows] = excess_(log_softmax.exp_(), labels[rows], shape.slope(logits[rows]))
-            if scores is not None and sketch is not None:
-                scores[rows] = sketch.scores(logits[rows])
-    return logps
+        torch.gather(log_softmax, 1, labels[rows, None], out=logps[rows, None])
+        if not differentiate:
+            continue
+        block = excess_(log_softmax.exp_(), labels[rows], shape.slope(logits[rows]))
+        if scores is not None and sketch is not None:
+            scores[rows] = sketch.scores(block, passes)
+        if len(block) < len(logits):
+            excess[rows] = block
+        else:
+            excess = block
+    return logps, excess
 
 
 def token_logps(
@@ -125,20 +182,21 @@ def token_logps(
     bias: Tensor | None = None,
     shape: HeadShape | None = None,
     sketch: Sketch | None = None,
-    chunk: int | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(label) of each token, (N,), and its sketched score S((e_y − p) ⊙ f′), (N, k), if asked for.
 
     `hidden` (N, D) are the final hidden states that predict `labels` (N,) through the head `weight` (V, D).
-    Gradients flow to hidden, weight and bias; the scores carry none. `chunk` is in tokens.
+    Gradients flow to hidden, weight and bias; the scores carry none. `passes` are those of the device if not
+    given.
 
     >>> logps, _ = token_logps(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3]))
     >>> logps  # log ¼
     tensor([-1.3863])
     """
     assert hidden.shape == (len(labels), weight.shape[1]), (hidden.shape, labels.shape, weight.shape)
-    tokens = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    logps, scores = _FusedLogps.apply(hidden, weight, bias, labels, shape or HeadShape(), tokens, sketch)
+    head, portions = shape or HeadShape(), passes or passes_on(hidden.device)
+    logps, scores = _FusedLogps.apply(hidden, weight, bias, labels, head, portions, sketch)
     return logps, scores
 
 
@@ -148,16 +206,16 @@ def log_squares(
     *,
     bias: Tensor | None = None,
     shape: HeadShape | None = None,
-    chunk: int | None = None,
+    passes: Passes | None = None,
 ) -> Tensor:
     """log Σ_v p(v)² at each position, (N,), no gradient: what a token drawn there scores on average, roughly.
 
-    hidden (N, D), head `weight` (V, D); `chunk` is in tokens.
+    hidden (N, D), head `weight` (V, D).
 
     >>> log_squares(torch.ones(1, 2), torch.zeros(4, 2))  # four times ¼²: log ¼
     tensor([-1.3863])
     """
-    head, size = shape or HeadShape(), chunk or max(1, CHUNK_ELEMENTS // len(weight))
+    head, size = shape or HeadShape(), (passes or passes_on(hidden.device)).tokens(len(weight))
     with torch.no_grad():
         parts = [log_squares_of(head.logits(part, weight, bias)) for part in hidden.split(size)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

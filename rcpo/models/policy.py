@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rcpo.errors import ConfigError
-from rcpo.method.geometry import HeadShape, Sketch
+from rcpo.method.geometry import HeadShape, Passes, Sketch
 from rcpo.method.logps import log_squares, log_squares_of, token_logps
 from rcpo.method.types import TokenBatch
 from rcpo.models.attention import attention_masks
@@ -58,6 +58,7 @@ class Policy(nn.Module):
         self.model = model
         self.shape = head_shape(model)
         self.fused = True
+        self.passes: Passes | None = None  # through the head's logits; None: those of the device
 
     def examine(self) -> None:
         """Run the model on a few tokens, and find out whether the fused head agrees with its own.
@@ -124,11 +125,10 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
         hidden = hidden.to(head.weight.dtype)  # Mamba ends in fp32 whatever its weights are
-        logps, scores = token_logps(
-            hidden, head.weight, labels, bias=head.bias, shape=self.shape, sketch=sketch
-        )
+        known: dict[str, Any] = {"bias": head.bias, "shape": self.shape, "passes": self.passes}
+        logps, scores = token_logps(hidden, head.weight, labels, sketch=sketch, **known)
         none, hidden = logps.new_empty(0), hidden.detach()
-        asked = log_squares(hidden, head.weight, bias=head.bias, shape=self.shape) if squares else none
+        asked = log_squares(hidden, head.weight, **known) if squares else none
         return logps, hidden, none if scores is None else scores, asked
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from rcpo.config.schema import RunConfig
 from rcpo.data.store import PairDataset
+from rcpo.method.geometry import ON_CPU, ON_GPU
 from rcpo.method.objectives import Objective
 from rcpo.models.attention import choose_layout
 from rcpo.models.policy import Policy
@@ -152,7 +153,13 @@ class Planner:
 
     def _policy(self, config: RunConfig) -> Policy:
         key = "policy", _kind(config)
-        return self._once(key, lambda: few_layers(self._architecture(config), config))
+
+        def make() -> Policy:
+            policy = few_layers(self._architecture(config), config)
+            policy.passes = ON_CPU if self.gpu is None else ON_GPU
+            return policy
+
+        return self._once(key, make)
 
     def _trace(self, config: RunConfig, rows: Rows, sketch: int | None, *, training: bool) -> Trace:
         def make() -> Trace:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from rcpo.method.geometry import Sketch
+from rcpo.method.geometry import Passes, Sketch
 from rcpo.models.policy import Policy
 
 LAYERS = 4  # of them the second and third are of the middle, and differ by what one layer keeps
@@ -129,9 +129,11 @@ class _Live(TorchDispatchMode):
 
 
 class _SketchOfShapes(Sketch):
-    """A sketch's memory without its loop over the vocabulary, which works in place."""
+    """A sketch's memory without a CPU's loop over the vocabulary, which works in place."""
 
-    def scores(self, excess: Tensor) -> Tensor:
+    def scores(self, excess: Tensor, passes: Passes | None = None) -> Tensor:
+        if passes is not None and passes.block is None:
+            return super().scores(excess, passes)
         return excess.new_zeros(len(excess), self.size)
 
 

@@ -14,6 +14,7 @@ from rcpo.method import geometry
 from rcpo.method.calibration import DynamicsMeter, RewardCalibrator
 from rcpo.method.geometry import (
     HeadShape,
+    Passes,
     ScoreGeometry,
     Sketch,
     excess_,
@@ -52,7 +53,7 @@ def matrix_of(sketch: Sketch) -> Tensor:
 def test_head_scores_equal_autograd(
     shape: HeadShape, with_bias: bool, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(geometry, "CHUNK_ELEMENTS", chunk_tokens * V)
+    monkeypatch.setattr(geometry, "ON_CPU", Passes(chunk_tokens * V, V))
     hidden, weight, labels, c = draw(1, N, D), draw(2, V, D).requires_grad_(), labels_of(N, V), draw(3, N)
     bias = draw(4, V) if with_bias else None
     logits = hidden @ weight.T
@@ -91,7 +92,7 @@ def test_sketched_head_scores_are_the_sketch_of_the_exact_ones() -> None:
 def test_the_forward_pass_gives_the_same_scores() -> None:
     hidden, weight, labels, c = draw(1, N, D), draw(2, V, D), labels_of(N, V), draw(3, N)
     shape, sketch = SHAPES[3], Sketch(V, 5)
-    _, scores = token_logps(hidden, weight, labels, shape=shape, sketch=sketch, chunk=2)
+    _, scores = token_logps(hidden, weight, labels, shape=shape, sketch=sketch, passes=Passes(2 * V))
     assert scores is not None
     torch.testing.assert_close(
         outer_scores(hidden, scores, c),

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rcpo.method import logps as module
-from rcpo.method.geometry import HeadShape, Sketch
+from rcpo.method.geometry import ON_GPU, HeadShape, Passes, Sketch, outer_scores
 from rcpo.method.logps import pair_logps, sequence_logps, token_logps, token_weights
 from rcpo.method.types import TokenBatch
 
@@ -23,13 +23,15 @@ SHAPES = [
     HeadShape(softcap=1.5),
     HeadShape(scale=1.8, softcap=2.0),
 ]
-CHUNKS = [None, 7, 6, 3, 1]  # 7 = N: the softmax is kept; 6 and 3 leave a remainder of 1
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows of V go through the softmax together: chunks of 7 and 3 leave a block of one."""
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2 * V)
+def portions(chunk: int | None, block: int | None = 2) -> Passes:
+    """Chunks of so many tokens (None: all), of which so many (None: all) go through the softmax together."""
+    return Passes(V * (chunk or 2**20), None if block is None else V * block)
+
+
+# 7 = N: the softmax is kept; 6 and 3 leave a remainder of 1; in pairs of rows, and of 3 rows all together
+CHUNKS = [*(portions(chunk) for chunk in (None, 7, 6, 3, 1)), portions(3, None)]
 
 
 def head(
@@ -56,14 +58,14 @@ def plain_logps(
     return torch.log_softmax(logits, -1)[torch.arange(len(labels)), labels]
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("passes", CHUNKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_values_and_gradients_equal_autograd(shape: HeadShape, with_bias: bool, chunk: int | None) -> None:
+def test_values_and_gradients_equal_autograd(shape: HeadShape, with_bias: bool, passes: Passes) -> None:
     hidden, weight, bias, labels = head()
     leaves = [hidden.requires_grad_(), weight.requires_grad_(), *([bias.requires_grad_()] * with_bias)]
     b = bias if with_bias else None
-    ours, scores = token_logps(hidden, weight, labels, bias=b, shape=shape, chunk=chunk)
+    ours, scores = token_logps(hidden, weight, labels, bias=b, shape=shape, passes=passes)
     theirs = plain_logps(hidden, weight, labels, b, shape)
     assert scores is None
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
@@ -76,26 +78,26 @@ def test_values_and_gradients_equal_autograd(shape: HeadShape, with_bias: bool, 
         torch.testing.assert_close(a, c, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("passes", [portions(None), portions(3)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradcheck(shape: HeadShape, chunk: int | None) -> None:
+def test_gradcheck(shape: HeadShape, passes: Passes) -> None:
     hidden, weight, bias, labels = head()
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
 
     def fused(*inputs: Tensor) -> Tensor:
         h, w, b = inputs
-        return token_logps(h, w, labels, bias=b, shape=shape, chunk=chunk)[0]
+        return token_logps(h, w, labels, bias=b, shape=shape, passes=passes)[0]
 
     assert torch.autograd.gradcheck(fused, leaves, eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("passes", [portions(None), portions(2)], ids=str)
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
-def test_frozen_parts_get_no_gradient_and_change_no_other(trained: str, chunk: int | None) -> None:
+def test_frozen_parts_get_no_gradient_and_change_no_other(trained: str, passes: Passes) -> None:
     hidden, weight, bias, labels = head()
     parts = {"hidden": hidden, "weight": weight, "bias": bias}
     parts[trained].requires_grad_()
-    token_logps(hidden, weight, labels, bias=bias, chunk=chunk)[0].sum().backward()
+    token_logps(hidden, weight, labels, bias=bias, passes=passes)[0].sum().backward()
     (expected,) = torch.autograd.grad(
         plain_logps(hidden, weight, labels, bias, HeadShape()).sum(), parts[trained]
     )
@@ -106,23 +108,23 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(trained: str, chunk: i
             assert part.grad is None
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
-def test_the_graph_can_be_used_twice(chunk: int | None) -> None:
+@pytest.mark.parametrize("passes", [portions(None), portions(2)], ids=str)
+def test_the_graph_can_be_used_twice(passes: Passes) -> None:
     hidden, weight, bias, labels = head()
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
-    logps, _ = token_logps(hidden, weight, labels, bias=bias, shape=SHAPES[3], chunk=chunk)
+    logps, _ = token_logps(hidden, weight, labels, bias=bias, shape=SHAPES[3], passes=passes)
     first = torch.autograd.grad(logps.sum(), leaves, retain_graph=True)
     second = torch.autograd.grad(3 * logps.sum(), leaves)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(3 * a, b, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("passes", CHUNKS, ids=str)
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_sketched_scores_of_the_same_pass(
-    shape: HeadShape, size: int | None, chunk: int | None, trained: bool
+    shape: HeadShape, size: int | None, passes: Passes, trained: bool
 ) -> None:
     """S ∂ log p / ∂ logits of each token, S built here column by column from its definition."""
     hidden, weight, bias, labels = head()
@@ -140,7 +142,7 @@ def test_the_sketched_scores_of_the_same_pass(
 
     if trained:
         weight.requires_grad_()
-    ours, scores = token_logps(hidden, weight, labels, bias=bias, shape=shape, sketch=sketch, chunk=chunk)
+    ours, scores = token_logps(hidden, weight, labels, bias=bias, shape=shape, sketch=sketch, passes=passes)
     assert scores is not None and not scores.requires_grad
     torch.testing.assert_close(scores, slopes @ matrix.T, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(ours, logps, rtol=1e-12, atol=1e-13)
@@ -154,7 +156,7 @@ def test_low_precision_inputs_give_fp32_log_probs() -> None:
     exact = plain_logps(hidden.double(), weight.double(), labels, bias.double(), HeadShape())
     largest = (hidden.double() @ weight.double().T + bias.double()).abs().max().item()
     hidden.requires_grad_(), weight.requires_grad_()
-    logps, _ = token_logps(hidden, weight, labels, bias=bias, chunk=10)
+    logps, _ = token_logps(hidden, weight, labels, bias=bias, passes=Passes(5000, 1000))
     assert logps.dtype == torch.float32
     # a logit x is rounded to bf16 once, by at most 2⁻⁹ |x|; log p moves by at most twice the largest error
     assert (logps.double() - exact).abs().max() <= 2 * 2**-9 * largest + 1e-5
@@ -169,6 +171,82 @@ def test_low_precision_inputs_give_fp32_log_probs() -> None:
     for ours, theirs in ((hidden.grad, double_h.grad), (weight.grad, double_w.grad)):
         assert theirs is not None
         assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("tokens", [64, 20], ids=["one chunk", "chunks of 20"])
+def test_a_bf16_heads_gradients_are_off_by_the_rounding_of_bf16_alone(tokens: int) -> None:
+    hidden, weight, bias, labels = head(tokens=64, vocabulary=500, width=32, dtype=torch.bfloat16)
+    weight[labels[0]] = hidden[0].sign()  # an all but certain token: p − 1 in bf16 would be nothing
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    cotangent = torch.linspace(-1, 2, 64)
+    logps, _ = token_logps(hidden, weight, labels, bias=bias, passes=Passes(500 * tokens, 1000))
+    ours = torch.autograd.grad(logps, leaves, cotangent)
+
+    logits = torch.nn.functional.linear(hidden, weight, bias).detach().double()  # as rounded on the way there
+    factors = torch.softmax(logits, -1)
+    factors[torch.arange(64), labels] -= 1
+    factors *= -cotangent.double()[:, None]
+    assert 1e-6 < factors[0].abs().max() < 1e-2
+    h, w = hidden.detach().double(), weight.detach().double()
+    exact = factors @ w, factors.T @ h, factors.sum(0)
+    # rounding to 8 bits is off by at most 2⁻⁸: each factor, each chunk's product where there are several, the
+    # result; sums in fp32 add to that
+    rounded = 1 if tokens == 64 else 2
+    terms = factors.abs() @ w.abs(), factors.abs().T @ h.abs(), factors.abs().sum(0)
+    for name, a, b, size in zip(("hidden", "weight", "bias"), ours, exact, terms, strict=True):
+        assert ((a.double() - b).abs() <= 2**-8 * (rounded * size + b.abs()) + 1e-5 * size).all(), name
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute: views and empty tensors start nothing on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.count += not (func.is_view or "empty" in name or "detach" in name or "alias" in name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vocabulary", [152_064, 128_256])  # Qwen 2.5 and Llama 3
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_gpu_starts_few_operations_for_the_sketch(vocabulary: int, trained: bool) -> None:
+    hidden = torch.empty(600, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(vocabulary, 64, device="meta", dtype=torch.bfloat16, requires_grad=trained)
+    labels = torch.zeros(600, dtype=torch.long, device="meta")
+
+    def count(sketch: Sketch | None) -> int:
+        with Kernels() as kernels:
+            logps, scores = token_logps(hidden, weight, labels, sketch=sketch)
+            if scores is not None:
+                for _ in range(2):
+                    outer_scores(hidden, scores, logps)
+            logps.sum().backward()
+        return kernels.count
+
+    sketch = Sketch(vocabulary, 2048)
+    sketch.signs(hidden.float())  # go to the device once
+    without = count(None)
+    assert without < 25
+    assert count(sketch) - without <= 25
+
+
+@pytest.mark.parametrize("vocabulary", [152_064, 50_304, 2048 * 3 + 1])
+def test_sketches_of_all_portions_have_the_same_bits(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (5, vocabulary))
+    labels, sketch = torch.arange(5), Sketch(vocabulary, 2048, seed=1)
+
+    def scores(passes: Passes) -> Tensor:
+        found = token_logps(hidden, weight, labels, sketch=sketch, passes=passes)[1]
+        assert found is not None
+        return found
+
+    together = scores(ON_GPU)
+    for rows in (1, 2, 5):
+        assert torch.equal(scores(Passes(ON_GPU.chunk, rows * vocabulary)), together)
 
 
 def test_fp32_close_to_fp64() -> None:

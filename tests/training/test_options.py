@@ -13,6 +13,7 @@ from torch import Tensor
 from rcpo import PairLogps, get_objective
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.errors import ConfigError
+from rcpo.method.geometry import Passes
 from rcpo.method.incentives import incentives
 from rcpo.method.logps import length_weights, log_squares, log_squares_of
 from rcpo.system import distributed
@@ -39,7 +40,8 @@ def test_squares_of_the_head_are_those_of_its_logits() -> None:
     )
     probabilities = torch.softmax(hidden @ head.T + bias, dim=1)
     expected = (probabilities**2).sum(1).log()
-    torch.testing.assert_close(log_squares(hidden, head, bias=bias, chunk=2), expected, rtol=1e-12, atol=0)
+    ours = log_squares(hidden, head, bias=bias, passes=Passes(2 * len(head)))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(log_squares_of(hidden @ head.T + bias), expected, rtol=1e-12, atol=0)
     assert log_squares(hidden[:0], head).shape == (0,)
 
