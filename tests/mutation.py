@@ -1,0 +1,436 @@
+"""Small faults put into the code, one at a time: which of them do the tests notice?
+
+    python tests/mutation.py                                all mutants of all modules in MODULES
+    python tests/mutation.py method/losses --sample 50      fifty of one module's, chosen by --seed
+    python tests/mutation.py method --list                  names them only
+
+The tests run on a copy of the repository, in forks of this process, which has imported the libraries.
+Only the tests that reach a mutant's lines run, the fastest first, until one fails. The last line is the rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import gc
+import importlib
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from conftest import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = [
+    *("torch", "datasets", "peft", "transformers.models.llama.modeling_llama", "deepspeed"),
+    *("hypothesis", "hydra", "numpy.testing", "pytest_timeout"),
+]
+# a module below rcpo, and the tests that answer for it
+MODULES: dict[str, list[str]] = {
+    "method/losses": ["method/test_objectives.py", "method/test_incentives.py", "method/test_mixtures.py"],
+    "method/objectives": ["method/test_objectives.py", "method/test_mixtures.py", "config/test_config.py"],
+    "method/incentives": ["method/test_incentives.py", "method/test_theory.py"],
+    "method/geometry": ["method/test_geometry.py", "method/test_theory.py", "method/test_calibration.py"],
+    "method/averages": ["method/test_averages.py", "method/test_calibration.py"],
+    "method/samples": ["method/test_samples.py"],
+    "method/band": ["method/test_samples.py", "method/test_rules.py", "method/test_calibration.py"],
+    "method/rules": ["method/test_rules.py", "method/test_loop.py", "method/test_calibration.py"],
+    "method/loop": ["method/test_loop.py", "method/test_rules.py"],
+    "method/calibration": ["method/test_calibration.py", "method/test_samples.py", "method/test_loop.py"],
+    "reference/keys": ["reference/test_reference_cache.py", "reference/test_reference.py"],
+    "reference/entry": ["reference/test_reference_cache.py", "reference/test_reference.py"],
+    "reference/cache": ["reference/test_reference_cache.py", "reference/test_reference.py"],
+    "data/identity": ["data/test_cache.py", "data/test_dataset.py", "reference/test_reference_cache.py"],
+    "data/cache": ["data/test_cache.py"],
+    "checkpoint/best": ["checkpoint"],
+    "checkpoint/read": ["checkpoint"],
+    "checkpoint/resume": ["checkpoint"],
+    "checkpoint/tensors": ["checkpoint"],
+    "checkpoint/write": ["checkpoint"],
+    "data/readers": [
+        "data/test_readers.py",
+        "data/test_formats.py",
+        "data/test_charset.py",
+        "data/test_fuzz.py",
+    ],
+    "data/formats": ["data/test_formats.py", "data/test_forms.py", "data/test_fuzz.py"],
+    "data/forms": ["data/test_forms.py", "data/test_formats.py"],
+    "data/frames": ["data/test_formats.py", "data/test_readers.py", "data/test_values.py"],
+    "data/values": ["data/test_values.py", "data/test_formats.py"],
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    module: str
+    line: int
+    last_line: int
+    change: str
+    source: str
+
+
+@dataclass
+class Baseline:
+    """What the tests do without a mutant: seconds of each, and the lines of the module that each reaches."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, set[int]] = field(default_factory=dict)
+
+    def tests(self, mutant: Mutant) -> list[str]:
+        """The tests that reach a mutant, the fastest first; all of them where only the import does."""
+        span = range(mutant.line, mutant.last_line + 1)
+        reach = [test for test in self.seconds if not self.lines[test].isdisjoint(span)]
+        return sorted(reach or self.seconds, key=self.seconds.__getitem__)
+
+
+# --- mutants -------------------------------------------------------------------------------------------
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.BitOr: ast.BitAnd,
+    ast.BitAnd: ast.BitOr,
+}
+REMOVED = (ast.AugAssign, ast.Raise, ast.Continue, ast.Break, ast.Delete, ast.Assert)
+
+
+def replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Faulty nodes to put in this one's place, each with its description."""
+
+    def changed(**parts: Any) -> Any:
+        new = copy.copy(node)
+        for name, part in parts.items():
+            setattr(new, name, part)
+        return new
+
+    match node:
+        case ast.Compare():
+            for place, operator in enumerate(node.ops):
+                other = COMPARISONS[type(operator)]()
+                ops = [*node.ops[:place], other, *node.ops[place + 1 :]]
+                yield f"{type(operator).__name__} → {type(other).__name__}", changed(ops=ops)
+        case ast.BinOp() | ast.AugAssign() if type(node.op) in OPERATORS:
+            other = OPERATORS[type(node.op)]()
+            yield f"{type(node.op).__name__} → {type(other).__name__}", changed(op=other)
+        case ast.BoolOp():
+            other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+            yield f"{type(node.op).__name__} → {type(other).__name__}", changed(op=other)
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            yield f"without {type(node.op).__name__}", node.operand
+        case ast.Constant(value=bool()):
+            yield f"{node.value} → {not node.value}", changed(value=not node.value)
+        case ast.Constant(value=int() | float()):
+            yield f"{node.value} → {node.value + 1}", changed(value=node.value + 1)
+        case ast.If() | ast.IfExp() | ast.While():
+            if not isinstance(node, ast.While):
+                yield "condition → True", changed(test=ast.Constant(True))
+            yield "condition → False", changed(test=ast.Constant(False))
+        case ast.Return(value=ast.expr()):
+            yield "return → return None", changed(value=ast.Constant(None))
+    if removable(node):
+        yield f"{type(node).__name__.lower()} removed", ast.Pass()
+
+
+def removable(node: ast.AST) -> bool:
+    """Statements that the next lines run without: not the first value of a name, nor a docstring."""
+    if isinstance(node, ast.Assign):
+        return not any(isinstance(part, ast.Name | ast.Tuple) for part in node.targets)
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, ast.Constant)
+    return isinstance(node, REMOVED)
+
+
+def left_alone(node: ast.AST) -> bool:
+    """Messages, and what only type checkers read: a fault there is not a behavior."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return True
+    return isinstance(node, ast.JoinedStr)
+
+
+def children(node: ast.AST) -> Iterator[tuple[str, int | None, ast.AST]]:
+    """The nodes directly below one, with the field and the place that each has in it."""
+    skipped = {"annotation", "returns", "decorator_list", "type_params"}
+    if isinstance(node, ast.Raise):
+        skipped |= {"exc", "cause"}
+    for name, value in ast.iter_fields(node):
+        if name in skipped:
+            continue
+        if isinstance(value, ast.AST):
+            yield name, None, value
+        elif isinstance(value, list):
+            yield from ((name, place, part) for place, part in enumerate(value) if isinstance(part, ast.AST))
+
+
+def mutants(module: str, source: str) -> list[Mutant]:
+    """All mutants of a module's source, in the order of its lines."""
+    tree = ast.parse(source)
+    original, found = ast.unparse(tree), []
+
+    def visit(parent: ast.AST) -> None:
+        for name, place, node in children(parent):
+            if left_alone(node):
+                continue
+            for change, new in replacements(node):
+                put(parent, name, place, new)
+                text = ast.unparse(ast.fix_missing_locations(tree))
+                put(parent, name, place, node)
+                if text != original:
+                    last = node.lineno if hasattr(node, "body") else node.end_lineno  # type: ignore[attr-defined]
+                    found.append(Mutant(module, node.lineno, last, f"{change}: {first_line(node)}", text))  # type: ignore[attr-defined]
+            visit(node)
+
+    visit(tree)
+    return sorted(found, key=lambda mutant: mutant.line)
+
+
+def put(parent: ast.AST, name: str, place: int | None, node: ast.AST) -> None:
+    if place is None:
+        setattr(parent, name, node)
+    else:
+        getattr(parent, name)[place] = node
+
+
+def first_line(node: ast.AST) -> str:
+    return ast.unparse(node).splitlines()[0][:90]
+
+
+# --- tests in forked processes -------------------------------------------------------------------------
+
+
+class Recorder:
+    """A pytest plugin that notes seconds and reached lines of each test."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.baseline, self.current = str(file), Baseline(), set[int]()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        self.current, start = set(), time.monotonic()
+        sys.settrace(self.calls)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            self.baseline.seconds[item.nodeid] = time.monotonic() - start
+            self.baseline.lines[item.nodeid] = self.current
+
+    def calls(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self.reached if frame.f_code.co_filename == self.file else None
+
+    def reached(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self.current.add(frame.f_lineno)
+        return self.reached
+
+
+class Chosen:
+    """A pytest plugin that keeps some tests, in a given order."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self.order = {test: place for place, test in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted(
+            (item for item in items if item.nodeid in self.order), key=lambda item: self.order[item.nodeid]
+        )
+
+
+def forked(tree: Path, work: Any, seconds: float) -> int | None:
+    """The exit code of `work()` in a fork inside a copy of the repository; None where it ran out of time."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.setsid()
+            for descriptor, file in enumerate(
+                (os.devnull, tree.with_name("output"), tree.with_name("output"))
+            ):
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+            os.chdir(tree)
+            sys.path[:] = [
+                str(tree),
+                str(tree / "tests"),
+                *(entry for entry in sys.path if entry != str(ROOT)),
+            ]
+            os.environ.update(PYTHONPATH=str(tree), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+            sys.modules.pop("conftest", None)
+            code = int(work())
+        finally:
+            os._exit(code)
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)  # also what the tests started
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def run_pytest(tests: Sequence[str], *plugins: Any) -> int:
+    words = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-m", "not slow"]
+    return pytest.main([*words, *tests], plugins=list(plugins))
+
+
+def files(module: str) -> list[str]:
+    return [f"tests/{name}" for name in MODULES[module]]
+
+
+def measured(module: str, tree: Path, folder: Path) -> Baseline:
+    """The baseline of a module; raises SystemExit where its tests fail without a mutant."""
+    kept = folder / f"{module.replace('/', '.')}.pickle"
+
+    def work() -> int:
+        recorder = Recorder(tree / "rcpo" / f"{module}.py")
+        code = run_pytest(files(module), recorder)
+        kept.write_bytes(pickle.dumps((recorder.baseline.seconds, recorder.baseline.lines)))
+        return code
+
+    output = tree.with_name("output")
+    output.unlink(missing_ok=True)
+    code = forked(tree, work, 1800)
+    if code != 0:
+        print(output.read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
+        raise SystemExit(
+            f"mutation: the tests of {module} fail as they are: run pytest {' '.join(files(module))}"
+        )
+    return Baseline(*pickle.loads(kept.read_bytes()))
+
+
+def verdict(mutant: Mutant, baseline: Baseline, tree: Path) -> str:
+    """ "killed", "timed out" or "survived"."""
+    file = tree / "rcpo" / f"{mutant.module}.py"
+    tests = baseline.tests(mutant)
+    limit = 30 + 5 * sum(baseline.seconds[test] for test in tests)
+    original = file.read_text(encoding="utf-8")
+    file.write_text(mutant.source, encoding="utf-8")
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        compiled.unlink()
+    try:
+        code = forked(tree, lambda: run_pytest(files(mutant.module), Chosen(tests)), limit)
+    finally:
+        file.write_text(original, encoding="utf-8")
+    return {None: "timed out", 0: "survived"}.get(code, "killed")
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the files of this repository that git knows or would add."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in names.stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "modules", nargs="*", help="beginnings of names in MODULES, such as method or data/readers"
+    )
+    parser.add_argument("--sample", type=int, help="so many mutants of each module, instead of all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", help="only mutants of these lines: 10-40")
+    parser.add_argument(
+        "--at-least", type=float, default=0, help="fail where the share killed is lower (0 to 1)"
+    )
+    parser.add_argument("--list", action="store_true", help="name the mutants, test none")
+    return parser.parse_args(words)
+
+
+def chosen(module: str, options: argparse.Namespace) -> list[Mutant]:
+    found = mutants(module, (ROOT / "rcpo" / f"{module}.py").read_text(encoding="utf-8"))
+    if options.lines:
+        first, last = map(int, options.lines.split("-"))
+        found = [mutant for mutant in found if first <= mutant.line <= last]
+    if options.sample is not None and options.sample < len(found):
+        picked = random.Random(f"{options.seed} {module}").sample(range(len(found)), options.sample)
+        found = [found[place] for place in sorted(picked)]
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = arguments(words)
+    modules = [name for name in MODULES if not options.modules or name.startswith(tuple(options.modules))]
+    if not modules:
+        raise SystemExit(f"mutation: none of {', '.join(MODULES)} starts with {' or '.join(options.modules)}")
+    if options.list:
+        for mutant in (mutant for module in modules for mutant in chosen(module, options)):
+            print(f"rcpo/{mutant.module}.py:{mutant.line}: {mutant.change}")
+        return 0
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    gc.freeze()  # the forks need not look through what they share
+    counts: dict[str, int] = defaultdict(int)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tree = copied(folder / "tree")
+        for module in modules:
+            count(module, chosen(module, options), tree, folder, counts)
+    total = sum(counts.values())
+    rate = (total - counts["survived"]) / total if total else 1.0
+    print(f"{total - counts['survived']} of {total} mutants noticed: {rate:.1%}")
+    return int(rate < options.at_least)
+
+
+def count(module: str, todo: list[Mutant], tree: Path, folder: Path, counts: dict[str, int]) -> None:
+    """Prints the survivors of a module and its rate, and adds its verdicts to the counts."""
+    start = time.monotonic()
+    baseline = measured(module, tree, folder)
+    own: dict[str, int] = defaultdict(int)
+    for mutant in todo:
+        found = verdict(mutant, baseline, tree)
+        own[found] += 1
+        counts[found] += 1
+        if found == "survived":
+            print(f"survived  rcpo/{module}.py:{mutant.line}: {mutant.change}", flush=True)
+    line = ", ".join(f"{own[word]} {word}" for word in ("killed", "timed out", "survived") if own[word])
+    print(f"{module}: {line or 'no mutants'} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
