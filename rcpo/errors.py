@@ -8,4 +8,4 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What ends a run and is no fault of its code: the message says all; the CLI exits with 1."""
+    """A failure of a run that its code is not to blame for: one message, and the CLI exits with 1."""

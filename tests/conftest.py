@@ -22,7 +22,7 @@ if not Path("/dev/nvidiactl").exists():
 for key, value in ENVIRONMENT.items():
     os.environ.setdefault(key, value)
 
-# A loaded machine is no failure, and the same commit gives the same examples: so no deadline, no randomness.
+# A loaded machine is not a failure, and the same commit gives the same examples: no deadline, no randomness.
 settings.register_profile("rcpo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("rcpo")
 

@@ -81,7 +81,7 @@ class PieceFiles:
         for path in paths:
             try:
                 file = safe_open(path, framework="pt")
-                for label in file.keys():  # noqa: SIM118 - it is no mapping
+                for label in file.keys():  # noqa: SIM118 - it is not a mapping
                     name, key, start = parse_label(label)
                     (size,) = file.get_slice(label).get_shape()
                     self._pieces.setdefault((name, key), []).append((start, size, file, label))

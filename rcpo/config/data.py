@@ -29,7 +29,7 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Preference pairs, or completions for kto and sft; lengths in tokens, None is no limit.
+    """Preference pairs, or completions for kto and sft; lengths in tokens, None for no limit.
 
     `path` is a file, a folder or a set on the hub; `subset`, `data_dir`, `split` and `revision` are what
     the datasets library calls so; `sources` are several sets. Held out are `eval_path`, else `eval_split`,
@@ -236,7 +236,7 @@ def _check_path(key: str, value: str | None) -> None:
     if _ON_HUB.fullmatch(value) and not value.lower().endswith(SUFFIXES):
         return
     raise ConfigError(
-        f"{key}={value} is no file or folder, nor the name of a set on the hub (OWNER/NAME)"
+        f"{key}={value} is not a file, a folder, or the name of a set on the hub (OWNER/NAME)"
         f"{_neighbour(Path(value))}"
     )
 

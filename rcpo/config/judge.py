@@ -103,7 +103,7 @@ def read_template(path: str, fields: tuple[str, ...] = COMPARED) -> str:
 def _check_key_name(node: str, name: str) -> None:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ConfigError(
-            f"{node}.api_key_env is no name of an environment variable (capitals, digits, underscores); "
+            f"{node}.api_key_env is not the name of an environment variable (capitals, digits, underscores); "
             f"export the key and give the variable's name: {node}.api_key_env=OPENAI_API_KEY"
         )
 
@@ -115,7 +115,7 @@ def _check_url(node: str, url: str) -> None:
     except ValueError:
         whole = False
     if not whole or not url.isascii() or not url.isprintable() or " " in url:
-        raise ConfigError(f"{node}.base_url is no http or https address, such as https://host/v1")
+        raise ConfigError(f"{node}.base_url is not an http or https address, such as https://host/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
             f"{node}.base_url holds a user, a query or a fragment; give the address alone, such as "

@@ -11,7 +11,7 @@ from rcpo.errors import ConfigError
 
 
 def check_models(config: RunConfig) -> None:
-    """Raises ConfigError for a source that is no model or adapter, and for what adapters rule out."""
+    """Raise ConfigError for a source that is not a model or an adapter, and for what adapters rule out."""
     if config.model.name != "tiny" and config.model.path is None:
         raise ConfigError(
             f"model={config.model.name} needs model.path: a folder in the hub's format, or a name on the hub"

@@ -362,7 +362,7 @@ def _check_scorer(config: RunConfig) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise ConfigError(f"eval.answer_pattern={pattern} is no regular expression: {error}") from error
+        raise ConfigError(f"eval.answer_pattern={pattern} is not a regular expression: {error}") from error
 
 
 def _check_files(config: RunConfig) -> None:

@@ -233,7 +233,7 @@ def _refuse_bad(meta: Meta, wanted: TokenRequest) -> None:
     """Raises ConfigError for the first bad row, unless such rows are dropped."""
     if meta.bad and not wanted.drop:
         reason, (place, _) = next(iter(meta.bad.items()))
-        raise ConfigError(f"{place}: {reason}; mend it, or leave such pairs out: data.on_bad=drop")
+        raise ConfigError(f"{place}: {reason}; correct it, or leave such pairs out: data.on_bad=drop")
 
 
 class _Progress:

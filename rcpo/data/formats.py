@@ -81,7 +81,7 @@ def read_row(row: dict[str, Any]) -> Row:
 def as_conversation(row: Row) -> Row:
     """A row of text as messages, for a template: HH-RLHF's turns, or one question and answer.
 
-    Text without a prompt (`text`) is no conversation and stays as it is.
+    Text without a prompt (`text`) is not a conversation and stays as it is.
     """
     if not isinstance(row.prompt, str) or not row.prompt:
         return row

@@ -15,7 +15,7 @@ class UnusablePair(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens; None is no limit. `truncation`: which side of a prompt stays; a response keeps its start."""
+    """In tokens; None: no limit. `truncation`: which side of a prompt stays; a response keeps its start."""
 
     max_length: int | None = None
     max_prompt_length: int | None = None

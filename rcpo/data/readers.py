@@ -190,7 +190,7 @@ def _skip_space(text: str, place: int) -> int:
 
 def _broken_array(text: str, place: int, path: Path) -> ConfigError:
     line = text.count("\n", 0, place) + 1
-    return ConfigError(f"{path}:{line}: broken JSON; mend it, or give JSON Lines to leave such rows out")
+    return ConfigError(f"{path}:{line}: broken JSON; correct it, or give JSON Lines to leave such rows out")
 
 
 def _csv(path: Path) -> Iterator[RowBlock]:
@@ -213,7 +213,7 @@ def _csv(path: Path) -> Iterator[RowBlock]:
         except (csv.Error, UnicodeDecodeError) as error:
             # a quote that never ends or another encoding: where rows begin is not known any more
             raise ConfigError(
-                f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {first_line(error)}; mend it"
+                f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {first_line(error)}; correct it"
             ) from error
 
 

@@ -60,7 +60,7 @@ class DataReport:
     def bad(self, reason: str, place: str) -> None:
         """Counts a pair that is left out and keeps the first place of each reason, or raises ConfigError."""
         if not self.drop:
-            raise ConfigError(f"{place}: {reason}; mend it, or leave such pairs out: data.on_bad=drop")
+            raise ConfigError(f"{place}: {reason}; correct it, or leave such pairs out: data.on_bad=drop")
         self.dropped[reason] += 1
         self.examples.setdefault(reason, place)
 

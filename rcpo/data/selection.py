@@ -56,8 +56,8 @@ def by_margin(
 def mixture(rows: np.ndarray, sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
     """The rows of an epoch: those of source i, `sizes[i]` of all, `weights[i]` times each.
 
-    Of a weight that is no whole number the rest is a draw without repetition, by the seed. Rows are ascending
-    source by source; a row that is taken twice is there twice.
+    The fraction of a weight that is not a whole number is a draw without repetition, by the seed. Rows are
+    ascending source by source; a row that is taken twice is there twice.
     """
     borders = np.cumsum([0, *sizes])
     taken = [rows[:0]]

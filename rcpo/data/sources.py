@@ -218,8 +218,8 @@ def _builder(path: str, spec: SourceSpec) -> Any:
         )
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ConfigError(
-            f"{spec.key('path')}={spec.path} is no file or folder here, and the hub has no such set that you "
-            "may read; mend the name, or log in with `hf auth login` for one that asks for it"
+            f"{spec.key('path')}={spec.path} is not a file or folder here, and the hub has no such set that "
+            "you may read; correct the name, or log in with `hf auth login` for one that asks for it"
         ) from error
     except (ConnectionError, TimeoutError) as error:
         raise _unreachable(spec, error) from error
@@ -276,7 +276,7 @@ def _batches(dataset: Any) -> Iterator[pa.RecordBatch]:
 
 def _unreachable(spec: SourceSpec, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{spec.key('path')}={spec.path} is no file or folder here, and the hub cannot be reached "
+        f"{spec.key('path')}={spec.path} is not a file or folder here, and the hub cannot be reached "
         f"({first_line(error)}). Fetch it where there is a network, `hf download {spec.path} --repo-type "
         f"dataset --local-dir DIR`, and give {spec.key('path')}=DIR"
     )

@@ -102,7 +102,7 @@ class ChatTemplate:
         """The text of an answer to a row's rendered `prompt`, up to and with the end of the turn.
 
         `counts` counts answers that the finished conversation renders differently (`rendered_otherwise`).
-        Raises BadRow where there is no saying what the model should generate.
+        Raise BadRow where it is not clear what the model should generate.
         """
         messages = _messages(answer)
         if self.reasoning != KEEP:

@@ -45,7 +45,7 @@ class Piece:
 
 
 def parse_label(label: str) -> tuple[str, str, int]:
-    """Name, key and start; raises ValueError for what is no label."""
+    """Name, key and start; raises ValueError for text that is not a label."""
     name, _, rest = label.rpartition("|")
     key, _, start = rest.rpartition("@")
     return name, key, int(start)

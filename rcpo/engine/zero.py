@@ -27,7 +27,7 @@ from rcpo.models.policy import Policy, policy_inputs
 from rcpo.system import distributed
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; said aloud otherwise
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; unset, DeepSpeed prints a line
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator

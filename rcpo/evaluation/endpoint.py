@@ -173,7 +173,7 @@ class Endpoint:
             usage = answer.get("usage") or {}
             counts = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise _Passing("the answer is no chat completion") from error
+            raise _Passing("the answer is not a chat completion") from error
         if not isinstance(text, str):
             raise _Passing("the answer holds no text")
         reason = None if finish is None else str(finish)

@@ -2,7 +2,7 @@
 
 With y drawn from π and r_t = π_ref(y_t | …) / π(y_t | …), r_t − 1 − log r_t is never negative and its mean is
 the token's KL exactly (Schulman, "Approximating KL divergence", 2020); an answer's KL is the sum over its
-tokens. A mean of log π/π_ref over *given* responses is no KL: they were not drawn from π.
+tokens. A mean of log π/π_ref over *given* responses is not a KL: they were not drawn from π.
 
 The variance grows with the distance: where the reference finds a sampled token far more probable than the
 policy does, one token can carry the estimate, and the bootstrap interval says so.

@@ -130,7 +130,7 @@ def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
         _leave(heartbeat)
         return REFUSED
     except (RunError, OSError) as error:
-        # the message says what happened (a full disk, a number that is no number); the log has where
+        # the message says what happened (a full disk, a number that is not finite); the log has where
         log.info("%s failed", task.__name__, exc_info=True)
         report_failure(error)
         return FAILED

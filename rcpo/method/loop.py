@@ -50,7 +50,7 @@ class LoopRule:
         self._averages = [Average(memory) for memory in (FAST, SLOW, FAST, SLOW)]  # of w, then of l
 
     def __call__(self, dynamics: Dynamics) -> float | None:
-        """log α; as it was where there is no reading."""
+        """Return log α; unchanged without a reading."""
         return self._log_alpha if dynamics.movement is None else self.follow(dynamics.movement)
 
     def follow(self, movement: Movement) -> float:

@@ -56,7 +56,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Non
 def target_names(model: PreTrainedModel, wanted: list[str]) -> str | list[str]:
     """What peft is to adapt: `all-linear` beside other names is every linear layer but the head, and those.
 
-    Weights of experts that are one tensor are no layers; they stay as they are, with a warning.
+    Weights of experts that are one tensor are not layers; they stay as they are, with a warning.
     """
     if "all-linear" not in wanted:
         return wanted

@@ -208,7 +208,8 @@ def _not_cached(what: str, name: str, error: Exception) -> str:
     else:
         reason = f"the hub cannot be reached ({type(_root(error)).__name__})"
     return (
-        f"{what} is no folder here and not, or not wholly, in the hub's cache ({constants.HF_HUB_CACHE}), "
+        f"{what} is not a folder here and not, or not completely, in the hub's cache "
+        f"({constants.HF_HUB_CACHE}), "
         f"and {reason}: where there is a network, run `hf download {name}`, then copy that cache here or set "
         "HF_HOME to it"
     )

@@ -54,7 +54,9 @@ def names() -> list[str]:
 def _shipped(what: str, name: str) -> PreTrainedConfig:
     path = ARCHITECTURES / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"{what} is no shipped architecture and no config.json; {nearest(name, names())}")
+        raise ConfigError(
+            f"{what} is neither a shipped architecture nor a config.json; {nearest(name, names())}"
+        )
     numbers: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return AutoConfig.for_model(numbers.pop("model_type"), **numbers)
 

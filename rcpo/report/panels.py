@@ -125,7 +125,7 @@ def _sample_band(axes: Axes, runs: Sequence[Run], width: int) -> None:
 
 
 def alpha(axes: Axes, runs: Sequence[Run], width: int) -> None:
-    """The calibration's weight α on a logarithmic axis; 1 is no calibration."""
+    """The calibration's weight α on a logarithmic axis; 1 means no calibration."""
     axes.set_title("Calibration weight α")
     axes.set_ylabel("α, log scale")
     axes.set_yscale("log")

@@ -191,7 +191,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in all folders, each once, with names that tell them apart; raises ConfigError without any."""
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder; give the folders of runs or sweeps")
+            raise ConfigError(f"{folder} is not a folder; give the folders of runs or sweeps")
     paths = list(dict.fromkeys(path.resolve() for folder in folders for path in find_runs(folder)))
     if not paths:
         shown = ", ".join(map(str, folders))

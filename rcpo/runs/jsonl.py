@@ -21,7 +21,8 @@ def clean_row(row: Mapping[str, Any]) -> dict[str, Scalar]:
     """The row as plain Python scalars that JSON can hold.
 
     NaN and the infinities become None and are counted under `nonfinite`, a key that exists only when the
-    count is positive. NumPy scalars are accepted. Raises TypeError, naming the key, for what is no number.
+    count is positive. NumPy scalars are accepted. Raises TypeError, naming the key, for a value that is not
+    a number.
     """
     cleaned = {key: _scalar(key, value) for key, value in row.items()}
     lost = [key for key, value in cleaned.items() if isinstance(value, float) and not math.isfinite(value)]

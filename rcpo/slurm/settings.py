@@ -120,7 +120,7 @@ def _check_lines(config: SlurmConfig) -> None:
 def slurm_seconds(time: str) -> float:
     """Seconds of a time limit as sbatch reads it: whole minutes, rounded up, and none for 0.
 
-    Raises ConfigError for what is no time.
+    Raise ConfigError for a value that is not a time.
     """
     for form, units in SLURM_TIMES:
         if match := re.fullmatch(form, time):

@@ -1,4 +1,4 @@
-"""Text of others on a terminal: what is no printable character is spelled out, so that it can do nothing."""
+"""Text of others on a terminal: spell out characters that cannot be printed, so that they do nothing."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# that anything may take before it counts as hung: a loaded machine is no failure
+# that anything may take before it counts as hung: a loaded machine is not a failure
 PATIENCE = 280.0
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
 # a run of seconds on two ranks, whose weights go by every part: accumulation, calibration, ZeRO-3

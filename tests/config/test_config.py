@@ -305,7 +305,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["~train.batch_size"], ["~train.batch_size", "train.batch_size=VALUE"]),
         (["~objective"], ["~objective", "objective=VALUE"]),
         (["objective@other=dpo"], ["objective@other", "objective=OPTION"]),
-        # options that are no names
+        # options that are not names
         (["engine=3"], ["engine=3: there is no such engine", "did you mean zero3 or zero3_offload?"]),
         (["rc=1"], ["rc=1: there is no such rc", "off, on"]),
         (["data=true"], ["data=true: there is no such data", "pairs"]),
@@ -400,7 +400,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         # files
         (["data=pairs"], ["data=pairs needs preference data", "data.path="]),
         (["model=local"], ["model.path has no value"]),
-        (["data=pairs", "data.path=nowhere.jsonl"], ["data.path=nowhere.jsonl is no file"]),
+        (["data=pairs", "data.path=nowhere.jsonl"], ["data.path=nowhere.jsonl is not a file"]),
         (["model=local", "model.path=./nowhere"], ["model.path=./nowhere is not a folder"]),
         (["model=local", "model.path=a/b/c"], ["model.path=a/b/c", "name on the hub (owner/name)"]),
         (["model=tiny", "model.name=mine"], ["model=mine needs model.path"]),
@@ -410,12 +410,12 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         # the judge: no message repeats what may hold a key
         (["eval=judge"], ["eval.judge=true", "judge.base_url="]),
         (["eval=judge", "judge.base_url=http://h/v1"], ["judge.model="]),
-        (["judge.base_url=ftp://h/v1"], ["judge.base_url is no http or https address"]),
+        (["judge.base_url=ftp://h/v1"], ["judge.base_url is not an http or https address"]),
         (["judge.base_url='https://u:secret@h/v1'"], ["judge.base_url holds a user", "judge.api_key_env"]),
         (["judge.base_url='https://h/v1?key=secret'"], ["judge.base_url holds a user, a query"]),
         (
             ["judge.api_key_env=sk-secret"],
-            ["judge.api_key_env is no name", "judge.api_key_env=OPENAI_API_KEY"],
+            ["judge.api_key_env is not the name", "judge.api_key_env=OPENAI_API_KEY"],
         ),
         (["judge.api_key=secret"], ["judge.api_key"]),
         (["+judge.api_key=secret"], ["unknown key judge.api_key", "did you mean judge.api_key_env?"]),

@@ -113,7 +113,7 @@ def damaged_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def damaged_rows(rows: list[dict[str, Any]], draw: random.Random) -> list[Any]:
-    """A field lost, of another value or name; a row that is no object, or there twice."""
+    """A field lost, of another value or name; a row that is not an object, or there twice."""
     changed: list[Any] = json.loads(json.dumps(rows))
     for _ in range(draw.randint(1, 3)):
         place, kind = draw.randrange(len(changed)), draw.randrange(5)

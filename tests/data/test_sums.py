@@ -41,7 +41,7 @@ def test_wrong_sums_by_hand() -> None:
     assert sums.wrong_sums(38, 47) == [58, 75, 84, 86, 95]
     # 99 + 99 = 198: ±1, ±10, swaps 918 and 189, 188 without the carry
     assert sums.wrong_sums(99, 99) == [188, 189, 197, 199, 208, 918]
-    # 10 + 10 = 20: 10 from ten less, 02 swapped is no number of two digits
+    # 10 + 10 = 20: 10 from ten less, 02 swapped is not a number of two digits
     assert sums.wrong_sums(10, 10) == [10, 19, 21, 30]
 
 

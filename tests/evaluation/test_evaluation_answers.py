@@ -139,7 +139,7 @@ def test_answers_end_as_tokenizer_model_and_template_say(make: Make) -> None:
     model.generation_config.eos_token_id = [2, 50]
     assert stop_ids(tokenizer, model, dataset) == (2, 50)
     model.generation_config.eos_token_id = None
-    # a template whose turns end with a token of its own; plain text at the end is no stop
+    # a template whose turns end with a token of its own; plain text at the end is not a stop
     turns = PairDataset.of([Example("", [1, 5], [6, tokenizer.bos_token_id], [7, 8]) for _ in range(3)])
     assert stop_ids(tokenizer, model, turns) == (1, 2)
     text = PairDataset.of([Example("", [1, 5], [6, 9], [7, 8]) for _ in range(3)])

@@ -224,7 +224,7 @@ def test_ranks_that_hear_from_each_other_lose_nobody() -> None:
     first, second, store = heartbeats(lost.append, 0.5)
     second.begin(Ranks(1, 2, 1, "srun"), store)
     time.sleep(1.5)
-    second.stop()  # one that leaves is no loss
+    second.stop()  # one that leaves costs nothing
     time.sleep(1.0)
     first.stop()
     assert lost == []

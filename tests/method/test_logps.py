@@ -339,7 +339,7 @@ def test_importance_and_mean_weights_sum_to_one(lengths: list[int], seed: int) -
 
 
 def test_sums_of_fp32_tokens_are_taken_in_fp64() -> None:
-    # 2²⁴ + 1 is no fp32 number
+    # 2²⁴ + 1 is not an fp32 number
     z = sequence_logps(
         torch.tensor([-(2.0**24), -1.0]), torch.ones(2, dtype=torch.float64), torch.tensor([0, 0]), 1
     )

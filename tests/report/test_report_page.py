@@ -276,7 +276,7 @@ def test_the_command_needs_no_torch_and_refuses_in_one_line(tmp_path: Path) -> N
     assert (done.returncode, done.stdout) == (0, f"rcpo: wrote {run / 'report.html'}\n"), done.stderr
     refused = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "nowhere is no folder" in refused.stderr
+    assert "nowhere is not a folder" in refused.stderr
 
 
 def test_twenty_four_runs_of_two_thousand_steps_take_less_than_ten_seconds(tmp_path: Path) -> None:

@@ -41,13 +41,13 @@ def test_names_are_as_long_as_they_need_to_be(tmp_path: Path) -> None:
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run in .*config\.yaml"):
         read_runs([tmp_path])
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         read_runs([tmp_path / "nowhere"])
 
 
 def test_columns_hold_nan_where_a_value_is_null_or_absent(tmp_path: Path) -> None:
     metrics = [
-        {"step": 0, "eval/loss": 0.5},  # an evaluation's own row is no trained step
+        {"step": 0, "eval/loss": 0.5},  # an evaluation's own row is not a trained step
         {"step": 1, "loss": 0.7, "dynamics/in_band": True},
         {"step": 2, "loss": None, "nonfinite": 1, "eval/loss": 0.25},
     ]
@@ -148,7 +148,7 @@ def test_a_model_that_was_only_evaluated_is_no_failure(tmp_path: Path) -> None:
     ("log", "expected"),
     [
         ("Traceback\n  File x\nrcpo.config.schema.RunError: step 2 is lost\n", "step 2 is lost"),
-        ("Traceback\n  File x\nrcpo.nonfinite.NonFinite: step 3 is no number\n", "step 3 is no number"),
+        ("Traceback\n  File x\nrcpo.nonfinite.NonFinite: step 3 is not a number\n", "step 3 is not a number"),
         ("[2026][rcpo][INFO] - refused: optim.lr=-1 is below 0\n", "optim.lr=-1 is below 0"),
         ("Traceback\nKeyboardInterrupt\n", "KeyboardInterrupt"),
         ("all is well\n", None),

@@ -285,7 +285,7 @@ def test_an_evaluation_line_leaves_intervals_to_the_row() -> None:
 
 
 def test_slow_steps_are_shown_once_a_minute() -> None:
-    seconds = [500.0]  # the time before the first row is no part of the rate
+    seconds = [500.0]  # the time before the first row is not part of the rate
     console = plain()
     display = PlainDisplay(console, 10_000, clock=lambda: seconds[0])
     for step in range(1, 11):

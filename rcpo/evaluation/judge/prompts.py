@@ -103,7 +103,7 @@ def _label(value: Any, place: str) -> float | None:
     try:
         preference = float(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: preference is no number") from error
+        raise ConfigError(f"{place}: preference is not a number") from error
     if preference != preference:
         return None
     if preference == 0:
