@@ -34,10 +34,10 @@ def tiny_llama(folder: Path, *, tied: bool = False, hidden: int = 32, positions:
     return str(folder)
 
 
-def sums_file(path: Path, count: int, *, weighted: bool = False) -> str:
+def sums_file(path: Path, count: int, *, weighted: bool = False, gold: bool = False) -> str:
     """A JSONL file of `count` ≤ 89 pairs with distinct prompts and responses of several lengths.
 
-    Where `weighted`, their weights go from 0.1 to 1.3 in turn.
+    Where `weighted`, their weights go from 0.1 to 1.3 in turn; with `gold`, each has a third answer.
     """
     rows = [
         {
@@ -46,6 +46,7 @@ def sums_file(path: Path, count: int, *, weighted: bool = False) -> str:
             "rejected": str(110 + n),
         }
         | ({"weight": 0.1 + 0.3 * (n % 5)} if weighted else {})
+        | ({"gold": f"the sum is {109 if n % 2 else '= 109'}"} if gold else {})
         for n in range(count)
     ]
     for file in (path, Path(held_out(path))):

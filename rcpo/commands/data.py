@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -20,15 +21,22 @@ from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_
 from rcpo.config.nodes import refuse_command_keys
 from rcpo.config.parsing import parse
 from rcpo.config.schema import RunConfig
+from rcpo.data.cache import Say
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.diagnosis import ches_lines, ches_of, responses, sampled
 from rcpo.data.records import PAIRS, Example
 from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
+from rcpo.method.types import PAIR
 from rcpo.models import hub
-from rcpo.models.loading import load_model, load_tokenizer, model_folder
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_config, load_model, load_tokenizer, model_folder
 from rcpo.models.policy import Policy
+from rcpo.system import distributed
 from rcpo.system.text import visible
+from rcpo.training.limits import refuse_rows_beyond
+from rcpo.training.objective import build_objective, refuse_numbers, scored_sides
+from rcpo.training.start_band import band_lines
 
 SHOW = "show"  # the word that adds a diagnosis, with or without a number of examples
 SHOWN = 3  # examples, without `show=`
@@ -74,6 +82,8 @@ def _show(config: RunConfig, count: int, *, diagnose: bool) -> None:
         console.print(Text(visible(line)), soft_wrap=True)
 
     datasets = load_datasets(config.data, tokenizer, config.seed, say)
+    if config.data.ches_max is not None:
+        datasets = _within_ches(config, tokenizer, datasets, say)
     for line in (*datasets.report.lines(), _special_tokens(tokenizer, datasets)):
         say(line)
     for example in datasets.train[:count]:
@@ -85,20 +95,66 @@ def _show(config: RunConfig, count: int, *, diagnose: bool) -> None:
     for line in duplicates(datasets):
         say(line)
     if diagnose and datasets.train.kind == PAIRS:
-        for line in _diagnosis(config, tokenizer, datasets.train):
+        for line in _diagnosis(config, tokenizer, datasets):
             say(line)
 
 
-def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dataset: PairDataset) -> list[str]:
-    """Lines on the pairs, and on what the model makes of them where its weights are on this machine."""
-    lines = responses(dataset)
+def _within_ches(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, say: Say
+) -> Datasets:
+    """What training would keep; raises ConfigError where the model's weights are not on this machine."""
+    if not _is_here(config):
+        raise ConfigError(
+            f"data.ches_max={config.data.ches_max:g} needs the model, and model.path={config.model.path} is "
+            "not a folder on this machine; download it first, or leave data.ches_max out"
+        )
+    from rcpo.training.ches import within_ches  # DeepSpeed takes seconds to import
+
+    start = _start(config)
+    refuse_rows_beyond("the policy", load_config(start.base, config.model), datasets.train, PAIR)
+    distributed.initialize()
+    atexit.register(distributed.shutdown)
+    return within_ches(datasets, config, start, tokenizer, say)
+
+
+def _is_here(config: RunConfig) -> bool:
     path = config.model.path
-    if path is not None and not Path(path).expanduser().is_dir():
-        return [*lines, f"CHES needs the model: model.path={path} is not a folder on this machine"]
-    policy = Policy(load_model(model_folder(config.model), config, init=config.model.init))
+    return path is None or Path(path).expanduser().is_dir()
+
+
+def _start(config: RunConfig) -> ModelSource:
+    """What training would start from."""
+    given = None if config.adapter.name == "none" else config.adapter.path
+    adapter = None if given is None else hub.folder("adapter.path", given)
+    return ModelSource(model_folder(config.model), config.model.init, adapter=adapter)
+
+
+def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> list[str]:
+    """Lines on the pairs, and on what the model makes of them where its weights are on this machine."""
+    dataset, objective = datasets.train, build_objective(config)
+    refuse_numbers(objective, datasets)
+    lines = responses(dataset)
+    if not _is_here(config):
+        where = f"model.path={config.model.path} is not a folder on this machine"
+        return [*lines, f"CHES and the band need the model: {where}"]
+    start = _start(config)
+    settings, sides = load_config(start.base, config.model), scored_sides(objective, dataset)
+    refuse_rows_beyond("the policy", settings, dataset, sides)
+    model = load_model(start.base, config, init=start.init)
+    if start.adapter is not None:
+        from rcpo.models.adapters import merge_adapter  # peft takes seconds to import
+
+        model = merge_adapter(model, start.adapter)
+    policy = Policy(model.eval())
+    policy.examine()
+    if not policy.fused:
+        return [*lines, "CHES and the band need an output head that is W h + b with a known scale or cap"]
     pad, places = tokenizer.pad_token_id, sampled(dataset)
     assert isinstance(pad, int)
-    return [*lines, *ches_lines(ches_of(policy, dataset, places, pad), places, dataset.id)]
+    lines += ches_lines(ches_of(policy, dataset, places, pad), places, dataset.id)
+    if objective.needs_rejected:
+        lines += band_lines(policy, objective, dataset, config, pad)
+    return lines
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> str:

@@ -39,6 +39,7 @@ class DataConfig:
     conversation are learned. `train_examples` is how many pairs the embedded task makes. `template` is None
     (messages: the tokenizer's), `tokenizer`, a named one or a Jinja file. `min_margin` and `max_margin`
     bound how far the two scores of a pair may be apart, `ties` keep or drop pairs with equal scores.
+    `ches_max` bounds how much alike the two responses of a training pair may be to the starting model (CHES).
     `max_dropped` is the share of rows that `on_bad=drop` may leave out. `truncation` is which side of a
     prompt stays. `cache` keeps tokens: a folder, None (the user's) or off. `workers` None is a process a
     core. `layout` says how pairs lie in rows: auto, shared (a prompt once) or separate. `group_by_length`
@@ -79,6 +80,7 @@ class DataConfig:
     on_bad: str = "refuse"
     min_margin: float | None = None
     max_margin: float | None = None
+    ches_max: float | None = None
     ties: str = "keep"
     max_dropped: float = 0.05
     cache: str | None = None

@@ -92,6 +92,7 @@ RANGES = {
     "data.train_examples": (1, math.inf, True, False),
     "data.eval_fraction": (0, 1, True, False),
     "data.min_margin": (-math.inf, math.inf, False, False),
+    "data.ches_max": (-math.inf, math.inf, False, False),
     "data.max_margin": (-math.inf, math.inf, False, False),
     "data.max_dropped": (0, 1, True, True),
     "data.max_examples": (1, math.inf, True, False),

@@ -18,7 +18,7 @@ import torch
 from rcpo.data.batches import FILLER, pack
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
-from rcpo.method.types import TokenBatch
+from rcpo.method.types import PAIR, SIDES, TokenBatch
 from rcpo.models.attention import PADDING, SEGMENTS_PER_PAIR
 
 Pair = list[list[int]]  # a prompt's token ids and those of its responses, one for each side
@@ -29,24 +29,26 @@ def collate(
     examples: Sequence[Example],
     pad_id: int,
     *,
-    sides: int = 2,
+    sides: tuple[str, ...] = PAIR,
     layout: str = "separate",
     indices: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     margins: Sequence[float] | None = None,
     mismatched: Sequence[list[int]] | None = None,
 ) -> TokenBatch:
-    """B examples as sequences: all chosen, with `sides` ≥ 2 then all rejected, with 3 then all mismatched.
+    """B examples as sequences, side after side: `sides` are some of `SIDES` in their order, `chosen` first.
 
-    Of an unpaired example one of the first two has no token, and no row of its own.
+    Of an unpaired example chosen or rejected has no token, and no row of its own.
 
     `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers
     and 1 for the others, `margins` to None: nobody scored the responses. `mismatched` are B completions,
     scored after these examples' prompts.
     """
-    if sides not in (1, 2, 3) or (sides == 3) != (mismatched is not None):
+    known = tuple(side for side in SIDES if side in sides)
+    if sides != known or sides[:1] != PAIR[:1] or ("mismatched" in sides) != (mismatched is not None):
         raise ValueError(
-            f"sides={sides}: 1 (chosen), 2 (and rejected) or 3 (and mismatched, which must be given)"
+            f"sides={sides}: chosen and some of {', '.join(SIDES[1:])}, in this order, are expected, and "
+            "mismatched completions where they are among them"
         )
     assert layout in ("separate", "shared"), layout
     positions = list(range(len(examples))) if indices is None else list(indices)
@@ -54,13 +56,16 @@ def collate(
         weights = [float(position != FILLER) for position in positions]
     assert len(positions) == len(weights) == len(examples), "one index and one weight a pair"
 
-    pairs = [[example.prompt, example.chosen, example.rejected][: sides + 1] for example in examples]
-    if mismatched is not None:
-        pairs = [[*pair, tokens] for pair, tokens in zip(pairs, mismatched, strict=True)]
+    others: Sequence[list[int]] = [[] for _ in examples] if mismatched is None else mismatched
+    pairs = [
+        [example.prompt, *(tokens if side == "mismatched" else getattr(example, side) for side in sides)]
+        for example, tokens in zip(examples, others, strict=True)
+    ]
     lengths = np.array([[len(part) for part in pair] for pair in pairs])  # (B, 1 + sides), prompts first
     responses = lengths[:, 1:]
-    scored, mixed = responses[:, :2].max(axis=1), responses[:, 2:]
-    if min(lengths[:, 0].min(), scored.min(), mixed.min(initial=1)) < 1:
+    compared = [side in PAIR for side in sides]  # of an unpaired example one of them is not there
+    scored, further = responses[:, compared].max(axis=1), responses[:, np.logical_not(compared)]
+    if min(lengths[:, 0].min(), scored.min(), further.min(initial=1)) < 1:
         raise ValueError(
             "a row has an empty prompt or no response: nothing would predict it, or nothing is learned"
         )
@@ -82,12 +87,17 @@ def collate(
 
 
 def collate_indices(
-    dataset: PairDataset, indices: Sequence[int], pad_id: int, *, sides: int = 2, layout: str = "separate"
+    dataset: PairDataset,
+    indices: Sequence[int],
+    pad_id: int,
+    *,
+    sides: tuple[str, ...] = PAIR,
+    layout: str = "separate",
 ) -> TokenBatch:
     """The examples at these positions as a batch; a filler (−1) has the shortest one's tokens, weight 0."""
     positions = [dataset.shortest if index == FILLER else index for index in indices]
     weights = np.where(np.asarray(indices) == FILLER, 0.0, dataset.weights[positions])
-    mismatched = [dataset.mismatched(position) for position in positions] if sides == 3 else None
+    mismatched = [dataset.mismatched(position) for position in positions] if "mismatched" in sides else None
     examples = [dataset[position] for position in positions]
     margins = dataset.margins[positions]
     return collate(
@@ -126,7 +136,7 @@ def _separate(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
 
 
 def _shared(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
-    """Prompt, chosen, rejected (and mismatched) of a pair one after the other; pairs packed into rows."""
+    """Prompt and responses of a pair one after the other; pairs packed into rows."""
     totals = lengths.sum(axis=1)
     rows, starts = pack(totals, int(totals.max()))
     shape = (max(rows) + 1, int(totals.max()))

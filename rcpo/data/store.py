@@ -13,7 +13,8 @@ import numpy as np
 from rcpo.data.records import PAIRS, VALUES, Example
 from rcpo.errors import ConfigError
 
-PARTS = 4  # of an example: prompt, chosen, rejected, gold
+RESPONSES = ("chosen", "rejected", "gold")
+PARTS = 1 + len(RESPONSES)  # of an example: its prompt too
 
 
 class TokenStore:
@@ -220,15 +221,18 @@ class PairDataset(Sequence[Example]):
         """The position of the example with the fewest tokens: the cheapest filler."""
         return int(self.lengths.sum(axis=1).argmin())
 
-    def response_lengths(self, sides: int) -> np.ndarray:
-        """Token counts (n, sides) of the responses that are scored: chosen, rejected, mismatched."""
-        responses = self.lengths[:, 1:3]
-        if sides < 3:
-            return responses[:, :sides]
-        partners = np.where(responses[:, 0] > 0, responses[:, 0], responses[:, 1])[self.partners]
-        if self.max_length is not None:
-            partners = np.minimum(partners, self.max_length - self.lengths[:, 0])
-        return np.column_stack([responses, partners])
+    def response_lengths(self, sides: tuple[str, ...]) -> np.ndarray:
+        """Token counts (n, sides) of the responses that are scored, which are some of `SIDES`."""
+        return np.column_stack([self._side_lengths(side) for side in sides])
+
+    def _side_lengths(self, side: str) -> np.ndarray:
+        if side != "mismatched":
+            return self.lengths[:, RESPONSES.index(side) + 1]
+        chosen, rejected = self.lengths[:, 1], self.lengths[:, 2]
+        partners = np.where(chosen > 0, chosen, rejected)[self.partners]
+        if self.max_length is None:
+            return partners
+        return np.minimum(partners, self.max_length - self.lengths[:, 0])
 
     @cached_property
     def fingerprint(self) -> str:

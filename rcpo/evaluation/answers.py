@@ -102,7 +102,7 @@ def answer_logps(
     found: dict[int, np.ndarray] = {}
     for numbers in shares:
         kept = [examples[max(number, 0)] for number in numbers]
-        batch = collate(kept, pad, sides=1, indices=numbers).to(session.engine.device)
+        batch = collate(kept, pad, sides=("chosen",), indices=numbers).to(session.engine.device)
         with torch.no_grad():
             logps = score(batch).double().cpu().numpy()
         ends = np.cumsum(batch.lengths.cpu().numpy())

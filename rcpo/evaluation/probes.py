@@ -95,7 +95,9 @@ class Probe:
         if not scored.count:
             return {}
         ones = torch.ones_like(scored.logps, dtype=torch.float64)
-        mass = sequence_logps(scored.logps, ones, batch.sequences, len(batch.lengths)).view(batch.sides, -1)
+        mass = sequence_logps(scored.logps, ones, batch.sequences, len(batch.lengths)).view(
+            len(batch.sides), -1
+        )
         real = batch.weights > 0
         both = pairs.rejected is not None
         values: dict[str, torch.Tensor | None] = {

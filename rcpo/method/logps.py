@@ -271,35 +271,34 @@ def pair_logps(
     `ref_logps` (N,), the reference's log-probs of the same tokens, is reduced with the same weights. From
     `squares` (N,), `log_squares` at the same places, come the responses' likelihoods.
     """
-    sides = batch.sides
-    count = sides * batch.num_pairs
-    z = sequence_logps(logps, weights, batch.sequences, count).view(sides, -1)
-    lengths = batch.lengths.view(sides, -1)
     by_length = 1.0 / batch.lengths.double()[batch.sequences]
-    means = sequence_logps(logps, by_length, batch.sequences, count)
-    likelihoods = None
-    if squares is not None:
-        compared = sequence_logps((logps - squares).detach(), by_length, batch.sequences, count)
-        likelihoods = compared.exp().view(sides, -1)
-    ref = (
-        None
-        if ref_logps is None
-        else sequence_logps(ref_logps, weights, batch.sequences, count).view(sides, -1)
-    )
+
+    def sides(values: Tensor | None, parts: Tensor) -> dict[str, Tensor]:
+        """Sums (B,) of the tokens' values by their parts, of each side."""
+        if values is None:
+            return {}
+        totals = sequence_logps(values, parts, batch.sequences, len(batch.lengths))
+        return dict(zip(batch.sides, totals.view(len(batch.sides), -1), strict=True))
+
+    z, ref, means = sides(logps, weights), sides(ref_logps, weights), sides(logps, by_length)
+    lengths = dict(zip(batch.sides, batch.lengths.view(len(batch.sides), -1), strict=True))
+    compared = {} if squares is None else sides((logps - squares).detach(), by_length)
+    likelihoods = {side: values.exp() for side, values in compared.items()}
     return PairLogps(
-        chosen=z[0],
-        rejected=z[1] if sides > 1 else None,
-        ref_chosen=None if ref is None else ref[0],
-        ref_rejected=ref[1] if ref is not None and sides > 1 else None,
-        chosen_lengths=lengths[0],
-        rejected_lengths=lengths[1] if sides > 1 else None,
-        chosen_means=means.view(sides, -1)[0],
-        kl_chosen=z[2] if sides > 2 else None,
-        ref_kl_chosen=ref[2] if ref is not None and sides > 2 else None,
+        chosen=z["chosen"],
+        rejected=z.get("rejected"),
+        ref_chosen=ref.get("chosen"),
+        ref_rejected=ref.get("rejected"),
+        chosen_lengths=lengths["chosen"],
+        rejected_lengths=lengths.get("rejected"),
+        chosen_means=means["chosen"],
+        kl_chosen=z.get("mismatched"),
+        ref_kl_chosen=ref.get("mismatched"),
         weights=batch.weights,
         margins=batch.margins,
-        chosen_likelihoods=None if likelihoods is None else likelihoods[0],
-        rejected_likelihoods=None if likelihoods is None or sides < 2 else likelihoods[1],
+        chosen_likelihoods=likelihoods.get("chosen"),
+        rejected_likelihoods=likelihoods.get("rejected"),
+        gold_means=means.get("gold"),
     )
 
 

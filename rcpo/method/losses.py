@@ -353,6 +353,16 @@ def orpo(logps: PairLogps, *, beta: float = 0.1) -> Tensor:
     return -logps.chosen - beta * F.logsigmoid(chosen - rejected)
 
 
+@register("tpo", reduction="sum", needs_reference=False, needs_gold=True)
+def tpo(logps: PairLogps, *, beta: float = 0.01, gamma: float = 0.0, lambda_nll: float = 1.0) -> Tensor:
+    """−logσ(βΔ − γ) − λ z̄_g, Saeidi et al. 2024 (triple preference optimization).
+
+    z̄_g is the mean log-prob a token of the pair's gold answer. On means, with a γ, it is their TPO-L.
+    """
+    preference = -F.logsigmoid(beta * (logps.chosen - logps.losers) - gamma)
+    return preference - lambda_nll * logps.gold
+
+
 @register("slic", reduction="mean", needs_reference=False)
 def slic(logps: PairLogps, *, gamma: float = 1.0, lambda_nll: float = 0.1) -> Tensor:
     """max(0, γ − Δ) − λ z_w, Zhao et al. 2023."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcpo.method import losses as losses  # registers rcpo's own
 from rcpo.method.registry import REDUCTIONS, Specification, names, register, specification
-from rcpo.method.types import PairLogps
+from rcpo.method.types import SIDES, PairLogps
 
 __all__ = ["Objective", "RunningMean", "Specification", "get_objective", "names", "register", "specification"]
 
@@ -126,9 +126,11 @@ class Objective:
         return {self.reduction}
 
     @property
-    def sides(self) -> int:
-        """Sequences a pair: chosen, rejected, mismatched."""
-        return 1 + self.needs_rejected + self.spec.needs_mismatched
+    def sides(self) -> tuple[str, ...]:
+        """The responses of a pair that it reads, some of `SIDES` in their order."""
+        spec = self.spec
+        wanted = (True, spec.needs_rejected, spec.needs_mismatched, spec.needs_gold)
+        return tuple(side for side, is_wanted in zip(SIDES, wanted, strict=True) if is_wanted)
 
     def __call__(self, logps: PairLogps) -> Tensor:
         supplied = {"running_mean": self.state.value} if isinstance(self.state, RunningMean) else {}
@@ -379,6 +381,7 @@ def _joined(spec: Specification, parts: Sequence[Objective]) -> Specification:
         needs_reference=any(one.needs_reference for one in specs),
         needs_rejected=any(one.needs_rejected for one in specs),
         needs_mismatched=any(one.needs_mismatched for one in specs),
+        needs_gold=any(one.needs_gold for one in specs),
         couples_batch=any(one.couples_batch for one in specs),
         sorts_batch=any(one.sorts_batch for one in specs),
         takes_unpaired=all(one.takes_unpaired for one in specs),

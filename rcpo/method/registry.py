@@ -29,8 +29,9 @@ class Specification:
     weight has no place. `running_mean(logps, beta=…)`: values whose mean over all pairs seen so far is handed
     to the loss as `running_mean`; a loss with the keyword `progress` gets the share of the run that is done.
     `token_weighted`: pairs count by their response tokens in the batch mean. `takes_unpaired`: a side that a
-    pair lacks (length 0) has no part in its loss. `needs_margins`: the responses have to be scored, and
-    `score_scale` times their margin has to lie inside `margins`. `make` is the class of the objective, where
+    pair lacks (length 0) has no part in its loss. `needs_gold`: each pair has to have a third answer, whose
+    `gold_means` the loss reads. `needs_margins`: the responses have to be scored, and `score_scale` times
+    their margin has to lie inside `margins`. `make` is the class of the objective, where
     that is more than a loss with its hyper-parameters.
     """
 
@@ -40,6 +41,7 @@ class Specification:
     needs_reference: bool
     needs_rejected: bool = True
     needs_mismatched: bool = False
+    needs_gold: bool = False
     takes_unpaired: bool = False
     needs_margins: bool = False
     margins: tuple[float, float] = (-math.inf, math.inf)

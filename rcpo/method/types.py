@@ -23,7 +23,8 @@ class PairLogps:
     a token, needed by `nll_coef` on summed log-probs. `kl_chosen` and `ref_kl_chosen` score chosen responses
     under prompts of other pairs (kto's K). `weights` are the pairs' parts in the batch mean (None: all
     alike), `margins` how far somebody scored the chosen responses above the rejected ones. `*_likelihoods`
-    are geometric means over a response's tokens of p ÷ Σ_v p(v)² (wpo).
+    are geometric means over a response's tokens of p ÷ Σ_v p(v)² (wpo). `gold_means` is the mean log-prob a
+    token of third answers, better than both (tpo).
 
     >>> chosen, rejected, reference = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([-1.5])
     >>> logps = PairLogps(chosen, rejected, ref_chosen=reference, ref_rejected=reference)
@@ -44,6 +45,7 @@ class PairLogps:
     margins: Tensor | None = None
     chosen_likelihoods: Tensor | None = None
     rejected_likelihoods: Tensor | None = None
+    gold_means: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -75,6 +77,11 @@ class PairLogps:
     def score_margins(self) -> Tensor:
         """How far the chosen responses were scored above the rejected ones, shape (B,)."""
         return _require(self.margins, "margins")
+
+    @property
+    def gold(self) -> Tensor:
+        """Mean log-prob a token of the gold answers, shape (B,)."""
+        return _require(self.gold_means, "gold_means")
 
     @property
     def likelihood(self) -> Tensor:
@@ -118,6 +125,12 @@ def _require(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
+SIDES = ("chosen", "rejected", "mismatched", "gold")
+"""A pair's responses that a batch may hold, in their order; `mismatched` is another prompt's (kto's K)."""
+
+PAIR = SIDES[:2]
+
+
 @dataclass
 class TokenBatch:
     """A micro-batch of B pairs, independent of how the rows are laid out.
@@ -125,8 +138,8 @@ class TokenBatch:
     `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body;
     so do `segments` (R, L) where rows hold more than one sequence (`models/attention.py` makes their mask).
     `predictors` (N,) are flat indices into R·L of the positions whose hidden states predict the N response
-    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: the chosen ones are 0..B−1,
-    the rejected B..2B−1, mismatched completions 2B..3B−1 (`sides` = 1, 2 or 3). `lengths` (S,) counts
+    tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: those on the first
+    of `sides` (some of `SIDES`) are 0..B−1, on the second B..2B−1, and so on. `lengths` (S,) counts
     response tokens, `weights` (B,) are the pairs' weights in the loss, 0 for a filler that evens out the
     ranks' last batch, `margins` (B,) how far the chosen response was scored above the other, None where
     nobody says so of each. `ref_logps` (N,) are the reference's log-probs of the same tokens. `num_tokens`
@@ -137,7 +150,7 @@ class TokenBatch:
     ...     input_ids=one, attention_mask=torch.ones_like(one), position_ids=torch.arange(3)[None],
     ...     predictors=torch.tensor([0, 1]), labels=torch.tensor([6, 7]), sequences=torch.tensor([0, 0]),
     ...     lengths=torch.tensor([2]), weights=torch.ones(1), indices=torch.tensor([0]),
-    ...     example_ids=["a"], sides=1,
+    ...     example_ids=["a"], sides=("chosen",),
     ... )
     >>> batch.num_pairs
     1
@@ -153,7 +166,7 @@ class TokenBatch:
     weights: Tensor
     indices: Tensor
     example_ids: list[str]
-    sides: int = 2
+    sides: tuple[str, ...] = PAIR
     ref_logps: Tensor | None = None
     segments: Tensor | None = None
     margins: Tensor | None = None

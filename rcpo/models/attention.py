@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rcpo.errors import ConfigError
 
-SEGMENTS_PER_PAIR = 4
-"""Segment codes are 4 · pair + part: part 0 is the prompt, 1 to 3 its responses. Padding is −1."""
+SEGMENTS_PER_PAIR = 5
+"""Segment codes are 5 · pair + part: part 0 is the prompt, 1 to 4 its responses. Padding is −1."""
 
 PADDING = -1
 

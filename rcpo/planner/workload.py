@@ -21,6 +21,7 @@ from rcpo.models.hub import own_folder
 from rcpo.models.loading import load_tokenizer, model_folder
 from rcpo.planner.settings import PlanConfig
 from rcpo.planner.trace import Rows
+from rcpo.training.objective import scored_sides
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def workload(
     """Counts in the `data`, unless `settings` say enough; raises ConfigError where neither can be."""
     given = (settings.prompt_tokens, settings.response_tokens)
     if None not in given:
-        return _from_means(config, settings, objective.sides, layout, ranks)
+        return _from_means(config, settings, len(objective.sides), layout, ranks)
     if any(value is not None for value in given):
         raise ConfigError("plan.prompt_tokens and plan.response_tokens go together: give both, or none")
     return _from_data(config, objective, data(), layout, ranks)
@@ -120,7 +121,7 @@ def _from_data(
     shapes = list(_microbatches(config, objective, data, batches, seen, layout, ranks))
     sizes = np.array([shape.rows * shape.length for shape in shapes])
     mean = int(np.abs(sizes - sizes.mean()).argmin())
-    sides = max(objective.sides, 2 if (data.lengths[:, 2] > 0).all() else 1)
+    sides = scored_sides(objective, data)
     lengths = row_lengths(data.lengths[:, 0], data.response_lengths(sides), layout)
     longest = np.argsort(-lengths, kind="stable")[: config.eval.batch_size]
     return Workload(
@@ -131,8 +132,13 @@ def _from_data(
         shapes[int(sizes.argmax())],
         shapes[mean],
         _shape(data, longest.tolist(), sides, layout),
-        f"{len(data):,} pairs of data={config.data.name}, counted",
+        f"{len(data):,} pairs of data={config.data.name}, counted{_unscored(config)}",
     )
+
+
+def _unscored(config: RunConfig) -> str:
+    """What the plan cannot know without the model."""
+    return "" if config.data.ches_max is None else " before data.ches_max"
 
 
 def _microbatches(
@@ -151,12 +157,12 @@ def _microbatches(
                 yield _shape(data, piece, sides, layout)
 
 
-def _shape(data: PairDataset, positions: list[int], sides: int, layout: str) -> Rows:
+def _shape(data: PairDataset, positions: list[int], sides: tuple[str, ...], layout: str) -> Rows:
     places = np.array([data.shortest if position < 0 else position for position in positions])
     prompts, responses = data.lengths[places, 0], data.response_lengths(sides)[places]
     tokens = int(responses.sum())
     if layout == "separate":
-        return Rows(len(places) * sides, int((prompts[:, None] + responses).max()), tokens, False)
+        return Rows(len(places) * len(sides), int((prompts[:, None] + responses).max()), tokens, False)
     totals = prompts + responses.sum(axis=1)
     longest = int(totals.max())
     return Rows(max(pack(totals, longest)[0]) + 1, longest, tokens, True)

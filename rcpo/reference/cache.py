@@ -31,18 +31,19 @@ PATIENCE = 5.0  # seconds between two looks at a lock: well within the collectiv
 
 @dataclass(frozen=True)
 class LogpRequest:
-    """`total` log-probs, what they depend on, and a name for the user."""
+    """`total` values, what they depend on, and for the user their name and what they belong to."""
 
     name: str
     ingredients: dict[str, str]
     total: int
+    unit: str = "tokens"
 
     @property
     def key(self) -> str:
         return entry_key(self.ingredients)
 
     def __str__(self) -> str:
-        return f"reference log-probs ({self.name})"
+        return self.name
 
 
 class Cache:
@@ -93,7 +94,7 @@ class Cache:
 
     def _read(self, path: Path, wanted: LogpRequest, stored: Stored | None) -> Values:
         values = self._share(path, wanted, stored, None)
-        self._say_main(f"{wanted}: read from cache {wanted.key[:12]} ({wanted.total:,} tokens)")
+        self._say_main(f"{wanted}: read from cache {wanted.key[:12]} ({wanted.total:,} {wanted.unit})")
         return values
 
     def _wait(self, path: Path, wanted: LogpRequest) -> Lock | None:
@@ -122,7 +123,7 @@ class Cache:
             fate = f"kept in {path}" if path is not None else "not kept (reference.cache=off)"
             if sink.failure is not None:
                 fate = f"not kept, they stay in memory: {path}: {sink.failure.strerror}"
-            self._say(f"{wanted}: computed in {seconds:.1f} s ({wanted.total:,} tokens), {fate}")
+            self._say(f"{wanted}: computed in {seconds:.1f} s ({wanted.total:,} {wanted.unit}), {fate}")
         if distributed.broadcast_object(memory is not None):
             return self._share(None, wanted, None, memory)
         assert path is not None

@@ -52,7 +52,7 @@ Acting = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class ScoredData:
-    """A dataset whose responses the reference scores: the first `sides` of each example in `positions`.
+    """A dataset whose responses the reference scores: those on `sides` of each example in `positions`.
 
     `batches` yields this rank's share of them, as many batches on every rank; `positions` None is all.
     `layout` is that of the batches' rows. `partial`: other examples will be asked for too, and have none.
@@ -60,7 +60,7 @@ class ScoredData:
 
     name: str
     dataset: PairDataset
-    sides: int
+    sides: tuple[str, ...]
     positions: np.ndarray | None
     layout: str
     batches: Callable[[], Iterator[TokenBatch]]
@@ -105,11 +105,13 @@ class ReferencePass:
             ingredients = own | {
                 "dataset": part.dataset.fingerprint,
                 "examples": keys.positions_hash(part.positions),
-                "sides": str(part.sides),
+                "sides": ",".join(part.sides),
                 "layout": part.layout,
             }
             fill = _Fill(part, rows, scorer, self._config, say, stop)
-            values, check = cache.fetch(LogpRequest(part.name, ingredients, rows.total), fill)
+            values, check = cache.fetch(
+                LogpRequest(f"reference log-probs ({part.name})", ingredients, rows.total), fill
+            )
             references.append(StoredReference(rows, values, check))
         scorer.close()
         return references

@@ -1,7 +1,6 @@
 """Log-probs of a frozen reference for the tokens of a batch: per token, for `importance` weights them anew.
 
-They lie in one flat array, example after example, in each the chosen response, then the rejected, then the
-mismatched one: a pair is read in one piece.
+They lie in one flat array, example after example, in each side after side: a pair is read in one piece.
 
 Axes: n examples, N response tokens of a batch, S sequences of a batch, T stored tokens.
 """
@@ -23,7 +22,7 @@ Reference = Callable[[TokenBatch], Tensor]
 
 
 class Rows:
-    """Where each response of a dataset lies: `offsets` (n·sides + 1,) int64, response i·sides + side.
+    """Where each response of a dataset lies: `offsets` (n·sides + 1,) int64, response i·sides + side's place.
 
     `positions` are the examples that are stored (None: all of them); the others have no tokens. Batches hold
     stored examples alone, unless the rows are `partial`.
@@ -32,7 +31,7 @@ class Rows:
     def __init__(
         self,
         dataset: PairDataset,
-        sides: int,
+        sides: tuple[str, ...],
         positions: np.ndarray | None = None,
         *,
         partial: bool = False,
@@ -42,7 +41,7 @@ class Rows:
             kept = np.zeros_like(lengths)
             kept[positions] = lengths[positions]
             lengths = kept
-        self.sides = sides
+        self._sides = sides
         self._partial = partial
         self.offsets = np.concatenate([[0], np.cumsum(lengths.ravel(), dtype=np.int64)])
 
@@ -53,9 +52,9 @@ class Rows:
 
     def of_batch(self, batch: TokenBatch) -> np.ndarray:
         """The stored row of each sequence of a batch, (S,), −1 for fillers."""
-        assert batch.sides <= self.sides, (batch.sides, self.sides)
+        places = [self._sides.index(side) for side in batch.sides]
         indices = batch.indices.cpu().numpy()
-        rows = indices * self.sides + np.arange(batch.sides)[:, None]
+        rows = indices * len(self._sides) + np.array(places)[:, None]
         return np.where(indices < 0, -1, rows).ravel()
 
     def places(self, batch: TokenBatch) -> np.ndarray:

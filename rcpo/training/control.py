@@ -108,9 +108,9 @@ class ControlPairs:
         for batch in self._batches_at(self._pairs, places):
             with torch.no_grad():
                 logps = self._engine.score(batch)[0]
-            lengths = batch.lengths.view(batch.sides, -1)[:2].double()
+            lengths = batch.lengths.view(len(batch.sides), -1)[:2].double()
             totals = sequence_logps(logps, torch.ones_like(logps), batch.sequences, len(batch.lengths))
-            means = totals.view(batch.sides, -1)[:2] / lengths.clamp(min=1)
+            means = totals.view(len(batch.sides), -1)[:2] / lengths.clamp(min=1)
             real = batch.indices >= 0
             sums[:, :, batch.indices[real].cpu()] = torch.stack([means, lengths > 0])[..., real].cpu()
         total = distributed.reduce_sum(sums)

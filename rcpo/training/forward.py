@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from rcpo.engine.zero import Engine
 from rcpo.method.geometry import Sketch, outer_scores, parameter_scores
 from rcpo.method.logps import length_weights, pair_logps, sequence_logps, token_weights
 from rcpo.method.objectives import Objective
 from rcpo.method.pairwise import pair_geometry
 from rcpo.method.types import PairLogps, TokenBatch
 from rcpo.reference.rows import Reference
+
+if TYPE_CHECKING:
+    from rcpo.engine.zero import Engine
 
 
 @dataclass
@@ -53,7 +56,7 @@ class PairOutput:
         batch = self.batch
         each = 1.0 / batch.lengths.double()[batch.sequences]
         means = sequence_logps(values, each, batch.sequences, len(batch.lengths))
-        return means.view(batch.sides, -1)[:, batch.weights > 0]
+        return means.view(len(batch.sides), -1)[:, batch.weights > 0]
 
     def head_scores(self) -> Tensor:
         """Σ over the pairs, by their weights, of ∇z by the head's weight: (2, k, D), chosen and rejected."""

@@ -60,7 +60,9 @@ def _ropes(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield rope
 
 
-def refuse_rows_beyond(key: str, config: PreTrainedConfig, dataset: PairDataset, sides: int) -> None:
+def refuse_rows_beyond(
+    key: str, config: PreTrainedConfig, dataset: PairDataset, sides: tuple[str, ...]
+) -> None:
     """Raise ConfigError for an example that is too long for a model, or has a token that it does not know.
 
     `key` names the model. A position is counted from the start of the prompt, also in shared rows.

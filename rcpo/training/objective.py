@@ -1,13 +1,18 @@
-"""The configured objective and calibration: the one place where their settings become objects."""
+"""The configured objective and calibration: where their settings become objects, and which data they take."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from rcpo.config.schema import CalibrationConfig, RunConfig
-from rcpo.data.records import SFT, UNPAIRED
+from rcpo.data.dataset import Datasets
+from rcpo.data.records import PAIRS, SFT, UNPAIRED
+from rcpo.data.store import RESPONSES, PairDataset
 from rcpo.errors import ConfigError
 from rcpo.method.calibration import RewardCalibrator
 from rcpo.method.objectives import Objective, get_objective
 from rcpo.method.pairwise import PairCalibrator
+from rcpo.method.types import PAIR, SIDES
 
 
 def build_objective(config: RunConfig) -> Objective:
@@ -53,6 +58,12 @@ def build_pair_calibrator(rc: CalibrationConfig) -> PairCalibrator | None:
     return PairCalibrator(edge=rc.rule == "edge", alpha_max=rc.alpha_max)
 
 
+def scored_sides(objective: Objective, dataset: PairDataset) -> tuple[str, ...]:
+    """The responses that are scored outside training: both of each pair too where there are two."""
+    compared = PAIR if (dataset.lengths[:, 2] > 0).all() else ()
+    return tuple(side for side in SIDES if side in objective.sides or side in compared)
+
+
 def refuse_kind(objective: Objective, kind: str) -> None:
     """Raises ConfigError for an objective that does not go with pairs, unpaired or supervised data."""
     if kind == SFT and objective.needs_rejected:
@@ -65,3 +76,63 @@ def refuse_kind(objective: Objective, kind: str) -> None:
             f"objective={objective.spec.name} needs pairs, and the data has single completions with labels: "
             "use objective=kto, or give pairs"
         )
+
+
+def refuse_options(objective: Objective, kind: str) -> None:
+    """Raises ConfigError for options that compare the two responses of a pair, where the data has one."""
+    for key, wanted in (
+        ("weighting", objective.needs_likelihoods),
+        ("length_alpha", objective.length_alpha != 1),
+    ):
+        if wanted and kind != PAIRS:
+            raise ConfigError(
+                f"objective.{key} needs pairs, and the data has single completions; leave it out"
+            )
+
+
+def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
+    """Raises ConfigError for weights that the objective cannot use, and for scores or answers it lacks."""
+    weighted = np.flatnonzero(datasets.train.weights != 1)
+    if objective.sorts_batch and len(weighted):
+        raise ConfigError(
+            f"{datasets.train.id(int(weighted[0]))}: a weight, and objective={objective.name} sorts the "
+            "pairs of a batch, so that no loss belongs to one pair; choose another objective, or remove them"
+        )
+    for dataset in filter(None, (datasets.train, datasets.evaluation)):
+        _refuse_margins(objective, dataset)
+        _refuse_no_gold(objective, dataset)
+
+
+def _refuse_no_gold(objective: Objective, dataset: PairDataset) -> None:
+    """Raises ConfigError for a pair without the gold answer that the objective needs."""
+    without = np.flatnonzero(dataset.lengths[:, RESPONSES.index("gold") + 1] == 0)
+    if objective.spec.needs_gold and len(without):
+        raise ConfigError(
+            f"{dataset.id(int(without[0]))}: no gold answer, and objective={objective.name} needs one for "
+            "each pair; give it in the column gold (data.columns.gold=NAME names another)"
+        )
+
+
+def _refuse_margins(objective: Objective, dataset: PairDataset) -> None:
+    """Raises ConfigError for pairs whose margins the objective needs, and that have none or another range."""
+    for scale, bounds in objective.margin_ranges:
+        _refuse_scaled_margins(objective, dataset, scale, bounds)
+
+
+def _refuse_scaled_margins(
+    objective: Objective, dataset: PairDataset, scale: float, bounds: tuple[float, float]
+) -> None:
+    margins, (lowest, highest) = scale * dataset.margins, bounds
+    wrong = np.flatnonzero(~((margins >= lowest) & (margins <= highest)))
+    if not len(wrong):
+        return
+    place, margin = dataset.id(int(wrong[0])), margins[wrong[0]]
+    if np.isnan(margin):
+        raise ConfigError(
+            f"{place}: no scores, and objective={objective.name} needs them; give score_chosen and "
+            "score_rejected, or their margin (data.columns names other columns)"
+        )
+    raise ConfigError(
+        f"{place}: objective.score_scale times the margin is {margin:g}, and objective={objective.name} "
+        f"takes {lowest:g} to {highest:g}; set objective.score_scale, data.min_margin or data.max_margin"
+    )

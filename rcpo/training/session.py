@@ -22,7 +22,6 @@ from rcpo.data.batches import GlobalBatches, by_length, row_lengths, split
 from rcpo.data.collate import collate_indices
 from rcpo.data.dataset import Datasets, load_datasets, writes_date
 from rcpo.data.identity import smallest_ids
-from rcpo.data.records import PAIRS
 from rcpo.data.store import PairDataset
 from rcpo.data.templates import OWN
 from rcpo.engine.load import find_start, load_policy, reference_source
@@ -38,11 +37,18 @@ from rcpo.reference.prepare import ReferencePass, ScoredData, Stop, check_start
 from rcpo.runs.folder import CONFIG_FILE, METRICS_FILE, stored_state
 from rcpo.system import distributed
 from rcpo.system.files import cache_folder
+from rcpo.training.ches import within_ches
 from rcpo.training.control import ControlPairs, has_fresh_signals, needs_control, set_aside
 from rcpo.training.dynamics import check_geometry
 from rcpo.training.forward import PairForward
 from rcpo.training.limits import refuse_other_tokens, refuse_rows_beyond
-from rcpo.training.objective import build_objective, refuse_kind
+from rcpo.training.objective import (
+    build_objective,
+    refuse_kind,
+    refuse_numbers,
+    refuse_options,
+    scored_sides,
+)
 
 log = logging.getLogger(__name__)
 
@@ -99,23 +105,26 @@ class Session:
             self.tokenizer.chat_template = self.datasets.template.source
         changes = training or final is not None or (run_dir / METRICS_FILE).exists()
         self.tracking = tracking(config, self.objective, self.datasets, changes=changes)
-        self.fresh_signals = has_fresh_signals(config, compared=self.tracking is Tracking.EVERYTHING)
-        if needs_control(config, self.fresh_signals, len(self.datasets.train)):
-            self.datasets = set_aside(self.datasets, config)
-        self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
-        self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
-        config.train.accumulation(distributed.world_size())
-        self._refuse_what_does_not_fit(final)
-        policy = load_policy(config, self.start, final)
-        if config.train.gradient_checkpointing:
-            policy.model.activation_checkpointing_enable({"use_reentrant": False})
-        if self.tracking is Tracking.SOME:  # too few to hold a second model for
-            config = replace(config, reference=replace(config.reference, mode="precompute"))
         if config.reference.sync_every and self.tracking is not Tracking.EVERYTHING:
             raise ConfigError(
                 f"reference.sync_every={config.reference.sync_every}: objective={self.objective.name} needs "
                 "no reference; set reference.track=true to compare with one, or reference.sync_every=0"
             )
+        config.train.accumulation(distributed.world_size())
+        self._refuse_what_does_not_fit(final)
+        self._split = self.datasets.split
+        if training:
+            self.datasets = within_ches(self.datasets, config, self.start, self.tokenizer, log.info)
+        self.fresh_signals = has_fresh_signals(config, compared=self.tracking is Tracking.EVERYTHING)
+        if needs_control(config, self.fresh_signals, len(self.datasets.train)):
+            self.datasets = set_aside(self.datasets, config)
+        self.batches = GlobalBatches(len(self.datasets.train), config.train.batch_size, config.seed)
+        self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
+        policy = load_policy(config, self.start, final)
+        if config.train.gradient_checkpointing:
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.tracking is Tracking.SOME:  # too few to hold a second model for
+            config = replace(config, reference=replace(config.reference, mode="precompute"))
         wanted = self.tracking is not Tracking.NOTHING
         self._reference = ReferencePass(config, policy, self.start, final) if wanted else None
         scoring = [policy.model.config]
@@ -164,7 +173,7 @@ class Session:
     def contents(self) -> dict[str, str]:
         """Hashes of what a run that goes on has to find unchanged, by names for people. Collective."""
         config = self.config
-        found = {"the training examples": self.datasets.train.fingerprint, **self.datasets.split}
+        found = {"the training examples": self.datasets.train.fingerprint, **self._split}
         if distributed.is_main():
             memo = Cache(cache_folder(config.reference.cache), log.info).memo
             found["the model it starts from"] = source_hash(self.start, config.seed, memo)
@@ -243,7 +252,7 @@ class Session:
         """A batch on the engine's device, with the sequences that the objective needs."""
         return self._collate(dataset, indices, self.objective.sides)
 
-    def _collate(self, dataset: PairDataset, indices: list[int], sides: int) -> TokenBatch:
+    def _collate(self, dataset: PairDataset, indices: list[int], sides: tuple[str, ...]) -> TokenBatch:
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)
         batch = collate_indices(dataset, indices, pad, sides=sides, layout=self.layout)
@@ -263,7 +272,7 @@ class Session:
     def _train_row_lengths(self) -> np.ndarray:
         return self._row_lengths(self.datasets.train, self.objective.sides)
 
-    def _row_lengths(self, dataset: PairDataset, sides: int) -> np.ndarray:
+    def _row_lengths(self, dataset: PairDataset, sides: tuple[str, ...]) -> np.ndarray:
         return row_lengths(dataset.lengths[:, 0], dataset.response_lengths(sides), self.layout)
 
     def eval_batches(self, dataset: PairDataset, limit: int | None = None) -> Iterator[TokenBatch]:
@@ -271,9 +280,8 @@ class Session:
         count = len(dataset) if limit is None else min(limit, len(dataset))
         return self.batches_at(dataset, np.arange(count))
 
-    def _sides(self, dataset: PairDataset) -> int:
-        """Responses of an example that are scored outside training: both of each pair where there are two."""
-        return max(self.objective.sides, 2 if (dataset.lengths[:, 2] > 0).all() else 1)
+    def _sides(self, dataset: PairDataset) -> tuple[str, ...]:
+        return scored_sides(self.objective, dataset)
 
     def batches_at(self, dataset: PairDataset, positions: np.ndarray) -> Iterator[TokenBatch]:
         """This rank's share of the examples at `positions`, both sides of each, in as many batches as any.
@@ -332,55 +340,6 @@ def refuse_other_weights(config: RunConfig, engine: Engine, held: Engine | None)
             f"reference.sync_every={config.reference.sync_every} mixes the reference's weights with the "
             f"policy's, and reference.path={config.reference.path} has others; give a model of the same shape"
         )
-
-
-def refuse_options(objective: Objective, kind: str) -> None:
-    """Raises ConfigError for options that compare the two responses of a pair, where the data has one."""
-    for key, wanted in (
-        ("weighting", objective.needs_likelihoods),
-        ("length_alpha", objective.length_alpha != 1),
-    ):
-        if wanted and kind != PAIRS:
-            raise ConfigError(
-                f"objective.{key} needs pairs, and the data has single completions; leave it out"
-            )
-
-
-def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
-    """Raises ConfigError for weights that the objective has no place for, and for scores that it lacks."""
-    weighted = np.flatnonzero(datasets.train.weights != 1)
-    if objective.sorts_batch and len(weighted):
-        raise ConfigError(
-            f"{datasets.train.id(int(weighted[0]))}: a weight, and objective={objective.name} sorts the "
-            "pairs of a batch, so that no loss belongs to one pair; choose another objective, or remove them"
-        )
-    for dataset in filter(None, (datasets.train, datasets.evaluation)):
-        _refuse_margins(objective, dataset)
-
-
-def _refuse_margins(objective: Objective, dataset: PairDataset) -> None:
-    """Raises ConfigError for pairs whose margins the objective needs, and that have none or another range."""
-    for scale, bounds in objective.margin_ranges:
-        _refuse_scaled_margins(objective, dataset, scale, bounds)
-
-
-def _refuse_scaled_margins(
-    objective: Objective, dataset: PairDataset, scale: float, bounds: tuple[float, float]
-) -> None:
-    margins, (lowest, highest) = scale * dataset.margins, bounds
-    wrong = np.flatnonzero(~((margins >= lowest) & (margins <= highest)))
-    if not len(wrong):
-        return
-    place, margin = dataset.id(int(wrong[0])), margins[wrong[0]]
-    if np.isnan(margin):
-        raise ConfigError(
-            f"{place}: no scores, and objective={objective.name} needs them; give score_chosen and "
-            "score_rejected, or their margin (data.columns names other columns)"
-        )
-    raise ConfigError(
-        f"{place}: objective.score_scale times the margin is {margin:g}, and objective={objective.name} "
-        f"takes {lowest:g} to {highest:g}; set objective.score_scale, data.min_margin or data.max_margin"
-    )
 
 
 def refuse_other_split(config: RunConfig, run_dir: Path, datasets: Datasets) -> None:

@@ -130,3 +130,19 @@ def test_lengths_by_hand() -> None:
     assert numbers["rejected"] == ["4", "2", "3", "4", "5", "14"]
     # longest sequences 3, 5, 7 and 9: the bars are one example each
     assert [line.split()[3] for line in text.splitlines() if "█" in line] == ["1"] * 4
+
+
+def test_a_diagnosis_by_the_model_and_pairs_too_much_alike(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}+{n}=", "chosen": f"it is {2 * n}", "rejected": "no idea"} for n in range(10, 60)]
+    path = write(tmp_path / "x.jsonl", *rows)
+    code, output = shown("data=pairs", path, "data.eval_fraction=0.1", "show=0")
+    assert code == 0, output
+    assert "CHES of 45 pairs" in output and "band of a batch of 5 at the start: " in output
+    assert "band across samples" in output
+    median = output.partition("50% ")[2].partition(",")[0]
+    limit = ["data.eval_fraction=0.1", f"data.ches_max={median}", f"reference.cache={tmp_path / 'cache'}"]
+    code, output = shown("data=pairs", path, *limit)
+    assert code == 0, output
+    assert "pairs with a CHES above data.ches_max=" in output and "50 pairs read, 2" in output
+    code, output = shown("data=pairs", path, "data.ches_max=0", "model=local", "model.path=owner/name")
+    assert code == 2 and "model.path=owner/name" in output

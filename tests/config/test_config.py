@@ -88,6 +88,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, float]]] = {
     "cpo": ("mean", {"beta": 0.1, "lambda_nll": 1.0}),
     "orpo": ("mean", {"beta": 0.1}),
     "slic": ("mean", {"gamma": 1.0, "lambda_nll": 0.1}),
+    "tpo": ("sum", {"beta": 0.01, "gamma": 0.0, "lambda_nll": 1.0}),
     "kto": ("sum", {"beta": 0.1, "lambda_chosen": 1.0, "lambda_rejected": 1.0}),
     "lsif": ("mean", {}),
     "ukl": ("mean", {}),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rcpo.data.collate import collate, collate_indices
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
+from rcpo.method.types import PAIR, SIDES
 
 A = Example("a", [1, 2, 3], [10, 11], [20])
 B = Example("b", [4], [12], [21, 22, 23, 24])
@@ -37,20 +38,20 @@ def test_two_pairs_by_hand() -> None:
     assert batch.weights.tolist() == [1.0, 1.0]
     assert batch.indices.tolist() == [7, 3]
     assert batch.example_ids == ["a", "b"]
-    assert (batch.sides, batch.num_pairs, batch.num_tokens) == (2, 2, 16)
+    assert (batch.sides, batch.num_pairs, batch.num_tokens) == (PAIR, 2, 16)
     integers = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.predictors, batch.labels)
     assert {tensor.dtype for tensor in (*integers, batch.sequences, batch.lengths)} == {torch.long}
 
 
 def test_one_side_leaves_the_rejected_out() -> None:
-    batch = collate([A, Example("c", [5], [6], [])], PAD, sides=1)
+    batch = collate([A, Example("c", [5], [6], [])], PAD, sides=("chosen",))
     assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11], [5, 6, 0, 0, 0]]
     assert batch.lengths.tolist() == [2, 1]
-    assert batch.sides == 1
+    assert batch.sides == ("chosen",)
 
 
 def test_mismatched_completions_follow_the_prompt_of_their_pair() -> None:
-    batch = collate_indices(PairDataset.of([A, B]), [0, 1], PAD, sides=3)
+    batch = collate_indices(PairDataset.of([A, B]), [0, 1], PAD, sides=SIDES[:3])
     assert batch.input_ids[4:].tolist() == [[1, 2, 3, 12, 0], [4, 10, 11, 0, 0]]
     assert batch.sequences.tolist()[-3:] == [4, 5, 5]
     assert batch.lengths.tolist() == [2, 1, 1, 4, 1, 2]
@@ -91,9 +92,9 @@ def test_shared_rows_by_hand() -> None:
     assert batch.segments is not None
     assert batch.segments.tolist() == [
         [0, 0, 0, 1, 1, 2],
-        [4, 5, 6, 6, 6, 6],
-        [8, 8, 9, 10, -1, -1],
-        [12, 13, 14, -1, -1, -1],
+        [5, 6, 7, 7, 7, 7],
+        [10, 10, 11, 12, -1, -1],
+        [15, 16, 17, -1, -1, -1],
     ]
     assert batch.attention_mask.tolist() == (batch.segments >= 0).int().tolist()
     # the first token of both responses is predicted from the prompt's end: 2, 6, 13 and 18
@@ -108,7 +109,7 @@ def test_short_pairs_fill_up_a_row() -> None:
     batch = collate([short[0], A, short[1]], PAD, layout="shared")
     assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 20], [5, 6, 7, 8, 9, 10]]
     assert batch.segments is not None
-    assert batch.segments.tolist() == [[4, 4, 4, 5, 5, 6], [0, 1, 2, 8, 9, 10]]
+    assert batch.segments.tolist() == [[5, 5, 5, 6, 6, 7], [0, 1, 2, 10, 11, 12]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 0, 1, 1]]
     assert batch.labels.tolist() == [6, 10, 11, 9, 7, 20, 10]
     assert batch.predictors.tolist() == [6, 2, 3, 9, 6, 2, 9]
@@ -116,22 +117,35 @@ def test_short_pairs_fill_up_a_row() -> None:
 
 def test_empty_parts_are_refused() -> None:
     for example, sides in (
-        (Example("x", [], [1], [2]), 2),
-        (Example("x", [1], [], []), 2),
-        (Example("x", [1], [], [2]), 1),
+        (Example("x", [], [1], [2]), PAIR),
+        (Example("x", [1], [], []), PAIR),
+        (Example("x", [1], [], [2]), PAIR[:1]),
+        (Example("x", [1], [2], [3]), ("chosen", "rejected", "gold")),
     ):
         with pytest.raises(ValueError, match="empty prompt or no response"):
             collate([example], PAD, sides=sides)
 
 
-@pytest.mark.parametrize(("sides", "mismatched"), [(0, None), (3, None), (2, [[1], [2]]), (4, None)])
-def test_sides_that_make_no_sense_are_refused(sides: int, mismatched: list[list[int]] | None) -> None:
+@pytest.mark.parametrize(
+    ("sides", "mismatched"),
+    [
+        ((), None),
+        (("rejected",), None),
+        (("rejected", "chosen"), None),
+        (SIDES[:3], None),
+        (PAIR, [[1], [2]]),
+        ((*PAIR, "better"), None),
+    ],
+)
+def test_sides_that_make_no_sense_are_refused(
+    sides: tuple[str, ...], mismatched: list[list[int]] | None
+) -> None:
     with pytest.raises(ValueError, match="sides="):
         collate([A, B], PAD, sides=sides, mismatched=mismatched)
 
 
 tokens = st.lists(st.integers(0, 99), min_size=1, max_size=9)
-examples = st.lists(st.builds(Example, st.just("x"), tokens, tokens, tokens), min_size=1, max_size=6)
+examples = st.lists(st.builds(Example, st.just("x"), *[tokens] * 4), min_size=1, max_size=6)
 
 
 @given(pairs=examples)
@@ -149,9 +163,12 @@ def test_masks_cover_exactly_the_responses(pairs: list[Example]) -> None:
         assert int(batch.attention_mask[number].sum()) == len(prompt) + len(response)
 
 
-@given(pairs=examples, sides=st.integers(1, 3))
-def test_layouts_hold_the_same_tokens_in_the_same_order(pairs: list[Example], sides: int) -> None:
-    mismatched = [pair.chosen for pair in pairs[1:] + pairs[:1]] if sides == 3 else None
+@given(
+    pairs=examples,
+    sides=st.sampled_from([SIDES[:1], SIDES[:2], SIDES[:3], ("chosen", "rejected", "gold"), SIDES]),
+)
+def test_layouts_hold_the_same_tokens_in_the_same_order(pairs: list[Example], sides: tuple[str, ...]) -> None:
+    mismatched = [pair.chosen for pair in pairs[1:] + pairs[:1]] if "mismatched" in sides else None
     shared, separate = (
         collate(pairs, PAD, sides=sides, layout=layout, mismatched=mismatched)
         for layout in ("shared", "separate")
@@ -164,13 +181,15 @@ def test_layouts_hold_the_same_tokens_in_the_same_order(pairs: list[Example], si
         assert torch.equal(*before), place
     prompts = sum(len(pair.prompt) for pair in pairs)
     assert (
-        shared.num_tokens == int(shared.attention_mask.sum()) == separate.num_tokens - (sides - 1) * prompts
+        shared.num_tokens
+        == int(shared.attention_mask.sum())
+        == separate.num_tokens - (len(sides) - 1) * prompts
     )
 
 
 def test_unpaired_examples_have_one_row_each_by_hand() -> None:
     wanted, unwanted = Example("w", [1, 2], [10], []), Example("u", [3], [], [20, 21])
-    batch = collate([wanted, unwanted], PAD, sides=3, mismatched=[[20, 21], [10]])
+    batch = collate([wanted, unwanted], PAD, sides=SIDES[:3], mismatched=[[20, 21], [10]])
     assert batch.input_ids.tolist() == [
         [1, 2, 10, 0],  # chosen of the first; the second has none
         [3, 20, 21, 0],  # rejected of the second
@@ -182,7 +201,7 @@ def test_unpaired_examples_have_one_row_each_by_hand() -> None:
     assert batch.labels.tolist() == [10, 20, 21, 20, 21, 10]
     assert batch.predictors.tolist() == [1, 4, 5, 9, 10, 12]
     assert batch.num_tokens == 3 + 3 + 4 + 2
-    shared = collate([wanted, unwanted], PAD, sides=3, mismatched=[[20, 21], [10]], layout="shared")
+    shared = collate([wanted, unwanted], PAD, sides=SIDES[:3], mismatched=[[20, 21], [10]], layout="shared")
     assert shared.labels.tolist() == batch.labels.tolist()
     assert shared.lengths.tolist() == batch.lengths.tolist()
     assert shared.input_ids.tolist() == [[1, 2, 10, 20, 21], [3, 20, 21, 10, 0]]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset, TokenStore
 from rcpo.errors import ConfigError
+from rcpo.method.types import SIDES
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 examples = st.lists(st.builds(Example, st.text(max_size=3), ids, ids, ids, ids), max_size=6)
@@ -48,7 +49,7 @@ def test_a_mismatched_completion_answers_another_prompt_in_a_file_written_pair_b
     dataset = PairDataset.of([Example(str(n), prompt, [10 + n], []) for n, prompt in enumerate(prompts)])
     assert dataset.partners.tolist() == [2, 2, 4, 4, 5, 2]
     assert [dataset.mismatched(n) for n in range(6)] == [[12], [12], [14], [14], [15], [12]]
-    assert dataset.response_lengths(3)[:, 2].tolist() == [1] * 6
+    assert dataset.response_lengths(SIDES[:3])[:, 2].tolist() == [1] * 6
 
 
 @given(prompts=st.lists(st.integers(0, 3), min_size=1, max_size=12))
@@ -115,4 +116,4 @@ def test_rows_of_several_stores() -> None:
 def test_an_unwanted_completion_may_be_the_mismatched_one() -> None:
     dataset = PairDataset.of([Example("a", [1], [5], []), Example("b", [2], [], [6, 7])], max_length=2)
     assert [dataset.mismatched(n) for n in range(2)] == [[6], [5]]
-    assert dataset.response_lengths(3).tolist() == [[1, 0, 1], [0, 2, 1]]
+    assert dataset.response_lengths(SIDES[:3]).tolist() == [[1, 0, 1], [0, 2, 1]]

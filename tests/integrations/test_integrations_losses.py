@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from trl import DPOTrainer, KTOTrainer
+from trl.experimental.tpo import TPOTrainer
 
+from rcpo.data.collate import collate
+from rcpo.data.records import Example
 from rcpo.method.logps import length_weights, pair_logps, token_weights
 from rcpo.method.objectives import Objective, get_objective
 from rcpo.method.types import PairLogps, TokenBatch
@@ -184,3 +187,43 @@ def test_apo_zero_unpaired_of_trl() -> None:
     none = torch.zeros(PAIRS)
     for side, one in enumerate((whole.replace(rejected_lengths=none), whole.replace(chosen_lengths=none))):
         torch.testing.assert_close(objective(one).float(), trl[side], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "loss_type"),
+    [
+        ({"beta": 0.3, "lambda_nll": 0.7}, "sigmoid"),
+        ({"beta": 2.0, "gamma": 0.5, "lambda_nll": 0.7, "reduction": "mean"}, "tpo-l"),
+    ],
+)
+def test_tpo_of_trl(own: dict[str, Any], loss_type: str) -> None:
+    # the logits after a token are its row of a table
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(4))
+    examples = [
+        Example("a", [1, 2], [3, 4, 5, 6], [7, 8], [3, 3, 4]),
+        Example("b", [2], [5], [6, 7, 1], [8, 1, 2, 7, 6]),
+    ]
+    objective = get_objective("tpo", **own)
+    found, expected = [], []
+    for example in examples:  # alone: TRL takes the mean over the gold answers' tokens, rcpo over the answers
+        batch = collate([example], 0, sides=objective.sides)
+        logits = table[batch.input_ids]
+        logps = torch.log_softmax(logits.flatten(0, 1)[batch.predictors], -1)
+        logps = logps[torch.arange(len(logps)), batch.labels]
+        weights = token_weights(logps, batch.sequences, batch.lengths, objective.reduction)
+        found.append(objective(pair_logps(batch, logps, weights, None)))
+        completion = torch.zeros_like(batch.input_ids).flatten()
+        completion[batch.predictors + 1] = 1
+        inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "completion_mask": completion.view_as(batch.input_ids),
+        }
+        trl = trainer(loss_type=loss_type, beta=own["beta"], tpo_alpha=0.7, tpo_l_gamma=own.get("gamma", 0.0))
+        model = partial(outputs_of, logits)
+        expected.append(TPOTrainer._compute_loss(trl, model, inputs, False))
+    torch.testing.assert_close(torch.cat(found).float(), torch.stack(expected), rtol=1e-6, atol=1e-6)
+
+
+def outputs_of(logits: Tensor, **_: Any) -> SimpleNamespace:
+    return SimpleNamespace(logits=logits)

@@ -104,6 +104,7 @@ AT_THE_START = {
     "cpo": (2 * LOG2, 1.05, 0.05),  # β/2 + λ
     "orpo": (1.1 * LOG2, 1.1, 0.1),  # d log-odds/dz = 1/(1 − p) = 2: 1 + β·½·2
     "slic": (1 + 0.1 * LOG2, 1.1, 1),
+    "tpo": (LOG2 + 0.7, 0.005, 0.005),  # β/2; the gold answer pulls on neither side
     "sft": (LOG2, 1, 0),
 }
 
@@ -112,7 +113,8 @@ AT_THE_START = {
 def test_at_the_start(name: str) -> None:
     z = vector(-LOG2, -LOG2)
     margins = torch.full_like(z, MARGIN)
-    logps = PairLogps(z, z, z, z, kl_chosen=z, ref_kl_chosen=z, margins=margins)
+    gold = torch.full_like(z, -0.7)
+    logps = PairLogps(z, z, z, z, kl_chosen=z, ref_kl_chosen=z, margins=margins, gold_means=gold)
     objective = get_objective(name)
     loss, d_w, d_l = (vector(value, value) for value in AT_THE_START[name])
     close = {"rtol": 1e-12, "atol": 1e-15}
@@ -144,7 +146,11 @@ def reduce_pairs(reduction: str, tokens: Tensor) -> tuple[PairLogps, Tensor]:
     )
     kl, ref_kl = token_logps(5)[:PAIRS], token_logps(6)[:PAIRS]
     margins = torch.full((PAIRS,), MARGIN, dtype=torch.float64)
-    logps = PairLogps(*z, *r, LENGTHS[:PAIRS], LENGTHS[PAIRS:], mean[0], kl, ref_kl, margins=margins)
+    logps = PairLogps(
+        *(*z, *r, LENGTHS[:PAIRS], LENGTHS[PAIRS:], mean[0], kl, ref_kl),
+        margins=margins,
+        gold_means=token_logps(7)[:PAIRS],
+    )
     return logps, weights
 
 
@@ -236,7 +242,9 @@ def test_calibration_keeps_every_bit_of_the_forward_pass(name: str) -> None:
     for dtype in (torch.float64, torch.float32):
         z_w, z_l, r_w, r_l = -torch.rand(4, 200, generator=generator, dtype=dtype) * 3
         margins = torch.full_like(z_w, MARGIN)
-        logps = PairLogps(z_w, z_l, r_w, r_l, kl_chosen=z_w, ref_kl_chosen=r_w, margins=margins)
+        logps = PairLogps(
+            *(z_w, z_l, r_w, r_l), kl_chosen=z_w, ref_kl_chosen=r_w, margins=margins, gold_means=r_w
+        )
         for alpha in (1 / 3, 7.3):
             calibrator = RewardCalibrator()
             calibrator.alpha = alpha

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcpo.method.geometry import ON_GPU, HeadShape, Passes, Sketch, outer_scores
 from rcpo.method.logps import pair_logps, sequence_logps, token_logps, token_weights
-from rcpo.method.types import TokenBatch
+from rcpo.method.types import SIDES, TokenBatch
 
 N, D, V = 7, 5, 11
 SHAPES = [
@@ -354,7 +354,7 @@ def test_weights_keep_their_precision_on_fp32_tokens() -> None:
 # --- Pairs --------------------------------------------------------------------------------------------------
 
 
-def token_batch(sides: int, lengths: list[int]) -> TokenBatch:
+def token_batch(sides: tuple[str, ...], lengths: list[int]) -> TokenBatch:
     """B = 2 pairs with the given response lengths; only what the reductions read is filled in."""
     empty = torch.zeros(1, 1, dtype=torch.long)
     counts = torch.tensor(lengths)
@@ -364,7 +364,7 @@ def token_batch(sides: int, lengths: list[int]) -> TokenBatch:
         input_ids=empty,
         attention_mask=empty,
         position_ids=empty,
-        sequences=torch.repeat_interleave(torch.arange(2 * sides), counts),
+        sequences=torch.repeat_interleave(torch.arange(2 * len(sides)), counts),
         lengths=counts,
         weights=torch.ones(2),
         indices=torch.arange(2),
@@ -375,7 +375,7 @@ def token_batch(sides: int, lengths: list[int]) -> TokenBatch:
 
 
 def test_pairs_are_chosen_then_rejected_then_mismatched() -> None:
-    batch = token_batch(3, [1, 2, 1, 1, 2, 1])
+    batch = token_batch(SIDES[:3], [1, 2, 1, 1, 2, 1])
     logps = -torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.float64)
     ref = -torch.tensor([10, 20, 30, 40, 50, 60, 70, 80], dtype=torch.float64)
     weights = token_weights(logps, batch.sequences, batch.lengths, "sum")
@@ -392,14 +392,24 @@ def test_pairs_are_chosen_then_rejected_then_mismatched() -> None:
     assert pairs.chosen_logratios.tolist() == [9, 45] and pairs.rejected_logratios.tolist() == [36, 45]
 
 
+def test_gold_answers_are_means_beside_the_pair() -> None:
+    logps = -torch.tensor([1, 2, 3, 4, 5, 6, 7], dtype=torch.float64)
+    batch = token_batch(("chosen", "rejected", "gold"), [1, 1, 1, 1, 2, 1])
+    weights = token_weights(logps, batch.sequences, batch.lengths, "sum")
+    pairs = pair_logps(batch, logps, weights, 2 * logps)
+    assert pairs.gold.tolist() == [-5.5, -7]  # (5 + 6)/2 | 7
+    assert pairs.chosen.tolist() == [-1, -2] and pairs.losers.tolist() == [-3, -4]
+    assert pairs.kl_chosen is None and pairs.ref_kl_chosen is None
+
+
 def test_one_and_two_sides() -> None:
     logps = -torch.tensor([1, 2, 3, 4, 5], dtype=torch.float64)
-    supervised = token_batch(1, [2, 3])
+    supervised = token_batch(SIDES[:1], [2, 3])
     weights = token_weights(logps, supervised.sequences, supervised.lengths, "mean")
     pairs = pair_logps(supervised, logps, weights, None)
     assert pairs.chosen.tolist() == pytest.approx([-1.5, -4])
     assert pairs.rejected is None and pairs.ref_chosen is None and pairs.rejected_lengths is None
-    two = token_batch(2, [1, 2, 1, 1])
+    two = token_batch(SIDES[:2], [1, 2, 1, 1])
     weights = token_weights(logps, two.sequences, two.lengths, "sum")
     pairs = pair_logps(two, logps, weights, None)
     assert pairs.losers.tolist() == [-4, -5] and pairs.kl_chosen is None and pairs.ref_rejected is None
@@ -407,7 +417,7 @@ def test_one_and_two_sides() -> None:
 
 def test_the_reference_is_reduced_with_the_policys_importance() -> None:
     # the policy's weights of the first chosen response, p = ½ and ¼: 2/5 and 3/5
-    batch = token_batch(2, [2, 1, 1, 1])
+    batch = token_batch(SIDES[:2], [2, 1, 1, 1])
     logps = torch.tensor([0.5, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64).log()
     weights = token_weights(logps, batch.sequences, batch.lengths, "importance")
     pairs = pair_logps(batch, logps, weights, torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]))
@@ -416,7 +426,7 @@ def test_the_reference_is_reduced_with_the_policys_importance() -> None:
 
 
 def test_selecting_pairs_drops_fillers() -> None:
-    batch = token_batch(2, [1, 2, 1, 1])
+    batch = token_batch(SIDES[:2], [1, 2, 1, 1])
     logps = -torch.tensor([1, 2, 3, 4, 5], dtype=torch.float64)
     weights = token_weights(logps, batch.sequences, batch.lengths, "sum")
     pairs = pair_logps(batch, logps, weights, None).select(torch.tensor([False, True]))

@@ -18,6 +18,7 @@ from rcpo.config.composition import PRIMARY, compose_with, hydra_session, user_p
 from rcpo.config.parsing import parse
 from rcpo.errors import ConfigError
 from rcpo.method.incentives import incentives
+from rcpo.method.types import SIDES
 from rcpo.system import distributed
 
 
@@ -142,7 +143,7 @@ def test_what_the_runner_has_to_know() -> None:
     assert (mixed.needs_reference, mixed.needs_rejected, mixed.sides, mixed.reduction) == (
         True,
         True,
-        2,
+        ("chosen", "rejected"),
         "sum",
     )
     assert not mixed.spec.token_weighted and not mixed.spec.couples_batch and mixed.margin_ranges == []
@@ -150,7 +151,9 @@ def test_what_the_runner_has_to_know() -> None:
     assert not free.needs_reference and free.reduction == "mean"
     assert get_objective("mix", parts=[{"name": "sft"}]).spec.token_weighted
     coupled = get_objective("mix", parts=[{"name": "kto"}, {"name": "apo_zero_unpaired"}])
-    assert coupled.spec.couples_batch and coupled.spec.takes_unpaired and coupled.sides == 3
+    assert coupled.spec.couples_batch and coupled.spec.takes_unpaired
+    assert coupled.sides == ("chosen", "rejected", "mismatched")
+    assert get_objective("mix", parts=[{"name": "kto"}, {"name": "tpo"}]).sides == SIDES
     scored = get_objective("mix", parts=[{"name": "mappo", "score_scale": 0.1}, {"name": "rpo_sq"}])
     assert scored.margin_ranges == [(0.1, (0.0, 1.0)), (1.0, (-math.inf, math.inf))]
     progressing = get_objective("mix", parts=[{"name": "dpo_shift", "shift_start": 0.5, "shift_end": 1.0}])

@@ -104,6 +104,7 @@ def ddro_by_hand(w: float, v: float, r: float, s: float) -> float:
 
 
 MARGIN = 0.3  # of the scores of every pair here
+GOLD = -0.7  # the mean log-prob of every pair's gold answer here
 
 
 def bernoulli_kl(p: float, q: float) -> float:
@@ -154,6 +155,7 @@ BY_HAND: dict[str, Callable[[float, float, float, float], float]] = {
     "cpo": lambda w, v, r, s: -log_sigmoid(0.1 * (w - v)) - w,
     "orpo": lambda w, v, r, s: -w - 0.1 * log_sigmoid(logit_exp(w) - logit_exp(v)),
     "slic": lambda w, v, r, s: max(0.0, 1 - (w - v)) - 0.1 * w,
+    "tpo": lambda w, v, r, s: -log_sigmoid(0.01 * (w - v)) - GOLD,
     "sft": lambda w, v, r, s: -w,
 }
 COUPLED = {"aot", "aot_unpaired", "kto"}
@@ -169,6 +171,7 @@ def hand_pairs() -> PairLogps:
         kl_chosen=z_w,
         ref_kl_chosen=r_w,
         margins=torch.full_like(z_w, MARGIN),
+        gold_means=torch.full_like(z_w, GOLD),
     )
 
 
@@ -193,7 +196,7 @@ def test_losses_by_hand(name: str) -> None:
 )
 def test_losses_by_hand_for_any_pair(w: float, v: float, r: float, s: float) -> None:
     pair = (vector(w), vector(v), vector(r), vector(s), vector(3), vector(3))
-    logps = PairLogps(*pair, margins=vector(MARGIN))
+    logps = PairLogps(*pair, margins=vector(MARGIN), gold_means=vector(GOLD))
     for name, formula in BY_HAND.items():
         expected = formula(w, v, r, s)
         assert get_objective(name)(logps).item() == pytest.approx(expected, rel=1e-9, abs=1e-12), name
@@ -353,6 +356,7 @@ def test_extreme_log_probs_give_finite_losses_and_gradients(name: str) -> None:
     grid = grid[representable(name, *grid.unbind(1))]
     w, v, r, s = (column.clone().requires_grad_() for column in grid.unbind(1))
     given = {"kl_chosen": w.detach(), "ref_kl_chosen": r.detach(), "margins": torch.full_like(w, MARGIN)}
+    given["gold_means"] = w.detach()
     losses = get_objective(name)(PairLogps(w, v, r, s, **given))
     assert len(grid) > 100
     assert losses.isfinite().all(), grid[~losses.isfinite()]
@@ -429,7 +433,15 @@ def test_what_an_objective_declares_is_what_it_reads(name: str) -> None:
             objective(logps.replace(margins=None))
     else:
         torch.testing.assert_close(objective(logps.replace(margins=None)), objective(logps), rtol=0, atol=0)
-    assert objective.sides == 1 + objective.needs_rejected + (name == "kto")
+    if objective.spec.needs_gold:
+        with pytest.raises(ValueError, match=r"PairLogps\.gold_means"):
+            objective(logps.replace(gold_means=None))
+    else:
+        torch.testing.assert_close(
+            objective(logps.replace(gold_means=None)), objective(logps), rtol=0, atol=0
+        )
+    third = {"kto": ("mismatched",), "tpo": ("gold",)}.get(name, ())
+    assert objective.sides == (("chosen",) if name == "sft" else ("chosen", "rejected")) + third
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - COUPLED))

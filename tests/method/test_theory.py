@@ -70,7 +70,11 @@ class Pairs:
         z = sequence_logps(logps, weights, sequences, len(self.rows)).view(2, -1)
         reference = REFERENCE_LOGPS[:, : self.count]
         margins = torch.full((self.count,), 0.3, dtype=torch.float64)
-        return PairLogps(*z, *reference, lengths[: self.count], lengths[self.count :], margins=margins)
+        return PairLogps(
+            *(*z, *reference, lengths[: self.count], lengths[self.count :]),
+            margins=margins,
+            gold_means=reference[0],
+        )
 
 
 REFERENCE_LOGPS = -2 - torch.rand(2, 16, generator=torch.Generator().manual_seed(8), dtype=torch.float64)

@@ -26,6 +26,7 @@ from transformers import (
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
 from rcpo.errors import ConfigError
+from rcpo.method.types import SIDES
 from rcpo.models.attention import SHARED_ROWS, attention_masks, choose_layout, reason_for_separate, visible
 from rcpo.models.policy import Policy, policy_inputs
 
@@ -87,14 +88,14 @@ def build(name: str, kernel: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def pairs() -> tuple[list[Example], list[list[int]]]:
-    """Four pairs, of which the two short ones fit into one row, and their mismatched completions."""
+    """Four pairs with gold answers, two of which fit into one row, and mismatched completions."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(count: int) -> list[int]:
         return torch.randint(3, 50, (count,), generator=generator).tolist()
 
-    sizes = [(9, 6, 11), (3, 4, 2), (12, 8, 1), (4, 1, 3)]
-    examples = [Example(str(n), *(draw(size) for size in three)) for n, three in enumerate(sizes)]
+    sizes = [(9, 6, 11, 2), (3, 4, 2, 5), (12, 8, 1, 3), (4, 1, 3, 1)]
+    examples = [Example(str(n), *map(draw, parts)) for n, parts in enumerate(sizes)]
     return examples, [draw(size) for size in (2, 1, 5, 3)]
 
 
@@ -132,7 +133,7 @@ ALONE = [
 def test_shared_rows_give_each_sequence_s_own_logps(name: str, kernel: str) -> None:
     model, (examples, mismatched) = build(name, kernel), pairs()
     assert choose_layout("auto", [model.config]) == "shared"
-    batch = collate(examples, 0, sides=3, layout="shared", mismatched=mismatched)
+    batch = collate(examples, 0, sides=SIDES[:3], layout="shared", mismatched=mismatched)
     assert batch.input_ids.shape[0] == 3  # 28, 28, 10 and 11 tokens
     with torch.no_grad():
         ours = Policy(model)(**policy_inputs(batch))[0]
@@ -147,7 +148,9 @@ def test_both_layouts_agree(name: str) -> None:
     policy = Policy(model)
     with torch.no_grad():
         ours, theirs = (
-            policy(**policy_inputs(collate(examples, 0, sides=3, layout=layout, mismatched=mismatched)))[0]
+            policy(**policy_inputs(collate(examples, 0, sides=SIDES, layout=layout, mismatched=mismatched)))[
+                0
+            ]
             for layout in ("shared", "separate")
         )
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -163,7 +166,7 @@ def test_gradients_are_those_of_the_sequences_alone(kernel: str, checkpointing: 
         if checkpointing and layout == "shared":
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        batch = collate(examples, 0, sides=3, layout=layout, mismatched=mismatched)
+        batch = collate(examples, 0, sides=SIDES[:3], layout=layout, mismatched=mismatched)
         logps = Policy(model)(**policy_inputs(batch))[0]
         (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -175,7 +178,7 @@ def test_gradients_are_those_of_the_sequences_alone(kernel: str, checkpointing: 
 def test_bf16_rows_are_as_close_as_bf16_is(name: str) -> None:
     kernel = "eager" if name.startswith("gemma2") else "sdpa"
     examples, mismatched = pairs()
-    batch = collate(examples, 0, sides=3, layout="shared", mismatched=mismatched)
+    batch = collate(examples, 0, sides=SIDES[:3], layout="shared", mismatched=mismatched)
     model = build(name, kernel, torch.bfloat16)
     with torch.no_grad():
         ours = Policy(model)(**policy_inputs(batch))[0]
@@ -186,7 +189,7 @@ def test_bf16_rows_are_as_close_as_bf16_is(name: str) -> None:
 
 def test_who_sees_whom_by_hand() -> None:
     # pair 0: prompt p p, chosen c c, rejected r; pair 1: prompt q, chosen d; one column of padding
-    segments = torch.tensor([[0, 0, 1, 1, 2, 4, 5, -1]])
+    segments = torch.tensor([[0, 0, 1, 1, 2, 5, 6, -1]])
     positions = torch.tensor([[0, 1, 2, 3, 2, 0, 1, 0]])
     assert visible(segments, positions)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],

@@ -22,6 +22,7 @@ from rcpo.config.schema import AdapterConfig, ObjectiveConfig, RunConfig
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.errors import RunError
+from rcpo.method.types import PAIR, SIDES
 from rcpo.models.contents import tokenizer_hash
 from rcpo.models.hub import ModelSource
 from rcpo.reference import prepare as reference_pass
@@ -401,11 +402,11 @@ def test_rows_are_where_the_responses_are() -> None:
     ]
     dataset = PairDataset.of(examples, max_length=6)
     # mismatched: b's chosen after a, c's after b, a's four tokens after c's prompt of four, cut to 6 − 4
-    assert dataset.response_lengths(3).tolist() == [[4, 1, 2], [2, 2, 1], [1, 3, 2]]
+    assert dataset.response_lengths(SIDES[:3]).tolist() == [[4, 1, 2], [2, 2, 1], [1, 3, 2]]
     for index in range(3):
-        assert len(dataset.mismatched(index)) == dataset.response_lengths(3)[index, 2]
-    assert Rows(dataset, 2).offsets.tolist() == [0, 4, 5, 7, 9, 10, 13]
-    assert Rows(dataset, 2, np.array([1])).offsets.tolist() == [0, 0, 0, 2, 4, 4, 4]
+        assert len(dataset.mismatched(index)) == dataset.response_lengths(SIDES[:3])[index, 2]
+    assert Rows(dataset, PAIR).offsets.tolist() == [0, 4, 5, 7, 9, 10, 13]
+    assert Rows(dataset, PAIR, np.array([1])).offsets.tolist() == [0, 0, 0, 2, 4, 4, 4]
 
 
 @pytest.mark.slow

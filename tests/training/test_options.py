@@ -17,7 +17,8 @@ from rcpo.method.geometry import Passes
 from rcpo.method.incentives import incentives
 from rcpo.method.logps import length_weights, log_squares, log_squares_of
 from rcpo.system import distributed
-from rcpo.training.session import Session, refuse_options
+from rcpo.training.objective import refuse_options
+from rcpo.training.session import Session
 
 
 def vector(*values: float) -> Tensor:

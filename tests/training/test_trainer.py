@@ -20,7 +20,8 @@ from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
 from rcpo.method.objectives import get_objective
 from rcpo.system import distributed
-from rcpo.training.session import Session, refuse_numbers
+from rcpo.training.objective import refuse_numbers
+from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
 
 Rows = list[dict[str, float | None]]
