@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -335,6 +337,7 @@ def main() -> None:
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own exists in its kernel alone; rcpo draws to files
     # Threads that spin while they wait made a run on a busy machine eight times slower (37 s, not 5).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("RCPO_COMMAND", json.dumps(["rcpo", *sys.argv[1:]]))  # environment.json keeps it
     app(prog_name="rcpo")
 
 

@@ -73,6 +73,9 @@ def test_the_default_run(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for name in ("config.yaml", "environment.json", "evaluation.json", "rcpo.log", "final/config.json"):
         assert (folder / name).is_file(), name
+    card = (folder / "final" / "README.md").read_text()
+    assert f"rcpo train objective=simpo rc=on {SHORT[0]}" in card
+    assert (folder / "final" / "training.png").is_file()
     table = rows(folder)
     assert [row["step"] for row in table] == [1, 2, 3]
     for row in table:
@@ -117,7 +120,9 @@ def test_evaluate_repeats_the_runs_own_numbers(tmp_path: Path) -> None:
     arguments = ["objective=dpo", *SHORT, "eval.generate_examples=0", f"hydra.run.dir={folder}"]
     assert rcpo("train", *arguments).returncode == 0
     before = json.loads((folder / "evaluation.json").read_text())
+    (folder / "final" / "README.md").unlink()
     result = rcpo("evaluate", f"run={folder}")
+    assert "tiny-dpo" in (folder / "final" / "README.md").read_text()
     assert result.returncode == 0, result.stderr
     after = json.loads((folder / "evaluation.json").read_text())
     assert after["eval/logratios/chosen"] == pytest.approx(before["eval/logratios/chosen"], abs=1e-5)

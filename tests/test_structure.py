@@ -22,7 +22,7 @@ ROWS: list[list[str]] = [
     ["method", "system"],
     ["config", "models", "data", "runs"],
     ["engine", "reference", "checkpoint", "training"],
-    ["evaluation", "launch", "sweeps", "slurm", "planner", "report", "onpolicy", "integrations"],
+    ["evaluation", "report", "launch", "sweeps", "slurm", "planner", "onpolicy", "integrations"],
     ["commands"],
     ["cli", "__main__"],
 ]

@@ -27,7 +27,7 @@ Task = Callable[[RunConfig, Path], int]
 
 
 def train(config: RunConfig, run_dir: Path) -> int:
-    """The trainer with its held-out evaluation, imported when they are needed."""
+    """The trainer with its held-out evaluation, imported when they are needed; then the model card."""
     from rcpo.evaluation.heldout import evaluate_in_training
     from rcpo.evaluation.probes import Probe
     from rcpo.evaluation.run import show
@@ -40,8 +40,13 @@ def train(config: RunConfig, run_dir: Path) -> int:
         last.update(evaluate_in_training(session))
         return last
 
-    code = trainer.train(config, run_dir, held_out, Probe if config.probe.size else None)
+    try:
+        code = trainer.train(config, run_dir, held_out, Probe if config.probe.size else None)
+    except RunError:
+        _renew_card(run_dir)  # of weights whose evaluation failed
+        raise
     show(last)
+    _renew_card(run_dir)
     return code
 
 
@@ -49,7 +54,18 @@ def evaluate(config: RunConfig, run_dir: Path) -> int:
     """The evaluation of a finished run or a model, imported when it is needed."""
     from rcpo.evaluation.run import evaluate_run
 
-    return evaluate_run(config, run_dir)
+    code = evaluate_run(config, run_dir)
+    _renew_card(run_dir)
+    return code
+
+
+def _renew_card(run_dir: Path) -> None:
+    """Rank 0 writes the model card of the folder's final/, where there is one."""
+    from rcpo.report.card import renew_card
+    from rcpo.system import distributed
+
+    if distributed.is_main():
+        renew_card(run_dir, print)
 
 
 # what a process does with a run's folder, and the folder in it that holds the resolved config.yaml

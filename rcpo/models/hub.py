@@ -16,7 +16,7 @@ from rcpo.config.model import holds_adapter, is_hub_name
 from rcpo.errors import ConfigError
 from rcpo.system.text import first_line
 
-_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]  # the card names the licence
 _SAFE, _PICKLED, _CODE = ["*.safetensors"], ["*.bin"], ["*.py"]
 # other formats of the same weights: repositories keep them in folders of their own, Mistral's as consolidated
 _IGNORED = ["*/*", "consolidated*"]

@@ -31,8 +31,12 @@ def to_html(document: Document, refresh: float | None = None) -> str:
 
 def to_markdown(document: Document, figures: dict[str, str]) -> str:
     """The same as Markdown; `figures` are the paths of the files of its pictures by name."""
-    template = _environment(autoescape=False).get_template("report.md.j2")
-    return template.render(document=document, figures=figures, version=__version__)
+    return as_markdown("report.md.j2", document=document, figures=figures, version=__version__)
+
+
+def as_markdown(template: str, **facts: Any) -> str:
+    """A template of Markdown with what it asks for."""
+    return _environment(autoescape=False).get_template(template).render(**facts)
 
 
 def save_picture(picture: Picture, path: Path) -> None:

@@ -51,7 +51,7 @@ def held_out(run: Run) -> list[Table]:
     if compared is not None:
         caption += f" Log-ratios are of {compared:,.0f} of the pairs (reference.track=true: of all)."
     tables = [Table(("held-out", "mean [95 % interval]"), rows, caption)] if rows else []
-    return [*tables, *_judged(run), *_by_length(values), *_scores(values), *_dynamics(values)]
+    return [*tables, *_judged(run), *_by_length(values), *scores(values), *_dynamics(values)]
 
 
 def _by_length(values: Mapping[str, float]) -> list[Table]:
@@ -91,7 +91,8 @@ def _judged(run: Run) -> list[Table]:
     return [Table(("judged", "value [95 % interval]"), rows, caption)]
 
 
-def _scores(values: Mapping[str, float]) -> list[Table]:
+def scores(values: Mapping[str, float]) -> list[Table]:
+    """The harness's scores with their standard errors."""
     rows = []
     for metric in downstream([values]):
         if not metric.key.startswith(HARNESS):

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rcpo.runs.folder import read_object
 from rcpo.system.files import replace_text
 
 PACKAGES = (
@@ -34,20 +35,28 @@ PACKAGES = (
     "trl",
     "lm-eval",
 )
+COMMAND = "RCPO_COMMAND"  # holds the command line of the outermost `rcpo`, for the processes that it starts
 _SECRET = re.compile(r"((?:key|token|secret|password|passwd)\s*[=:]\s*)\S+", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(//[^/@\s:]+:)[^/@\s]+@")
 
 
-def write_environment(path: Path) -> None:
-    """Write versions, the code's git commit, hardware, host and command line as one JSON object."""
-    replace_text(path, json.dumps(describe_environment(), indent=2, ensure_ascii=False) + "\n")
+def write_environment(path: Path, *, resumed: bool = False) -> None:
+    """Write versions, the code's git commit, hardware, host and command line as one JSON object.
+
+    That of a run that is `resumed` keeps the command that started it, as `first_command`.
+    """
+    found = describe_environment()
+    before = read_object(path) if resumed else {}
+    if (first := before.get("first_command") or before.get("command")) is not None:
+        found["first_command"] = first
+    replace_text(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
 def describe_environment() -> dict[str, Any]:
     """The content of environment.json; a package that is not installed, or an unknown figure, is null."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [redact(argument) for argument in sys.argv],
+        "command": [redact(argument) for argument in typed_command()],
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -60,6 +69,15 @@ def describe_environment() -> dict[str, Any]:
             "gpus": _gpu_names(),
         },
     }
+
+
+def typed_command() -> list[str]:
+    """The command line that the user typed: ranks and the runs of a sweep are started by another process."""
+    try:
+        words = json.loads(os.environ[COMMAND])
+    except (KeyError, ValueError):
+        return sys.argv
+    return [str(word) for word in words] if isinstance(words, list) else sys.argv
 
 
 def redact(argument: str) -> str:

@@ -363,7 +363,7 @@ def train(
                 checkpoint, session.contents, config, couples_batch=session.objective.spec.couples_batch
             )
         if distributed.is_main():
-            write_environment(run_dir / ENVIRONMENT_FILE)
+            write_environment(run_dir / ENVIRONMENT_FILE, resumed=checkpoint is not None)
             report = json.dumps(session.datasets.report.as_dict(), indent=2)
             replace_text(run_dir / DATA_FILE, report + "\n")
         resume_step = None if checkpoint is None else checkpoint.step

@@ -28,6 +28,21 @@ def test_versions_and_hardware_but_no_secret(tmp_path: Path, monkeypatch: pytest
     assert "s3cr3t-value" not in text and "hidden-value" not in text
 
 
+def test_a_continued_run_keeps_the_command_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "environment.json"
+    for words, resumed in ((["rcpo", "train", "seed=2"], False), (["rcpo", "train", "resume=a"], True)):
+        monkeypatch.setenv("RCPO_COMMAND", json.dumps(words))  # what a rank's own argv would hide
+        write_environment(path, resumed=resumed)
+    write_environment(path, resumed=True)
+    found = json.loads(path.read_text())
+    assert found["first_command"] == ["rcpo", "train", "seed=2"]
+    assert found["command"] == ["rcpo", "train", "resume=a"]
+    write_environment(path)
+    assert "first_command" not in json.loads(path.read_text())
+
+
 @pytest.mark.parametrize(
     ("argument", "shown"),
     [
