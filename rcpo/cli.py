@@ -51,6 +51,7 @@ def _root(
     rcpo report outputs/...              show what happened, in one HTML file
     rcpo sweep rc=off,on seed=1,2,3      many runs beside each other
     rcpo plan engine=zero3 gpu=h200      what a run would take: memory, communication, time
+    rcpo push run=DIR repo=OWNER/NAME    upload what came out to the hub
     rcpo doctor                          what this machine has, and what would fail
 
     \b
@@ -302,6 +303,25 @@ def submit(
         _finish(lambda: submit_chain(ctx.args, dry_run=dry_run))
     else:
         _finish(lambda: submit_job(command.value, ctx.args, dry_run=dry_run))
+
+
+@app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
+def push(
+    ctx: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent.")] = False,
+) -> None:
+    """Upload a run's final/, with its model card, to a private repository of the hub.
+
+    \b
+      rcpo push run=outputs/DIR repo=OWNER/NAME --dry-run       what would be sent
+      rcpo push run=outputs/DIR repo=OWNER/NAME
+      rcpo push run=outputs/DIR repo=OWNER/NAME push.private=false push.revision=v2 push.message='Second try'
+
+    The token is that of `hf auth login`, or HF_TOKEN; HF_ENDPOINT names another hub.
+    """
+    from rcpo.commands.push import push as upload
+
+    _finish(lambda: upload(ctx.args, dry_run=dry_run))
 
 
 @app.command()

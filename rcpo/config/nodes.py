@@ -23,6 +23,7 @@ COMMAND_NODES = {
     "plan": "rcpo plan",
     "gpu": "rcpo plan",
     "slurm": "rcpo submit",
+    "push": "rcpo push",
     "sample": "rcpo sample and rcpo iterate",
     "score": "rcpo sample and rcpo iterate",
     "pairing": "rcpo sample and rcpo iterate",

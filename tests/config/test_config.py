@@ -40,6 +40,7 @@ from rcpo.config.validation import (
     shown,
 )
 from rcpo.errors import ConfigError
+from rcpo.models.upload import PushConfig
 from rcpo.planner.settings import GpuConfig, PlanConfig, plan_config
 from rcpo.slurm.settings import SlurmConfig, slurm_config
 from rcpo.sweeps.settings import SweepConfig, sweep_config
@@ -128,6 +129,7 @@ def command_keys() -> set[str]:
         "plan": PlanConfig,
         "gpu": GpuConfig,
         "slurm": SlurmConfig,
+        "push": PushConfig,
         "sample": SampleConfig,
         "score": ScoreConfig,
         "pairing": PairingConfig,

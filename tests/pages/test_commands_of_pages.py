@@ -67,6 +67,8 @@ def small(words: list[str]) -> list[str]:
         return words
     if any(DOWNLOADED.search(word) for word in words):
         return [*words, "--cfg", "job"]
+    if words[0] == "push":
+        return words if "--dry-run" in words else [*words, "--dry-run"]
     if words[0] == "submit" and words[1] != "status":
         return [*words, "--dry-run"]
     given = {word.partition("=")[0] for word in words}

@@ -1,0 +1,67 @@
+"""`rcpo push`: a run's final weights, with their model card, to a repository of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rcpo.commands.compose import show, shows
+from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments
+from rcpo.config.model import holds_adapter
+from rcpo.config.nodes import read_node, refuse_command_keys
+from rcpo.errors import ConfigError
+from rcpo.launch.outcomes import DONE
+from rcpo.models.hub import check_weights
+from rcpo.models.upload import PushConfig, check_repo, files_of, upload
+from rcpo.report.card import renew_card
+from rcpo.report.provenance import CARD
+from rcpo.runs.folder import CONFIG_FILE, FINAL
+
+NODE = "push"
+
+
+def push(arguments: Sequence[str], *, dry_run: bool = False) -> int:
+    """`rcpo push ARGUMENTS`: returns the exit code; raises ConfigError for what is refused."""
+    flags = split_arguments(arguments)
+    name = flags.config_name or PRIMARY
+    given = dict(word.split("=", 1) for word in flags.overrides if word.startswith(("run=", "repo=")))
+    overrides = [word for word in flags.overrides if not word.startswith(("run=", "repo="))]
+    if flags.multirun:
+        raise ConfigError("command line: push sends one run at a time, without -m")
+    refuse_command_keys(overrides, allowed=(NODE,))
+    for word in overrides:
+        if not word.lstrip("+~").startswith((f"{NODE}.", f"{NODE}=")):
+            raise ConfigError(f"{word}: rcpo push reads run=, repo=, and the keys of push.* alone")
+    with hydra_session(flags.config_dir, flags.config_path) as hydra:
+        if shows(flags):
+            return show(hydra, name, flags, overrides)
+        settings = read_node(compose_with(hydra, name, overrides), NODE, PushConfig())
+    for key, what in (("run", "DIR"), ("repo", "OWNER/NAME")):
+        if not given.get(key):
+            raise ConfigError(f"rcpo push needs {key}={what}: rcpo push run=DIR repo=OWNER/NAME")
+    settings.dry_run |= dry_run
+    _push(Path(given["run"]).expanduser(), given["repo"], settings)
+    return DONE
+
+
+def _push(run_dir: Path, repo: str, settings: PushConfig) -> None:
+    check_repo(repo)
+    folder = run_dir / FINAL
+    if not (run_dir / CONFIG_FILE).exists():
+        raise ConfigError(f"run={run_dir} is not the folder of a run: it has no {CONFIG_FILE}")
+    if not ((folder / "config.json").is_file() or holds_adapter(folder)):
+        raise ConfigError(f"run={run_dir} has no {FINAL}/ yet; finish it with resume={run_dir}")
+    check_weights("run", folder, pickle=False)
+    if not (folder / CARD).exists():
+        renew_card(run_dir, print)
+    kind = "private" if settings.private else "public"
+    for path in files_of(folder):
+        print(f"  {path.stat().st_size:>15,}  {path.relative_to(folder)}")
+    total = sum(path.stat().st_size for path in files_of(folder))
+    what = f"{len(files_of(folder))} files, {total:,} bytes, to {repo} ({kind}, {settings.revision})"
+    if settings.dry_run:
+        print(f"rcpo: would send {what}; nothing was sent")
+        return
+    print(f"rcpo: sends {what}")
+    message = settings.message or f"Upload {run_dir.resolve().name}, trained by rcpo"
+    print(f"rcpo: done: {upload(folder, repo, settings, message)}")
