@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,8 +76,9 @@ def collate(
     arrays["lengths"] = responses.T.ravel()
     repeats = 1 if shared else (responses > 0).sum(axis=1)  # of the prompt
     computed = responses.sum(axis=1) + repeats * lengths[:, 0]  # (B,)
+    made: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return TokenBatch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        **made,
         weights=torch.tensor(weights, dtype=torch.float64),
         margins=None if margins is None else torch.tensor(margins, dtype=torch.float64),
         indices=torch.tensor(positions, dtype=torch.long),

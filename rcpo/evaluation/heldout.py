@@ -113,8 +113,8 @@ def _columns(
 ) -> PreferenceScores:
     objective, tracked = session.objective, session.tracked_positions
     batch, pairs = scored.batch, scored.pairs
-    real = (batch.weights > 0).tolist()
-    indices = batch.indices[batch.weights > 0].cpu().numpy()
+    real = (batch.on_host.weights > 0).tolist()
+    indices = batch.on_host.indices[batch.on_host.weights > 0].numpy()
     chosen, rejected = objective.rewards(pairs)
     token_logps, token_logratios = scored.token_means()
     per_pair = not (objective.spec.couples_batch or objective.spec.token_weighted)

@@ -98,7 +98,6 @@ class Probe:
         mass = sequence_logps(scored.logps, ones, batch.sequences, len(batch.lengths)).view(
             len(batch.sides), -1
         )
-        real = batch.weights > 0
         both = pairs.rejected is not None
         values: dict[str, torch.Tensor | None] = {
             "chosen_length": pairs.chosen_lengths,
@@ -107,14 +106,14 @@ class Probe:
             "rejected_logps": pairs.rejected,
             "chosen_logratios": None if pairs.ref_chosen is None else pairs.chosen_logratios,
             "rejected_logratios": None if pairs.ref_rejected is None else pairs.rejected_logratios,
-            "chosen_mass": mass[0][real],
-            "rejected_mass": mass[1][real] if both else None,
+            "chosen_mass": batch.of_real(mass[0]),
+            "rejected_mass": batch.of_real(mass[1]) if both else None,
         }
         objective = self._session.objective
         if objective.needs_rejected and not objective.spec.couples_batch:
             values["incentive_chosen"], values["incentive_rejected"] = incentives(objective, pairs)
         columns = {name: value.tolist() for name, value in values.items() if value is not None}
-        positions = batch.indices[real].tolist()
+        positions = batch.on_host.indices[batch.on_host.weights > 0].tolist()
         rows = [{name: column[row] for name, column in columns.items()} for row in range(len(positions))]
         for row in rows:  # unpaired data have one side
             lacking = [side for side in ("chosen", "rejected") if row.get(f"{side}_length") == 0]

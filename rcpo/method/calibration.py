@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rcpo.method.band import SAMPLE_METRICS, Dynamics, Movement
-from rcpo.method.geometry import ScoreGeometry
+from rcpo.method.geometry import ScoreGeometry, score_products
 from rcpo.method.loop import LoopRule
 from rcpo.method.rules import BandRule, FixedRule, Rule
 from rcpo.method.samples import CrossSamples
@@ -68,16 +68,11 @@ class DynamicsMeter:
         `incentives` are those of each chosen (n_w,) and each rejected (n_l,) response, for a loss that is the
         mean over pairs; `scores` (2, …) the sides' summed scores. `weights` are the responses' parts in the
         loss's mean (None: all 1), by which the scores are summed already: one of weight 2 counts as two.
-        `logratios` are the responses' mean log-ratios per token. Where responses are not paired n_w and n_l
-        differ: incentives are then per (n_w + n_l)/2 and scores per response of their own side, so that d·s
-        stays each side's part of the loss's gradient.
+        `logratios` are the responses' mean log-ratios per token. A weight of 0 leaves a response out. Where
+        responses are not paired n_w and n_l differ: incentives are then per (n_w + n_l)/2 and scores per
+        response of their own side, so that d·s stays each side's part of the loss's gradient.
         """
-        d = [side.detach().double() for side in incentives]
-        parts = [torch.ones_like(side) for side in d] if weights is None else [w.double() for w in weights]
-        moved = [side[:0] for side in d] if logratios is None else [u.detach().double() for u in logratios]
-        weighted = [(part * side).sum() for part, side in zip(parts, d, strict=True)]
-        counts = [torch.ones_like(side).sum() for side in moved]
-        sums = torch.stack([*weighted, *(p.sum() for p in parts), *(u.sum() for u in moved), *counts])
+        sums = statistics(incentives, weights, logratios)
         self._sums = sums if self._sums is None else self._sums + sums
         self._scores = scores.detach() if self._scores is None else self._scores + scores.detach()
 
@@ -92,20 +87,51 @@ class DynamicsMeter:
         words = _in_words(self._sums, self._scores.dtype)
         total = reduce(torch.cat([self._scores.flatten(), words.flatten()]))
         scores = total[: self._scores.numel()].view_as(self._scores)
-        sums = total[self._scores.numel() :].view_as(words).double().sum(0).tolist()
+        sums = total[self._scores.numel() :].view_as(words).double().sum(0)
         self._sums = self._scores = None
-        d_w, d_l, n_w, n_l, *moved = sums
-        pairs = (n_w + n_l) / 2 or 1.0
-        n_w, n_l = n_w or 1.0, n_l or 1.0
-        geometry = ScoreGeometry.of(scores)
-        mean = ScoreGeometry(geometry.norm_chosen / n_w, geometry.norm_rejected / n_l, geometry.cosine)
-        across = None
+        products = [score_products(scores)]
         if self._samples is not None:
-            sizes = scores.new_tensor([n_w, n_l]).view(2, *[1] * (scores.dim() - 1))
-            across = self._samples.observe(scores / sizes)
-        u_w, u_l, readings_w, readings_l = moved
-        movement = Movement(u_w / readings_w, u_l / readings_l) if readings_w and readings_l else None
-        return Dynamics(d_w / pairs, d_l / pairs, mean, across, movement)
+            sizes = torch.where(sums[2:4] == 0, 1.0, sums[2:4]).to(scores.dtype)
+            means = scores / sizes.view(2, *[1] * (scores.dim() - 1))
+            products.append(self._samples.products(means))
+        found = torch.cat([sums, *products]).tolist()  # one wait for the device
+        dynamics = _dynamics(found[:STEP_SUMS], found[STEP_SUMS : STEP_SUMS + 3])
+        if self._samples is None:
+            return dynamics
+        return replace(dynamics, samples=self._samples.take(means, found[STEP_SUMS + 3 :]))
+
+
+def statistics(
+    incentives: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor] | None,
+    logratios: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """What a micro-batch adds to a step's sums, as `DynamicsMeter.observe` takes it: (8,) in fp64.
+
+    d_w, d_l, n_w, n_l; of readings the sides' log-ratios and how many they are.
+    """
+    d = [side.detach().double() for side in incentives]
+    parts = [torch.ones_like(side) for side in d] if weights is None else [w.double() for w in weights]
+    weighted = [torch.where(part == 0, 0.0, part * side).sum() for part, side in zip(parts, d, strict=True)]
+    sums = [*weighted, *(part.sum() for part in parts)]
+    if logratios is None:
+        return torch.stack([*sums, *[torch.zeros_like(sums[0])] * 4])
+    moved = [u.detach().double() for u in logratios]
+    there = [part != 0 for part in parts]
+    sums += [torch.where(real, u, 0.0).sum() for real, u in zip(there, moved, strict=True)]
+    return torch.stack([*sums, *(real.double().sum() for real in there)])
+
+
+def _dynamics(sums: list[float], products: list[float]) -> Dynamics:
+    """The batch's dynamics from its sums and the products of its scores."""
+    d_w, d_l, n_w, n_l, u_w, u_l, readings_w, readings_l = sums
+    pairs = (n_w + n_l) / 2 or 1.0
+    geometry = ScoreGeometry.of_products(*products)
+    mean = ScoreGeometry(
+        geometry.norm_chosen / (n_w or 1.0), geometry.norm_rejected / (n_l or 1.0), geometry.cosine
+    )
+    movement = Movement(u_w / readings_w, u_l / readings_l) if readings_w and readings_l else None
+    return Dynamics(d_w / pairs, d_l / pairs, mean, movement=movement)
 
 
 class RewardCalibrator:
@@ -251,12 +277,8 @@ class StepCalibration:
     ) -> None:
         """A micro-batch, as `DynamicsMeter.observe` takes it; a rank without responses joins the sums too."""
         if self.by_microbatch and self.calibrator is not None:
-            local: Dynamics | None = None
-            if len(incentives[0]) and len(incentives[1]):
-                alone = DynamicsMeter()
-                alone.observe(incentives, scores, weights, logratios)
-                local = alone.collect()
-            common = average_logs(local, self._reduce)
+            own = log_numbers(statistics(incentives, weights, logratios), score_products(scores.detach()))
+            common = average_logs(own, self._reduce)
             if common is not None:
                 steps = 1 / self._micro_batches
                 moved = common.movement and replace(common.movement, steps=steps)
@@ -291,23 +313,37 @@ def _in_words(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(words)
 
 
-def average_logs(dynamics: Dynamics | None, reduce: Reduce) -> Dynamics | None:
-    """One rank's dynamics → the geometric mean over the ranks that have any, so that all ranks agree.
+def log_numbers(sums: Tensor, products: Tensor) -> Tensor:
+    """What a rank tells the others of a micro-batch: `RANK_NUMBERS` in fp64, on their device.
 
-    For updates every micro-batch. A rank without pairs gives None; a non-positive statistic on any rank makes
-    it 0 for all, which the calibrator skips. The cosine and the movement are plain means.
+    From its `statistics` (8,) and `score_products` (3,): the logs of d_w, d_l, ‖s_w‖ and ‖s_l‖, whether each
+    is none; the cosine and the movement; whether there are responses on both sides, and readings. A rank
+    without responses adds 0 everywhere.
     """
-    if dynamics is None:
-        logs, bad, plain, present = [0.0] * 4, [0.0] * 4, [0.0] * 3, [0.0, 0.0]
-    else:
-        scores, moved = dynamics.scores, dynamics.movement
-        values = [dynamics.incentive_chosen, dynamics.incentive_rejected]
-        values += [scores.norm_chosen, scores.norm_rejected]
-        logs = [math.log(value) if value > 0 else 0.0 for value in values]
-        bad = [0.0 if value > 0 else 1.0 for value in values]
-        plain = [scores.cosine, *((0.0, 0.0) if moved is None else (moved.winner, moved.loser))]
-        present = [1.0, float(moved is not None)]
-    total = reduce(torch.tensor([*logs, *bad, *plain, *present], dtype=torch.float64)).tolist()
+    d, n, moved, readings = sums.view(4, 2)
+    ones = torch.ones_like(n)
+    norms = products[:2].sqrt()
+    values = torch.cat([d / torch.where(n.sum() == 0, ones, n.mean()), norms / torch.where(n == 0, ones, n)])
+    positive = values > 0
+    product = norms.prod()
+    cosine = torch.where(product == 0, 0.0, products[2] / product)
+    moving = (readings > 0).all()
+    movement = torch.where(moving, moved / torch.where(readings == 0, ones, readings), 0.0)
+    present = (n > 0).all()
+    logs = torch.where(positive, values, 1.0).log()
+    numbers = torch.cat(
+        [logs, (~positive).double(), cosine[None], movement, torch.stack([present, moving]).double()]
+    )
+    return torch.where(present, numbers, 0.0)
+
+
+def average_logs(numbers: Tensor, reduce: Reduce) -> Dynamics | None:
+    """All ranks' `log_numbers` → the geometric mean over those that have any, so that all ranks agree.
+
+    For updates every micro-batch. A non-positive statistic on any rank makes it 0 for all, which the
+    calibrator skips. The cosine and the movement are plain means. None where no rank has pairs.
+    """
+    total = reduce(numbers).tolist()
     ranks, moving = total[11:]
     if not ranks:
         return None

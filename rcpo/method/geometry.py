@@ -159,12 +159,21 @@ class ScoreGeometry:
     @staticmethod
     def of(scores: Tensor) -> ScoreGeometry:
         """From stacked scores (2, …): chosen, rejected. The cosine of a zero score is 0."""
-        assert scores.shape[0] == 2, scores.shape
-        chosen, rejected = scores[0].reshape(-1, scores.shape[-1]), scores[1].reshape(-1, scores.shape[-1])
-        norm_chosen, norm_rejected = (float(inner(side, side)) ** 0.5 for side in (chosen, rejected))
+        return ScoreGeometry.of_products(*score_products(scores).tolist())
+
+    @staticmethod
+    def of_products(chosen: float, rejected: float, cross: float) -> ScoreGeometry:
+        """From ‖s_w‖², ‖s_l‖² and ⟨s_w, s_l⟩."""
+        norm_chosen, norm_rejected = chosen**0.5, rejected**0.5
         product = norm_chosen * norm_rejected
-        cosine = float(inner(chosen, rejected)) / product if product else 0.0
-        return ScoreGeometry(norm_chosen, norm_rejected, cosine)
+        return ScoreGeometry(norm_chosen, norm_rejected, cross / product if product else 0.0)
+
+
+def score_products(scores: Tensor) -> Tensor:
+    """‖s_w‖², ‖s_l‖² and ⟨s_w, s_l⟩ of stacked scores (2, …), in fp64 on their device: (3,)."""
+    assert scores.shape[0] == 2, scores.shape
+    chosen, rejected = scores[0].reshape(-1, scores.shape[-1]), scores[1].reshape(-1, scores.shape[-1])
+    return torch.stack([inner(chosen, chosen), inner(rejected, rejected), inner(chosen, rejected)])
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class RunningMean:
     def __init__(self) -> None:
         self.total = 0.0
         self.count = 0.0
-        self._pending = [0.0, 0.0]
+        self._pending: Tensor | None = None
 
     @property
     def value(self) -> float:
@@ -36,16 +36,17 @@ class RunningMean:
         """Adds values, each by its weight (None: 1)."""
         values = values.detach().double()
         parts = torch.ones_like(values) if weights is None else weights.double()
-        self._pending[0] += float((parts * values).sum())
-        self._pending[1] += float(parts.sum())
+        added = torch.stack([(parts * values).sum(), parts.sum()])
+        self._pending = added if self._pending is None else self._pending + added
 
     def step(self, reduce: Callable[[Tensor], Tensor] = lambda x: x, *, keep: bool = True) -> None:
         """Folds in the step's values over all ranks, or drops them where `keep` is false."""
         if keep:
-            total, count = reduce(torch.tensor(self._pending, dtype=torch.float64)).tolist()
+            pending = torch.zeros(2, dtype=torch.float64) if self._pending is None else self._pending
+            total, count = reduce(pending).tolist()
             self.total += total
             self.count += count
-        self._pending = [0.0, 0.0]
+        self._pending = None
 
     def state_dict(self) -> dict[str, float]:
         return {"total": self.total, "count": self.count}

@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from rcpo.method.calibration import Reduce, scale_gradients
-from rcpo.method.types import PairLogps
+from rcpo.method.types import PairLogps, to_device
 
 
 def pair_geometry(
-    hidden: Tensor, scores: Tensor, coefficients: Tensor, sequences: Tensor, pairs: int
+    hidden: Tensor, scores: Tensor, coefficients: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """‖s_w‖, ‖s_l‖ and cos(s_w, s_l) of each pair: three tensors (B,) in fp64.
 
-    `hidden` (N, D), token `scores` q (N, k), `coefficients` c (N,); `sequences` (N,) names each token's
-    response, the chosen ones 0..B−1, the rejected B..2B−1; others are left out. The cosine of a zero score
-    is 0.
+    `hidden` (N, D), token `scores` q (N, k), `coefficients` c (N,). `lengths` (2B,), on the CPU, count the
+    tokens of each response: the chosen ones come first, then the rejected; tokens after them are left out.
+    The cosine of a zero score is 0.
     """
-    counts = torch.bincount(sequences, minlength=2 * pairs)
-    places = torch.arange(len(sequences), device=sequences.device) - (counts.cumsum(0) - counts)[sequences]
-    keep = sequences < 2 * pairs
-    longest = int(counts[: 2 * pairs].max()) if len(sequences) else 0
+    pairs, longest = len(lengths) // 2, int(lengths.max())
+    count = int(lengths.sum())
+    # where each token stands among the padded rows, worked out on the CPU
+    shifts = longest * torch.arange(2 * pairs) - (lengths.cumsum(0) - lengths)
+    places = to_device(torch.arange(count) + shifts.repeat_interleave(lengths), hidden.device)
 
     def padded(tokens: Tensor) -> Tensor:
-        rows = tokens.new_zeros(2 * pairs, longest, tokens.shape[1])
-        rows[sequences[keep], places[keep]] = tokens[keep]
-        return rows
+        rows = tokens.new_zeros(2 * pairs * longest, tokens.shape[1])
+        return rows.index_copy_(0, places, tokens[:count]).view(2 * pairs, longest, tokens.shape[1])
 
     states = padded(hidden.detach().to(scores.dtype) * coefficients.to(scores.dtype)[:, None])
     errors = padded(scores.detach())
@@ -64,7 +64,7 @@ class PairCalibrator:
         self._limit = math.inf if alpha_max is None else math.log(alpha_max)
         self.skipped = 0
         self.clamped = 0
-        self._sums = torch.zeros(4, dtype=torch.float64)  # log α, pairs, skipped, clamped of this step
+        self._sums: Tensor | None = None  # log α, pairs, skipped, clamped of this step
 
     def calibrate(
         self,
@@ -90,12 +90,14 @@ class PairCalibrator:
         log_alpha = 0.5 * distance
         clamped = log_alpha.clamp(-self._limit, self._limit)
         counts = [usable.double().sum(), (~usable).double().sum(), (clamped != log_alpha).double().sum()]
-        self._sums += torch.stack([clamped.sum(), counts[0] + counts[1], *counts[1:]]).cpu()
+        sums = torch.stack([clamped.sum(), counts[0] + counts[1], *counts[1:]])
+        self._sums = sums if self._sums is None else self._sums + sums
         return clamped.exp()
 
     def end(self, reduce: Reduce) -> dict[str, Any]:
         """Closes a step over all ranks: its `rc/*` metrics; `rc/alpha` is the geometric mean."""
-        total, self._sums = reduce(self._sums).tolist(), torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64) if self._sums is None else self._sums
+        total, self._sums = reduce(sums).tolist(), None
         self.skipped += int(total[2])
         self.clamped += int(total[3])
         alpha = math.exp(total[0] / total[1]) if total[1] else None

@@ -103,10 +103,18 @@ class CrossSamples:
 
         A step with scores that are not finite is left out.
         """
+        return self.take(scores, self.products(scores).tolist())
+
+    def products(self, scores: Tensor) -> Tensor:
+        """Of a step's mean scores with those of the step before, and with themselves: (5,) on the device."""
         new = scores.detach()
         old = new if self.previous is None else self.previous
         products = [(new[0], old[0]), (new[1], old[1]), (new[0], old[1]), (new[1], old[0]), (new[0], new[0])]
-        found = torch.stack([inner(a, b) for a, b in products]).tolist()  # one wait for the device
+        return torch.stack([inner(a, b) for a, b in products])
+
+    def take(self, scores: Tensor, found: list[float]) -> SampleGeometry | None:
+        """Adds a step by its `products`, which were read meanwhile, as `observe` does."""
+        new = scores.detach()
         if not all(map(math.isfinite, found)):
             return self.geometry()
         if self.previous is not None:

@@ -109,7 +109,7 @@ class PairLogps:
         return replace(self, **changes)
 
     def select(self, keep: Tensor) -> PairLogps:
-        """The pairs where `keep` (B,) is true."""
+        """The pairs where `keep` (B,) is true, or at the places (b,) that it holds."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen = {name: value[keep] for name, value in values.items() if value is not None}
         return replace(self, **chosen)
@@ -144,6 +144,7 @@ class TokenBatch:
     ranks' last batch, `margins` (B,) how far the chosen response was scored above the other, None where
     nobody says so of each. `ref_logps` (N,) are the reference's log-probs of the same tokens. `num_tokens`
     counts what the model's body computes for real pairs: neither padding nor fillers, a shared prompt once.
+    A batch that was moved to a device has its `origin` on the CPU.
 
     >>> one = torch.tensor([[5, 6, 7]])  # a prompt of one token, a response of two; no rejected side
     >>> batch = TokenBatch(
@@ -171,6 +172,7 @@ class TokenBatch:
     segments: Tensor | None = None
     margins: Tensor | None = None
     num_tokens: int = 0
+    origin: TokenBatch | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -178,11 +180,30 @@ class TokenBatch:
         return len(self.weights)
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch on another device; on a GPU the copies run beside its work, from pinned memory."""
-
-        def move(value: Tensor) -> Tensor:
-            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
-
+        """The batch on another device, with this one as its `origin`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: move(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        moved: dict[str, Any] = {
+            name: to_device(v, device) for name, v in values.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved, origin=self.on_host)
+
+    @property
+    def on_host(self) -> TokenBatch:
+        """The batch as it was made, on the CPU: what is read from it waits for no device."""
+        return self if self.origin is None else self.origin
+
+    @property
+    def real(self) -> Tensor | None:
+        """The places (b,) of the real pairs, on the batch's device; None where all B are real."""
+        there = self.on_host.weights > 0
+        return None if bool(there.all()) else to_device(there.nonzero()[:, 0], self.weights.device)
+
+    def of_real(self, values: Tensor) -> Tensor:
+        """Of values (…, B) those of the real pairs, (…, b)."""
+        real = self.real
+        return values if real is None else values.index_select(-1, real)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on a device; to a GPU it is copied beside its work, from pinned memory."""
+    return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)

@@ -9,11 +9,13 @@ Axes: R rows, L row length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from rcpo.errors import ConfigError
 
@@ -36,6 +38,7 @@ SHARED_ROWS = {
     "gemma2": BY_LAYER_TYPE,
     "gemma3_text": BY_LAYER_TYPE,
 }
+LOOK = "find_packed_sequence_indices"  # in transformers' masking_utils
 KERNELS = (None, "eager", "sdpa")  # None: not chosen yet; transformers then takes one of the two
 
 
@@ -49,6 +52,24 @@ def reason_for_separate(config: Any) -> str | None:
     if kind == "gemma3_text" and config.use_bidirectional_attention:
         return "its attention is bidirectional"
     return None
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Inside, models take rows for one sequence each, and make no mask: the causal kernel needs none.
+
+    Without a mask transformers looks whether positions restart in a row, which waits for the device in every
+    forward pass. A version that looks in another way is right, and slower.
+    """
+    looks = vars(masking_utils).get(LOOK)
+    if looks is None:
+        yield
+        return
+    setattr(masking_utils, LOOK, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, LOOK, looks)
 
 
 def choose_layout(requested: str, configs: Iterable[Any]) -> str:

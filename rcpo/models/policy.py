@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from rcpo.errors import ConfigError
 from rcpo.method.geometry import HeadShape, Passes, Sketch
 from rcpo.method.logps import log_squares, log_squares_of, token_logps
 from rcpo.method.types import TokenBatch
-from rcpo.models.attention import attention_masks
+from rcpo.models.attention import attention_masks, one_sequence_a_row
 from rcpo.system import distributed
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,6 @@ class Policy(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
         predictors: Tensor,
         labels: Tensor,
@@ -109,19 +109,25 @@ class Policy(nn.Module):
         sketch: Sketch | None = None,
         squares: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        config, dtype = self.model.config, self.model.dtype
-        mask = attention_mask if segments is None else attention_masks(config, segments, position_ids, dtype)
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+        masks: AbstractContextManager[None] = nullcontext()
+        if segments is None:  # padding is on the right, where no token sees it, for the model is causal
+            masks = one_sequence_a_row()
+        else:
+            dtype = self.model.dtype
+            inputs["attention_mask"] = attention_masks(self.model.config, segments, position_ids, dtype)
         if not self.fused:
             assert sketch is None, "no scores without a known head"
-            logits = self.model(**inputs, use_cache=False).logits
+            with masks:
+                logits = self.model(**inputs, use_cache=False).logits
             own = logits.flatten(0, 1).index_select(0, predictors)
             logps = _own_logps(own, labels)
             none = logps.new_empty(0)
             return logps, none, none, log_squares_of(own.detach().to(logps.dtype)) if squares else none
         backbone = backbone_of(self.model)
         assert backbone is not None
-        output = backbone(**inputs, use_cache=False)
+        with masks:
+            output = backbone(**inputs, use_cache=False)
         head = self.model.get_output_embeddings()
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, predictors)
         hidden = hidden.to(head.weight.dtype)  # Mamba ends in fp32 whatever its weights are
@@ -142,7 +148,6 @@ def policy_inputs(batch: TokenBatch) -> dict[str, Any]:
     """The arguments of `Policy.forward` from a batch."""
     return {
         "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
         "position_ids": batch.position_ids,
         "predictors": batch.predictors,
         "labels": batch.labels,
@@ -184,11 +189,11 @@ def examination(policy: Policy) -> Examination:
     rows[1, -1] += 1
     rows %= model.config.get_text_config().vocab_size
     positions = torch.arange(length, device=device).expand(2, length)
-    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "position_ids": positions}
+    inputs = {"input_ids": rows, "position_ids": positions}
     labels, predictors = rows[0, 1:], torch.arange(length - 1, device=device)
     head = model.get_output_embeddings()
     known = isinstance(head, nn.Linear) and backbone_of(model) is not None
-    with torch.no_grad():
+    with torch.no_grad(), one_sequence_a_row():
         hidden = policy(**inputs, predictors=predictors, labels=labels)[1] if known else None
         own, fused = _precise_logits(model, inputs, hidden)
     both = [_own_logps(own[row, :-2], rows[0, 1:-1]) for row in (0, 1)]

@@ -116,7 +116,7 @@ def own_messages(config: RunConfig, scores: int, microbatches: int) -> list[Mess
     """rcpo's own collectives in a step that is measured; `scores` are the elements of both sides."""
     found = [
         Message("all_reduce", StepSums().nbytes, 1, "metrics"),
-        Message("all_reduce", 4, 1, "peak memory"),
+        Message("all_reduce", 8, 1, "peak memory"),
     ]
     if scores:
         found.append(Message("all_reduce", calibration_bytes(scores), 1, "calibration"))

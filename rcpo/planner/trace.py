@@ -205,7 +205,6 @@ def inputs(rows: Rows) -> dict[str, Any]:
     shape = rows.rows, rows.length
     return {
         "input_ids": tokens(*shape),
-        "attention_mask": tokens(*shape) + 1,
         "position_ids": tokens(*shape),
         "segments": tokens(*shape) if rows.shared else None,
         "predictors": tokens(rows.responses),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.store import PairDataset
-from rcpo.method.types import TokenBatch
+from rcpo.method.types import TokenBatch, to_device
 
 FILLER, NOT_STORED = -1, -2  # places of tokens that have none
 Reference = Callable[[TokenBatch], Tensor]
@@ -53,13 +53,13 @@ class Rows:
     def of_batch(self, batch: TokenBatch) -> np.ndarray:
         """The stored row of each sequence of a batch, (S,), −1 for fillers."""
         places = [self._sides.index(side) for side in batch.sides]
-        indices = batch.indices.cpu().numpy()
+        indices = batch.on_host.indices.numpy()
         rows = indices * len(self._sides) + np.array(places)[:, None]
         return np.where(indices < 0, -1, rows).ravel()
 
     def places(self, batch: TokenBatch) -> np.ndarray:
         """The place in the array of each response token of a batch, (N,): `FILLER`, or `NOT_STORED`."""
-        rows, lengths = self.of_batch(batch), batch.lengths.cpu().numpy()
+        rows, lengths = self.of_batch(batch), batch.on_host.lengths.numpy()
         starts, real = self.offsets[rows], rows >= 0
         stored = self.offsets[rows + 1] - starts
         missing = real & (stored == 0) & (lengths > 0) & self._partial
@@ -72,7 +72,7 @@ class Rows:
     def pieces(self, batch: TokenBatch, logps: Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """A batch's log-probs (N,) as pieces of the array: (place, float32 values), fillers left out."""
         values = logps.detach().float().cpu().numpy()
-        lengths = batch.lengths.cpu().numpy()
+        lengths = batch.on_host.lengths.numpy()
         ends = np.cumsum(lengths)
         for row, length, end in zip(self.of_batch(batch), lengths, ends):
             if row >= 0:
@@ -100,4 +100,4 @@ class StoredReference:
         values = np.zeros(len(places), dtype=np.float32)
         values[real] = self._logps[places[real]]
         values[places == NOT_STORED] = np.nan
-        return torch.from_numpy(values).to(batch.labels.device)
+        return to_device(torch.from_numpy(values), batch.labels.device)

@@ -103,7 +103,7 @@ class ControlPairs:
 
     def _score(self, places: np.ndarray) -> Tensor:
         """Mean log-probs per token (2, n) of the pairs at `places`, NaN elsewhere; equal on all ranks."""
-        sums = torch.zeros(2, 2, len(self._pairs), dtype=torch.float64)
+        sums = torch.zeros(2, 2, len(self._pairs), dtype=torch.float64, device=self._engine.device)
         self._engine.eval()
         for batch in self._batches_at(self._pairs, places):
             with torch.no_grad():
@@ -111,7 +111,7 @@ class ControlPairs:
             lengths = batch.lengths.view(len(batch.sides), -1)[:2].double()
             totals = sequence_logps(logps, torch.ones_like(logps), batch.sequences, len(batch.lengths))
             means = totals.view(len(batch.sides), -1)[:2] / lengths.clamp(min=1)
-            real = batch.indices >= 0
-            sums[:, :, batch.indices[real].cpu()] = torch.stack([means, lengths > 0])[..., real].cpu()
+            found = batch.of_real(torch.stack([means, lengths > 0]))
+            sums.index_copy_(2, batch.of_real(batch.indices), found)
         total = distributed.reduce_sum(sums)
         return total[0] / total[1]

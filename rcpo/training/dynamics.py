@@ -114,17 +114,14 @@ class StepDynamics:
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
         pairs = scored.pairs
         none = pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
-        own = d = incentives(self.objective, pairs) if scored.count else (none, none)
+        d = incentives(self.objective, pairs) if scored.count else (none, none)
         weights = pairs.pair_weights, pairs.pair_weights
         moved = scored.token_means()[1] if self._fresh else None
         ratios = None if moved is None else (moved[0].detach(), moved[1].detach())
         if scored.count:  # an unpaired example has one side only
-            there = pairs.has_chosen, pairs.has_rejected
-            d = d[0][there[0]], d[1][there[1]]
-            weights = weights[0][there[0]], weights[1][there[1]]
-            ratios = None if ratios is None else (ratios[0][there[0]], ratios[1][there[1]])
+            weights = weights[0] * pairs.has_chosen, weights[1] * pairs.has_rejected
         self._statistics.observe(d, scores, weights, ratios)
-        return own
+        return d
 
     def end(self) -> dict[str, Any]:
         """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""

@@ -56,29 +56,24 @@ class PairOutput:
         batch = self.batch
         each = 1.0 / batch.lengths.double()[batch.sequences]
         means = sequence_logps(values, each, batch.sequences, len(batch.lengths))
-        return means.view(len(batch.sides), -1)[:, batch.weights > 0]
+        return batch.of_real(means.view(len(batch.sides), -1))
 
     def head_scores(self) -> Tensor:
         """Σ over the pairs, by their weights, of ∇z by the head's weight: (2, k, D), chosen and rejected."""
         pairs = self.batch.num_pairs
         coefficients = self.weights * self.batch.weights.double()[self.batch.sequences % pairs]
+        # tokens are ordered by sequence, so each side is one run of them
+        chosen, rejected = self.batch.on_host.lengths[: 2 * pairs].view(2, -1).sum(1).tolist()
         sides = []
-        for side in range(2):
-            # tokens are ordered by sequence, so each side is one run of them
-            first, last = torch.searchsorted(
-                self.batch.sequences,
-                torch.tensor([side * pairs, (side + 1) * pairs], device=self.logps.device),
-            ).tolist()
-            part = slice(first, last)
+        for part in (slice(0, chosen), slice(chosen, chosen + rejected)):
             sides.append(outer_scores(self.hidden[part], self.scores[part], coefficients[part]))
         return torch.stack(sides)
 
     def pair_geometry(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖s_w‖, ‖s_l‖ and their cosine by the head's weight, of each real pair: three tensors (B,)."""
-        found = pair_geometry(
-            self.hidden, self.scores, self.weights, self.batch.sequences, self.batch.num_pairs
-        )
-        norm_w, norm_l, cosine = (values[self.batch.weights > 0] for values in found)
+        lengths = self.batch.on_host.lengths[: 2 * self.batch.num_pairs]
+        found = pair_geometry(self.hidden, self.scores, self.weights, lengths)
+        norm_w, norm_l, cosine = map(self.batch.of_real, found)
         return norm_w, norm_l, cosine
 
     def parameter_scores(self, parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -105,5 +100,6 @@ class PairForward:
         if objective.length_alpha != 1:
             weights *= length_weights(batch.sequences, batch.lengths, batch.num_pairs, objective.length_alpha)
         pairs = pair_logps(batch, logps, weights, ref_logps, squares if wanted else None)
-        pairs = pairs.select(batch.weights > 0)
+        if (real := batch.real) is not None:
+            pairs = pairs.select(real)
         return PairOutput(batch, pairs, logps, weights, hidden, scores, ref_logps)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from rcpo.method.objectives import Objective
-from rcpo.method.types import PairLogps
+from rcpo.method.types import PairLogps, to_device
+
+CPU = torch.device("cpu")
 
 NAMES = (
     "rewards/chosen",
@@ -28,10 +30,10 @@ NAMES = (
 VOTES = ("stop", "save", "written")
 
 
-def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
+def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, tuple[Tensor, Tensor]]:
     """The per-pair values behind the logged means, as far as objective and reference define them.
 
-    Each is of shape (B,), or shorter for unpaired data: of the pairs that have what it is about.
+    Each (B,) in fp64, and which pairs have what it is about, (B,) bool; 0 for the others, of unpaired data.
     """
     with torch.no_grad():
         chosen, rejected = objective.rewards(pairs)
@@ -44,62 +46,86 @@ def pair_values(objective: Objective, pairs: PairLogps) -> dict[str, Tensor]:
             values["logratios/chosen"] = pairs.chosen_logratios
         if pairs.ref_rejected is not None:
             values["logratios/rejected"] = pairs.rejected_logratios
-        there = {"chosen": pairs.has_chosen, "rejected": pairs.has_rejected}
+        by_side = {"chosen": pairs.has_chosen, "rejected": pairs.has_rejected}
         both = pairs.has_chosen & pairs.has_rejected
-        return {name: value[there.get(name.rpartition("/")[2], both)] for name, value in values.items()}
+        found = {}
+        for name, value in values.items():
+            there = by_side.get(name.rpartition("/")[2], both)
+            found[name] = torch.where(there, value.double(), 0.0), there
+        return found
 
 
 class StepSums:
-    """Adds up a rank's micro-batches; `means` reduces once over all ranks."""
+    """Adds up a rank's micro-batches; `means` reduces once over all ranks.
+
+    What comes from the device stays there until then, so that no micro-batch waits for the one before.
+    """
 
     def __init__(self) -> None:
-        own = ("loss", "real_tokens", "slots", "pairs", "nonfinite")
-        self._sums = dict.fromkeys((*own, *VOTES, *NAMES, *map(_count, NAMES)), 0.0)
+        self._counted = dict.fromkeys(("real_tokens", "slots", "pairs", *VOTES), 0.0)
+        self._measured: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the reduction takes, whatever the batch."""
-        return 8 * len(self._sums)
+        return 8 * (len(self._counted) + len(MEASURED))
 
     def computed(self, tokens: int, slots: int) -> None:
         """What a forward pass computed: real `tokens`, and `slots`, padding and fillers included."""
-        self._sums["real_tokens"] += tokens
-        self._sums["slots"] += slots
+        self._counted["real_tokens"] += tokens
+        self._counted["slots"] += slots
 
-    def add(self, losses: Tensor, values: dict[str, Tensor]) -> bool:
+    def add(self, losses: Tensor, values: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """`losses` (B,) of real pairs, already weighted and normalised by the global batch.
 
-        Returns whether everything added was finite.
+        Returns 1 where everything added was finite, else NaN: a number on the device.
         """
-        totals = [value.detach().double().sum() for value in (losses, *values.values())]
-        loss, *others = torch.stack(totals).tolist()  # one wait for the device, not one for each
-        finite = math.isfinite(loss) and all(map(math.isfinite, others))
-        self._sums["loss"] += loss
-        self._sums["pairs"] += len(losses)
-        for (name, value), total in zip(values.items(), others, strict=True):
-            self._sums[name] += total
-            self._sums[_count(name)] += len(value)
-        self._sums["nonfinite"] += not finite
-        return finite
+        totals = {name: value.sum() for name, (value, _) in values.items()}
+        totals["loss"] = losses.detach().double().sum()
+        finite = torch.stack(list(totals.values())).isfinite().all()
+        totals["nonfinite"] = (~finite).double()
+        totals |= {_count(name): there.double().sum() for name, (_, there) in values.items()}
+        zero = torch.zeros_like(totals["loss"])
+        measured = torch.stack([totals.get(name, zero) for name in MEASURED])
+        self._measured = measured if self._measured is None else self._measured + measured
+        self._counted["pairs"] += len(losses)
+        return torch.where(finite, 1.0, math.nan)
 
     def vote(self, name: str) -> None:
         """One of `VOTES` from this rank: it rides on the step's reduction, so every rank learns of it."""
         assert name in VOTES, name
-        self._sums[name] = 1.0
+        self._counted[name] = 1.0
 
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def means(
+        self,
+        reduce: Callable[[Tensor], Tensor],
+        largest: Callable[[Tensor], Tensor] = lambda x: x,
+        device: torch.device = CPU,
+    ) -> dict[str, float]:
         """The loss, the mean of each name that the objective defines, the padded share of what was computed;
-        in total `pairs` and `real_tokens`, `nonfinite` micro-batches, and the ranks that gave each vote.
+        in total `pairs` and `real_tokens`, `nonfinite` micro-batches, and the ranks that gave each vote; the
+        `largest` of all ranks' peaks of memory. The one wait for `device`.
         """
-        total = reduce(torch.tensor(list(self._sums.values()), dtype=torch.float64))
-        sums = dict(zip(self._sums, total.tolist(), strict=True))
+        counted = torch.tensor(list(self._counted.values()), dtype=torch.float64)
+        measured = self._measured
+        if measured is None:
+            measured = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)
+        total = reduce(torch.cat([to_device(counted, device), measured]))
+        peak = largest(to_device(torch.tensor([peak_memory()], dtype=torch.float64), device))
+        *found, memory = torch.cat([total, peak]).tolist()
+        sums = dict(zip((*self._counted, *MEASURED), found, strict=True))
         means = {name: sums[name] / sums[_count(name)] for name in NAMES if sums[_count(name)]}
         totals = {name: sums[name] for name in ("loss", "pairs", "real_tokens", "nonfinite", *VOTES)}
-        return {**totals, "padded_share": 1 - sums["real_tokens"] / sums["slots"], **means}
+        padded = 1 - sums["real_tokens"] / sums["slots"]
+        return {**totals, "padded_share": padded, **means, "peak_memory_bytes": memory}
 
 
 def _count(name: str) -> str:
     return f"{name} count"
+
+
+MEASURED = ("loss", "nonfinite", *NAMES, *map(_count, NAMES))
+"""What a step adds up on the device."""
 
 
 def peak_memory() -> int:

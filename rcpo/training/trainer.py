@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rcpo.checkpoint.best import BestStep
 from rcpo.checkpoint.read import Checkpoint
@@ -50,7 +47,7 @@ from rcpo.system.signals import STOPPED, Stopped, StopRequest
 from rcpo.system.text import first_line
 from rcpo.training.dynamics import PREVIOUS, StepDynamics
 from rcpo.training.export import save_best, save_model
-from rcpo.training.metrics import VOTES, StepSums, pair_values, peak_memory
+from rcpo.training.metrics import VOTES, StepSums, pair_values
 from rcpo.training.session import Session
 from rcpo.training.watch import DivergenceWatch, NonFiniteWatch, tokens_per_winner
 
@@ -114,12 +111,12 @@ class Trainer:
             batch = session.collate(session.datasets.train, positions)
             self._micro_step(batch, scale, place == len(micro) - 1, sums)
         self._vote(sums)
-        means = sums.means(distributed.reduce_sum)
-        self.votes = {name: int(means.pop(name)) for name in VOTES}
-        bad = means.pop("nonfinite") > 0
         learning_rate = self.engine.learning_rate
         measured = self.dynamics.end()
         update = self.engine.step()
+        means = sums.means(distributed.reduce_sum, distributed.reduce_max, self.engine.device)
+        self.votes = {name: int(means.pop(name)) for name in VOTES}
+        bad = means.pop("nonfinite") > 0
         if self.objective.state is not None:  # what a step that changed no weight saw does not count
             self.objective.state.step(distributed.reduce_sum, keep=update.applied and not bad)
         self._sync_reference()
@@ -135,7 +132,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "grad_norm": update.grad_norm if update.applied else None,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_bytes": int(distributed.reduce_max(torch.tensor(float(peak_memory())))),
+            "peak_memory_bytes": int(means.pop("peak_memory_bytes")),
             "step_seconds": seconds,
             **means,
             **measured,
@@ -152,9 +149,8 @@ class Trainer:
             values = pair_values(self.objective, scored.pairs)
             self.objective.observe(scored.pairs)
             self.watch.keep(batch, scored.pairs)
-            finite = sums.add(losses / distributed.world_size(), values)
             # a step is left out where its gradient is not finite, so make it that on every rank
-            loss = losses.sum() if finite else losses.sum() * math.nan
+            loss = losses.sum() * sums.add(losses / distributed.world_size(), values)
         else:  # fillers alone: the ranks still take the same collective steps
             loss = scored.logps.sum() * 0.0
         self.engine.backward(loss, last=last)

@@ -39,7 +39,7 @@ class NonFiniteWatch:
 
     def keep(self, batch: TokenBatch, pairs: PairLogps) -> None:
         """A micro-batch's pairs; they hold on to B numbers each, not to the graph."""
-        real = (batch.weights > 0).tolist()
+        real = batch.on_host.weights.tolist()
         ids = [name for name, weight in zip(batch.example_ids, real, strict=True) if weight > 0]
         detached = {
             field.name: value.detach()

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rcpo.method.band import DisentanglementBand, Dynamics
-from rcpo.method.calibration import DynamicsMeter, RewardCalibrator, StepCalibration, average_logs
+from rcpo.method.calibration import (
+    DynamicsMeter,
+    RewardCalibrator,
+    StepCalibration,
+    average_logs,
+    log_numbers,
+)
 from rcpo.method.geometry import ScoreGeometry, head_scores
 from rcpo.method.incentives import incentives
 from rcpo.method.logps import sequence_logps, token_logps, token_weights
@@ -360,11 +366,21 @@ def test_any_split_of_a_batch_gives_the_same_dynamics(data: st.DataObject, pairs
 
 def on_two_ranks(first: Dynamics | None, second: Dynamics | None) -> tuple[Dynamics | None, Dynamics | None]:
     """`average_logs` as both ranks see it: each adds what the other sent."""
-    sent: list[Tensor] = []
-    for mine in (first, second):
-        average_logs(mine, lambda tensor: sent.append(tensor.clone()) or tensor)
-    results = [average_logs(mine, lambda _: sent[0] + sent[1]) for mine in (first, second)]
+    total = numbers(first) + numbers(second)
+    results = [average_logs(numbers(mine), lambda _: total) for mine in (first, second)]
     return results[0], results[1]
+
+
+def numbers(mine: Dynamics | None) -> Tensor:
+    """What a rank with one pair of these dynamics sends."""
+    if mine is None:
+        return log_numbers(torch.zeros(8, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    readings = 0 if mine.movement is None else 1
+    moved = [mine.movement.winner, mine.movement.loser] if mine.movement else [0.0, 0.0]
+    sums = [mine.incentive_chosen, mine.incentive_rejected, 1, 1, *moved, readings, readings]
+    s_w, s_l = mine.scores.norm_chosen, mine.scores.norm_rejected
+    products = [s_w**2, s_l**2, mine.scores.cosine * s_w * s_l]
+    return log_numbers(*(torch.tensor(part, dtype=torch.float64) for part in (sums, products)))
 
 
 def test_ranks_agree_on_the_geometric_mean() -> None:

@@ -435,11 +435,9 @@ def test_selecting_pairs_drops_fillers() -> None:
     assert pairs.chosen_lengths.tolist() == [2]
 
 
-@pytest.mark.parametrize("trained_head", [False, True])
-def test_bf16_gradients_are_rounded_once_after_scaling(trained_head: bool) -> None:
+def test_gradients_by_a_frozen_bf16_head_are_rounded_once_after_scaling() -> None:
     # a token's coefficient is in fp32: 1.003 would be 1.0 in bf16
     hidden, weight, _, labels = head(tokens=64, vocabulary=101, width=48, dtype=torch.bfloat16)
-    weight.requires_grad_(trained_head)
     coefficients = torch.linspace(0.997, 1.003, 64)
 
     def gradient(each: Tensor) -> Tensor:
@@ -454,8 +452,8 @@ def test_bf16_gradients_are_rounded_once_after_scaling(trained_head: bool) -> No
     assert not torch.equal(once, expected.double())
 
 
-def test_the_excess_stays_in_fp32_in_the_gradient_of_a_bf16_head() -> None:
-    # one token, so that nothing is added up: the exact products of p − e_y and h, rounded once
+def test_the_excess_of_a_bf16_head_is_in_fp32_until_the_product() -> None:
+    # one token, so that nothing is added up: p − e_y rounded once, times h, rounded once
     hidden, weight, _, _ = head(tokens=1, vocabulary=101, width=48, dtype=torch.bfloat16)
     labels = torch.tensor([3])
     weight.requires_grad_()
@@ -463,7 +461,7 @@ def test_the_excess_stays_in_fp32_in_the_gradient_of_a_bf16_head() -> None:
     (found,) = torch.autograd.grad(logps.sum(), weight)
     logits = torch.nn.functional.linear(hidden, weight.detach()).double()
     excess = torch.nn.functional.one_hot(labels, 101).double() - torch.softmax(logits, dim=-1)
-    expected = (excess.T @ hidden.detach().double()).to(torch.bfloat16)
+    expected = (excess.to(torch.bfloat16).double().T @ hidden.detach().double()).to(torch.bfloat16)
     assert (found == expected).double().mean() > 0.99  # fp32's own rounding may tip a tie
     assert scores is not None and scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), excess, rtol=1e-5, atol=1e-7)

@@ -39,7 +39,7 @@ def test_each_pairs_geometry_is_that_of_its_gradients_by_the_head(seed: int) -> 
     head.requires_grad_()
     logps, scores = token_logps(hidden, head, labels, sketch=Sketch(VOCABULARY, None))
     assert scores is not None
-    norm_w, norm_l, cosine = pair_geometry(hidden, scores, weights, sequences, PAIRS)
+    norm_w, norm_l, cosine = pair_geometry(hidden, scores, weights, LENGTHS[: 2 * PAIRS])
     z = sequence_logps(logps, weights, sequences, len(LENGTHS))
     gradients = [torch.autograd.grad(one, head, retain_graph=True)[0].flatten() for one in z]
     for pair in range(PAIRS):
@@ -52,7 +52,7 @@ def test_each_pairs_geometry_is_that_of_its_gradients_by_the_head(seed: int) -> 
 
 def test_no_tokens_give_no_geometry() -> None:
     empty = torch.zeros(0, 4)
-    norm_w, norm_l, cosine = pair_geometry(empty, empty, torch.zeros(0), torch.zeros(0, dtype=torch.long), 2)
+    norm_w, norm_l, cosine = pair_geometry(empty, empty, torch.zeros(0), torch.zeros(4, dtype=torch.long))
     assert norm_w.tolist() == norm_l.tolist() == cosine.tolist() == [0, 0]
 
 
