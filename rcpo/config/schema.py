@@ -217,7 +217,8 @@ class AdapterConfig:
 class ReferenceConfig:
     """The reference policy: `path` None is the starting policy.
 
-    `cache` is the folder that keeps its log-probs; None is the user's cache folder, `off` keeps none. Every
+    `cache` is the folder that keeps its log-probs; None is the user's cache folder, `off` keeps none. They
+    are kept by GPU model, which decides the last digits, unless `cache_any_device` takes any. Every
     `sync_every` steps (0: never) the reference moves the `mixup` share of the way to the policy (TR-DPO).
     `track` is about objectives that need no reference: true compares all pairs with it, false none, None all
     of the embedded data and 256 held-out pairs of other data, which tell whether the winner fell.
@@ -228,6 +229,7 @@ class ReferenceConfig:
     sync_every: int = 0
     mixup: float = 0.6
     cache: str | None = None
+    cache_any_device: bool = False
     track: bool | None = None
 
     @property
@@ -238,11 +240,15 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """DeepSpeed: ZeRO stage and what it keeps in the host's memory."""
+    """DeepSpeed: ZeRO stage and what it keeps in the host's memory.
+
+    `deepspeed` is merged into DeepSpeed's own configuration; what other keys decide is refused there.
+    """
 
     stage: int = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -250,13 +256,14 @@ class LaunchConfig:
     """`processes` started on this machine; an external launcher's count takes precedence.
 
     A rank that the others wait for longer than `timeout_minutes` ends the run, and so do `lost_after` seconds
-    without a word from a rank.
+    without a word from a rank. At the start all ranks have to come within `meeting_seconds`.
     """
 
     processes: int = 1
     deterministic: bool = False
     timeout_minutes: float = 30.0
     lost_after: float = 60.0
+    meeting_seconds: float = 50.0
 
 
 @dataclass(kw_only=True)

@@ -103,6 +103,7 @@ RANGES = {
     "launch.processes": (1, math.inf, True, False),
     "launch.timeout_minutes": (0, math.inf, False, False),
     "launch.lost_after": (0, math.inf, False, False),
+    "launch.meeting_seconds": (0, math.inf, False, False),
     "eval.every": (0, math.inf, True, False),
     "eval.batch_size": (1, math.inf, True, False),
     "eval.max_examples": (1, math.inf, True, False),

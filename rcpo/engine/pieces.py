@@ -7,14 +7,16 @@ layout wrote any other can read. Labels are NAME|KEY@START.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcpo.errors import ConfigError
 
+PERSISTS = "stage3_param_persistence_threshold"  # DeepSpeed's name for it
 WEIGHT = "fp32"  # the key of the weights themselves; the others are the optimizer's own
 
 
@@ -42,6 +44,15 @@ class Piece:
 
     def label(self, key: str) -> str:
         return f"{self.name}|{key}@{self.start}"
+
+
+def longest_vector(model: nn.Module) -> int:
+    """The elements of a model's longest norm or bias: what is not longer stays whole under ZeRO-3.
+
+    A gather of a norm costs its latency; all of a 7B model's together take half a megabyte.
+    """
+    shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]
+    return max((math.prod(shape) for shape in shapes if len(shape) <= 1), default=0)
 
 
 def parse_label(label: str) -> tuple[str, str, int]:

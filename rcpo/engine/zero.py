@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rcpo.config.schema import RunConfig
-from rcpo.engine.pieces import Piece, Saved, collect, find_pieces, publish, restore
+from rcpo.engine.pieces import PERSISTS, Piece, Saved, collect, find_pieces, longest_vector, publish, restore
 from rcpo.errors import ConfigError
 from rcpo.method.geometry import Sketch
 from rcpo.method.types import TokenBatch
@@ -31,6 +32,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -41,8 +43,83 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed calls collectives by names that PyTorch is renaming: a warning for each call, on each rank
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
+TESTED = "0.19.8"  # of DeepSpeed
 # what moves in DeepSpeed's loss scaler for fp16
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "optimizer": "optim=NAME and optim.*",
+    "scheduler": "optim.schedule and optim.warmup_ratio",
+    "zero_allow_untested_optimizer": "optim=NAME",
+    "zero_force_ds_cpu_optimizer": "optim=NAME",
+    "data_types": "train.dtype",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "zero_optimization.stage": "engine=zero0, zero1, zero2 or zero3",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.offload_param": "engine.offload_parameters",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "nothing: final/ needs it",
+    "zero_optimization.gather_16bit_weights_on_model_save": "nothing: final/ needs it",
+}
+"""DeepSpeed's settings that follow from rcpo's, and what to set instead."""
+
+
+def refuse_deepspeed_settings(config: RunConfig) -> None:
+    """Raise ConfigError for `engine.deepspeed` keys that rcpo owns, and for those that DeepSpeed refuses."""
+    given = config.engine.deepspeed
+    inner = given.get("zero_optimization", {})
+    if not isinstance(inner, dict):
+        raise ConfigError(f"engine.deepspeed.zero_optimization={inner}: it holds keys, not a value")
+    for key in [*given, *(f"zero_optimization.{key}" for key in inner)]:
+        if key in OWNED:
+            raise ConfigError(f"engine.deepspeed.{key} is set by rcpo; use {OWNED[key]}")
+    try:
+        DeepSpeedZeroConfig(**_zero(config, training=True))
+    except ValueError as error:  # pydantic's
+        what = " ".join(str(error).split("\n")[1:3]).strip() or str(error)
+        raise ConfigError(f"engine.deepspeed.zero_optimization: {what}") from error
+
+
+def _internal(owner: Any, name: str, purpose: str) -> Any:
+    """An attribute of DeepSpeed's that is not its interface; raises ConfigError where a version lacks it."""
+    if not hasattr(owner, name):
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} has no {kind.__name__}.{name}, which rcpo needs {purpose}; "
+            f"install one that was tested: pip install deepspeed=={TESTED}"
+        )
+    return getattr(owner, name)
+
+
+def _check_internals(engine: Any, *, training: bool) -> None:
+    """Raise ConfigError at the start where this version of DeepSpeed lacks what will be read later."""
+    wanted = [(engine, "zero_optimization_partition_weights", "to know the ZeRO stage")]
+    if engine.zero_optimization_partition_weights():
+        wanted += [(engine, "_zero3_consolidated_16bit_state_dict", "to write final/ under ZeRO-3")]
+        if training:
+            wanted += [
+                (engine.optimizer, name, "for checkpoints under ZeRO-3")
+                for name in ("grad_position", "get_param_id", "_get_param_partition_rank")
+            ]
+            wanted += [(engine.optimizer, "fp32_partitioned_groups_flat", "for checkpoints under ZeRO-3")]
+    elif training and engine.zero_optimization():
+        trained = next(p for p in engine.module.parameters() if p.requires_grad)
+        wanted += [(trained, "_hp_mapping", "for checkpoints under ZeRO-1 and 2")]
+    if training:
+        wanted += [(engine, "basic_optimizer", "for checkpoints")]
+        wanted += [(engine, "enable_backward_allreduce", "to leave a single process's gradients alone")]
+    if training and engine.fp16_enabled():
+        wanted += [(engine.optimizer, "loss_scaler", "for train.dtype=fp16")]
+    for owner, name, purpose in wanted:
+        _internal(owner, name, purpose)
 
 
 def _forget_releases_with_order() -> Callable[[], None]:
@@ -53,9 +130,12 @@ def _forget_releases_with_order() -> Callable[[], None]:
     holds on to models that are closed. Returns the function that forgets.
     """
     coordinator = PartitionedParameterCoordinator
-    releases = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    forget: Callable[[], None] = releases.__closure__[0].cell_contents.cache_clear
-    clear = coordinator._clear_trace_structures
+    purpose = "to gather weights in time under ZeRO-3"
+    releases = _internal(coordinator, "_PartitionedParameterCoordinator__params_to_release", purpose)
+    cells = [cell.cell_contents for cell in releases.__closure__ or ()]
+    kept = next((content for content in cells if hasattr(content, "cache_clear")), None)
+    forget: Callable[[], None] = _internal(kept, "cache_clear", purpose)
+    clear = _internal(coordinator, "_clear_trace_structures", purpose)
 
     def clear_all(self: Any) -> None:
         forget()
@@ -65,11 +145,24 @@ def _forget_releases_with_order() -> Callable[[], None]:
     return forget
 
 
-_forget_releases = _forget_releases_with_order()
+@cache
+def _releases() -> Callable[[], None]:
+    return _forget_releases_with_order()
+
+
+def forget_releases() -> None:
+    """Forget which weights the modules of closed engines let go of."""
+    _releases()()
 
 
 def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
-    """DeepSpeed's own configuration for the policy, or for a frozen reference (`training=False`)."""
+    """DeepSpeed's own configuration for the policy, or for a frozen reference (`training=False`).
+
+    What it does not name is DeepSpeed's default, which is meant for clusters: buckets of 5e8 elements reduced
+    by scattering, gradients copied into contiguous memory, communication beside the backward pass under
+    ZeRO-3 (`overlap_comm`; below it DeepSpeed's default waits, for a second bucket's memory), 5e7 elements
+    fetched ahead.
+    """
     dtype = config.train.dtype
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.microbatch(distributed.world_size()),
@@ -89,7 +182,8 @@ def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
         # bf16 has 8 significant bits: a sum of 64 micro-batches in it was off by 0.9 %
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
-    return settings
+    others = {key: value for key, value in config.engine.deepspeed.items() if key != "zero_optimization"}
+    return settings | others
 
 
 def _plain(config: RunConfig) -> bool:
@@ -100,18 +194,15 @@ def _plain(config: RunConfig) -> bool:
 def _zero(config: RunConfig, training: bool) -> dict[str, Any]:
     engine = config.engine
     stage = config.zero_stage if training or engine.stage == 3 else 0
-    settings: dict[str, Any] = {"stage": stage, "reduce_scatter": True}
+    settings: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        # a layer is gathered whole: tiny models would otherwise stay unpartitioned
-        settings |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
+        # the engine sets the first by the model: DeepSpeed's 1e5 would leave tiny models and adapters whole
+        settings |= {PERSISTS: 0, "stage3_gather_16bit_weights_on_model_save": True}
     if engine.offload_parameters and stage == 3:
         settings["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if training and engine.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return settings
+    return settings | dict(engine.deepspeed.get("zero_optimization", {}))
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -178,17 +269,22 @@ class Engine:
                 "train.dtype=fp16 is refused on a CPU by DeepSpeed; use train.dtype=bf16 or fp32"
             )
         training = total_steps is not None
+        _releases()
         parameters = [p for p in policy.parameters() if p.requires_grad] if training else []
         optimizer = build_optimizer(policy, config) if training else None
+        settings = deepspeed_config(config, training=training)
+        if PERSISTS not in config.engine.deepspeed.get("zero_optimization", {}):
+            settings["zero_optimization"][PERSISTS] = longest_vector(policy)
         with redirect_stdout(io.StringIO()):  # it prints which operator it built
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=policy,
                 optimizer=optimizer,
                 model_parameters=parameters or None,
                 lr_scheduler=None if total_steps is None else schedule(config, total_steps),
-                config=deepspeed_config(config, training=training),
+                config=settings,
                 dist_init_required=False,
             )
+        _check_internals(self._engine, training=training)
         policy.examine()
         # DeepSpeed's own forward forbids the plain autograd that the parameters' geometry is made of
         by_parameters = config.rc.geometry == "parameters" or (
@@ -227,7 +323,7 @@ class Engine:
     def close(self) -> None:
         """Lets go of what DeepSpeed holds; the engine is of no use after."""
         self._engine.destroy()
-        _forget_releases()
+        forget_releases()
 
     def score(
         self, batch: TokenBatch, sketch: Sketch | None = None, *, squares: bool = False

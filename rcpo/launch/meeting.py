@@ -144,7 +144,8 @@ def _verdict(found: Sequence[Rank], missing: Sequence[int], seconds: float) -> t
         numbers = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         return None, (
             f"{len(missing)} of {len(found) + len(missing)} ranks did not come within {seconds:.0f} s: "
-            f"{numbers}; here are {here}. Look for their errors, a wrong address, or a firewall"
+            f"{numbers}; here are {here}. Look for their errors, a wrong address, or a firewall; "
+            "launch.meeting_seconds gives them more time"
         )
     return refused or _versions(found) or _gpus(found) or _settings(found), None
 

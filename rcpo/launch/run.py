@@ -92,8 +92,9 @@ def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
         distributed.initialize()
         return
     export_ranks(ranks, os.environ)
-    store = meeting.meet(ranks, meeting.this_rank(ranks, config))
-    with meeting.connecting():
+    seconds = config.launch.meeting_seconds
+    store = meeting.meet(ranks, meeting.this_rank(ranks, config), seconds)
+    with meeting.connecting(seconds):
         distributed.initialize(config.launch.timeout_minutes, store)
         distributed.barrier()
     heartbeat.begin(ranks, store)

@@ -59,7 +59,9 @@ def messages(
             sum(partition(numel, ranks) * ranks for numel in bucket) for bucket in _filled(reversed(trained))
         ]
         whole = [] if ranks == 1 else gathered.sizes(numels, ranks).elements()
+        kept = 0 if ranks == 1 else sum(partition(numels[name], ranks) for name in gathered.kept)
         return [
+            *_counted("all_gather_into_tensor", [element * kept] if kept else [], 1, "norms and biases"),
             *_counted("all_gather_into_tensor", (element * n for n in whole), microbatches, "weights"),
             *_counted("reduce_scatter_tensor", (SUM * n for n in buckets), microbatches, "gradients"),
             Message("all_reduce", 8, 1, "gradient norm"),

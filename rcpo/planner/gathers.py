@@ -34,10 +34,14 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Gathers:
-    """All-gathers of one micro-batch, each a tuple of parameters, and the most elements whole at a time."""
+    """All-gathers of one micro-batch, each a tuple of parameters, and the most elements whole at a time.
+
+    The parameters `kept` are always whole, and gathered once after each update.
+    """
 
     messages: tuple[tuple[str, ...], ...]
     peak_elements: int
+    kept: tuple[str, ...] = ()
 
     def sizes(self, numels: Mapping[str, int], ranks: int) -> Counter[int]:
         """Elements that a rank puts into each message, with their counts."""
@@ -150,18 +154,22 @@ def gathers(
     prefetch: int = PREFETCH,
     max_live: int = MAX_LIVE,
     max_reuse: int = MAX_REUSE,
+    persists: int = 0,
 ) -> Gathers:
     """The all-gathers of a micro-batch once the order of modules is known.
 
-    `owned` are each module's parameters by name, `numels` their elements. Limits are in elements.
+    `owned` are each module's parameters by name, `numels` their elements. Limits are in elements; a parameter
+    of at most `persists` is always whole.
     """
+    kept = tuple(name for name, numel in numels.items() if numel <= persists)
+    owned = {module: [name for name in names if name not in kept] for module, names in owned.items()}
     state = _Coordinator(events, owned, numels, prefetch, max_live, max_reuse)
     for event in events:
         if event.enters:
             state.fetch(event.module)
         else:
             state.release(event.module)
-    return Gathers(tuple(state.messages), state.peak)
+    return Gathers(tuple(state.messages), state.peak + sum(numels[name] for name in kept), kept)
 
 
 class _Coordinator:

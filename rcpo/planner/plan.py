@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from rcpo.config.schema import RunConfig
 from rcpo.data.store import PairDataset
+from rcpo.engine.pieces import PERSISTS, longest_vector
 from rcpo.method.geometry import ON_CPU, ON_GPU
 from rcpo.method.objectives import Objective
 from rcpo.models.attention import choose_layout
@@ -182,9 +183,11 @@ class Planner:
             found = self._architecture(config)
             order = module_order(self._policy(config), rows, depth(found))
             numels = {p.name: p.numel for p in self._parameters(config)}
-            return gathers(order, owned(found, config), numels)
+            limits = config.engine.deepspeed.get("zero_optimization", {})
+            persists = limits.get(PERSISTS, longest_vector(self._policy(config)))
+            return gathers(order, owned(found, config), numels, persists=persists)
 
-        return self._once(("gathers", _kind(config)), make)
+        return self._once(("gathers", _kind(config), repr(config.engine.deepspeed)), make)
 
 
 def _kind(config: RunConfig) -> tuple[str, str, bool]:

@@ -135,7 +135,7 @@ class ReferencePass:
             "quantization": str(config.adapter.quantization),
             # these decide which kernels run, and so the last digits
             "attention": self._attention,
-            "device": distributed.device().type,
+            "device": distributed.device_name(model=not config.reference.cache_any_device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

@@ -31,6 +31,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name(*, model: bool) -> str:
+    """The kind of this rank's device; with `model` that of a GPU, as its driver names it."""
+    where = device()
+    return torch.cuda.get_device_name(where) if model and where.type == "cuda" else where.type
+
+
 def local_rank() -> int:
     """This process's place among those of its node; 0 where no launcher gave it one."""
     return int(os.environ.get(LOCAL) or os.environ.get("LOCAL_RANK") or "0")

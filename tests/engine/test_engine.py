@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,22 @@ from transformers import (
 )
 
 from rcpo.config.schema import RunConfig
-from rcpo.engine.zero import build_optimizer, parameter_groups, schedule
+from rcpo.engine import zero
+from rcpo.engine.pieces import longest_vector
+from rcpo.engine.zero import (
+    build_optimizer,
+    deepspeed_config,
+    parameter_groups,
+    refuse_deepspeed_settings,
+    schedule,
+)
+from rcpo.errors import ConfigError
 from rcpo.system import distributed
 
 PROGRAM = """
 import sys
 from pathlib import Path
+from typing import Any
 from rcpo.system import distributed
 from rcpo.config.schema import RunConfig
 from rcpo.engine.zero import Engine
@@ -179,3 +190,61 @@ def test_each_rank_of_a_node_has_the_gpu_of_its_number(
     monkeypatch.delenv(distributed.LOCAL, raising=False)
     monkeypatch.setenv("LOCAL_RANK", local)
     assert distributed.device() == torch.device("cuda", place)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"train_batch_size": 8}, r"engine.deepspeed.train_batch_size is set by rcpo; use train.batch_size"),
+        ({"bf16": {"enabled": True}}, "use train.dtype"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is set by rcpo; use engine=zero0"),
+        ({"zero_optimization": {"offload_param": {}}}, "use engine.offload_parameters"),
+        ({"zero_optimization": 3}, "it holds keys, not a value"),
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size"),
+    ],
+)
+def test_deepspeed_settings_that_rcpo_owns_or_deepspeed_refuses_are_refused(
+    given: dict[str, Any], reason: str
+) -> None:
+    config = RunConfig()
+    config.engine.deepspeed = given
+    with pytest.raises(ConfigError, match=reason) as error:
+        refuse_deepspeed_settings(config)
+    assert "\n" not in str(error.value)
+
+
+def test_other_deepspeed_settings_pass_through_beside_those_of_rcpo() -> None:
+    config = RunConfig()
+    config.engine.stage = 3
+    config.engine.deepspeed = {
+        "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 1000},
+        "comms_logger": {"enabled": True},
+    }
+    refuse_deepspeed_settings(config)
+    settings = deepspeed_config(config, training=True)
+    assert settings["comms_logger"] == {"enabled": True}
+    assert settings["zero_optimization"].items() >= {
+        "stage": 3, "overlap_comm": False, "reduce_bucket_size": 1000
+    }.items()  # fmt: skip
+
+
+def test_under_zero_3_norms_and_biases_stay_whole_and_matrices_do_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 2))
+    assert longest_vector(model) == 6  # below 8 · 6 and 6 · 2
+
+
+def test_another_version_of_deepspeed_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(zero.PartitionedParameterCoordinator, "_clear_trace_structures")
+    lacking = "has no PartitionedParameterCoordinator._clear_trace_structures"
+    with pytest.raises(ConfigError, match=f"{lacking}.*pip install deepspeed=="):
+        zero._forget_releases_with_order()
+
+    class Stage3:
+        optimizer = object()
+        zero_optimization_partition_weights = staticmethod(lambda: True)
+        fp16_enabled = staticmethod(lambda: False)
+        _zero3_consolidated_16bit_state_dict = None
+
+    with pytest.raises(ConfigError, match=r"has no object.grad_position, which rcpo needs for checkpoints"):
+        zero._check_internals(Stage3(), training=True)
