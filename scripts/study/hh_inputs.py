@@ -1,7 +1,8 @@
 """`python scripts/study/hh_inputs.py FILE OUT`: what study=hh starts from, made of a file of HH-RLHF's pairs.
 
 FILE is JSONL (.gz) with `chosen` and `rejected`, whole conversations. OUT gets pairs.jsonl, held_out.jsonl
-(the last HELD_OUT usable pairs), chosen.jsonl with the chosen conversations of pairs.jsonl as text, and
+(the last HELD_OUT usable pairs), swapped.jsonl (pairs.jsonl with the sides of each pair in random order, a
+preference for nothing), chosen.jsonl with the chosen conversations of pairs.jsonl as text, and
 model/, a Llama of 3.7 million parameters that is not trained yet, with a byte-level BPE of that text. The
 same file gives the same bytes.
 """
@@ -9,6 +10,7 @@ same file gives the same bytes.
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -53,12 +55,20 @@ def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def in_random_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows with chosen and rejected swapped by a fair coin, the same for the same rows."""
+    coin = random.Random(0)
+    swapped = ({"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows)
+    return [other if coin.random() < 0.5 else row for row, other in zip(rows, swapped, strict=True)]
+
+
 def main(source: Path, out: Path) -> None:
     rows = usable(source)
     train, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
     out.mkdir(parents=True, exist_ok=True)
     write_lines(out / "pairs.jsonl", train)
     write_lines(out / "held_out.jsonl", held_out)
+    write_lines(out / "swapped.jsonl", in_random_order(train))
     write_lines(out / "chosen.jsonl", [{"text": row["chosen"]} for row in train])
     tokenizer = tokenizer_of([row["chosen"] for row in train])
     tokenizer.save_pretrained(out / "model")

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from rcpo.runs.comparison import RunSummary
@@ -115,10 +116,40 @@ def test_inputs_hold_usable_pairs_and_a_model_that_reads_them(tmp_path: Path) ->
     inputs.main(tmp_path / "pairs.jsonl.gz", tmp_path / "out")
     lines = {
         name: (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
-        for name in ("pairs", "held_out", "chosen")
+        for name in ("pairs", "held_out", "chosen", "swapped")
     }
-    assert {name: len(found) for name, found in lines.items()} == {"pairs": 5, "held_out": 3, "chosen": 5}
+    counts = {"pairs": 5, "held_out": 3, "chosen": 5, "swapped": 5}
+    assert {name: len(found) for name, found in lines.items()} == counts
+    sides = [[json.loads(line)["chosen"] for line in lines[name]] for name in ("pairs", "swapped")]
+    kept = [one == other for one, other in zip(*sides, strict=True)]
+    assert any(kept) and not all(kept)
+    assert {*json.loads(lines["swapped"][kept.index(False)]).values()} == {
+        *json.loads(lines["pairs"][kept.index(False)]).values()
+    }
     assert json.loads(lines["held_out"][-1]) == rows[-1]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     text = json.loads(lines["chosen"][0])["text"]
     assert text == rows[0]["chosen"] and tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_edges_across_samples_leave_each_batch_s_own_products_out() -> None:
+    unseen = script("unseen")
+    products = unseen.Products()
+    first, second = [[1.0, 0.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]
+    products.add(torch.tensor(first))
+    products.add(torch.tensor(second))
+    # across: W = 1·2, L = 0 + 1, X = ½(1·0 + 1·2); own: W = 1 + 4, L = 2 + 1, X = 1 + 0
+    assert products.across() == unseen.Edges(lower=0.5, upper=1.0)
+    assert products.own() == unseen.Edges(lower=0.2, upper=3.0)
+
+
+def test_verdicts_on_unseen_text_are_judged_by_what_followed() -> None:
+    unseen = script("unseen")
+    inside, below = unseen.Edges(0.5, 2.0), unseen.Edges(1.5, 2.0)
+    moments = [unseen.Moment(10, 1.0, {"a": inside, "b": below}), unseen.Moment(20, 1.0, {"a": inside})]
+    means = {10: (0.0, 0.0), 11: (-0.1, -0.1), 15: (0.1, 0.1), 20: (0.0, 0.0)}
+    assert unseen.verdicts(moments, means, 1) == {  # both fell; nothing is known of step 21
+        unseen.OUTCOME: [(False, True)], "a": [(False, True)], "b": [(True, True)],
+    }  # fmt: skip
+    assert unseen.verdicts(moments, means, 5)["b"] == [(False, False)]
+    assert unseen.shares([(True, True), (False, True)]) == [0.5, 1.0]
