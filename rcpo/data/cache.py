@@ -182,7 +182,7 @@ class TokenCache:
                     continue
                 if not meta.form:
                     encoder = encoder.fitted(first, part.place)
-                    meta.form = "rows" if encoder.form is None else encoder.form.name
+                    meta.form = encoder.form_name
                 wanted.check(encoder, first, part.place)
                 pieces = chain([first], pieces)
                 # closed where a few rows are enough: workers would go on

@@ -2,53 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any
 
+from rcpo.data.names import STRUCTURED
 from rcpo.data.records import BadRow, Message
 
 TURN = "Assistant:"
 _TURNS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(role|from|content|value)"\s*:')
 _PYTHON_LIST = re.compile(r"\s*(array\()?\[?\s*\{\s*'(role|from|content|value)'\s*:")
-_ROLES = {  # ShareGPT's names and those of its kin
+_ROLES = {  # the names of ShareGPT, Open Assistant, Gemini, and other formats
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "prompter": "user", "observation": "tool", "function_response": "tool", "function_call": "assistant",
+    "ai": "assistant", "prompter": "user", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
 }  # fmt: skip
+_ROLE_KEYS = ("role", "from", "speaker")
+_CONTENT_KEYS = ("content", "value", "text", "parts")  # `parts` are Gemini's
+_TURN_KEYS = (("user", "assistant"), ("human", "assistant"), ("input", "output"), ("question", "answer"),
+              ("prompt", "response"))  # fmt: skip
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
-    """A column's messages: each with a `role` and text, or tool calls; ShareGPT's from and value will do.
+    """A column's messages, each with a `role` and text or tool calls; raises BadRow.
 
-    Parts of text are joined, as the models' templates join them.
-    Keys without a value are left out: Arrow files give every message the keys of all. Raises BadRow.
+    ShareGPT's `from` and `value`, other names of roles, and objects that hold a question and its answer are
+    brought to this form. Parts of text are joined, as the models' templates join them. Keys without a value
+    are left out: Arrow files give every message the keys of all.
     """
     if not isinstance(value, list):
         raise BadRow(f"field {name!r} is not a list of messages")
     if not value:
         raise BadRow(f"field {name!r} has no message")
-    return [_message(message, name, place) for place, message in enumerate(value)]
+    turns = [(place, part) for place, message in enumerate(value) for part in _split_turn(message)]
+    return [_message(message, name, place) for place, message in turns]
+
+
+def speaker(message: Any) -> str | None:
+    """Return the role of a message in any of the known forms, None where it has none."""
+    if not isinstance(message, dict):
+        return None
+    role = next((message[key] for key in _ROLE_KEYS if message.get(key) is not None), None)
+    if not isinstance(role, str):
+        return "assistant" if _turn_keys(message) else None
+    return _ROLES.get(role.strip().lower(), role.strip().lower())
+
+
+def begins_with_answer(messages: list[Any]) -> bool:
+    """Whether the first message of some is the assistant's; a question with its answer is not."""
+    return speaker(_split_turn(messages[0])[0]) == "assistant"
+
+
+def _turn_keys(message: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the keys of a question and its answer in one object, as Capybara's `input` and `output`."""
+    if any(key in message for key in _ROLE_KEYS):
+        return None
+    return next((keys for keys in _TURN_KEYS if all(isinstance(message.get(key), str) for key in keys)), None)
+
+
+def _split_turn(value: Any) -> list[Any]:
+    keys = _turn_keys(value) if isinstance(value, dict) else None
+    if keys is None:
+        return [value]
+    roles = ("user", "assistant")
+    return [{"role": role, "content": value[key]} for role, key in zip(roles, keys, strict=True)]
 
 
 def _message(value: Any, name: str, place: int) -> Message:
     if not isinstance(value, dict):
         raise BadRow(f"field {name!r} holds a message that is not an object")
     message = {key: part for key, part in value.items() if part is not None}
-    if "from" in message and "role" not in message:
-        role = message.pop("from")
-        message = {"role": _ROLES.get(role, role) if isinstance(role, str) else role} | message
-        if "value" in message:
-            message["content"] = message.pop("value")
-        if role == "function_call":
-            message["tool_calls"] = _calls(message.pop("content", None), name)
+    named = next((key for key in _ROLE_KEYS if key in message), "role")
+    role = message.pop(named, None)
+    if not isinstance(role, str) or not role.strip():
+        raise BadRow(f"field {name!r} holds a message without a role")
+    message = {"role": speaker({"role": role})} | message
+    if "content" not in message:
+        for key in _CONTENT_KEYS:
+            if key in message:
+                message["content"] = message.pop(key)
+                break
+    if role == "function_call":
+        message["tool_calls"] = _calls(message.pop("content", None), name)
     if message.get("loss_weight") in (0, 1):
         del message["loss_weight"]  # LLaMA-Factory's mark of what is learned: prompts are not, responses are
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise BadRow(f"field {name!r} holds a message without a role")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise BadRow(f"field {name!r} holds a message without content")
+    if isinstance(content, dict):
+        content = [content]
     if isinstance(content, list):
         where = f"{name}[{place}].content"
         message["content"] = "".join(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
@@ -61,10 +105,13 @@ def _part(part: Any, place: str) -> str:
     """The text of a content part; raises BadRow with its place for a part of another type."""
     if isinstance(part, str):
         return part
-    kind = part.get("type", "text") if isinstance(part, dict) else None
-    text = part.get("text", part.get("value")) if kind == "text" else None
-    if isinstance(text, str):
-        return text
+    kind = (part.get("type") or "text") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text"):
+        text = next(
+            (part[key] for key in ("text", "value", "content") if isinstance(part.get(key), str)), None
+        )
+        if text is not None:
+            return text
     named = f"of the type {kind[:20]!r}" if isinstance(kind, str) and kind != "text" else "without text"
     raise BadRow(f"{place} is a part {named}; only parts of text can be used")
 
@@ -88,14 +135,19 @@ def is_asked(text: str, message: Message) -> bool:
 
 
 def read_json_cells(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the messages that a cell holds as JSON text, as CSV and Parquet exports write them.
+    """A row with the messages and lists that cells hold as JSON text, as CSV and Parquet exports write them.
 
     Raises BadRow for broken JSON, and for what Python prints for a list, which is not JSON.
     """
     found = {}
     for name, value in row.items():
-        if isinstance(value, str) and (messages := _from_json(value, name)) is not None:
+        if not isinstance(value, str):
+            continue
+        if (messages := _from_json(value, name)) is not None:
             found[name] = messages
+        elif name in STRUCTURED and value[:1] in ("[", "{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                found[name] = json.loads(value)
     return row | found if found else row
 
 
@@ -110,6 +162,39 @@ def _from_json(text: str, name: str) -> list[Any] | None:
     except (ValueError, RecursionError) as error:
         raise BadRow(f"field {name!r} holds messages as broken JSON text") from error
     return value if isinstance(value, list) else [value]
+
+
+def read_turn_lists(*parts: Any) -> tuple[list[Message], list[Message]] | None:
+    """A prompt and two answers that each hold their turns as a JSON list of texts (LMSYS), as conversations.
+
+    None for other values. Raises BadRow where a turn is missing.
+    """
+    found = [_turn_list(part) for part in parts]
+    if any(part is None for part in found) or len({len(part or ()) for part in found}) != 1:
+        return None
+    questions, first, second = (part or [] for part in found)
+    if not all(isinstance(text, str) for part in found for text in part or ()):
+        raise BadRow("a turn is not text")
+
+    def told(answers: list[Any]) -> list[Message]:
+        return [
+            {"role": role, "content": text}
+            for turn in zip(questions, answers, strict=True)
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+
+    return told(first), told(second)
+
+
+def _turn_list(value: Any) -> list[Any] | None:
+    if not isinstance(value, str) or not value.startswith("["):
+        return None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(found, list) and found and all(text is None or isinstance(text, str) for text in found)
+    return found if known else None
 
 
 def split_conversations(

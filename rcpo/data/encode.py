@@ -18,7 +18,7 @@ import numpy as np
 
 from rcpo.data.columns import check_templates, is_template, rename
 from rcpo.data.conversations import parse_prompt, read_json_cells
-from rcpo.data.detection import Judged, find_form
+from rcpo.data.detection import Judged, find_form, unread
 from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
 from rcpo.data.judged import TIE_WEIGHT
@@ -30,7 +30,7 @@ from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
 from rcpo.errors import ConfigError
 
-_MADE = "5"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "6"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Encoder:
         check_templates(self.columns)
         self.options = options or FormOptions()
         self.form: Form | None = None
+        self.form_name = "rows"  # for the user
         self.template = template
         self._always = always
         self._plain = tokeniser
@@ -127,7 +128,10 @@ class Encoder:
                 known = ", ".join(dict.fromkeys(column for row, _ in rows for column in row))
                 raise ConfigError(f"data.columns.{name}={spec}: {place} has no such column; it has {known}")
         other = copy.copy(self)
-        other.form = find_form([renamed for _, renamed in rows], self.options, place)
+        renamed_rows = [renamed for _, renamed in rows]
+        other.form = find_form(renamed_rows, self.options, place)
+        passed_over = unread(other.form, renamed_rows)
+        other.form_name = other.form.name + (f"; not read: {', '.join(passed_over)}" if passed_over else "")
         return other
 
     def read(self, value: object) -> list[Row | BadRow]:

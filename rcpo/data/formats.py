@@ -41,12 +41,15 @@ _KNOWN = frozenset(FIELDS)
 COLUMNS = (*FIELDS, "first", "second", "judgment", "answers", "scores", "ranks", "tree")
 """What `data.columns` may name: the fields of a row, and what other forms of files are made of."""
 _PROMPT_LIKE = re.compile("prompt|instruction|question|query|input|problem|request|task|context|user")
+_MEDIA = frozenset(("images", "image", "videos", "video", "audios", "audio"))
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def read_row(row: dict[str, Any]) -> Row:
     """A row with rcpo's own fields, and maybe others, in its one form; raises BadRow."""
     fields = {name: value for name, value in row.items() if name in _KNOWN}
+    if not _MEDIA.isdisjoint(row) and (held := [name for name in _MEDIA if row.get(name)]):
+        raise BadRow(f"field {held[0]!r} is not empty, and rcpo trains on text alone")
     prompt: Content
     chosen: Content | None
     rejected: Content | None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rcpo.data.conversations import speaker
 from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
 
@@ -51,14 +52,16 @@ class FormOptions:
 class Renamed:
     """Rows that have one meaning each: `names` maps rcpo's fields to the file's columns.
 
-    `more` is a column of text that follows the prompt where it is not empty: Alpaca's `input`. With
-    `every_turn` each answer of a conversation is learned, not the last alone.
+    `more` is a column of text that follows the prompt where it is not empty: Alpaca's `input`. `history` is
+    a column of earlier turns: LLaMA-Factory's pairs of a question and its answer. With `every_turn` each
+    answer of a conversation is learned, not the last alone.
     """
 
     name: str
     names: Mapping[str, str]
     more: str | None = None
     every_turn: bool = False
+    history: str | None = None
 
     def rows(self, fields: Fields) -> list[Fields]:
         found = dict(fields)
@@ -69,6 +72,11 @@ class Renamed:
                     del found[column]
         if self.more is not None and self.more in found:
             found["prompt"] = with_input(found.get("prompt"), found.pop(self.more))
+        if self.history is not None and (turns_before := found.pop(self.history, None)):
+            found["prompt"] = after_history(turns_before, found.get("prompt"))
+        prompt = found.get("prompt")
+        if isinstance(prompt, dict) and isinstance(prompt.get("messages"), list):  # OpenAI's `input`
+            found = {"tools": prompt.get("tools")} | found | {"prompt": prompt["messages"]}
         if self.every_turn and isinstance(found.get("messages"), list):
             return turns(found)
         return [found]
@@ -83,20 +91,30 @@ def with_input(instruction: Any, more: Any) -> Any:
     return f"{instruction}\n{more}"
 
 
+def after_history(history: Any, prompt: Any) -> list[Any]:
+    """A prompt behind earlier turns, each a question and its answer, or messages."""
+    if not isinstance(history, list) or not isinstance(prompt, str):
+        raise BadRow("earlier turns are not a list, or the prompt after them is not text")
+    found: list[Any] = []
+    for turn in history:
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            roles = ("user", "assistant")
+            found += [{"role": role, "content": text} for role, text in zip(roles, turn, strict=True)]
+        elif isinstance(turn, dict):
+            found.append(turn)
+        else:
+            raise BadRow("an earlier turn is not a question and its answer")
+    return [*found, {"role": "user", "content": prompt}]
+
+
 def turns(fields: Fields) -> list[Fields]:
     """A conversation once for each answer in it, cut after the answer; raises BadRow where there is none."""
     messages = fields["messages"]
-    said = [
-        place
-        for place, message in enumerate(messages)
-        if place and isinstance(message, dict) and message.get("role", message.get("from")) in ASSISTANTS
-    ]
+    said = [place for place, message in enumerate(messages) if place and speaker(message) == "assistant"]
     if not said:
         raise BadRow("the conversation holds no answer of the assistant")
     return [fields | {"messages": messages[: place + 1]} for place in said]
 
-
-ASSISTANTS = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call")
 
 Reader = Callable[[Fields], "Fields | Sequence[Fields]"]
 _REGISTERED: dict[str, Reader] = {}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any
 
-from rcpo.data.forms import ASSISTANTS, Fields
+from rcpo.data.conversations import read_turn_lists, speaker
+from rcpo.data.forms import Fields
+from rcpo.data.names import JUDGES, snake
 from rcpo.data.records import BadRow
 
 FIRST, SECOND, TIE = "first", "second", "tie"
@@ -21,7 +24,8 @@ class Comparisons:
     """Two answers and one or more judgments; `meaning` says what a judgment's value, as text, stands for.
 
     The majority of the judgments decides; as many for one answer as for the other are a tie. A tie becomes
-    both orders at half the weight, or nothing with `ties` drop.
+    both orders at half the weight, or nothing with `ties` drop. `flags` are columns of which the true one
+    names the winner. `listed` is the column whose two elements are the answers.
     """
 
     name: str
@@ -30,32 +34,70 @@ class Comparisons:
     judges: tuple[str, ...]
     meaning: Mapping[str, str]
     ties: str
+    flags: Mapping[str, str] = field(default_factory=dict)
+    listed: str | None = None
 
     def rows(self, fields: Fields) -> list[Fields]:
+        first, second = self._answers(fields)
+        winner = self._winner(fields)
+        rest = {name: value for name, value in fields.items() if name not in self._own}
+        if (turns := read_turn_lists(rest.get("prompt"), first, second)) is not None:
+            first, second = turns
+            del rest["prompt"]
+        return compared(rest, first, second, winner, self.ties)
+
+    def _answers(self, fields: Fields) -> tuple[Any, Any]:
+        if self.listed is not None:
+            answers = fields.get(self.listed)
+            if not isinstance(answers, list) or len(answers) != 2:
+                raise BadRow(f"column {self.listed!r} is not a list of two answers")
+            return _text_of(answers[0]), _text_of(answers[1])
         for column in (self.first, self.second):
             if column not in fields:
                 raise BadRow(f"no field {column!r}")
-        rest = {name: value for name, value in fields.items() if name not in self._own}
-        return compared(rest, fields[self.first], fields[self.second], self._winner(fields), self.ties)
+        return fields[self.first], fields[self.second]
 
     @property
-    def _own(self) -> set[str]:
-        return {self.first, self.second, *self.judges}
+    def _own(self) -> set[str | None]:
+        return {self.first, self.second, self.listed, *self.judges, *self.flags}
 
     def _winner(self, fields: Fields) -> str:
+        if self.flags:
+            [*won] = [winner for column, winner in self.flags.items() if _is_true(fields.get(column))]
+            if len(won) != 1:
+                raise BadRow(f"not exactly one of {', '.join(map(repr, self.flags))} is true")
+            return won[0]
         votes = [vote for judge in self.judges for vote in self._votes(judge, fields.get(judge))]
         if not votes:
             raise BadRow(f"no judgment in {', '.join(map(repr, self.judges))}")
         return majority(votes)
 
     def _votes(self, judge: str, value: Any) -> Iterator[str]:
-        for one in value if isinstance(value, list) else [value]:
+        for one in map(judgment_of, value if isinstance(value, list) else [value]):
             if one is None or one == "":
                 continue
             vote = self.meaning.get(normal(one))
             if vote is None:
                 raise BadRow(f"column {judge!r} holds a judgment that is not explained; see data.labels")
             yield vote
+
+
+def judgment_of(value: Any) -> Any:
+    """Return a judgment itself, or the one that an annotator's object holds."""
+    if not isinstance(value, dict):
+        return value
+    return next((value[key] for key in value if snake(key) in JUDGES), None)
+
+
+def _text_of(answer: Any) -> Any:
+    """Return an answer in a list: itself, or the text in its object."""
+    if not isinstance(answer, dict):
+        return answer
+    return next((answer[key] for key in TEXTS if key in answer), answer)
+
+
+def _is_true(value: Any) -> bool:
+    return normal(value) in ("true", "1", "yes")
 
 
 def majority(votes: Sequence[str]) -> str:
@@ -78,11 +120,19 @@ def compared(fields: Fields, first: Any, second: Any, winner: str, ties: str) ->
     return [half | {"chosen": first, "rejected": second}, half | {"chosen": second, "rejected": first}]
 
 
+_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+
+
 def normal(value: Any) -> str:
-    """A judgment or label as text: 1.0 and "1" are the same, and so are True and "true"."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower()
+    """A judgment or label as text, the same for values that mean the same.
+
+    >>> normal(1.0), normal("2.0"), normal(True), normal("Thumbs-up"), normal("[[A]]")
+    ('1', '2', 'true', 'thumbs up', 'a')
+    """
+    text = str(value).strip().lower().strip("[]")
+    if _NUMBER.fullmatch(text):
+        return text.partition(".")[0]
+    return re.sub(r"[\s_-]+", " ", text).strip()
 
 
 @dataclass(frozen=True)
@@ -115,13 +165,13 @@ def paired(fields: Fields, answers: Sequence[Scored], pairing: str, ties: str) -
 class Ranked:
     """Several answers with scores or ranks: in two lists, or in one list of objects.
 
-    `text` and `mark` are keys of the objects, None where `answers` and `marks` are lists of their own. Of
-    ranks the smallest is the best. Answers without a mark are left out.
+    `text` and `mark` are keys of the objects, None where `answers` and `marks` are lists of their own, or
+    columns of their own. Of ranks the smallest is the best. Answers without a mark are left out.
     """
 
     name: str
-    answers: str
-    marks: str | None
+    answers: str | tuple[str, ...]
+    marks: str | tuple[str, ...] | None
     text: str | None
     mark: str | None
     smallest_best: bool
@@ -129,20 +179,27 @@ class Ranked:
     ties: str
 
     def rows(self, fields: Fields) -> list[Fields]:
-        answers = fields.get(self.answers)
+        answers, marks = _listed(self.answers, fields), _listed(self.marks, fields)
+        if isinstance(answers, dict) and isinstance(marks, dict):
+            marks = [marks.get(key) for key in answers]
+        answers = list(answers.values()) if isinstance(answers, dict) else answers
         if not isinstance(answers, list):
             raise BadRow(f"column {self.answers!r} is not a list of answers")
-        rest = {name: value for name, value in fields.items() if name not in (self.answers, self.marks)}
+        own = [
+            one
+            for part in (self.answers, self.marks)
+            for one in ([part] if isinstance(part, str) else part or ())
+        ]
+        rest = {name: value for name, value in fields.items() if name not in own}
         scored = [
             Scored(answer, -mark if self.smallest_best else mark)
-            for answer, mark in self._marked(answers, fields)
-            if mark is not None
+            for answer, mark in self._marked(answers, marks)
+            if mark is not None and answer is not None
         ]
         return paired(rest, scored, self.pairing, self.ties)
 
-    def _marked(self, answers: list[Any], fields: Fields) -> Iterator[tuple[Any, float | None]]:
+    def _marked(self, answers: list[Any], marks: Any) -> Iterator[tuple[Any, float | None]]:
         if self.marks is not None:
-            marks = fields.get(self.marks)
             if not isinstance(marks, list) or len(marks) != len(answers):
                 raise BadRow(f"columns {self.answers!r} and {self.marks!r} are not lists of the same length")
             for answer, mark in zip(answers, marks, strict=True):
@@ -152,6 +209,13 @@ class Ranked:
             if not isinstance(answer, dict) or self.text not in answer:
                 raise BadRow(f"column {self.answers!r} holds an answer without {self.text!r}")
             yield answer[self.text], number(answer.get(str(self.mark)))
+
+
+def _listed(column: str | tuple[str, ...] | None, fields: Fields) -> Any:
+    """A column's list, or those of several columns in their order."""
+    if isinstance(column, tuple):
+        return [None if fields.get(name) == "" else fields.get(name) for name in column]
+    return None if column is None else fields.get(column)
 
 
 def number(value: Any) -> float | None:
@@ -174,18 +238,19 @@ MARKS = ("score", "rating", "reward", "overall_score", "rank", "ranking")
 
 @dataclass(frozen=True)
 class Trees:
-    """A conversation that branches, as Open Assistant's: `root` is its first message, with replies in it.
+    """A conversation that branches, as Open Assistant's: `root` holds its first message, with replies in it.
 
-    Every group of the assistant's replies with scores or ranks gives pairs; replies without one are left out.
+    `root` None: the row itself is that message. Every group of the assistant's replies with scores or ranks
+    gives pairs; replies without one are left out.
     """
 
     name: str
-    root: str
+    root: str | None
     pairing: str
     ties: str
 
     def rows(self, fields: Fields) -> list[Fields]:
-        root = fields.get(self.root)
+        root = fields if self.root is None else fields.get(self.root)
         if not isinstance(root, dict):
             raise BadRow(f"column {self.root!r} holds no tree of messages")
         found = list(self._below(root, []))
@@ -213,7 +278,7 @@ def _said(node: Mapping[str, Any]) -> str:
 
 
 def _role(node: Mapping[str, Any]) -> str:
-    return "assistant" if node.get("role", node.get("from")) in ASSISTANTS else "user"
+    return "assistant" if speaker(node) == "assistant" else "user"
 
 
 def _score(node: Mapping[str, Any]) -> float | None:
