@@ -165,7 +165,9 @@ def _spec(
     )
 
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".lz4",
+)  # fmt: skip
 
 
 _ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")

@@ -18,13 +18,14 @@ import numpy as np
 
 from rcpo.data.columns import check_templates, is_template, rename
 from rcpo.data.conversations import parse_prompt, read_json_cells
-from rcpo.data.detection import Judged, find_form, unread
+from rcpo.data.detection import find_form, unread
 from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
 from rcpo.data.judged import TIE_WEIGHT
 from rcpo.data.readers import RowBlock
 from rcpo.data.records import VALUES, BadRow, Content, Example, Row, TextPair
 from rcpo.data.report import Tally
+from rcpo.data.sample import Judged
 from rcpo.data.store import PARTS
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser

@@ -129,9 +129,13 @@ def _likely_prompt(row: Mapping[str, Any]) -> str:
     """Advice with the text column that may hold the prompt."""
     texts = [name for name, value in row.items() if isinstance(value, str) and name not in FIELDS]
     named = [name for name in texts if _PROMPT_LIKE.search(name.lower())]
-    if not texts:
-        return ", and no other column of text that could be one"
-    return f"; name the column that holds it, such as data.columns.prompt={(named or texts)[0]}"
+    if named:
+        return f"; name the column that holds it, such as data.columns.prompt={named[0]}"
+    others = f"; the other columns of text are {', '.join(map(repr, texts))}" if texts else ""
+    return (
+        f"{others}; name the column that holds it (data.columns.prompt), or take it out of another one with a "
+        "Jinja template"
+    )
 
 
 def _explicit(

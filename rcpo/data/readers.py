@@ -1,4 +1,4 @@
-"""Files of rows, read a piece at a time: JSON Lines, JSON arrays, CSV, Parquet, Arrow; gzip where it is text.
+"""Files of rows, read a piece at a time: JSON Lines, JSON arrays, CSV, Parquet, Arrow; text also compressed.
 
 A piece is parsed where it is tokenised, maybe in another process: JSON Lines travel as bytes, Arrow as
 record batches. Text is read exactly: numbers, dates and "NA" in a CSV stay the strings that they are.
@@ -6,10 +6,12 @@ record batches. Text is read exactly: numbers, dates and "NA" in a CSV stay the 
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 ROWS = 512  # in a piece: enough to keep a tokenizer busy, a megabyte or two of text
 TABULAR = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".avro"}
 TABULAR |= {".xls", ".xlsx", ".pkl", ".pickle", ".tar", ".zip"}
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+UNPACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+"""Compressions that text may have."""
+PACKED = (*UNPACKED, ".zip")
 """Files that hold rows, whether rcpo reads them or not."""
 METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 BOM = b"\xef\xbb\xbf"
@@ -70,17 +74,20 @@ def read_file(path: Path) -> Iterator[RowBlock]:
     """
     reader = _READERS.get(kind(path))
     if reader is None:
-        raise ConfigError(f"{path}: files of preference data end in {', '.join(_READERS)} (text also in .gz)")
+        raise ConfigError(
+            f"{path}: files of preference data end in {', '.join(_READERS)} "
+            f"(text also in {', '.join(UNPACKED)})"
+        )
     try:
         yield from reader(path)
-    except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # gzip.BadGzipFile is an OSError
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def kind(path: Path) -> str:
-    """The suffix that says how a file is read, lower case, without `.gz`; empty where none does."""
+    """The suffix that says how a file is read, lower case, without a compression's; empty where none does."""
     suffix, packing = _suffixes(path)
-    readable = packing == "" or (packing == ".gz" and suffix not in (".parquet", ".arrow"))
+    readable = packing == "" or (packing in UNPACKED and suffix not in (".parquet", ".arrow"))
     return suffix if suffix in _READERS and readable else ""
 
 
@@ -127,7 +134,25 @@ def parse_line(line: bytes) -> Any:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    opener = _OPENERS.get(path.suffix.lower())
+    return path.open("rb") if opener is None else opener(path)
+
+
+def _open_arrow(path: Path) -> IO[bytes]:
+    """Zstandard and LZ4, which Python's own library lacks."""
+    import pyarrow as pa
+
+    compression = "zstd" if path.suffix.lower() == ".zst" else "lz4"
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression))
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_arrow,
+    ".lz4": _open_arrow,
+}
 
 
 def _json_lines(path: Path) -> Iterator[RowBlock]:
@@ -143,12 +168,11 @@ def _json_lines(path: Path) -> Iterator[RowBlock]:
 def _json(path: Path) -> Iterator[RowBlock]:
     """An array of objects, or JSON Lines under another name."""
     with _open(path) as file:
-        start = file.read(4096).removeprefix(BOM).lstrip()
-        if not start.startswith(b"["):
+        start = file.read(4096)
+        if not start.removeprefix(BOM).lstrip().startswith(b"["):
             yield from _json_lines(path)
             return
-        file.seek(0)
-        content = file.read().removeprefix(BOM)
+        content = (start + file.read()).removeprefix(BOM)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

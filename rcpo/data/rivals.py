@@ -218,21 +218,13 @@ def find_ranked(sample: Sample, options: FormOptions, _: str) -> Form | None:
     asking, more, history = asked(sample)
     fields = Renamed("", asking, more, history=history)
 
-    def form(name: str, *parts: Any, smallest: bool) -> Form:
-        name = f"{name}, paired {options.pairing}"
-        return Judged(name, fields, Ranked(name, *parts, smallest, options.pairing, options.ties))
-
     if (columns := _marked_columns(sample)) is not None:
         answers, marks, word = columns
-        named = ", ".join(map(repr, answers))
-        return form(
-            f"answers {named} by {word} ({marks[0]!r}, ...)",
-            answers,
-            marks,
-            None,
-            None,
-            smallest=word == "rank",
+        name = (
+            f"answers {', '.join(map(repr, answers))} by {word} ({marks[0]!r}, ...), paired {options.pairing}"
         )
+        by_column = Ranked(name, answers, marks, None, None, word == "rank", options.pairing, options.ties)
+        return Judged(name, fields, by_column)
     listed = next((name for name in LISTS if isinstance(sample.example(name), list | dict)), None)
     if listed is None:
         return None
@@ -248,8 +240,10 @@ def find_ranked(sample: Sample, options: FormOptions, _: str) -> Form | None:
     if told is None or (isinstance(inside, dict) and text is None):
         return None
     smallest = told.startswith("rank")
-    name = f"answers in {listed!r} by {'rank' if smallest else 'score'} ({told!r})"
-    return form(name, listed, marked, text, mark, smallest=smallest)
+    name = f"answers in {listed!r} by {'rank' if smallest else 'score'} ({told!r}), paired {options.pairing}"
+    return Judged(
+        name, fields, Ranked(name, listed, marked, text, mark, smallest, options.pairing, options.ties)
+    )
 
 
 def _inside(value: Any) -> Iterable[Any]:

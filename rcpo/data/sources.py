@@ -90,7 +90,9 @@ def _of_files(spec: SourceSpec, splits: Mapping[str, Sequence[Path]], memo: Path
     parts = []
     for file, window in chosen:
         if not kind(file):
-            raise ConfigError(f"{file}: neither JSON (Lines), CSV, Parquet nor Arrow by its name")
+            raise ConfigError(
+                f"{file}: neither JSON (Lines), CSV, Parquet nor Arrow by its name; unpack an archive first"
+            )
         digest.update(f"{file.name} {window} {file_hash(file, memo)}\n".encode("utf-8", "surrogateescape"))
         # where two files have one name, their folders' names tell them apart
         label = file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}"

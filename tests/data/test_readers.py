@@ -1,7 +1,10 @@
 """Files of every kind, good and bad: rows with their numbers, text exactly as it is."""
 
+import bz2
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,17 @@ from rcpo.errors import ConfigError
 ROW = {"prompt": " é\u2028\r\n", "chosen": "\ufeffc ", "rejected": "\x00 𝕩\t"}
 
 
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+    ".lz4": lambda content: pa.Codec("lz4").compress(content, asbytes=True),
+}
+
+
 def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    path.write_bytes(PACK[path.suffix](content) if path.suffix in PACK else content)
     return path
 
 
@@ -39,13 +51,16 @@ def arrow_file(path: Path, table: pa.Table, *, stream: bool = False) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "X.JSONL"])
+NAMES = ["x.jsonl", "x.json", "X.JSONL", *(f"x.jsonl{suffix}" for suffix in PACK)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_json_lines(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, b"\xef\xbb\xbf" + lines(ROW) + b"\n  \r\n" + lines({"a": 1}, [2])[:-1])
     assert rows(path) == [(1, ROW), (4, {"a": 1}), (5, [2])]
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz", "x.json.zst"])
 def test_a_json_array(tmp_path: Path, name: str) -> None:
     text = json.dumps([ROW, {"a": [1, {"b": "]"}]}, 3], indent=2, ensure_ascii=False)
     assert rows(write(tmp_path / name, text.encode())) == [(1, ROW), (2, {"a": [1, {"b": "]"}]}), (3, 3)]
@@ -150,3 +165,13 @@ def test_any_text_is_read_exactly_from_every_kind_of_file(
     )
     text = "prompt,chosen\r\n" + "".join(f"{line}\r\n" for line in cells)
     assert [row for _, row in rows(write(folder / "x.csv", text.encode()))] == values
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
+    whole = write(tmp_path / f"x.csv{suffix}", b"prompt,chosen,rejected\n" + b"q,a,b\n" * 500)
+    assert len(rows(whole)) == 500
+    cut = tmp_path / f"cut.jsonl{suffix}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"cut\.jsonl.* cannot be read"):
+        rows(cut)
