@@ -133,8 +133,8 @@ def _likely_prompt(row: Mapping[str, Any]) -> str:
         return f"; name the column that holds it, such as data.columns.prompt={named[0]}"
     others = f"; the other columns of text are {', '.join(map(repr, texts))}" if texts else ""
     return (
-        f"{others}; name the column that holds it (data.columns.prompt), or take it out of another one with a "
-        "Jinja template"
+        f"{others}; name the column that holds it (data.columns.prompt), or take it out of another one with "
+        "a Jinja template"
     )
 
 

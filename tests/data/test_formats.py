@@ -169,11 +169,13 @@ BAD_ROWS: dict[bytes, str] = {
     b'{"prompt": "p", "chosen": "c", "rejected": " \\n"}': "empty rejected response",
     b'{"prompt": "p", "chosen": "c", "rejected": "c"}': "identical responses",
     b'{"chosen": "Human: a", "rejected": "Human: b"}': "no common beginning that ends in 'Assistant:'",
-    b'{"chosen": "The sky is blue.", "rejected": "The sky is green."}': "no field 'prompt'; name the column that holds it (data.columns.prompt)",
+    b'{"chosen": "The sky is blue.", "rejected": "The sky is green."}':
+        "no field 'prompt'; name the column that holds it (data.columns.prompt)",
     b'{"n": 3, "title": "t", "my_task": "i", "chosen": "45 kilometers is 45,000 m", "rejected": '
     b'"45 kilometers is far"}': "no field 'prompt'; name the column that holds it, such as "
         "data.columns.prompt=my_task",
-    b'{"title": "t", "chosen": "a", "rejected": "b"}': "the other columns of text are 'title'; name the column",
+    b'{"title": "t", "chosen": "a", "rejected": "b"}':
+        "the other columns of text are 'title'; name the column",
     b'{"prompt": "\\n\\nHuman: q\\n\\nAssistant:", "chosen": "\\n\\nHuman: q\\n\\nAssistant: a",'
     b'"rejected": "b"}': "one response repeats the prompt, the other does not",
     b'{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}],'
