@@ -242,11 +242,16 @@ def parse_prompt(text: str) -> list[Message]:
     Raises BadRow for such a prompt with text before its first turn.
     """
     pieces = _TURNS.split(text)
-    if len(pieces) < 3 or not text.endswith(TURN):
+    if len(pieces) < 3 or not is_open(text):
         return [{"role": "user", "content": text}]
-    if pieces[0].strip() or len(pieces) < 5 or pieces[-1]:
+    if pieces[0].strip() or len(pieces) < 5 or pieces[-1].strip():
         raise BadRow(f"the prompt is not turns from 'Human:' to {TURN!r}")
     return _turns(pieces[1:-2])
+
+
+def is_open(text: str) -> bool:
+    """Whether a text ends where the assistant is to answer; Nectar writes a space after it."""
+    return text.rstrip(" ").endswith(TURN)
 
 
 def parse_response(text: str) -> list[Message]:

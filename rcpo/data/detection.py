@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rcpo.data.conversations import begins_with_answer
 from rcpo.data.formats import FIELDS
@@ -126,13 +127,20 @@ def _pair(sample: Sample) -> tuple[str, str] | None:
         found = [
             (name, other)
             for name in sample.names
-            if better in name.lower() and isinstance(sample.example(name), str | list | dict)
+            if better in name.lower() and _is_said(sample.example(name))
             and (other := _exchanged(name, better, worse)) in sample.names and other != name
             and not any(word in name for word in (*SCORES, "model", "_id"))
         ]  # fmt: skip
         if len(found) == 1:
             return found[0]
     return None
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a value is an answer: text or messages, and not one of the lists that come with questions."""
+    return isinstance(value, str | dict) or (
+        isinstance(value, list) and isinstance(next(iter(value), None), dict)
+    )
 
 
 def _exchanged(name: str, better: str, worse: str) -> str:

@@ -20,10 +20,10 @@ from dataclasses import replace
 from typing import Any
 
 from rcpo.data.conversations import (
-    TURN,
     as_messages,
     has_turns,
     is_asked,
+    is_open,
     parse_prompt,
     parse_response,
     split_conversations,
@@ -89,7 +89,7 @@ def as_conversation(row: Row) -> Row:
     if not isinstance(row.prompt, str) or not row.prompt:
         return row
     prompt = parse_prompt(row.prompt)
-    read = parse_response if row.prompt.endswith(TURN) else _said_by_assistant
+    read = parse_response if is_open(row.prompt) else _said_by_assistant
     answers = (row.chosen, row.rejected, row.gold)
     chosen, rejected, gold = (None if text is None else read(str(text)) for text in answers)
     return replace(row, prompt=prompt, chosen=chosen, rejected=rejected, gold=gold)

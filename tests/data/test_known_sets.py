@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from kinds import tokenizer_of
+from test_presets import PRESETS
 
 from rcpo.config.composition import compose
 from rcpo.config.data import DataConfig
@@ -96,8 +97,9 @@ def load(name: str, folder: Path) -> Datasets:
 
 
 def test_every_preset_is_tried() -> None:
-    assert set(SETS) == {file.stem for file in (conf_dir() / "data").glob("*.yaml")} - {"sums", "pairs"}
-    assert all("/" in str(parse(compose([f"data={name}"])).data.path) for name in SETS)
+    known = {file.stem for file in (conf_dir() / "data").glob("*.yaml")} - {"sums", "pairs"}
+    assert set(SETS) | set(PRESETS) == known
+    assert all("/" in str(parse(compose([f"data={name}"])).data.path) for name in known)
 
 
 @pytest.mark.parametrize("name", SETS)
