@@ -53,6 +53,7 @@ def _root(
     rcpo plan engine=zero3 gpu=h200      what a run would take: memory, communication, time
     rcpo push run=DIR repo=OWNER/NAME    upload what came out to the hub
     rcpo doctor                          what this machine has, and what would fail
+    rcpo list objectives                 names to choose from; also models, data, studies, keys
 
     \b
     Exit codes: 0 done, 1 failed while running, 2 bad command line, configuration or data,
@@ -75,6 +76,7 @@ def train(ctx: typer.Context) -> None:
     Change single values:
       rcpo train objective.beta=0.5 optim.lr=5e-5 train.max_steps=1000 seed=2
       rcpo train --cfg job                          print every key with its value, train nothing
+      rcpo train help=objective                     the keys of a group: type, value, range, meaning
 
     \b
     Several processes, and ZeRO:
@@ -322,6 +324,26 @@ def push(
     from rcpo.commands.push import push as upload
 
     _finish(lambda: upload(ctx.args, dry_run=dry_run))
+
+
+@app.command(name="list")
+def list_names(
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="A group of options, or keys.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as conf/keys.md.")] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option("--config-dir", help="A folder with options of your own.")
+    ] = None,
+) -> None:
+    """List the options of a group, one line each.
+
+    \b
+      rcpo list objectives
+      rcpo list models|data|studies|experiments|engines|gpus|...
+      rcpo list keys                what each node of keys is about; `rcpo train help=NODE` shows its keys
+    """
+    from rcpo.commands.listing import show_topic
+
+    _finish(lambda: show_topic(topic, config_dir, markdown=markdown))
 
 
 @app.command()

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rcpo.config.schema import CheckpointConfig
-from rcpo.config.validation import BEST_METRICS
+from rcpo.config.schema import BEST_METRICS, CheckpointConfig
 from rcpo.errors import ConfigError
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omegaconf import OmegaConf
+
+from rcpo.commands.listing import explain
 from rcpo.config.composition import compose_with
 from rcpo.config.refusals import refusals_explained
 from rcpo.errors import ConfigError
@@ -21,9 +25,11 @@ def shows(flags: argparse.Namespace) -> bool:
         raise ConfigError(
             "command line: --experimental-rerun is not supported; a run's config.yaml repeats it"
         )
-    shown = (flags.cfg is not None, flags.info is not None, flags.hydra_help, flags.shell_completion)
+    if flags.shell_completion:
+        raise ConfigError("command line: tab completion is installed by `rcpo --install-completion`")
+    shown = (flags.cfg is not None, flags.info is not None, flags.hydra_help, flags.help_on is not None)
     if sum((*shown, flags.multirun)) > 1:
-        raise ConfigError("command line: give one of -m, --cfg, --info, --hydra-help and --shell-completion")
+        raise ConfigError("command line: give one of -m, --cfg, --info, --hydra-help, and help=")
     if flags.resolve and flags.cfg is None:
         raise ConfigError("command line: --resolve goes with --cfg job, --cfg hydra or --cfg all")
     return any(shown)
@@ -31,16 +37,20 @@ def shows(flags: argparse.Namespace) -> bool:
 
 def show(hydra: Hydra, name: str, flags: argparse.Namespace, overrides: list[str]) -> int:
     """Prints what the flags ask for; raises ConfigError for overrides that Hydra refuses."""
-    compose_with(hydra, name, overrides)  # a refusal is explained here, before Hydra prints its own
+    cfg = compose_with(hydra, name, overrides)  # a refusal is explained here, before Hydra prints its own
+    if flags.help_on is not None:
+        tree = OmegaConf.to_container(cfg)
+        assert isinstance(tree, dict)
+        own = Path(flags.config_dir) if flags.config_dir else None
+        print("\n".join(explain(flags.help_on, {str(node): values for node, values in tree.items()}, own)))
+        return DONE
     with refusals_explained(hydra, name, overrides):
         if flags.cfg is not None:
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
         elif flags.info is not None:
             hydra.show_info(flags.info, name, overrides)
-        elif flags.hydra_help:
-            hydra.hydra_help(name, args_parser=flags.parser, args=flags)
         else:
-            hydra.shell_completion(name, overrides)
+            hydra.hydra_help(name, args_parser=flags.parser, args=flags)
     return DONE
 
 

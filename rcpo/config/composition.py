@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 PRIMARY = "config"
+HELP = "help"  # help=GROUP and help=KEY show keys instead of starting anything
 _MAPPINGS = ("data.columns", "data.template_options", "slurm.env")  # nodes whose keys are the user's
 # what an option has to give: without it another one's default would be taken
 _TELLING = {
@@ -49,7 +50,7 @@ OmegaConf.register_new_resolver("rcpo_pick", _pick, replace=True)
 def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags and the overrides, which may stand in any order; raises ConfigError for an unknown flag.
 
-    The namespace has what Hydra's parser gives it, `overrides` among it.
+    The namespace has what Hydra's parser gives it, `overrides` among it; `help_on` is the topic of `help=`.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -69,6 +70,9 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         for word, follower in zip(arguments, followers, strict=False)
     ]
     flags = parser.parse_intermixed_args(safe)
+    asked = [word for word in flags.overrides if word == HELP or word.startswith(f"{HELP}=")]
+    flags.help_on = asked[0].removeprefix(HELP).lstrip("=") if asked else None
+    flags.overrides = [word for word in flags.overrides if word not in asked]
     flags.overrides = [_into_mapping(_plain_switch(override)) for override in flags.overrides]
     if flags.config_name == "":
         raise ConfigError("--config-name is empty; give the name of a configuration, or leave it out")

@@ -5,88 +5,96 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from rcpo.config.fields import key
 from rcpo.config.paths import is_file, mode_of
 from rcpo.errors import ConfigError
 
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One set of a mixture; what is not given is that of `data`. An epoch sees its pairs `weight` times."""
+    """One set of a mixture; a key that is not given has the value of `data`."""
 
-    path: str | None = None
-    subset: str | None = None
-    data_dir: str | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    revision: str | None = None
-    weight: float = 1.0
+    path: str | None = key(None, "a file, a folder, or OWNER/NAME on the hub", path=True)
+    subset: str | None = key(None, "name of the subset, as the datasets library calls it")
+    data_dir: str | None = key(None, "folder inside the set")
+    split: str | None = key(None, "split to train on")
+    eval_split: str | None = key(None, "split to hold out")
+    revision: str | None = key(None, "branch, tag, or commit of the hub")
+    weight: float = key(1.0, "how often each pair appears per epoch")
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Preference pairs, or completions for kto and sft; lengths in tokens, None for no limit.
+    """Preference pairs, or completions for kto and sft. Lengths are tokens."""
 
-    `path` is a file, a folder or a set on the hub; `subset`, `data_dir`, `split` and `revision` are what
-    the datasets library calls so; `sources` are several sets. Held out are `eval_path`, else `eval_split`,
-    else `eval_fraction` of the prompts. `columns` maps our names to the file's: names, paths, or Jinja.
-    `format` names the form of the rows (`format_module` registers a user's own), `labels` explain labels
-    and judgments, `pairing` says how several scored answers become pairs, `learn` which answers of a
-    conversation are learned. `train_examples` is how many pairs the embedded task makes. `template` is None
-    (messages: the tokenizer's), `tokenizer`, a named one or a Jinja file. `min_margin` and `max_margin`
-    bound how far the two scores of a pair may be apart, `ties` keep or drop pairs with equal scores.
-    `ches_max` bounds how much alike the two responses of a training pair may be to the starting model (CHES).
-    `max_dropped` is the share of rows that `on_bad=drop` may leave out. `truncation` is which side of a
-    prompt stays. `cache` keeps tokens: a folder, None (the user's) or off. `workers` None is a process a
-    core. `layout` says how pairs lie in rows: auto, shared (a prompt once) or separate. `group_by_length`
-    None is: unless the micro-batch itself matters.
-
-    `reasoning` says what becomes of the reasoning before an answer: keep, strip, or empty (an empty block if
-    generation opens one). `date` (YYYY-MM-DD) is today to a template that writes it; None is the day on which
-    the run began.
-    """
-
-    name: str = "sums"
-    path: str | None = None
-    subset: str | None = None
-    data_dir: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    streaming: bool = False
-    sources: list[SourceConfig] = field(default_factory=list)
-    columns: dict[str, str] = field(default_factory=dict)
-    format: str | None = None
-    format_module: str | None = None
-    labels: dict[Any, Any] = field(default_factory=dict)
-    pairing: str = "best_worst"
-    learn: str = "last"
-    eval_path: str | None = None
-    eval_split: str | None = None
-    eval_fraction: float = 0.1
-    train_examples: int = 6400
-    max_examples: int | None = None
-    template: str | None = None
-    template_options: dict[str, Any] = field(default_factory=dict)
-    system_prompt: str | None = None
-    reasoning: str = "keep"
-    date: str | None = None
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    truncation: str = "keep_end"
-    on_bad: str = "refuse"
-    min_margin: float | None = None
-    max_margin: float | None = None
-    ches_max: float | None = None
-    ties: str = "keep"
-    max_dropped: float = 0.05
-    cache: str | None = None
-    workers: int | None = None
-    layout: str = "auto"
-    group_by_length: bool | None = None
+    name: str = key("sums", "the embedded task, or pairs that are read", choices=("sums", "pairs"))
+    path: str | None = key(None, "a file, a folder, or OWNER/NAME on the hub", path=True)
+    subset: str | None = key(None, "name of the subset, as the datasets library calls it")
+    data_dir: str | None = key(None, "folder inside the set")
+    split: str = key("train", "split to train on")
+    revision: str | None = key(None, "branch, tag, or commit of the hub; null: the newest")
+    streaming: bool = key(False, "read a set of the hub without storing it")
+    sources: list[SourceConfig] = key([], "several sets: [{path: A, weight: 1}, {path: B, weight: 0.5}]")
+    columns: dict[str, str] = key({}, "names of ours to those of the file: names, paths, or Jinja")
+    format: str | None = key(None, "form of the rows; null: recognized by their columns")
+    format_module: str | None = key(None, "Python module that registers a format of yours")
+    labels: dict[Any, Any] = key({}, "what labels and judgments mean: {good: true, bad: false}")
+    pairing: str = key(
+        "best_worst", "how several scored answers become pairs", choices=("best_worst", "adjacent", "all")
+    )
+    learn: str = key("last", "answers of a conversation to learn", choices=("last", "all"))
+    eval_path: str | None = key(None, "held-out pairs: a file, a folder, or OWNER/NAME on the hub", path=True)
+    eval_split: str | None = key(None, "split of held-out pairs")
+    eval_fraction: float = key(
+        0.1, "share of the prompts to hold out, where no held-out pairs are given", at_least=0, below=1
+    )
+    train_examples: int = key(6400, "pairs that the embedded task makes", at_least=1)
+    max_examples: int | None = key(
+        None, "usable pairs of each source and split, at most; null: all", at_least=1
+    )
+    template: str | None = key(
+        None,
+        "null: the tokenizer's for messages; tokenizer: also for text; a name; or a Jinja file",
+        path=True,
+    )
+    template_options: dict[str, Any] = key({}, "variables of the template: {enable_thinking: false}")
+    system_prompt: str | None = key(None, "system message for conversations without one")
+    reasoning: str = key(
+        "keep", "what to do with reasoning before an answer", choices=("keep", "strip", "empty")
+    )
+    date: str | None = key(
+        None, "today's date for templates that write it, YYYY-MM-DD; null: the run's first day"
+    )
+    max_length: int | None = key(None, "longest prompt with response; null: unlimited", at_least=1)
+    max_prompt_length: int | None = key(None, "longest prompt; null: unlimited", at_least=1)
+    truncation: str = key(
+        "keep_end", "which end of a longer prompt to keep", choices=("keep_end", "keep_start")
+    )
+    on_bad: str = key(
+        "refuse", "stop at an unusable row, or leave it out and count it", choices=("refuse", "drop")
+    )
+    min_margin: float | None = key(None, "leave out pairs whose scores differ by less; null: none")
+    max_margin: float | None = key(None, "leave out pairs whose scores differ by more; null: none")
+    ches_max: float | None = key(
+        None, "leave out training pairs with a higher CHES in the starting model; null: none"
+    )
+    ties: str = key("keep", "what to do with pairs of equal scores", choices=("keep", "drop"))
+    max_dropped: float = key(
+        0.05, "share of a source's rows that on_bad=drop may leave out", at_least=0, at_most=1
+    )
+    cache: str | None = key(None, "folder that keeps tokens; null: the user's cache; off: none", path=True)
+    workers: int | None = key(None, "processes that tokenize; null: one per core", at_least=0)
+    layout: str = key(
+        "auto", "a prompt once for both responses, or twice", choices=("auto", "shared", "separate")
+    )
+    group_by_length: bool | None = key(
+        None, "put pairs of similar length into a micro-batch; null: where that changes no result"
+    )
 
 
 @dataclass(frozen=True)
@@ -210,9 +218,9 @@ def check_data(data: DataConfig) -> None:
 
 
 def _refuse_margins(data: DataConfig) -> None:
-    for key, value in (("min_margin", data.min_margin), ("max_margin", data.max_margin)):
+    for name, value in (("min_margin", data.min_margin), ("max_margin", data.max_margin)):
         if value is not None:
-            raise ConfigError(f"data.{key}={value:g}: data=sums has no scores; leave it out")
+            raise ConfigError(f"data.{name}={value:g}: data=sums has no scores; leave it out")
     if data.ties == "drop":
         raise ConfigError("data.ties=drop: data=sums has no scores; leave it out")
 
@@ -226,10 +234,10 @@ def _check_date(value: str | None) -> None:
 
 def _refuse_files(data: DataConfig) -> None:
     """The embedded data come from no file: what names one was meant for data=pairs."""
-    for key in ("path", "sources", "columns", "eval_path", "template"):
-        if value := getattr(data, key):
+    for name in ("path", "sources", "columns", "eval_path", "template"):
+        if value := getattr(data, name):
             raise ConfigError(
-                f"data.{key}={value}: data=sums is the embedded task; add data=pairs to read files"
+                f"data.{name}={value}: data=sums is the embedded task; add data=pairs to read files"
             )
 
 

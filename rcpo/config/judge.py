@@ -6,27 +6,24 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from rcpo.config.fields import key
 from rcpo.config.paths import is_file, local, mode_of
 from rcpo.errors import ConfigError
 
 
 @dataclass(kw_only=True)
 class EndpointConfig:
-    """Which model answers (`base_url`, `model`), and how requests are made.
+    """An OpenAI-compatible endpoint, and how to ask it."""
 
-    `api_key_env` names the environment variable that holds the key. `timeout` and `backoff` are seconds;
-    prices are of a million tokens.
-    """
-
-    base_url: str | None = None
-    model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 6
-    backoff: float = 1.0
-    price_in: float | None = None
-    price_out: float | None = None
+    base_url: str | None = key(None, "address of an OpenAI-compatible endpoint, up to and with /v1")
+    model: str | None = key(None, "the model, as the endpoint calls it")
+    api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the key")
+    concurrency: int = key(8, "requests at a time", at_least=1, at_most=256)
+    timeout: float = key(120.0, "seconds without a byte", above=0)
+    retries: int = key(6, "tries after the first, for failures that pass", at_least=0, at_most=100)
+    backoff: float = key(1.0, "seconds before the first retry, doubled each time", at_least=0, at_most=600)
+    price_in: float | None = key(None, "price of a million prompt tokens, for the estimate", at_least=0)
+    price_out: float | None = key(None, "price of a million answer tokens, for the estimate", at_least=0)
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """What so many tokens cost; None where no price is given."""
@@ -37,19 +34,22 @@ class EndpointConfig:
 
 @dataclass(kw_only=True)
 class JudgeConfig(EndpointConfig):
-    """Who judges, what (`prompts`, `against`), and how requests are made.
+    """The model that judges, and what it compares."""
 
-    `prompts` None are the held-out ones. `against` is `reference`, a run's or a model's folder, a file of
-    answers, or None: the answers that the prompts come with. `template` is a file with {instruction},
-    {first} and {second}. `max_tokens` and `temperature` None are not sent.
-    """
-
-    prompts: str | None = None
-    against: str | None = None
-    template: str | None = None
-    max_examples: int | None = None
-    max_tokens: int | None = 256
-    temperature: float | None = 0.0
+    prompts: str | None = key(
+        None, "a file of prompts in AlpacaEval's format; null: the held-out ones", path=True
+    )
+    against: str | None = key(
+        None, "reference, a run's or model's folder, or a file; null: the answers in the prompts", path=True
+    )
+    template: str | None = key(
+        None, "a text file with {instruction}, {first}, and {second}; null: rcpo's own", path=True
+    )
+    max_examples: int | None = key(None, "prompts; null: all", at_least=1)
+    max_tokens: int | None = key(256, "tokens of a verdict; null: not sent", at_least=1)
+    temperature: float | None = key(
+        0.0, "sampling temperature of the judge; null: not sent", at_least=0, at_most=2
+    )
 
 
 REFERENCE = "reference"  # judge.against: the policy that training compares with
@@ -64,9 +64,9 @@ RATED = ("{instruction}", "{answer}")
 def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
     """Raises ConfigError for what no judgement could use; `wanted`: one is asked for."""
     check_endpoint("judge", judge)
-    for key, value in (("prompts", judge.prompts), ("template", judge.template)):
-        if value is not None and not is_file(f"judge.{key}", value):
-            raise ConfigError(f"judge.{key}={value} is not a file")
+    for name, value in (("prompts", judge.prompts), ("template", judge.template)):
+        if value is not None and not is_file(f"judge.{name}", value):
+            raise ConfigError(f"judge.{name}={value} is not a file")
     if judge.against not in (None, REFERENCE) and mode_of("judge.against", str(judge.against)) is None:
         raise ConfigError(
             f"judge.against={judge.against} does not exist; give reference, a run's or model's folder, a "
@@ -74,9 +74,9 @@ def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
         )
     if not wanted:
         return
-    for key, what in (("base_url", "an OpenAI-compatible endpoint"), ("model", "the judging model's name")):
-        if getattr(judge, key) is None:
-            raise ConfigError(f"eval.judge=true needs {what}: judge.{key}=")
+    for name, what in (("base_url", "an OpenAI-compatible endpoint"), ("model", "the judging model's name")):
+        if getattr(judge, name) is None:
+            raise ConfigError(f"eval.judge=true needs {what}: judge.{name}=")
     if judge.template is not None:
         read_template(judge.template)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rcpo.config.parsing import describe
-from rcpo.config.validation import Range, check_choice, check_range, unknown_key
+from rcpo.config.validation import unknown_key
 from rcpo.errors import ConfigError
 
 Node = TypeVar("Node")
@@ -30,16 +30,6 @@ COMMAND_NODES = {
     "iterate": "rcpo iterate",
     "rounds": "rcpo iterate",
 }
-
-
-def check_node(
-    name: str, config: Any, choices: Mapping[str, tuple[str, ...]], ranges: Mapping[str, Range]
-) -> None:
-    """Raise ConfigError for the first value of a node that is not a choice, or is out of range."""
-    for key, known in choices.items():
-        check_choice(f"{name}.{key}", getattr(config, key), known)
-    for key, bounds in ranges.items():
-        check_range(f"{name}.{key}", getattr(config, key), bounds)
 
 
 def read_node(cfg: DictConfig, name: str, default: Node) -> Node:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rcpo.config.data import DataConfig
+from rcpo.config.fields import Key, check_keys, key
 from rcpo.config.judge import COMPARED, RATED, EndpointConfig, check_endpoint, read_template
-from rcpo.config.nodes import check_node, read_node
+from rcpo.config.nodes import read_node
 from rcpo.config.schema import RunConfig
-from rcpo.config.validation import Range, check_range
 from rcpo.errors import ConfigError
 
 NODES = ("sample", "score", "pairing", "iterate")
@@ -25,57 +24,54 @@ FIRST, ROUND = "first", "round"
 
 @dataclass(kw_only=True)
 class SampleConfig(EndpointConfig):
-    """`n` answers to a prompt, drawn at `temperature` within `top_p` (`sample.*`).
+    """How `rcpo sample` draws answers."""
 
-    `base_url` None answers on this machine, `batch_size` answers at a time. `prompts` None are all of the
-    data; else so many, in an order that the seed draws, and `round` counts which of them. `max_new_tokens`
-    None is the longest chosen response's.
-    """
-
-    n: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    prompts: int | None = None
-    round: int = 1
-    batch_size: int = 64
+    n: int = key(8, "answers per prompt", at_least=2)
+    temperature: float = key(1.0, "sampling temperature", above=0)
+    top_p: float = key(1.0, "share of the probability mass to draw from", above=0, at_most=1)
+    max_new_tokens: int | None = key(
+        None, "tokens of an answer; null: those of the longest chosen response, at most 512", at_least=1
+    )
+    prompts: int | None = key(None, "training prompts, in an order drawn by the seed; null: all", at_least=1)
+    round: int = key(1, "which part of the prompts, and which draws", at_least=1)
+    batch_size: int = key(64, "answers per process and forward pass", at_least=1)
 
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """What an answer is worth (`score.*`), by `name`.
+    """How answers are scored."""
 
-    `pattern` is of score=pattern, `mode` of score=judge: rating or pairwise. `path` is the model of
-    score=reward_model, of score=loglik with None for the model that answered; `revision`, `max_length` (None:
-    as many tokens as it takes) and `batch_size` belong to it.
-    """
-
-    name: str = "exact"
-    pattern: str | None = None
-    mode: str | None = None
-    path: str | None = None
-    revision: str | None = None
-    max_length: int | None = None
-    batch_size: int = 16
+    name: str = key("exact", "scoring rule", choices=(*VERIFIABLE, *MODELS, "judge", "length"))
+    pattern: str | None = key(None, "regular expression of score=pattern, whose first group is compared")
+    mode: str | None = key(None, "what score=judge asks for", choices=("rating", "pairwise"))
+    path: str | None = key(
+        None,
+        "model of reward_model or loglik: a folder or OWNER/NAME; null: the one that answered",
+        path=True,
+    )
+    revision: str | None = key(None, "branch, tag, or commit of the hub")
+    max_length: int | None = key(
+        None, "tokens of prompt and answer, longer ones have no score; null: the model's limit", at_least=1
+    )
+    batch_size: int = key(16, "answers per process and forward pass", at_least=1)
 
 
 @dataclass(kw_only=True)
 class PairingConfig:
-    """Which answers to a prompt become pairs (`pairing.*`): `per_prompt` of them, in the order of `name`.
+    """Which answers to a prompt become pairs."""
 
-    The scores of a pair differ, and by no less than `min_margin`.
-    """
-
-    name: str = "best_worst"
-    min_margin: float = 0.0
-    per_prompt: int | None = 1
+    name: str = key("best_worst", "pairing rule", choices=("best_worst", "random", "margin"))
+    min_margin: float = key(0.0, "smallest difference of a pair's scores", at_least=0)
+    per_prompt: int | None = key(1, "pairs per prompt; null: all", at_least=1)
 
 
 @dataclass(kw_only=True)
 class IterateConfig:
-    """`reference` of each round's training: the model that the `round` starts from, or the `first` one."""
+    """Rounds of sampling, training, and evaluation."""
 
-    reference: str = ROUND
+    reference: str = key(
+        ROUND, "reference of a round: the model that it starts from, or the first one", choices=(ROUND, FIRST)
+    )
 
 
 @dataclass(kw_only=True)
@@ -87,36 +83,7 @@ class OnPolicyConfig:
     pairing: PairingConfig = field(default_factory=PairingConfig)
 
 
-CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "sample": {},
-    "score": {"name": (*VERIFIABLE, *MODELS, "judge", "length"), "mode": ("rating", "pairwise")},
-    "pairing": {"name": ("best_worst", "random", "margin")},
-    "iterate": {"reference": (ROUND, FIRST)},
-}
-ENDPOINT_RANGES: dict[str, Range] = {
-    "concurrency": (1, 256, True, True),
-    "timeout": (0, math.inf, False, False),
-    "retries": (0, 100, True, True),
-    "backoff": (0, 600, True, True),
-    "price_in": (0, math.inf, True, False),
-    "price_out": (0, math.inf, True, False),
-}
-ONPOLICY_RANGES: dict[str, dict[str, Range]] = {
-    "sample": {
-        "n": (2, math.inf, True, False),
-        "temperature": (0, math.inf, False, False),
-        "top_p": (0, 1, False, True),
-        "max_new_tokens": (1, math.inf, True, False),
-        "prompts": (1, math.inf, True, False),
-        "round": (1, math.inf, True, False),
-        "batch_size": (1, math.inf, True, False),
-        **ENDPOINT_RANGES,
-    },
-    "score": {"max_length": (1, math.inf, True, False), "batch_size": (1, math.inf, True, False)},
-    "pairing": {"min_margin": (0, math.inf, True, False), "per_prompt": (1, math.inf, True, False)},
-    "iterate": {},
-}
-ROUNDS: Range = (1, math.inf, True, False)
+ROUNDS = Key(doc="rounds of rcpo iterate", at_least=1)
 
 
 def onpolicy_config(cfg: DictConfig, run: RunConfig) -> OnPolicyConfig:
@@ -127,7 +94,7 @@ def onpolicy_config(cfg: DictConfig, run: RunConfig) -> OnPolicyConfig:
         pairing=read_node(cfg, "pairing", PairingConfig()),
     )
     for name in ("sample", "score", "pairing"):
-        check_node(name, getattr(config, name), CHOICES[name], ONPOLICY_RANGES[name])
+        check_keys(getattr(config, name), f"{name}.")
     _check_sample(config.sample, run.data)
     _check_score(config.score, run)
     return config
@@ -136,11 +103,11 @@ def onpolicy_config(cfg: DictConfig, run: RunConfig) -> OnPolicyConfig:
 def iterate_config(cfg: DictConfig) -> tuple[int, IterateConfig]:
     """`rounds` and the validated `iterate` node; raises ConfigError."""
     config = read_node(cfg, "iterate", IterateConfig())
-    check_node("iterate", config, CHOICES["iterate"], ONPOLICY_RANGES["iterate"])
+    check_keys(config, "iterate.")
     rounds = OmegaConf.select(cfg, "rounds", default=1)
     if isinstance(rounds, bool) or not isinstance(rounds, int):
         raise ConfigError(f"rounds={rounds} is not a whole number")
-    check_range("rounds", rounds, ROUNDS)
+    ROUNDS.check("rounds", rounds)
     return rounds, config
 
 

@@ -1,7 +1,7 @@
 """The configuration as dataclasses: one attribute for each key that a user may set.
 
 The defaults repeat those of `conf/` (a test holds the two together), so a `RunConfig()` made in Python is the
-run that `rcpo train` starts. Where they come from is said beside them in `conf/`. Nothing here imports torch.
+run that `rcpo train` starts. `conf/` documents the origin of each default. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,29 +10,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rcpo.config.data import DataConfig
+from rcpo.config.fields import key
 from rcpo.config.judge import JudgeConfig
 from rcpo.errors import ConfigError
 
 LARGEST_MICRO_BATCH = 16  # that is chosen without being asked: it fits small models, and large ones are told
+REDUCTIONS = ("sum", "mean", "importance", "average")
+# the held-out means that an evaluation while training may have
+BEST_METRICS = (
+    *("eval/loss", "eval/rewards/chosen", "eval/rewards/rejected", "eval/rewards/margins"),
+    *("eval/rewards/accuracies", "eval/logps/chosen", "eval/logps/rejected", "eval/logps/accuracies"),
+    *("eval/logratios/chosen", "eval/logratios/rejected", "eval/winner_fell", "eval/exact_match"),
+    *("eval/token_logps/chosen", "eval/token_logratios/chosen", "eval/token_logratios/rejected"),
+)
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How long, how many pairs at a time, in which precision.
+    """How long to train, on how many pairs at a time, and in which precision."""
 
-    `micro_batch_size` None is the largest divisor, up to 16, of a process's share of the batch.
-    `on_nonfinite` stop or skip a step whose loss or gradient is not finite, at most `max_nonfinite` in a row.
-    """
-
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    dtype: str = "fp32"
-    gradient_checkpointing: bool = False
-    max_grad_norm: float | None = 1.0
-    on_nonfinite: str = "stop"
-    max_nonfinite: int = 10
+    epochs: int = key(1, "passes over the training pairs", at_least=1)
+    max_steps: int | None = key(None, "optimizer steps, instead of epochs", at_least=1)
+    batch_size: int = key(32, "pairs in an optimizer step, over all processes", at_least=1)
+    micro_batch_size: int | None = key(
+        None,
+        "pairs per process and forward pass; null: the largest divisor up to 16 of its share",
+        at_least=1,
+    )
+    dtype: str = key("fp32", "precision of weights and activations", choices=("fp32", "bf16", "fp16"))
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    max_grad_norm: float | None = key(1.0, "clip the gradient's norm; null: do not", above=0)
+    on_nonfinite: str = key(
+        "stop", "what to do when a loss or gradient is not finite", choices=("stop", "skip")
+    )
+    max_nonfinite: int = key(10, "skipped steps in a row that end the run all the same", at_least=1)
 
     def microbatch(self, world_size: int) -> int:
         """Pairs that each of `world_size` ranks takes at a time: as given, or the largest divisor up to 16.
@@ -66,35 +77,37 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Optimizer and learning-rate schedule; `betas` and `eps` are adamw's, `momentum` is sgd's."""
+    """Optimizer and learning-rate schedule."""
 
-    name: str = "adamw"
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    momentum: float = 0.0
-    schedule: str = "constant"
-    warmup_ratio: float = 0.0
+    name: str = key("adamw", "optimizer", choices=("adamw", "sgd"))
+    lr: float = key(1e-4, "learning rate, the highest of the schedule", above=0)
+    weight_decay: float = key(0.0, "decoupled weight decay; norms and biases are exempt", at_least=0)
+    betas: list[float] = key([0.9, 0.999], "AdamW's decay of both moments", at_least=0, below=1)
+    eps: float = key(1e-8, "AdamW's ε", above=0)
+    momentum: float = key(0.0, "momentum of SGD", at_least=0, below=1)
+    schedule: str = key(
+        "constant", "how the learning rate changes after warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = key(0.0, "share of all steps that warm up, rounded up", at_least=0, at_most=1)
 
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """The objective by name; `module` is imported before the look-up (a user's own package).
+    """The objective, by its name in the registry. Its hyper-parameters are the other keys of its YAML."""
 
-    `reduction` None is the objective's own. `weighting` wpo weights pairs by the policy's own likelihood,
-    `length_alpha` below 1 the tokens beyond a pair's shorter response (LD-DPO). `hyperparameters` are the
-    keys of its YAML beside the others; those named in `optional` are left out where the objective does not
-    have them, for presets that fit any.
-    """
-
-    name: str = "dpo"
-    module: str | None = None
-    reduction: str | None = "sum"
-    nll_coef: float = 0.0
-    weighting: str | None = None
-    length_alpha: float = 1.0
-    optional: list[str] = field(default_factory=list)
+    name: str = key("dpo", "name in the registry of objectives")
+    module: str | None = key(None, "Python module to import first, which registers an objective of yours")
+    reduction: str | None = key(
+        "sum", "how token log-probs become the pair's z; null: the objective's own", choices=REDUCTIONS
+    )
+    nll_coef: float = key(0.0, "adds −coef · mean log-prob of the chosen response", at_least=0)
+    weighting: str | None = key(
+        None, "wpo: weight pairs by the policy's own likelihood of both responses", choices=("wpo",)
+    )
+    length_alpha: float = key(
+        1.0, "weight of tokens beyond the shorter response of a pair (LD-DPO)", at_least=0, at_most=1
+    )
+    optional: list[str] = key([], "hyper-parameters to leave out where the objective lacks them, for presets")
     hyperparameters: dict[str, Any] = field(
         default_factory=lambda: {
             "beta": 0.1,
@@ -107,38 +120,44 @@ class ObjectiveConfig:
 
 @dataclass(kw_only=True)
 class ControlConfig:
-    """Held-out pairs that `rc=loop` reads where training pairs are not fresh (`rc.control.*`).
+    """Held-out pairs that `rc=loop` reads where training pairs are not fresh."""
 
-    `pairs` are set aside from the training data; every `every` steps the policy scores half a batch of them.
-    """
-
-    pairs: int = 256
-    every: int = 4
+    pairs: int = key(256, "pairs set aside from the training data, at most a tenth of it", at_least=8)
+    every: int = key(4, "steps between scoring half a batch of them", at_least=1)
 
 
 @dataclass(kw_only=True)
 class CalibrationConfig:
-    """Reward calibration and the geometry it and the logged dynamics rest on (`rc.*`).
+    """Reward calibration, and the geometry that it and the logged dynamics rest on."""
 
-    `rule` says how α follows: from the `center` or the nearest `edge` of a band, from the closed `loop`, or
-    `fixed` at `alpha`. `band` is the batch's own or the one across samples, `scope` one α per batch or pair.
-    `target` (nats per token) and `signal` are the loop's.
-    """
-
-    enabled: bool = False
-    rule: str = "center"
-    band: str = "batch"
-    scope: str = "batch"
-    alpha: float | None = None
-    target: float = 0.0
-    signal: str = "auto"
+    enabled: bool = key(False, "rescale the gradients of both responses; false: only measure")
+    rule: str = key(
+        "center",
+        "how α follows: the band's center, its nearest edge, the closed loop, or fixed",
+        choices=("center", "edge", "loop", "fixed"),
+    )
+    band: str = key("batch", "the batch's own band, or the one across samples", choices=("batch", "samples"))
+    scope: str = key("batch", "one α per batch, or one per pair", choices=("batch", "pair"))
+    alpha: float | None = key(None, "the weight of rule=fixed", above=0)
+    target: float = key(0.0, "nats per token at which rule=loop keeps the winner")
+    signal: str = key(
+        "auto",
+        "what rule=loop reads: fresh training pairs, or control pairs",
+        choices=("auto", "fresh", "control"),
+    )
     control: ControlConfig = field(default_factory=ControlConfig)
-    update: str = "step"
-    ema: float | None = None
-    alpha_max: float | None = 10.0
-    geometry: str = "head"
-    sketch: int | None = 2048
-    sketch_seed: int = 0
+    update: str = key(
+        "step", "update the averages per optimizer step, or per micro-batch", choices=("step", "microbatch")
+    )
+    ema: float | None = key(
+        None, "decay of the averages; null: 0.9 per step, 0.98 per micro-batch", at_least=0, below=1
+    )
+    alpha_max: float | None = key(10.0, "clamp α to [1/alpha_max, alpha_max]; null: do not", at_least=1)
+    geometry: str = key(
+        "head", "norms of the output head's gradient, or of the whole one", choices=("head", "parameters")
+    )
+    sketch: int | None = key(2048, "rows of the vocabulary sketch; null: exact norms", at_least=1)
+    sketch_seed: int = key(0, "seed of the sketch's signs", at_least=0, at_most=2**32 - 1)
 
     @property
     def decay(self) -> float:
@@ -155,82 +174,80 @@ class CalibrationConfig:
 
 @dataclass(kw_only=True)
 class DynamicsConfig:
-    """`every` N steps (0: never) the dynamics are measured with `rc=off`; with `rc=on` they always are."""
+    """How often to measure the dynamics with `rc=off`; with `rc=on` every step is measured."""
 
-    every: int = 1
+    every: int = key(1, "steps between measurements with rc=off; 0: never", at_least=0)
 
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Every how many optimizer steps a row is written."""
+    """How often to log."""
 
-    every: int = 1
+    every: int = key(1, "optimizer steps between rows of metrics.jsonl", at_least=1)
 
 
 @dataclass(kw_only=True)
 class WatchConfig:
-    """When a run that may be diverging is spoken of, once for each sign; nothing is changed by it.
+    """Divergence warnings, issued once each; training is unaffected."""
 
-    `winner` is how many nats a token the winner may lose against the reference (None: any), `patience` the
-    steps in a row after which a certain accuracy with a growing margin, or a clamped α, is a sign.
-    """
-
-    winner: float | None = 0.3
-    patience: int = 50
+    winner: float | None = key(
+        0.3, "warn when the winner has lost so many nats per token; null: never", above=0
+    )
+    patience: int = key(
+        50, "warn after so many steps of certain pairs with a growing margin, or of a clamped α", at_least=1
+    )
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The policy: `path` is a folder in the hub's format or a name on the hub, None the packaged `tiny`.
+    """The policy to train."""
 
-    `attention` None is transformers' choice. `allow_pickle` reads weights that have no safetensors.
-    """
-
-    name: str = "tiny"
-    path: str | None = None
-    revision: str | None = None
-    init: str = "pretrained"
-    attention: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
+    name: str = key("tiny", "what messages call the model")
+    path: str | None = key(
+        None, "folder in the hub's format, or OWNER/NAME on the hub; null: the packaged tiny", path=True
+    )
+    revision: str | None = key(None, "branch, tag, or commit of the hub; null: main")
+    init: str = key("pretrained", "pretrained or fresh random weights", choices=("pretrained", "random"))
+    attention: str | None = key(
+        None,
+        "attention implementation; null: the choice of transformers",
+        choices=("eager", "sdpa", "flash_attention_2"),
+    )
+    trust_remote_code: bool = key(False, "run the Python code of the model's repository")
+    allow_pickle: bool = key(False, "read *.bin weights, which can run any program")
 
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """What is trained: all weights (`none`), or low-rank adapters on frozen ones (`lora`).
+    """What to train: all weights, or low-rank adapters on frozen ones."""
 
-    `path` is an adapter to go on training, or with `merge` one to put into the weights before new ones are
-    made. `quantization` nf4 keeps the frozen weights in 4 bits. `save_merged` writes final/merged as well.
-    """
-
-    name: str = "none"
-    r: int = 8
-    alpha: int = 16
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    path: str | None = None
-    merge: bool = False
-    quantization: str | None = None
-    save_merged: bool = False
+    name: str = key("none", "all weights, or low-rank adapters", choices=("none", "lora"))
+    r: int = key(8, "rank", at_least=1)
+    alpha: int = key(16, "the adapter's output is scaled by alpha / r", at_least=1)
+    target_modules: list[str] = key(["all-linear"], "names of the layers to adapt, or all-linear")
+    path: str | None = key(None, "adapter to continue training, or with merge=true to merge first", path=True)
+    merge: bool = key(False, "merge adapter.path into the weights, then train new adapters")
+    quantization: str | None = key(None, "hold the frozen weights in 4 bits", choices=("nf4",))
+    save_merged: bool = key(False, "also write the merged model to final/merged")
 
 
 @dataclass(kw_only=True)
 class ReferenceConfig:
-    """The reference policy: `path` None is the starting policy.
+    """The reference policy."""
 
-    `cache` is the folder that keeps its log-probs; None is the user's cache folder, `off` keeps none. They
-    are kept by GPU model, which decides the last digits, unless `cache_any_device` takes any. Every
-    `sync_every` steps (0: never) the reference moves the `mixup` share of the way to the policy (TR-DPO).
-    `track` is about objectives that need no reference: true compares all pairs with it, false none, None all
-    of the embedded data and 256 held-out pairs of other data, which tell whether the winner fell.
-    """
-
-    path: str | None = None
-    mode: str = "precompute"
-    sync_every: int = 0
-    mixup: float = 0.6
-    cache: str | None = None
-    cache_any_device: bool = False
-    track: bool | None = None
+    path: str | None = key(None, "folder or OWNER/NAME on the hub; null: the starting policy", path=True)
+    mode: str = key(
+        "precompute",
+        "compute log-probs before step 1, or hold a frozen model",
+        choices=("model", "precompute"),
+    )
+    sync_every: int = key(0, "steps between moves towards the policy (TR-DPO); 0: never", at_least=0)
+    mixup: float = key(0.6, "share of the way that each move goes", above=0, at_most=1)
+    cache: str | None = key(None, "folder that keeps log-probs; null: the user's cache; off: none", path=True)
+    cache_any_device: bool = key(False, "accept log-probs that another GPU model computed")
+    track: bool | None = key(
+        None, "compare with the reference where the objective needs none; null: 256 held-out pairs"
+    )
 
     @property
     def keeps(self) -> bool:
@@ -240,106 +257,97 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """DeepSpeed: ZeRO stage and what it keeps in the host's memory.
+    """DeepSpeed: ZeRO stage, and what it keeps in the host's memory."""
 
-    `deepspeed` is merged into DeepSpeed's own configuration; what other keys decide is refused there.
-    """
-
-    stage: int = 0
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    stage: int = key(0, "ZeRO stage", at_least=0, at_most=3)
+    offload_optimizer: bool = key(False, "keep the optimizer's state on the host")
+    offload_parameters: bool = key(False, "keep the parameters on the host (stage 3)")
+    deepspeed: dict[str, Any] = key({}, "DeepSpeed's own settings, merged into those that rcpo makes")
 
 
 @dataclass(kw_only=True)
 class LaunchConfig:
-    """`processes` started on this machine; an external launcher's count takes precedence.
+    """Processes on this machine; the count of an outer launcher takes precedence."""
 
-    A rank that the others wait for longer than `timeout_minutes` ends the run, and so do `lost_after` seconds
-    without a word from a rank. At the start all ranks have to come within `meeting_seconds`.
-    """
-
-    processes: int = 1
-    deterministic: bool = False
-    timeout_minutes: float = 30.0
-    lost_after: float = 60.0
-    meeting_seconds: float = 50.0
+    processes: int = key(1, "processes to start on this machine", at_least=1)
+    deterministic: bool = key(False, "use deterministic kernels, where a GPU has slower ones")
+    timeout_minutes: float = key(30.0, "end the run when a rank waits longer for another", above=0)
+    lost_after: float = key(60.0, "end the run after so many seconds of silence from a rank", above=0)
+    meeting_seconds: float = key(50.0, "seconds in which all ranks have to come at the start", above=0)
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Held-out evaluation: `every` N steps (0: only at the end), None examples: all of them.
+    """Held-out evaluation, while training and at its end."""
 
-    `tasks` are lm-evaluation-harness's: NAME, NAME@SHOTS or a YAML file, `limit` documents of each (None:
-    all), `task_batch_size` requests at a time, by the tokenizer's template with `chat_template`;
-    `preferences` false leaves out all that is about pairs; `judge` asks another model (`judge.*`).
-    `max_new_tokens` None is the longest chosen response's. `scorer` says how an answer is checked: number,
-    text, pattern (`answer_pattern`), None as the data's own task does. `kl_examples` prompts are answered for
-    the KL to a reference that is held as a model. `checkpoints` final or all, `parameters_geometry` the
-    dynamics by the true gradient too: both of `rcpo evaluate`.
-    """
-
-    every: int = 0
-    batch_size: int = 64
-    max_examples: int | None = None
-    generate_examples: int | None = 256
-    max_new_tokens: int | None = None
-    scorer: str | None = None
-    answer_pattern: str | None = None
-    kl_examples: int = 128
-    checkpoints: str = "final"
-    parameters_geometry: bool = False
-    preferences: bool = True
-    tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
-    task_batch_size: int = 8
-    chat_template: bool = False
-    judge: bool = False
+    every: int = key(0, "optimizer steps between evaluations; 0: only at the end", at_least=0)
+    batch_size: int = key(64, "pairs per process and forward pass", at_least=1)
+    max_examples: int | None = key(None, "held-out pairs; null: all", at_least=1)
+    generate_examples: int | None = key(
+        256, "prompts to answer greedily where answers can be checked; null: all", at_least=0
+    )
+    max_new_tokens: int | None = key(
+        None, "tokens of an answer; null: those of the longest chosen response, at most 512", at_least=1
+    )
+    scorer: str | None = key(
+        None, "how to check an answer; null: as the data's task does", choices=("number", "text", "pattern")
+    )
+    answer_pattern: str | None = key(None, "regular expression of scorer=pattern, whose first group counts")
+    kl_examples: int = key(128, "prompts to answer for the KL to a reference held as a model", at_least=0)
+    checkpoints: str = key("final", "weights that rcpo evaluate takes", choices=("final", "all"))
+    parameters_geometry: bool = key(False, "rcpo evaluate: also the dynamics by the true gradient")
+    preferences: bool = key(True, "rcpo evaluate: the held-out pairs")
+    tasks: list[str] = key([], "rcpo evaluate: tasks of lm-evaluation-harness, NAME, NAME@SHOTS, or a file")
+    limit: int | None = key(None, "documents of each task; null: all", at_least=1)
+    task_batch_size: int = key(8, "requests per process and forward pass", at_least=1)
+    chat_template: bool = key(False, "put a task's questions into the tokenizer's chat template")
+    judge: bool = key(False, "rcpo evaluate: let another model compare answers, see judge.*")
 
 
 @dataclass(kw_only=True)
 class ProbeConfig:
-    """`size` examples (0: none) followed through training `every` N steps.
+    """Held-out examples that are followed one by one through training."""
 
-    Every `generate_every` steps (0: never) they are answered too; `samples` of the prompts are shown.
-    """
-
-    size: int = 16
-    every: int = 25
-    generate_every: int = 200
-    samples: int = 4
+    size: int = key(16, "examples to follow; 0: none", at_least=0)
+    every: int = key(25, "steps between their log-probs", at_least=1)
+    generate_every: int = key(200, "steps between their answers, a multiple of every; 0: never", at_least=0)
+    samples: int = key(4, "prompts whose answers are shown", at_least=0)
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """`every` N steps and every `minutes` (0: not), and when a signal stops the run; the last `keep` stay.
+    """When to write checkpoints, and which to keep. A signal that stops the run writes one too."""
 
-    `best` names a held-out metric whose best checkpoint, by `best_mode` max or min, stays too. `background`
-    False writes while training waits; None: where the optimizer is offloaded, for want of memory.
-    """
-
-    every: int = 0
-    minutes: float = 10.0
-    keep: int = 2
-    best: str | None = None
-    best_mode: str = "max"
-    background: bool | None = None
+    every: int = key(0, "optimizer steps between checkpoints; 0: by time alone", at_least=0)
+    minutes: float = key(10.0, "minutes between checkpoints; 0: never", at_least=0)
+    keep: int = key(2, "newest checkpoints to keep", at_least=1)
+    best: str | None = key(None, "held-out metric whose best checkpoint stays too", choices=BEST_METRICS)
+    best_mode: str = key("max", "whether higher or lower is better", choices=("max", "min"))
+    background: bool | None = key(
+        None, "write while training continues; null: unless the optimizer is offloaded"
+    )
 
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """Weights & Biases: online, offline (a folder that `wandb sync` accepts) or disabled."""
+    """Weights & Biases."""
 
-    mode: str = "offline"
-    project: str = "rcpo"
+    mode: str = key(
+        "offline",
+        "upload, write a folder for `wandb sync`, or neither",
+        choices=("online", "offline", "disabled"),
+    )
+    project: str = key("rcpo", "name of the project")
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     """Everything a run depends on."""
 
-    seed: int = 1
-    resume: str | None = None
+    seed: int = key(1, "seed of data order, initialization, and sketches", at_least=0, at_most=2**32 - 1)
+    resume: str | None = key(
+        None, "null: a fresh run; auto: continue in hydra.run.dir; a folder: continue that run", path=True
+    )
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -352,7 +360,9 @@ class RunConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    resume_changed: str = "refuse"
+    resume_changed: str = key(
+        "refuse", "continue a run whose configuration or data differ", choices=("refuse", "allow")
+    )
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -1,158 +1,19 @@
-"""Ranges, enumerations and files: what types alone do not say about a `RunConfig`."""
+"""What a `RunConfig` must satisfy beyond types: each key's own values, combinations of keys, and files."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from rcpo.config.data import check_data
+from rcpo.config.fields import check_keys
+from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
 from rcpo.config.paths import is_file, readable_folder
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-
-# the held-out means that an evaluation while training may have
-BEST_METRICS = (
-    *("eval/loss", "eval/rewards/chosen", "eval/rewards/rejected", "eval/rewards/margins"),
-    *("eval/rewards/accuracies", "eval/logps/chosen", "eval/logps/rejected", "eval/logps/accuracies"),
-    *("eval/logratios/chosen", "eval/logratios/rejected", "eval/winner_fell", "eval/exact_match"),
-    *("eval/token_logps/chosen", "eval/token_logratios/chosen", "eval/token_logratios/rejected"),
-)
-
-CHOICES = {
-    "resume_changed": ("refuse", "allow"),
-    "train.on_nonfinite": ("stop", "skip"),
-    "train.dtype": ("fp32", "bf16", "fp16"),
-    "optim.name": ("adamw", "sgd"),
-    "optim.schedule": ("linear", "cosine", "constant"),
-    "objective.reduction": ("sum", "mean", "importance", "average"),
-    "rc.rule": ("center", "edge", "loop", "fixed"),
-    "rc.band": ("batch", "samples"),
-    "rc.scope": ("batch", "pair"),
-    "rc.signal": ("auto", "fresh", "control"),
-    "objective.weighting": ("wpo",),
-    "rc.update": ("step", "microbatch"),
-    "rc.geometry": ("head", "parameters"),
-    "model.attention": ("eager", "sdpa", "flash_attention_2"),
-    "model.init": ("pretrained", "random"),
-    "adapter.name": ("none", "lora"),
-    "adapter.quantization": ("nf4",),
-    "reference.mode": ("model", "precompute"),
-    "data.name": ("sums", "pairs"),
-    "data.on_bad": ("refuse", "drop"),
-    "data.pairing": ("best_worst", "adjacent", "all"),
-    "data.learn": ("last", "all"),
-    "data.ties": ("keep", "drop"),
-    "data.truncation": ("keep_end", "keep_start"),
-    "data.reasoning": ("keep", "strip", "empty"),
-    "data.layout": ("auto", "shared", "separate"),
-    "eval.scorer": ("number", "text", "pattern"),
-    "eval.checkpoints": ("final", "all"),
-    "checkpoint.best": BEST_METRICS,
-    "checkpoint.best_mode": ("max", "min"),
-    "wandb.mode": ("online", "offline", "disabled"),
-}
-
-# key: (smallest, largest, whether each of the two is itself allowed); None passes, types say where it may be
-RANGES = {
-    "seed": (0, 2**32 - 1, True, True),
-    "train.epochs": (1, math.inf, True, False),
-    "train.max_steps": (1, math.inf, True, False),
-    "train.batch_size": (1, math.inf, True, False),
-    "train.micro_batch_size": (1, math.inf, True, False),
-    "train.max_grad_norm": (0, math.inf, False, False),
-    "optim.lr": (0, math.inf, False, False),
-    "train.max_nonfinite": (1, math.inf, True, False),
-    "optim.weight_decay": (0, math.inf, True, False),
-    "optim.eps": (0, math.inf, False, False),
-    "optim.momentum": (0, 1, True, False),
-    "optim.warmup_ratio": (0, 1, True, True),
-    "objective.nll_coef": (0, math.inf, True, False),
-    "rc.alpha": (0, math.inf, False, False),
-    "rc.target": (-math.inf, math.inf, False, False),
-    "rc.control.pairs": (8, math.inf, True, False),
-    "rc.control.every": (1, math.inf, True, False),
-    "objective.length_alpha": (0, 1, True, True),
-    "rc.ema": (0, 1, True, False),
-    "rc.alpha_max": (1, math.inf, True, False),
-    "rc.sketch": (1, math.inf, True, False),
-    "rc.sketch_seed": (0, 2**32 - 1, True, True),
-    "reference.sync_every": (0, math.inf, True, False),
-    "reference.mixup": (0, 1, False, True),
-    "adapter.r": (1, math.inf, True, False),
-    "adapter.alpha": (1, math.inf, True, False),
-    "dynamics.every": (0, math.inf, True, False),
-    "log.every": (1, math.inf, True, False),
-    "watch.winner": (0, math.inf, False, False),
-    "watch.patience": (1, math.inf, True, False),
-    "data.train_examples": (1, math.inf, True, False),
-    "data.eval_fraction": (0, 1, True, False),
-    "data.min_margin": (-math.inf, math.inf, False, False),
-    "data.ches_max": (-math.inf, math.inf, False, False),
-    "data.max_margin": (-math.inf, math.inf, False, False),
-    "data.max_dropped": (0, 1, True, True),
-    "data.max_examples": (1, math.inf, True, False),
-    "data.workers": (0, math.inf, True, False),
-    "data.max_length": (1, math.inf, True, False),
-    "data.max_prompt_length": (1, math.inf, True, False),
-    "engine.stage": (0, 3, True, True),
-    "launch.processes": (1, math.inf, True, False),
-    "launch.timeout_minutes": (0, math.inf, False, False),
-    "launch.lost_after": (0, math.inf, False, False),
-    "launch.meeting_seconds": (0, math.inf, False, False),
-    "eval.every": (0, math.inf, True, False),
-    "eval.batch_size": (1, math.inf, True, False),
-    "eval.max_examples": (1, math.inf, True, False),
-    "eval.generate_examples": (0, math.inf, True, False),
-    "eval.max_new_tokens": (1, math.inf, True, False),
-    "eval.kl_examples": (0, math.inf, True, False),
-    "eval.limit": (1, math.inf, True, False),
-    "eval.task_batch_size": (1, math.inf, True, False),
-    "judge.max_examples": (1, math.inf, True, False),
-    "judge.max_tokens": (1, math.inf, True, False),
-    "judge.temperature": (0, 2, True, True),
-    "judge.concurrency": (1, 256, True, True),
-    "judge.timeout": (0, math.inf, False, False),
-    "judge.retries": (0, 100, True, True),
-    "judge.backoff": (0, 600, True, True),
-    "judge.price_in": (0, math.inf, True, False),
-    "judge.price_out": (0, math.inf, True, False),
-    "probe.size": (0, math.inf, True, False),
-    "probe.every": (1, math.inf, True, False),
-    "probe.generate_every": (0, math.inf, True, False),
-    "probe.samples": (0, math.inf, True, False),
-    "checkpoint.every": (0, math.inf, True, False),
-    "checkpoint.minutes": (0, math.inf, True, False),
-    "checkpoint.keep": (1, math.inf, True, False),
-}
-
-# the hyper-parameters that rcpo's own objectives have; a user's objective may have others, unchecked
-HYPERPARAMETER_RANGES = {
-    "beta": (0, math.inf, False, False),
-    "tau": (0, math.inf, False, False),
-    "gamma": (0, math.inf, True, False),
-    "epsilon": (0, 0.5, True, False),
-    "alpha": (0, math.inf, False, False),
-    "lambda_nll": (0, math.inf, True, False),
-    "lambda_penalty": (0, math.inf, True, False),
-    "lambda_chosen": (0, math.inf, False, False),
-    "lambda_rejected": (0, math.inf, False, False),
-    "lambda_mix": (0, 1, False, False),
-    "shift_start": (0, math.inf, True, False),
-    "shift_end": (0, math.inf, True, False),
-    "score_scale": (0, math.inf, False, False),
-    "divergence_alpha": (0, 1, False, True),
-}
-
-PARTS = "parts"  # of a mixture
-HYPERPARAMETER_CHOICES = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
-
-# the same in the order smallest, largest, smallest allowed, largest allowed
-Range = tuple[float, float, bool, bool]
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 12) -> str:
@@ -186,13 +47,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 def validate(config: RunConfig, *, files: bool = True) -> None:
     """Raises ConfigError for the first value that no run could use; imports no torch."""
-    for key, known in CHOICES.items():
-        check_choice(key, _value(config, key), known)
-    for key, bounds in RANGES.items():
-        check_range(key, _value(config, key), bounds)
-    _check_hyperparameters("objective", config.objective.hyperparameters)
-    for index, beta in enumerate(config.optim.betas):
-        check_range(f"optim.betas[{index}]", beta, (0, 1, True, False))
+    check_keys(config)
+    check_hyperparameters("objective", config.objective.hyperparameters)
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
     config.train.accumulation(world_size=1)
@@ -205,78 +61,6 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         check_models(config)
         check_judge(config.judge, wanted=config.eval.judge)
         _check_files(config)
-
-
-def _check_hyperparameters(node: str, settings: Mapping[str, Any]) -> None:
-    """Ranges and choices of an objective's hyper-parameters, and of a mixture's parts."""
-    for name, value in settings.items():
-        key = f"{node}.{name}"
-        if name in HYPERPARAMETER_RANGES:
-            check_range(key, _number(key, value), HYPERPARAMETER_RANGES[name])
-        elif name in HYPERPARAMETER_CHOICES:
-            check_choice(key, value, HYPERPARAMETER_CHOICES[name])
-        elif name == PARTS:
-            _check_parts(key, value)
-
-
-def _check_parts(key: str, parts: Any) -> None:
-    form = "a list of {name: OBJECTIVE, weight: NUMBER} with the objective's own settings beside them"
-    if not isinstance(parts, list) or not parts:
-        raise ConfigError(f"{key}={parts} is not {form}")
-    for place, part in enumerate(parts):
-        node = f"{key}[{place}]"
-        if not isinstance(part, dict) or not isinstance(part.get("name"), str):
-            raise ConfigError(f"{node}={part} is not a part of {form}")
-        weight = _number(f"{node}.weight", part.get("weight", 1.0))
-        check_range(f"{node}.weight", weight, (0, math.inf, False, False))
-        check_choice(f"{node}.reduction", part.get("reduction"), CHOICES["objective.reduction"])
-        check_range(
-            f"{node}.nll_coef",
-            _number(f"{node}.nll_coef", part.get("nll_coef", 0.0)),
-            (0, math.inf, True, False),
-        )
-        _check_hyperparameters(node, part)
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key}={value!r} is not a number")
-    return value
-
-
-def check_choice(key: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value is not None and value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{key}={value} is not one of {', '.join(known)}{hint}")
-
-
-def shown(value: float) -> str:
-    """A number as people write it: whole ones with all their digits."""
-    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
-
-
-def check_range(key: str, value: float | None, bounds: Range) -> None:
-    if value is None:
-        return
-    low, high, low_allowed, high_allowed = bounds
-    above = value >= low if low_allowed else value > low
-    below = value <= high if high_allowed else value < high
-    if above and below:
-        return
-    wanted = f"{'at least' if low_allowed else 'greater than'} {shown(low)}"
-    if math.isfinite(high):
-        wanted += f" and {'at most' if high_allowed else 'less than'} {shown(high)}"
-    elif not math.isfinite(value):
-        wanted += " and finite"
-    raise ConfigError(f"{key}={shown(value)} is out of range: it has to be {wanted}")
 
 
 def _check_calibration(config: RunConfig) -> None:

@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
+from rcpo.config.fields import check_keys, key
 from rcpo.config.nodes import read_node
-from rcpo.config.validation import Range, check_range
 
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """What `rcpo plan` is told beside a run's keys (`plan.*`); lengths are mean tokens, None is counted."""
+    """What `rcpo plan` is told beside a run's keys. Lengths are mean tokens."""
 
-    gpus: int | None = None
-    architecture: str | None = None
-    pairs: int | None = None
-    prompt_tokens: int | None = None
-    response_tokens: int | None = None
-    efficiency: float = 0.4
-    link_efficiency: float = 0.8
-    headroom: float = 0.1
-
-
-PLAN_RANGES: dict[str, Range] = {
-    "gpus": (1, math.inf, True, False),
-    "pairs": (1, math.inf, True, False),
-    "prompt_tokens": (1, math.inf, True, False),
-    "response_tokens": (1, math.inf, True, False),
-    "efficiency": (0, 1, False, True),
-    "link_efficiency": (0, 1, False, True),
-    "headroom": (0, 1, True, False),
-}
+    gpus: int | None = key(None, "GPUs of the run, one process each; null: launch.processes", at_least=1)
+    architecture: str | None = key(
+        None, "shapes to plan with: a shipped name, or a config.json; null: the model's", path=True
+    )
+    pairs: int | None = key(None, "training pairs; null: counted", at_least=1)
+    prompt_tokens: int | None = key(None, "tokens of a prompt; null: counted", at_least=1)
+    response_tokens: int | None = key(None, "tokens of a response; null: counted", at_least=1)
+    efficiency: float = key(0.4, "share of the GPU's FLOP/s that training reaches", above=0, at_most=1)
+    link_efficiency: float = key(0.8, "share of the links' bandwidth that is reached", above=0, at_most=1)
+    headroom: float = key(0.1, "share of the GPU's memory to leave free", at_least=0, below=1)
 
 
 @dataclass(kw_only=True)
 class GpuConfig:
-    """A GPU's figures (`gpu.*`): bytes, FLOP/s of dense products by dtype, bytes/s.
+    """A GPU's figures: bytes, FLOP/s of dense products, bytes/s in one direction."""
 
-    `bandwidth` is its memory's, `link` goes to the other GPUs of its node of `per_node`, `network` to other
-    nodes, `host` to the host's memory, each in one direction; `host_bandwidth` and `host_memory` are a GPU's
-    share of the host's own.
-    """
-
-    name: str = "unknown"
-    memory: float = 0.0
-    bf16: float = 0.0
-    fp16: float = 0.0
-    fp32: float = 0.0
-    bandwidth: float = 0.0
-    link: float = 0.0
-    network: float = 0.0
-    host: float = 0.0
-    host_bandwidth: float = 0.0
-    host_memory: float = 0.0
-    per_node: int = 8
+    name: str = key("unknown", "what the plan calls it")
+    memory: float = key(0.0, "bytes of memory", above=0)
+    bf16: float = key(0.0, "FLOP/s in bf16", above=0)
+    fp16: float = key(0.0, "FLOP/s in fp16", above=0)
+    fp32: float = key(0.0, "FLOP/s in fp32", above=0)
+    bandwidth: float = key(0.0, "bytes/s of its memory", above=0)
+    link: float = key(0.0, "bytes/s to the other GPUs of its node", above=0)
+    network: float = key(0.0, "bytes/s to other nodes, its share", above=0)
+    host: float = key(0.0, "bytes/s to the host's memory", above=0)
+    host_bandwidth: float = key(0.0, "bytes/s of the host's memory, its share", above=0)
+    host_memory: float = key(0.0, "bytes of the host's memory, its share", above=0)
+    per_node: int = key(8, "GPUs that share links and network", above=0)
 
 
 def plan_config(cfg: DictConfig) -> tuple[PlanConfig, GpuConfig | None]:
     """The validated `plan` and `gpu` nodes, None where no GPU is chosen; raises ConfigError."""
     config = read_node(cfg, "plan", PlanConfig())
-    for key, bounds in PLAN_RANGES.items():
-        check_range(f"plan.{key}", getattr(config, key), bounds)
+    check_keys(config, "plan.")
     if OmegaConf.select(cfg, "gpu") is None:
         return config, None
     gpu = read_node(cfg, "gpu", GpuConfig())
-    for figure in dataclasses.fields(gpu):
-        if figure.name != "name":
-            check_range(f"gpu.{figure.name}", getattr(gpu, figure.name), (0, math.inf, False, False))
+    check_keys(gpu, "gpu.")
     return config, gpu

@@ -5,46 +5,46 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from rcpo.config.nodes import check_node, read_node
-from rcpo.config.validation import Range
+from rcpo.config.fields import check_keys, key
+from rcpo.config.nodes import read_node
 from rcpo.errors import ConfigError
 
 
 @dataclass(kw_only=True)
 class SlurmConfig:
-    """What `rcpo submit` asks of SLURM (`slurm.*`); None leaves the choice to the cluster.
+    """What `rcpo submit` asks of SLURM; null leaves the choice to the cluster."""
 
-    `ranks_per_node` None is one for each GPU, or one. `tasks` are what srun starts: each rank, or each node's
-    launcher. `after` is a job id or the folder of a submitted run.
-    """
-
-    nodes: int = 1
-    gpus_per_node: int = 0
-    ranks_per_node: int | None = None
-    tasks: str = "rank"
-    cpus_per_task: int | None = None
-    memory: str | None = None
-    time: str = "01:00:00"
-    name: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    signal_seconds: int = 120
-    requeue: bool = True
-    array_parallel: int | None = None
-    after: str | None = None
-    modules: list[str] = field(default_factory=list)
-    setup: list[str] = field(default_factory=list)
-    env: dict[str, str] | None = None
-    python: str | None = None
-    wrap: list[str] = field(default_factory=list)
-    srun: list[str] = field(default_factory=list)
-    sbatch: list[str] = field(default_factory=list)
+    nodes: int = key(1, "nodes", at_least=1)
+    gpus_per_node: int = key(
+        0, "GPUs of each node; 0: none, or a cluster that does not count them", at_least=0
+    )
+    ranks_per_node: int | None = key(None, "ranks on each node; null: one per GPU, or one", at_least=1)
+    tasks: str = key("rank", "what srun starts: each rank, or each node's launcher", choices=("rank", "node"))
+    cpus_per_task: int | None = key(None, "cores of a task", at_least=1)
+    memory: str | None = key(None, "memory of a node, such as 64G")
+    time: str = key("01:00:00", "time limit of one piece; the run continues in the next")
+    name: str | None = key(None, "name of the job; null: the run folder's")
+    partition: str | None = key(None, "partition")
+    account: str | None = key(None, "account to charge")
+    qos: str | None = key(None, "quality of service")
+    constraint: str | None = key(None, "features that nodes must have")
+    signal_seconds: int = key(
+        120, "seconds before the limit at which the run saves a checkpoint", at_least=1, at_most=65535
+    )
+    requeue: bool = key(True, "continue a run that was interrupted or lost a node")
+    array_parallel: int | None = key(None, "tasks of a sweep's array at a time; null: no limit", at_least=1)
+    after: str | None = key(None, "job id, or folder of a submitted run, to wait for", path=True)
+    modules: list[str] = key([], "modules to load")
+    setup: list[str] = key([], "lines of shell before the run")
+    env: dict[str, str] | None = key(None, "environment variables: {NCCL_SOCKET_IFNAME: ib0}")
+    python: str | None = key(None, "Python interpreter; null: the one that submits")
+    wrap: list[str] = key([], "words before the interpreter: [apptainer, exec, --nv, image.sif]")
+    srun: list[str] = key([], "more flags of srun")
+    sbatch: list[str] = key([], "more flags of sbatch")
 
     @property
     def ranks(self) -> int:
@@ -67,23 +67,10 @@ SLURM_TIMES = (
 )
 
 
-SLURM_CHOICES = {"tasks": ("rank", "node")}
-
-
-SLURM_RANGES: dict[str, Range] = {
-    "nodes": (1, math.inf, True, False),
-    "gpus_per_node": (0, math.inf, True, False),
-    "ranks_per_node": (1, math.inf, True, False),
-    "cpus_per_task": (1, math.inf, True, False),
-    "signal_seconds": (1, 65535, True, True),  # sbatch's own limit
-    "array_parallel": (1, math.inf, True, False),
-}
-
-
 def slurm_config(cfg: DictConfig) -> SlurmConfig:
     """The validated `slurm` node of a composed configuration; raises ConfigError with key, value, remedy."""
     config = read_node(cfg, "slurm", SlurmConfig())
-    check_node("slurm", config, SLURM_CHOICES, SLURM_RANGES)
+    check_keys(config, "slurm.")
     if config.gpus_per_node and config.ranks > config.gpus_per_node:
         raise ConfigError(
             f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "
@@ -100,10 +87,10 @@ def slurm_config(cfg: DictConfig) -> SlurmConfig:
 
 def _check_lines(config: SlurmConfig) -> None:
     """Raises ConfigError for text that would not stay on its line of a batch script, or in its variable."""
-    for key, value in dataclasses.asdict(config).items():
+    for name, value in dataclasses.asdict(config).items():
         texts = value if isinstance(value, list) else [value]
-        if key != "setup" and any(isinstance(text, str) and not text.isprintable() for text in texts):
-            raise ConfigError(f"slurm.{key}={value!r} has characters that do not print; leave them out")
+        if name != "setup" and any(isinstance(text, str) and not text.isprintable() for text in texts):
+            raise ConfigError(f"slurm.{name}={value!r} has characters that do not print; leave them out")
     for flag in config.sbatch:
         if not flag.startswith("-"):
             raise ConfigError(f"slurm.sbatch: {flag!r} is not a flag of sbatch: it has to begin with -")

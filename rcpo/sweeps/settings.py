@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
 
-from rcpo.config.nodes import check_node, read_node
-from rcpo.config.validation import Range
+from rcpo.config.fields import check_keys, key
+from rcpo.config.nodes import read_node
 
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """How many runs at a time (`parallel` None: one a GPU), and what a search looks for (`sweep.*`).
+    """How many runs at a time, and what a search looks for."""
 
-    `settings` are a study's values by the objective's name, for its interpolations.
-    """
-
-    parallel: int | None = 1
-    search: str = "grid"
-    trials: int = 20
-    metric: str = "eval/rewards/accuracies"
-    direction: str = "maximize"
-    sampler_seed: int = 0
-    pruner: str = "none"
-    pruner_startup: int = 5
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-SWEEP_CHOICES = {
-    "search": ("grid", "optuna"),
-    "direction": ("maximize", "minimize"),
-    "pruner": ("none", "median", "hyperband"),
-}
-
-
-SWEEP_RANGES: dict[str, Range] = {
-    "parallel": (1, math.inf, True, False),
-    "trials": (1, math.inf, True, False),
-    "sampler_seed": (0, 2**32 - 1, True, True),
-    "pruner_startup": (0, math.inf, True, False),
-}
+    parallel: int | None = key(1, "runs at a time on this machine; null: one per GPU", at_least=1)
+    search: str = key("grid", "every combination, or trials drawn by Optuna", choices=("grid", "optuna"))
+    trials: int = key(20, "trials of a search", at_least=1)
+    metric: str = key("eval/rewards/accuracies", "figure of evaluation.json to optimize")
+    direction: str = key("maximize", "whether higher or lower is better", choices=("maximize", "minimize"))
+    sampler_seed: int = key(0, "seed of a search's draws", at_least=0, at_most=2**32 - 1)
+    pruner: str = key("none", "stop trials that fall behind", choices=("none", "median", "hyperband"))
+    pruner_startup: int = key(5, "trials to finish before median stops any", at_least=0)
+    settings: dict[str, Any] = key({}, "a study's values by the objective's name, for interpolations")
 
 
 def sweep_config(cfg: DictConfig) -> SweepConfig:
     """The validated `sweep` node of a composed configuration; raises ConfigError with key, value, remedy."""
     config = read_node(cfg, "sweep", SweepConfig())
-    check_node("sweep", config, SWEEP_CHOICES, SWEEP_RANGES)
+    check_keys(config, "sweep.")
     return config

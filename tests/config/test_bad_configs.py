@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
+from rcpo.config.fields import key_of, keys_of
 from rcpo.config.parsing import parse
 from rcpo.config.schema import RunConfig
-from rcpo.config.validation import CHOICES, RANGES
 from rcpo.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -40,6 +40,11 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 LEAVES = {key: value for key, value in leaves(RunConfig()) if not isinstance(value, dict)}
+KEYS = {name: found for name, field in keys_of(RunConfig) if (found := key_of(field)) is not None}
+CHOICES = {name: found.choices for name, found in KEYS.items() if found.choices}
+LOWEST = {
+    name: found for name, found in KEYS.items() if found.bounds[:2] in ("at", "gr") and name != "optim.betas"
+}
 NUMBERS = [key for key, value in LEAVES.items() if isinstance(value, int | float)]
 
 
@@ -69,10 +74,11 @@ def mutation(pick: random.Random) -> tuple[str, str]:
         key = pick.choice(NUMBERS)
         return f"{key}={pick.choice(('abc', '1.5.2', '[1]', '{{a: 1}}', '1e', 'maybe'))}", key
     if kind == "range":
-        key = pick.choice(list(RANGES))
-        smallest, largest, closed, _ = RANGES[key]
-        below = smallest - pick.choice((1, 17, 10**6)) if closed else smallest - pick.choice((0, 1, 5))
-        above = largest + pick.choice((1, 10**6)) if largest < 1e18 else below
+        key = pick.choice(list(LOWEST))
+        low, high = LOWEST[key].at_least, LOWEST[key].at_most
+        open_low = LOWEST[key].above or 0
+        below = open_low - pick.choice((0, 1, 5)) if low is None else low - pick.choice((1, 17, 10**6))
+        above = below if high is None else high + pick.choice((1, 10**6))
         return f"{key}={pick.choice((below, above))}", key
     if kind == "choice":
         key = pick.choice(list(CHOICES))

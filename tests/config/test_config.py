@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import math
 import os
 import re
 import shlex
@@ -25,20 +26,14 @@ from rcpo.config.composition import (
     split_arguments,
     user_part,
 )
+from rcpo.config.data import SourceConfig
+from rcpo.config.fields import Key, key_of, keys_of, shown
+from rcpo.config.hyperparameters import HYPERPARAMETERS
 from rcpo.config.onpolicy import IterateConfig, PairingConfig, SampleConfig, ScoreConfig
 from rcpo.config.parsing import known_keys, load_run_config, parse, save_run_config, to_container
 from rcpo.config.paths import conf_dir
 from rcpo.config.refusals import _in_quotes, _quoted
 from rcpo.config.schema import RunConfig, TrainConfig
-from rcpo.config.validation import (
-    CHOICES,
-    HYPERPARAMETER_CHOICES,
-    HYPERPARAMETER_RANGES,
-    PARTS,
-    RANGES,
-    check_range,
-    shown,
-)
 from rcpo.errors import ConfigError
 from rcpo.models.upload import PushConfig
 from rcpo.planner.settings import GpuConfig, PlanConfig, plan_config
@@ -179,7 +174,7 @@ def test_no_option_has_a_key_that_nobody_reads(group: str, option: str) -> None:
     for node, leaves in nodes.items():
         assert node in ("hydra", "defaults") or node in known, node
         for leaf in leaves if node not in ("hydra", "defaults") and isinstance(leaves, DictConfig) else ():
-            own = node == "objective" and leaf in {*HYPERPARAMETER_RANGES, *HYPERPARAMETER_CHOICES, PARTS}
+            own = node == "objective" and leaf in HYPERPARAMETERS
             assert own or leaf == "defaults" or f"{node}.{leaf}" in known, f"{node}.{leaf}"
 
 
@@ -258,8 +253,58 @@ def test_what_is_asked_of_slurm_is_checked() -> None:
             slurm_config(compose_with(shipped(), PRIMARY, overrides))
 
 
-def test_every_bound_belongs_to_a_key() -> None:
-    assert set(CHOICES) | set(RANGES) <= set(known_keys())
+def test_every_key_is_documented_in_one_line() -> None:
+    kinds = (RunConfig, SourceConfig, SweepConfig, PlanConfig, GpuConfig, SlurmConfig)
+    for kind in (*kinds, SampleConfig, ScoreConfig, PairingConfig, IterateConfig):
+        for name, field in keys_of(kind):
+            found = key_of(field)
+            assert found is not None or name == "objective.hyperparameters", name
+            assert found is None or ("\n" not in found.doc and 3 <= len(found.doc) <= 100), name
+
+
+def test_every_hyperparameter_of_the_shipped_objectives_is_documented() -> None:
+    shipped = {name for _, hyperparameters in OBJECTIVES.values() for name in hyperparameters}
+    assert shipped == set(HYPERPARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "value", "reason"),
+    [
+        (Key(doc="", above=0), 0, "x=0 is out of range: it has to be greater than 0"),
+        (Key(doc="", above=0), math.inf, "x=inf is out of range: it has to be greater than 0 and finite"),
+        (Key(doc=""), math.nan, "x=nan is out of range: it has to be finite"),
+        (Key(doc="", at_least=0, below=1), 1, "x=1 is out of range: it has to be at least 0 and less than 1"),
+        (Key(doc="", at_least=0, at_most=1), [0.5, 2], r"x\[1\]=2 is out of range: .* at most 1"),
+        (Key(doc="", below=1), 1, "x=1 is out of range: it has to be less than 1"),
+        (Key(doc="", choices=("a", "bcd")), "bcc", r"x=bcc is not one of a, bcd \(did you mean bcd\?\)"),
+    ],
+)
+def test_a_value_outside_a_key_s_own_is_refused(allowed: Key, value: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{reason}$"):
+        allowed.check("x", value)
+
+
+def test_values_of_a_key_pass() -> None:
+    allowed = Key(doc="", at_least=0, below=1)
+    for value in (None, 0, 0.999, [], [0, 0.5], True):
+        allowed.check("x", value)
+    Key(doc="", choices=("a",)).check("x", "a")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "text"),
+    [
+        (Key(doc=""), ""),
+        (Key(doc="", above=0), "> 0"),
+        (Key(doc="", at_least=8), "≥ 8"),
+        (Key(doc="", below=1), "< 1"),
+        (Key(doc="", above=0, at_most=1), "0 < x ≤ 1"),
+        (Key(doc="", at_least=0, below=0.5), "0 ≤ x < 0.5"),
+        (Key(doc="", choices=("a", "b")), "a, b"),
+    ],
+)
+def test_the_values_of_a_key_are_shown_in_a_few_characters(allowed: Key, text: str) -> None:
+    assert allowed.allowed == text
 
 
 def test_objectives_have_the_table_s_defaults() -> None:
@@ -485,7 +530,7 @@ def test_a_missing_file_s_nearest_neighbour_is_named(tmp_path: Path) -> None:
 def test_a_number_is_shown_with_its_digits(value: float, text: str) -> None:
     assert shown(value) == text
     with pytest.raises(ConfigError, match=r"seed=4294967296 is out of range: .* at most 4294967295$"):
-        check_range("seed", 2**32, RANGES["seed"])
+        key_of(dict(keys_of(RunConfig))["seed"]).check("seed", 2**32)  # type: ignore[union-attr]
 
 
 def test_a_folder_of_options_that_cannot_be_read_is_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,20 +107,6 @@ def test_what_no_iteration_could_use(hydra: Any, override: str) -> None:
 def test_other_commands_refuse_these_keys(override: str) -> None:
     with pytest.raises(ConfigError, match=r"is read by rcpo (sample and rcpo )?iterate alone"):
         refuse_command_keys([override], ("sweep",))
-
-
-def test_no_range_is_of_a_key_that_does_not_exist() -> None:
-    from rcpo.config.onpolicy import CHOICES, ONPOLICY_RANGES
-
-    kinds: dict[str, Any] = {
-        "sample": SampleConfig,
-        "score": ScoreConfig,
-        "pairing": PairingConfig,
-        "iterate": IterateConfig,
-    }
-    for name, kind in kinds.items():
-        known = {field.name for field in dataclasses.fields(kind)}
-        assert {*CHOICES[name], *ONPOLICY_RANGES[name]} <= known
 
 
 def test_rounds_have_settings_of_their_own_which_the_command_line_overrides(hydra: Any) -> None:
