@@ -19,6 +19,7 @@ COMMAND_SETTINGS = {
     "sweep": "rcpo.sweeps.settings:SweepConfig",
     "plan": "rcpo.planner.settings:PlanConfig",
     "gpu": "rcpo.planner.settings:GpuConfig",
+    "push": "rcpo.models.upload:PushConfig",
     "slurm": "rcpo.slurm.settings:SlurmConfig",
     "sample": "rcpo.config.onpolicy:SampleConfig",
     "score": "rcpo.config.onpolicy:ScoreConfig",

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 from huggingface_hub.utils._validators import validate_repo_id
 
+from rcpo.config.fields import key
 from rcpo.errors import ConfigError, RunError
 from rcpo.system.text import first_line
 
@@ -16,16 +17,12 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write
 
 @dataclass(kw_only=True)
 class PushConfig:
-    """How `final/` is uploaded (`push.*`).
+    """How `rcpo push` uploads `final/`."""
 
-    `private` is for a repository that is made now; one that exists and is public is refused with it.
-    `message` None names the run, `dry_run` sends nothing.
-    """
-
-    private: bool = True
-    revision: str = "main"
-    message: str | None = None
-    dry_run: bool = False
+    private: bool = key(True, "make the repository private; a public one that exists is then refused")
+    revision: str = key("main", "branch to commit to, made from main where it does not exist")
+    message: str | None = key(None, "message of the commit; null: one that names the run")
+    dry_run: bool = key(False, "list what would be sent, and send nothing")
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -254,7 +254,7 @@ def test_what_is_asked_of_slurm_is_checked() -> None:
 
 
 def test_every_key_is_documented_in_one_line() -> None:
-    kinds = (RunConfig, SourceConfig, SweepConfig, PlanConfig, GpuConfig, SlurmConfig)
+    kinds = (RunConfig, SourceConfig, SweepConfig, PlanConfig, GpuConfig, SlurmConfig, PushConfig)
     for kind in (*kinds, SampleConfig, ScoreConfig, PairingConfig, IterateConfig):
         for name, field in keys_of(kind):
             found = key_of(field)
