@@ -32,6 +32,7 @@ ORDER = {folder: place for place, folder in enumerate(folder for row in ROWS for
 SOLE_IMPORTERS = {
     "deepspeed": "engine/zero.py",
     "trl": "integrations/trl.py",
+    "llamafactory": "integrations/llamafactory.py",
     "lm_eval": "evaluation/harness.py",
 }
 

@@ -47,7 +47,6 @@ TESTED = "0.19.8"  # of DeepSpeed
 # what moves in DeepSpeed's loss scaler for fp16
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-
 OWNED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -70,6 +69,11 @@ OWNED = {
     "zero_optimization.gather_16bit_weights_on_model_save": "nothing: final/ needs it",
 }
 """DeepSpeed's settings that follow from rcpo's, and what to set instead."""
+
+
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """The context in which parameters that ZeRO-3 has partitioned are whole on every rank, to be read."""
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def refuse_deepspeed_settings(config: RunConfig) -> None:

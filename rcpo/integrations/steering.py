@@ -48,38 +48,44 @@ def steer(values: Tensor, winners: Tensor, factor: Factor) -> Tensor:
 
 @dataclass
 class Seen:
-    """What forward passes showed.
+    """What the forward passes of a micro-batch showed.
 
-    Of the one with gradients: hidden states (S, T, D) and steered log-probs; of one without: the reference's
-    log-probs (S, T).
+    Of the one with gradients: its arguments, hidden states (S, T, D), steered log-probs of tokens (S, T) or
+    of sequences (S,), and the steered part of an NLL; of one without: the reference's log-probs.
     """
 
+    winners: Tensor
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     hidden: Tensor | None = None
     steered: Tensor | None = None
+    nll: Tensor | None = None
     reference: Tensor | None = None
 
 
 @contextmanager
 def last_hidden_states(backbone: nn.Module, seen: Seen) -> Iterator[None]:
-    """Keeps the last hidden states of `backbone`'s forward passes with gradients, detached.
+    """Keep the last hidden states of `backbone`'s forward pass with gradients, in their graph.
 
     Passes without gradients are a reference's. Raises ValueError for a second one with gradients.
     """
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         if seen.hidden is not None:
             raise ValueError(
                 "reward calibration expects one forward pass of the policy a micro-batch, not two"
             )
-        seen.hidden = output.last_hidden_state.detach()
+        seen.arguments, seen.hidden = (args, kwargs), output.last_hidden_state
 
-    handle = backbone.register_forward_hook(keep)
+    handle = backbone.register_forward_hook(keep, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+IGNORED = -100  # the label of a token that is not part of a response
 
 
 @dataclass(frozen=True)
@@ -87,27 +93,60 @@ class Responses:
     """The responses of a micro-batch, aligned with the hidden states that predict them.
 
     `labels` (S, T) are the tokens to predict, `weights` (S, T) each one's part in z, 0 outside the response,
-    `winners` (S,) tells chosen from rejected.
+    `winners` (S,) tells chosen from rejected. `rows` (S,) are the rows of the forward pass, where the trainer
+    changes their order.
     """
 
     labels: Tensor
     weights: Tensor
     winners: Tensor
+    rows: Tensor | None = None
+
+    @classmethod
+    def of_labels(
+        cls,
+        labels: Tensor,
+        winners: Tensor,
+        *,
+        mean: bool,
+        tail: float | None = None,
+        rows: Tensor | None = None,
+    ) -> Responses:
+        """From the labels of whole sequences (S, T + 1), IGNORED outside responses; z is a sum or a mean.
+
+        Tokens beyond the shorter response of a pair weigh `tail` (LD-DPO), winners before losers.
+        """
+        labels = labels[:, 1:]
+        mask = labels != IGNORED
+        weights = mask.float()
+        if tail is not None:
+            shared = torch.minimum(*mask.sum(1).chunk(2)).repeat(2)
+            weights = torch.where(mask.cumsum(1) <= shared[:, None], 1.0, float(tail)) * mask
+        if mean:
+            weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
+        return cls(labels.clamp(min=0), weights, winners, rows)
+
+    def align(self, values: Tensor) -> Tensor:
+        """What a forward pass gave at each position (S, T + 1, …), at the positions before `labels`.
+
+        The last position predicts nothing; prompt learning puts its own positions before the others.
+        """
+        values = values[:, :-1][:, -self.labels.shape[1] :]
+        return values if self.rows is None else values[self.rows]
 
     @property
     def lengths(self) -> Tensor:
         """Response tokens, (S,)."""
         return (self.weights != 0).sum(1)
 
-    def incentives(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """d_w and d_l of each response from ∂L/∂(token log-prob) (S, T), L a mean over pairs.
+    def by_z(self, gradients: Tensor) -> Tensor:
+        """∂L/∂z of each response (S,) from ∂L/∂(token log-prob) (S, T).
 
-        ∂L/∂z is what reproduces the token gradients best: exactly where they are z's weights times a number,
-        as for every loss that is a function of z.
+        It is what reproduces the token gradients best: exactly where they are z's weights times a number, as
+        for every loss that is a function of z.
         """
         weights = self.weights.double()
-        by_z = (gradients.double() * weights).sum(1) / weights.square().sum(1).clamp(min=1e-30)
-        return self.by_side(by_z)
+        return (gradients.double() * weights).sum(1) / weights.square().sum(1).clamp(min=1e-30)
 
     def by_side(self, by_z: Tensor) -> tuple[Tensor, Tensor]:
         """d_w = −∂L/∂z_w and d_l = +∂L/∂z_l of each pair's own loss, from the batch mean's ∂L/∂z (S,)."""

@@ -44,7 +44,7 @@ def in_order(cls: type) -> type:
 
 def build(
     folder: Path,
-    rows: list[dict[str, Any]],
+    rows: list[dict[str, Any]] | Dataset,
     rc: RewardCalibrationConfig | bool | None,
     *,
     cls: type = CalibratedDPOTrainer,
@@ -84,7 +84,7 @@ def build(
     return in_order(cls)(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if model is None else model,
         args=config(**given),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
         processing_class=tokenizer,
         **{name: value for name, value in optional.items() if value is not None},
     )

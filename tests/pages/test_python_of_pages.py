@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from pathlib import Path
 from typing import Any
 
+import factory
 import pytest
 import torch
 from pages import blocks
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, TrainingArguments
-
-import rcpo
 
 PAGE = "rcpo/integrations/README.md"
 
@@ -86,15 +84,12 @@ def test_the_trl_example(tmp_path: Path) -> None:
     assert names["trainer"].state.log_history[0]["rc/alpha"] == 1.0
 
 
-def test_the_llama_factory_example_asks_rcpo_for_what_there_is() -> None:
-    """It runs in an environment of its own; what it takes from rcpo is checked here."""
-    [code] = blocks("python", PAGE, "Inside LLaMA-Factory")
-    [line] = [line for line in imports_from(code) if line.module == "rcpo"]
-    assert len(line.names) > 3 and all(hasattr(rcpo, alias.name) for alias in line.names)
-
-
-def imports_from(code: str) -> list[ast.ImportFrom]:
-    return [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+def test_the_llama_factory_example_calibrates_its_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = factory.install(monkeypatch)
+    exec(blocks("python", PAGE, "Inside LLaMA-Factory")[0], {})
+    assert modules.runs == [None]  # it reads the command line
+    assert modules.dpo.CustomDPOTrainer is not factory.CustomDPOTrainer
+    assert issubclass(modules.kto.CustomKTOTrainer, factory.CustomKTOTrainer)
 
 
 def test_the_incentives_of_the_method_page() -> None:
