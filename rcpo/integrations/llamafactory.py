@@ -81,12 +81,11 @@ def run_exp(rc: RewardCalibrationConfig | None = None, args: Any = None) -> None
     tuner.run_exp(args)
 
 
-def _calibrated(adapter: type[Calibrated], trainer: type, rc: RewardCalibrationConfig) -> type:
-    if issubclass(trainer, Calibrated):  # of an earlier call
-        trainer = trainer.plain  # type: ignore[attr-defined]
+def _calibrated(adapter: type[Calibrated], trainer: Any, rc: RewardCalibrationConfig) -> Any:
+    """A class that LLaMA-Factory can use in the place of `trainer`, which may be one of an earlier call."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        super(made, self).__init__(*args, rc=rc, **kwargs)
+        adapter.__init__(self, *args, rc=rc, **kwargs)
 
-    made = type(f"Calibrated{trainer.__name__}", (adapter, trainer), {"__init__": __init__, "plain": trainer})
-    return made
+    plain = trainer.plain if issubclass(trainer, Calibrated) else trainer
+    return type(f"Calibrated{plain.__name__}", (adapter, plain), {"__init__": __init__, "plain": plain})
