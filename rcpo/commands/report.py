@@ -11,6 +11,7 @@ from pathlib import Path
 from rcpo.errors import ConfigError
 from rcpo.report import theme
 from rcpo.report.document import Document
+from rcpo.report.foreign import TRAINER_STATE
 from rcpo.report.render import save_picture, to_html, to_markdown
 from rcpo.report.rounds import section
 from rcpo.report.runs import Run, Status, find_runs, read_runs
@@ -37,6 +38,7 @@ WATCHED = (
     SAMPLES_FILE,
     PROBES,
     FINISHED_FILE,
+    TRAINER_STATE,
 )
 
 

@@ -49,7 +49,7 @@ def dynamics_of_run(runs: Sequence[Run]) -> Figure:
     main, chosen = len(main_panels(runs)), all_panels(runs)
     others = len(chosen) - main
     rows = main + (others + 1) // 2
-    figure = _figure(rows, top=0.42)
+    figure = _figure(rows, titled=False)
     figure.subplots_adjust(wspace=0.2)
     grid = figure.add_gridspec(rows, 2, height_ratios=[1.25] * main + [1] * (rows - main))
     places = [grid[row, :] for row in range(main)]
@@ -68,7 +68,7 @@ def dynamics_of_run(runs: Sequence[Run]) -> Figure:
 
 def side_by_side(columns: Sequence[tuple[str, Sequence[Run]]], chosen: Sequence[Panel]) -> Figure:
     """A column a condition, a row a panel; a row shares its vertical axis, so that heights compare."""
-    figure = _figure(len(chosen))
+    figure = _figure(len(chosen), titled=len(columns) > 1)
     grid = figure.subplots(len(chosen), len(columns), sharex=True, sharey="row", squeeze=False)
     width = stretch([run for _, runs in columns for run in runs])
     for row, panel in zip(grid, chosen):
@@ -88,7 +88,7 @@ def fans(columns: Sequence[tuple[str, Sequence[Probes]]], unit: str, *, full: bo
     """
     sides = [side for side in ("winner", "loser") if any(each.knows(side) for _, p in columns for each in p)]
     rows = [*sides, "crossed"] if full else sides[:1]
-    figure = _figure(len(rows))
+    figure = _figure(len(rows), titled=len(columns) > 1)
     grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
     for line, row in zip(grid, rows):
         for axes, (_, probes) in zip(line, columns):
@@ -141,7 +141,7 @@ def _crossed(axes: Axes, probes: Sequence[Probes], sides: Sequence[str]) -> None
 
 def masses(columns: Sequence[tuple[str, Sequence[Probes]]]) -> Figure:
     """Where the probability goes: the policy's log-prob of whole answers, means over probe prompts."""
-    figure = _figure(1)
+    figure = _figure(1, titled=len(columns) > 1)
     grid = figure.subplots(1, len(columns), sharex=True, sharey="row", squeeze=False)
     for axes, (_, probes) in zip(grid[0], columns):
         axes.set_title("Log-prob of whole answers")
@@ -175,7 +175,9 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height))
 
 
-def _figure(rows: int, top: float = 0.62) -> Figure:
+def _figure(rows: int, *, titled: bool) -> Figure:
+    """An empty figure of so many rows; where its columns are `titled`, there is room above them."""
+    top = 0.62 if titled else 0.42
     height = ROW * rows + 0.6
     figure = new_figure(height)
     figure.subplots_adjust(

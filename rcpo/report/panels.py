@@ -52,6 +52,27 @@ def sides(axes: Axes, runs: Sequence[Run], width: int) -> None:
             _held_out(axes, run, key, colour)
 
 
+def rewards(axes: Axes, runs: Sequence[Run], width: int) -> None:
+    """Rewards of winner and loser, as tools log them that have no log-ratios; diamonds are held out."""
+    axes.set_title("Winner and loser: rewards")
+    axes.set_ylabel("reward")
+    level(axes, 0.0, SMALL)
+    for side, label, colour in (("chosen", "winner", theme.WINNER), ("rejected", "loser", theme.LOSER)):
+        _curves(axes, _lines(runs, f"rewards/{side}", width), width, colour, label)
+        for run in runs:
+            _held_out(axes, run, f"rewards/{side}", colour)
+
+
+def reward_margin(axes: Axes, runs: Sequence[Run], width: int) -> None:
+    """The margin of the rewards; diamonds are held out."""
+    axes.set_title("Margin of the rewards")
+    axes.set_ylabel("reward")
+    level(axes, 0.0, SMALL)
+    _curves(axes, _lines(runs, "rewards/margins", width), width, theme.INK, "winner − loser")
+    for run in runs:
+        _held_out(axes, run, "rewards/margins", theme.INK)
+
+
 def fresh(axes: Axes, runs: Sequence[Run], width: int) -> None:
     """What the closed loop goes by: fresh winners and losers, and the target; diamonds are held out."""
     axes.set_title("Fresh winner and loser: log-ratios to the start")

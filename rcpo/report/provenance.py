@@ -24,6 +24,7 @@ from rcpo.runs.inputs import EVALUATION_SETTINGS, PAIRS
 CARD = "README.md"
 UNKNOWN = "unknown"  # a licence, as the hub writes it
 TINY_LICENSE = "apache-2.0"  # the packaged model is rcpo's own
+LINE = 96  # characters of a command before it goes on in the next line
 SUMS = "sums, rcpo's embedded task"
 
 
@@ -113,7 +114,12 @@ def _typed(words: Sequence[str]) -> str:
     """A command line for a shell: the program by its name, the user's home as ~."""
     home = str(Path.home())
     shown = [Path(words[0]).name, *(re.sub(rf"(?<![\w/]){re.escape(home)}(?=/)", "~", w) for w in words[1:])]
-    return " ".join(_quoted(word) for word in shown)
+    lines = [""]
+    for word in map(_quoted, shown):
+        if lines[-1] and len(lines[-1]) + len(word) > LINE:
+            lines.append("   ")  # a continuation, indented by four
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
 
 
 def _quoted(word: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcpo.errors import ConfigError
+from rcpo.report.foreign import origin_of, read_foreign
 from rcpo.runs.comparison import RunSummary, made_with, rule_of, run_values
 from rcpo.runs.folder import (
     CHECKPOINT_RECORDS,
@@ -42,6 +43,7 @@ from rcpo.system.text import text_lines
 
 Column = NDArray[np.float64]
 
+PLANNED = "train.max_steps"  # the key of how many steps a run is to take
 STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
 # a traceback's last line: a class by its module, or a built-in one
@@ -73,6 +75,7 @@ class Run:
     samples: list[dict[str, Any]]
     status: Status
     error: str | None
+    origin: str = ""  # the tool that trained it, where it was not rcpo
 
     @cached_property
     def steps(self) -> Column:
@@ -113,7 +116,7 @@ class Run:
     @property
     def planned_steps(self) -> int | None:
         """How many steps the run is to take, from its limit or its pace; None before the first."""
-        limit = self.settings.get("train.max_steps")
+        limit = self.settings.get(PLANNED)
         if limit is not None:
             return int(limit)
         epoch = self.column("epoch")
@@ -168,6 +171,8 @@ def natural(text: str) -> list[Any]:
 
 
 def _is_run(folder: Path) -> bool:
+    if origin_of(folder) is not None:
+        return True
     config = _config(folder)
     return config.is_file() and not (folder / "config.json").exists() and not _composes(config)
 
@@ -196,7 +201,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if not paths:
         shown = ", ".join(map(str, folders))
         raise ConfigError(
-            f"no run in {shown}: a run's folder holds a {CONFIG_FILE}, which `rcpo train` writes"
+            f"no run in {shown}: a run's folder holds a {CONFIG_FILE}, which `rcpo train` writes; other "
+            "tools leave a trainer_state.json"
         )
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
@@ -210,7 +216,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Reads a run's folder; a run whose config.yaml cannot be read has no settings, and that as its error."""
+    """Reads a run's folder, also of another tool.
+
+    A run whose config.yaml cannot be read has no settings, and that as its error.
+    """
+    if origin_of(folder) is not None:
+        return _read_other(folder, name)
     rows = read_rows(folder / METRICS_FILE)
     error = read_object(folder / OUTCOME_FILE).get("reason") or _last_error(folder / "rcpo.log")
     settings: dict[str, Any] = {}
@@ -231,6 +242,27 @@ def read_run(folder: Path, name: str) -> Run:
         samples=read_lines(folder / SAMPLES_FILE),
         status=status,
         error=error if status is Status.ENDED else None,
+    )
+
+
+def _read_other(folder: Path, name: str) -> Run:
+    """A run of another tool, as far as its log tells."""
+    log = read_foreign(folder)
+    last = max((row["step"] for row in log.rows), default=0)
+    early = log.planned is not None and last < log.planned
+    return Run(
+        name=name,
+        folder=folder,
+        settings=log.settings | ({} if log.planned is None else {PLANNED: log.planned}),
+        rows=log.rows,
+        checkpoints=[],
+        evaluation=log.evaluation,
+        judge={},
+        environment={},
+        samples=[],
+        status=Status.ENDED if early else Status.FINISHED,
+        error=None,
+        origin=log.origin,
     )
 
 

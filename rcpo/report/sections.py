@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rcpo.report import appendix, figures, frontier, overview, panels, tables, words
 from rcpo.report.document import Block, Document, Paragraph, Picture, Section
 from rcpo.report.dynamics import predict_margin
+from rcpo.report.foreign_sections import of_foreign, sections_of
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
 from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
@@ -40,7 +41,15 @@ class Column:
 
 def document_of(runs: Sequence[Run], title: str) -> Document:
     """The report of one run, or of several."""
-    return _of_run(runs[0]) if len(runs) == 1 else _of_runs(runs, title)
+    own, others = [run for run in runs if not run.origin], [run for run in runs if run.origin]
+    if not own and len(others) == 1:
+        return of_foreign(others[0])
+    more = [section for run in others for section in sections_of(run)]
+    if not own:
+        tools = ", ".join(sorted({run.origin for run in others}))
+        return Document(title, tools, f"{len(others)} runs of other tools", sections=more)
+    document = _of_run(own[0]) if len(own) == 1 else _of_runs(own, title)
+    return replace(document, sections=[*document.sections, *more])
 
 
 def _of_run(run: Run) -> Document:
