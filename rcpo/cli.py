@@ -208,6 +208,7 @@ def report_runs(
       rcpo report outputs/DIR                           report.html in the run's or the sweep's folder
       rcpo report outputs/RUN-A outputs/RUN-B           side by side, in the folder that holds both
       rcpo report outputs/DIR --markdown --figures pdf  for a paper
+      rcpo report OUTPUT_DIR                            of TRL, LLaMA-Factory, or HALOs: what its log tells
       rcpo report outputs/DIR --watch                   a page that follows training
     """
     from rcpo.commands.report import Request, run

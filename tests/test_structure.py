@@ -34,6 +34,9 @@ SOLE_IMPORTERS = {
     "trl": "integrations/trl.py",
     "llamafactory": "integrations/llamafactory.py",
     "lm_eval": "evaluation/harness.py",
+    "mlflow": "runs/mlflow_run.py",
+    "trackio": "runs/trackio_run.py",
+    "wandb": "runs/wandb_run.py",
 }
 
 TOP_LEVEL = {"pyproject.toml", "rcpo", "conf", "scripts", "tests", "outputs", "README.md"}

@@ -100,13 +100,13 @@ def explain(topic: str, tree: Mapping[str, Any], extra: Path | None = None) -> l
 
     if topic in nodes():
         return list(_node(topic, tree, extra))
+    if topic in groups(extra):
+        return [f"{topic}: choose {topic}=NAME", "", *_indented(list_topic(topic, extra))]
     rows = [row for node in ("", *nodes()) for row in _rows(node, tree)]
     found = [row for row in rows if topic in (row.name, row.name.rpartition(".")[2])]
     found = found or [row for row in rows if row.name.startswith(f"{topic}.")]
     if found:
         return _table(found, tree)
-    if topic in groups(extra):
-        return [f"{topic}: choose {topic}=NAME", "", *_indented(list_topic(topic, extra))]
     if topic in ("", "all", "help"):
         return _columns({node: summary(node) for node in nodes()})
     names = {row.name for row in rows} | {row.name.rpartition(".")[2] for row in rows}

@@ -11,7 +11,10 @@ from rcpo.errors import ConfigError
 
 DATA_FREE = ("data.streaming", "data.cache", "data.workers")  # how data are read, but not which
 # What a run shows, keeps and where it runs: none of it touches a weight. Data files are compared by content.
-FREE_NODES = ("log", "eval", "judge", "probe", "checkpoint", "wandb", "launch", "engine", "dynamics", "watch")
+FREE_NODES = (
+    *("log", "eval", "judge", "probe", "checkpoint", "launch", "engine", "dynamics", "watch"),
+    *("tracking", "wandb", "mlflow", "trackio"),
+)
 FREE_KEYS = (
     "resume",
     "resume_changed",

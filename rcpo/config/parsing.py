@@ -40,6 +40,8 @@ def structure(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error)) from error
     assert isinstance(tree, dict)
+    if isinstance(tree.get("tracking", []), str):  # one tracker: tracking=tensorboard
+        tree["tracking"] = [tree["tracking"]]
     _refuse_unknown(tree)
     refuse_shapes(tree, RunConfig)
     try:

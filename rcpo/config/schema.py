@@ -330,13 +330,36 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """Weights & Biases."""
+    """Weights & Biases; `name` and `group` are those of every tracker."""
 
     mode: str = key(
         "offline",
         "upload, write a folder for `wandb sync`, or neither",
         choices=("online", "offline", "disabled"),
     )
+    project: str = key("rcpo", "name of the project")
+    entity: str | None = key(None, "team or user that owns the project; null: the account's own")
+    group: str | None = key(None, "group of the run, in every tracker; null: the folder of its sweep, if any")
+    name: str | None = key(None, "name of the run, in every tracker; null: that of its folder")
+    tags: list[str] = key([], "tags of the run")
+    notes: str | None = key(None, "notes on the run")
+    job_type: str | None = key(None, "kind of the run, such as train")
+
+
+@dataclass(kw_only=True)
+class MlflowConfig:
+    """A server or database of MLflow."""
+
+    uri: str | None = key(
+        None, "address of the server or database; null: MLFLOW_TRACKING_URI, else mlflow's own default"
+    )
+    experiment: str = key("rcpo", "name of the experiment")
+
+
+@dataclass(kw_only=True)
+class TrackioConfig:
+    """The database of Trackio."""
+
     project: str = key("rcpo", "name of the project")
 
 
@@ -368,7 +391,14 @@ class RunConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: list[str] = key(
+        ["wandb"],
+        "trackers that get the rows of metrics.jsonl: one, or a list",
+        choices=("wandb", "tensorboard", "mlflow", "trackio", "none"),
+    )
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
 
     @property
     def zero_stage(self) -> int:

@@ -51,6 +51,11 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
     check_hyperparameters("objective", config.objective.hyperparameters)
     if len(config.optim.betas) != 2:
         raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
+    if re.match(r"[^/]+://[^/@]*:[^/@]*@", config.mlflow.uri or ""):
+        raise ConfigError(
+            "mlflow.uri holds a password, which config.yaml would keep: set MLFLOW_TRACKING_URI in the "
+            "environment instead, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     config.train.accumulation(world_size=1)
     _check_combinations(config)
     _check_calibration(config)

@@ -12,6 +12,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.ranks import external_ranks
 from rcpo.models import hub
+from rcpo.runs.backends import check_installed
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -84,6 +85,7 @@ def _fetch_models(config: RunConfig) -> None:
 
 def _check_installed(config: RunConfig) -> None:
     """Packages of extras that the configuration needs."""
+    check_installed(config)
     wanted = []
     if config.adapter.quantization is not None:
         wanted.append(("adapter.quantization", "bitsandbytes", "rcpo[qlora]"))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,8 @@ DATA_FILE = "data.json"  # what became of the data
 LOG_FILE = "rcpo.log"
 CONSOLE_FILE = "console.log"  # the output of a run that shares its machine with others
 METRICS_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb_id.txt"
+WANDB_ID_FILE, MLFLOW_ID_FILE, TRACKIO_ID_FILE = "wandb_id.txt", "mlflow_id.txt", "trackio_id.txt"
+TENSORBOARD = "tensorboard"  # the folder of its event files
 PROBES_FILE, SAMPLES_FILE = "probes.parquet", "samples.jsonl"
 FINISHED_FILE = "finished.json"  # the state of a run that came to its end
 OUTCOME_FILE = "outcome.json"  # exit code and reason of a run that another process waited for
@@ -192,6 +194,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} is not a run's configuration")
     return flatten(tree)
+
+
+def stored_id(path: Path) -> str:
+    """The id of a run that a file keeps, made at the first call and read back at every later one."""
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    identity = secrets.token_hex(4)
+    path.write_text(identity + "\n", encoding="utf-8")
+    return identity
 
 
 def read_object(path: Path) -> dict[str, Any]:

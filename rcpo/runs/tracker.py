@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from rcpo.config.schema import RunConfig
+from rcpo.runs.backends import Backends
 from rcpo.runs.display import Display, open_display
-from rcpo.runs.folder import METRICS_FILE
+from rcpo.runs.folder import METRICS_FILE, read_rows
 from rcpo.runs.jsonl import JsonLines, Scalar, clean_row, truncate_after
-from rcpo.runs.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ EVALUATION_LINE = (
 
 
 class Tracker:
-    """Rows of a run to metrics.jsonl, wandb and the terminal. A context manager.
+    """Rows of a run to metrics.jsonl, the trackers of `tracking`, and the terminal. A context manager.
 
     `step` counts optimizer steps. `resume_step` is the last step that a resumed run keeps: later rows are cut
     from metrics.jsonl, for they will be taken again; None starts the file afresh. Every method does nothing
-    where `is_main` is false, and wandb is not imported there. `console` replaces the process's own.
+    where `is_main` is false, and no tracker is imported there. `console` replaces the process's own.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Tracker:
         """Print held-out values (`eval/…`) and keep them for the row of this step.
 
         Without a value it prints that nothing is held out. Call it before the step's `log`. Where no `log` of
-        that step follows they become a row of their own; where it came already they go to wandb alone, so no
-        step has two rows.
+        that step follows they become a row of their own; where it came already they go to the trackers alone,
+        so no step has two rows.
         """
         if self._outputs is not None and values:
             self._outputs.evaluation(step, clean_row(values))
@@ -83,7 +83,7 @@ class Tracker:
             self._outputs.display.message(NOTHING_HELD_OUT)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Answers of a step as a table in wandb, with the columns of the first row."""
+        """Answers of a step as a table in the trackers, with the columns of the first row."""
         if self._outputs is not None:
             self._outputs.samples(step, rows)
 
@@ -93,7 +93,7 @@ class Tracker:
             self._outputs.display.message(text)
 
     def warning(self, text: str) -> None:
-        """A line for the terminal, the log and wandb's alerts."""
+        """A line for the terminal, the log and the trackers."""
         if self._outputs is not None:
             self._outputs.warning(text)
 
@@ -128,11 +128,12 @@ class _Outputs:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
+        seen = max((row["step"] for row in read_rows(path)), default=-1) if resume_step is not None else -1
         if resume_step is None:
             path.unlink(missing_ok=True)
         else:
             truncate_after(path, resume_step)
-        self._wandb = None if config.wandb.mode == "disabled" else WandbRun(run_dir, config)
+        self._trackers = Backends(run_dir, config, resume_step, seen, self._say)
         self._metrics = JsonLines(path)
         self._last_step = -1 if resume_step is None else resume_step
         self._pending: tuple[int, dict[str, Scalar]] | None = None
@@ -151,8 +152,7 @@ class _Outputs:
     def evaluation(self, step: int, values: dict[str, Scalar]) -> None:
         self.display.message(evaluation_line(step, values))
         if step <= self._last_step:
-            if self._wandb is not None:
-                self._wandb.log({"step": step, **values})
+            self._trackers.log({"step": step, **values})
             return
         if self._pending is not None and self._pending[0] == step:
             values = _merge(self._pending[1], values)
@@ -163,16 +163,20 @@ class _Outputs:
     def warning(self, text: str) -> None:
         log.info("warning: %s", text)
         self.display.message(f"warning: {text}")
-        if self._wandb is not None:
-            self._wandb.alert(text)
+        self._trackers.alert(text)
+
+    def _say(self, text: str) -> None:
+        """A line for the terminal, without the trackers."""
+        self.display.message(text)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._wandb is not None and rows:
-            self._wandb.table(step, rows)
+        if rows:
+            self._trackers.table(step, rows)
 
     def flush(self) -> None:
         self._flush_pending()
         self._metrics.sync()
+        self._trackers.flush()
 
     def _flush_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -183,17 +187,17 @@ class _Outputs:
         assert step > self._last_step, f"step {step} was logged after step {self._last_step}"
         self._last_step = step
         self._metrics.write(row)
-        if self._wandb is not None:
-            self._wandb.log(row)
+        self._trackers.log(row)
 
     def close(self, exit_code: int) -> None:
         try:
             self._flush_pending()
         finally:
-            self.display.close()
-            self._metrics.close()
-            if self._wandb is not None:
-                self._wandb.close(exit_code)
+            try:
+                self._metrics.close()
+            finally:
+                self._trackers.close(exit_code)
+                self.display.close()
 
 
 def _merge(first: Mapping[str, Scalar], second: Mapping[str, Scalar]) -> dict[str, Scalar]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,18 +9,9 @@ from typing import Any, Literal, cast
 from rcpo.config.parsing import to_container
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-from rcpo.runs.folder import WANDB_ID_FILE
+from rcpo.runs.folder import WANDB_ID_FILE, stored_id
 from rcpo.runs.jsonl import Scalar
-
-
-def stored_id(run_dir: Path) -> str:
-    """The run's wandb id, made at the first call and read back at every later one."""
-    path = run_dir / WANDB_ID_FILE
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip()
-    identity = secrets.token_hex(4)
-    path.write_text(identity + "\n", encoding="utf-8")
-    return identity
+from rcpo.runs.naming import group_of, name_of
 
 
 class WandbRun:
@@ -32,6 +22,8 @@ class WandbRun:
     start.
     """
 
+    replaces = False
+
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         import wandb  # half a second, and a service process: only where the user wants it
         import wandb.util
@@ -40,8 +32,14 @@ class WandbRun:
         try:
             self._run = wandb.init(
                 project=config.wandb.project,
+                entity=config.wandb.entity,
+                group=group_of(run_dir, config),
+                name=name_of(run_dir, config),
+                tags=config.wandb.tags or None,
+                notes=config.wandb.notes,
+                job_type=config.wandb.job_type,
                 mode=cast(Literal["online", "offline"], config.wandb.mode),
-                id=stored_id(run_dir),
+                id=stored_id(run_dir / WANDB_ID_FILE),
                 resume="allow",
                 dir=run_dir,
                 config=to_container(config),
@@ -78,6 +76,9 @@ class WandbRun:
         columns = list(rows[0])
         data = [[row[column] for column in columns] for row in rows]
         self._run.log({"step": step, "samples": self._make_table(columns=columns, data=data)})
+
+    def flush(self) -> None:
+        """Nothing: wandb's own process has the rows."""
 
     def close(self, exit_code: int) -> None:
         """Finish the run; wandb shows it as failed for a code other than 0.

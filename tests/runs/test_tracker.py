@@ -23,7 +23,10 @@ from rcpo.runs.tracker import Tracker, evaluation_line, exit_code_of
 
 
 def config(mode: str = "disabled") -> RunConfig:
-    return RunConfig(seed=7, wandb=WandbConfig(mode=mode, project="rcpo-tests"))
+    named = WandbConfig(
+        mode=mode, project="rcpo-tests", group="all", tags=["a", "b"], notes="as planned", job_type="train"
+    )
+    return RunConfig(seed=7, wandb=named)
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -147,7 +150,8 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
         pytest.raises(SystemExit),
         Tracker(tmp_path, config("offline"), 3, True, resume_step=1, console=plain()) as again,
     ):
-        again.log({"step": 2, "loss": 0.25})
+        again.log({"step": 2, "loss": 0.25})  # wandb has that step already
+        again.log({"step": 3, "loss": 0.125})
         raise SystemExit(75)
     records = wandb_records(tmp_path)
     history = [
@@ -161,7 +165,7 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
     assert logged == [
         {"step": 1, "loss": 0.5, "dynamics/in_band": 1},
         {"step": 2, "eval/loss": 0.25, "nonfinite": 1},
-        {"step": 2, "loss": 0.25},
+        {"step": 3, "loss": 0.125},
     ]
     (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
     written = json.loads(file.read_text())
@@ -170,6 +174,8 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
     identity = (tmp_path / "wandb_id.txt").read_text().strip()
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {identity} and {run.project for run in runs} == {"rcpo-tests"}
+    shown = {(run.display_name, run.run_group, run.notes, run.job_type, *run.tags) for run in runs}
+    assert shown == {(tmp_path.name, "all", "as planned", "train", "a", "b")}
     settings = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert settings["seed"] == 7 and settings["train"]["batch_size"] == 32
     exits = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
