@@ -75,17 +75,13 @@ class CustomKTOTrainer(_Trainer):
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules that the plug-in imports, `dpo`, `kto`, and `tuner`, and the `runs` of `tuner`."""
+    """The modules that the plug-in imports, and the `runs` of its tuner.
+
+    As in LLaMA-Factory 0.9.5, the workflow of KTO holds its trainer; that of DPO imports it when it runs.
+    """
     runs: list[Any] = []
-    names = (
-        "",
-        ".train",
-        ".train.tuner",
-        ".train.dpo",
-        ".train.dpo.trainer",
-        ".train.kto",
-        ".train.kto.trainer",
-    )
+    stages = [f".train.{stage}{part}" for stage in ("dpo", "kto") for part in ("", ".trainer", ".workflow")]
+    names = ("", ".train", ".train.tuner", *stages)
     modules = {name: ModuleType(f"llamafactory{name}") for name in names}
     for name, module in modules.items():
         module.__path__ = []  # type: ignore[attr-defined]
@@ -95,6 +91,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             setattr(modules[above], last, module)
     tuner, dpo, kto = (modules[f".train.{name}"] for name in ("tuner", "dpo.trainer", "kto.trainer"))
     dpo.CustomDPOTrainer, kto.CustomKTOTrainer = CustomDPOTrainer, CustomKTOTrainer  # type: ignore[attr-defined]
+    modules[".train.kto.workflow"].CustomKTOTrainer = CustomKTOTrainer  # type: ignore[attr-defined]
     tuner.run_exp = runs.append  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "rcpo.integrations.llamafactory", raising=False)
-    return SimpleNamespace(tuner=tuner, dpo=dpo, kto=kto, runs=runs)
+    return SimpleNamespace(dpo=dpo, kto=kto, workflow=modules[".train.kto.workflow"], runs=runs)

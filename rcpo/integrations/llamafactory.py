@@ -21,7 +21,9 @@ from rcpo.integrations.calibrated import Calibrated, RewardCalibrationConfig
 try:
     from llamafactory.train import tuner
     from llamafactory.train.dpo import trainer as dpo
+    from llamafactory.train.dpo import workflow as dpo_workflow
     from llamafactory.train.kto import trainer as kto
+    from llamafactory.train.kto import workflow as kto_workflow
 except ModuleNotFoundError as error:
     raise ImportError(f"rcpo.integrations.llamafactory needs LLaMA-Factory's environment: {error}") from error
 
@@ -71,8 +73,11 @@ class FactoryUnpaired(Unpaired):
 def calibrate(rc: RewardCalibrationConfig | None = None) -> None:
     """Put calibrated trainers in the place of LLaMA-Factory's own."""
     rc = rc or RewardCalibrationConfig()
-    dpo.CustomDPOTrainer = _calibrated(FactoryPairs, dpo.CustomDPOTrainer, rc)
-    kto.CustomKTOTrainer = _calibrated(FactoryUnpaired, kto.CustomKTOTrainer, rc)
+    pairs = _calibrated(FactoryPairs, dpo.CustomDPOTrainer, rc)
+    unpaired = _calibrated(FactoryUnpaired, kto.CustomKTOTrainer, rc)
+    # a workflow takes its trainer from the trainer's module, when it is imported or when it runs
+    dpo.CustomDPOTrainer = dpo_workflow.CustomDPOTrainer = pairs
+    kto.CustomKTOTrainer = kto_workflow.CustomKTOTrainer = unpaired
 
 
 def run_exp(rc: RewardCalibrationConfig | None = None, args: Any = None) -> None:
