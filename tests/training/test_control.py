@@ -11,10 +11,12 @@ import torch
 from tiny import sums_file, tiny_llama
 
 from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.data.dataset import load_datasets
 from rcpo.errors import ConfigError
 from rcpo.system import distributed
 from rcpo.training.control import has_fresh_signals, needs_control
-from rcpo.training.session import Session
+from rcpo.training.session import Session, refuse_other_split
+from rcpo.training.trainer import write_finished
 
 
 def configuration(signal: str = "auto", rule: str = "loop", **train: int | None) -> RunConfig:
@@ -83,6 +85,18 @@ def test_control_pairs_share_no_prompt_with_those_trained_on_or_held_out(tmp_pat
         assert not np.isin(found.control.prompts, other.prompts).any()
     assert found.report.train == len(found.train)
     assert any("8 of the pairs are set aside" in line for line in found.report.lines())
+
+
+def test_an_evaluation_of_a_run_with_control_pairs_finds_its_split(tmp_path: Path) -> None:
+    trained = session(tmp_path, SIMPO)
+    assert trained.datasets.control is not None
+    (tmp_path / "trained").mkdir()
+    state = {"config": {"data": vars(trained.config.data)}, "contents": trained.contents, "step": 1}
+    write_finished(tmp_path / "trained", state, evaluated=False)
+    tokenizer, seed = trained.tokenizer, trained.config.seed
+    refuse_other_split(
+        trained.config, tmp_path / "trained", load_datasets(trained.config.data, tokenizer, seed)
+    )
 
 
 def test_too_little_data_for_control_pairs_is_refused_with_the_remedies(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from tiny import sums_file, tiny_llama
 from torch import Tensor
 
 from rcpo import PairLogps, get_objective
-from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.config.schema import AdapterConfig, ObjectiveConfig, RunConfig
 from rcpo.errors import ConfigError
 from rcpo.method.geometry import Passes
 from rcpo.method.incentives import incentives
 from rcpo.method.logps import length_weights, log_squares, log_squares_of
+from rcpo.method.objectives import names, specification
 from rcpo.system import distributed
 from rcpo.training.objective import refuse_options
 from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 
 def vector(*values: float) -> Tensor:
@@ -126,3 +128,87 @@ def test_a_batch_is_scored_with_the_options(tmp_path: Path) -> None:
             assert z[place].item() == pytest.approx(expected.item(), rel=1e-5)
             mean = (own - (logs.exp() ** 2).sum(1).log()).mean().exp()
             assert likelihood is not None and likelihood[place].item() == pytest.approx(mean.item(), rel=1e-5)
+
+
+OPTIONS = {"weighting": "wpo", "length_alpha": 0.5}
+COMPOSED: dict[str, dict[str, Any]] = {
+    "divergence, loop, moving reference": {
+        "objective": {"name": "dpo", "hyperparameters": {"divergence": "js", "beta": 0.5}, **OPTIONS},
+        "rule": "loop",
+        "sync": 1,
+    },
+    "mixture with gold answers, a weight for each pair, adapters": {
+        "objective": {
+            "name": "mix",
+            "hyperparameters": {
+                "parts": [
+                    {"name": "dpo", "divergence": "forward_kl", "weight": 0.7},
+                    {"name": "tpo", "weighting": "wpo", "beta": 0.3},
+                    {"name": "bco", "weight": 0.2},
+                ]
+            },
+            **OPTIONS,
+        },
+        "scope": "pair",
+        "adapter": "lora",
+    },
+}
+
+
+@pytest.mark.parametrize("case", COMPOSED)
+def test_options_compose_under_any_split(tmp_path: Path, case: str) -> None:
+    wanted = COMPOSED[case]
+    config = RunConfig()
+    config.wandb.mode = "disabled"
+    config.model.name, config.model.path = "local", tiny_llama(tmp_path / "model")
+    config.data.name, config.data.eval_fraction = "pairs", 0.0
+    config.data.path = sums_file(tmp_path / "pairs.jsonl", 10, weighted=True, gold=True)
+    config.objective = ObjectiveConfig(**wanted["objective"])
+    config.rc.enabled, config.rc.sketch = True, 32
+    config.rc.rule, config.rc.scope = wanted.get("rule", "center"), wanted.get("scope", "batch")
+    config.adapter = AdapterConfig(name=wanted.get("adapter", "none"))
+    config.reference.cache, config.reference.mode = "off", "model"
+    config.reference.sync_every, config.reference.mixup = wanted.get("sync", 0), 0.5
+    config.train.batch_size, config.train.max_steps, config.optim.warmup_ratio = 4, 2, 0.0
+    config.optim.lr = 1e-2
+    distributed.initialize()
+    runs = []
+    for micro, layout in ((4, "shared"), (1, "separate")):
+        config.train.micro_batch_size, config.data.layout = micro, layout
+        session = Session(config, tmp_path / "run", training=True)
+        session.prepare_reference()
+        trainer = Trainer(session)
+        rows = [trainer.train_step() for _ in range(2)]
+        runs.append([[row[name] for name in ("loss", "grad_norm", "rc/alpha")] for row in rows])
+        assert rows[1]["loss"] != rows[0]["loss"]
+        if wanted.get("sync"):  # the reference is half the policy: the winner's log-ratio halves with it
+            moved = session.scorer(session.collate(session.datasets.train, [0, 1, 2, 3])).pairs
+            assert moved.chosen_logratios.abs().max() > 0
+    for one, other in zip(*runs, strict=True):
+        assert one == pytest.approx(other, rel=2e-4)
+
+
+PLAIN = [
+    name
+    for name in names()
+    if name != "mix" and specification(name).needs_rejected and not specification(name).sorts_batch
+]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_any_objective_on_pairs_is_weighted_by_likelihood(name: str) -> None:
+    z = vector(-1.2, -3.1)
+    logps = PairLogps(
+        *(z, vector(-2.5, -0.7), vector(-1.6, -2.2), vector(-2.1, -1.0), vector(4, 2), vector(3, 5)),
+        kl_chosen=z,
+        ref_kl_chosen=z,
+        margins=vector(0.2, 0.4),
+        gold_means=z,
+        chosen_likelihoods=vector(0.5, 2.0),
+        rejected_likelihoods=vector(0.4, 0.3),
+    )
+    weighted, plain = (get_objective(name, weighting=weighting) for weighting in ("wpo", None))
+    weights = vector(0.2, 0.6)
+    torch.testing.assert_close(weighted(logps), weights * plain(logps), rtol=1e-12, atol=0)
+    for one, other in zip(incentives(weighted, logps), incentives(plain, logps), strict=True):
+        torch.testing.assert_close(one, weights * other, rtol=1e-12, atol=0)
