@@ -8,18 +8,22 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rcpo import __version__
 from rcpo.system import terminal
 
+if TYPE_CHECKING:
+    from rcpo.commands.completion import Command
+
 _RAW = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="rcpo",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,6 +42,19 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option("--install-completion", is_eager=True, help="Install tab completion for your shell."),
+    ] = False,
+    show_completion: Annotated[
+        str | None,
+        typer.Option(
+            "--show-completion",
+            is_eager=True,
+            metavar="bash|zsh|fish",
+            help="Print the script of completion.",
+        ),
+    ] = None,
     _local_rank: Annotated[
         int | None,
         typer.Option("--local_rank", hidden=True),  # DeepSpeed gives it, and the environment has it
@@ -59,6 +76,12 @@ def _root(
     Exit codes: 0 done, 1 failed while running, 2 bad command line, configuration or data,
     75 stopped by a signal with a checkpoint saved.
     """
+    from rcpo.commands import shells
+
+    if install_completion:
+        _finish(shells.install)
+    if show_completion is not None:
+        _finish(lambda: print(shells.script(show_completion), end="") or 0)
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -376,12 +399,43 @@ def _finish(command: Callable[..., int], *arguments: Any) -> None:
 
 def main() -> None:
     """Entry point of the `rcpo` script."""
+    shell = os.environ.get("_RCPO_COMPLETE")
+    if shell:
+        _complete(shell)
+        return
     terminal.prepare()
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own exists in its kernel alone; rcpo draws to files
     # Threads that spin while they wait made a run on a busy machine eight times slower (37 s, not 5).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RCPO_COMMAND", json.dumps(["rcpo", *sys.argv[1:]]))  # environment.json keeps it
     app(prog_name="rcpo")
+
+
+def _complete(shell: str) -> None:
+    """Answers a shell that asks what may stand at the cursor."""
+    from rcpo.commands.shells import answer
+
+    for line in answer(shell, sys.argv[1:], known_commands()):
+        print(line)
+
+
+def known_commands() -> dict[str, Command]:
+    """What the parser knows of each command, by name; "" is rcpo itself."""
+    root: Any = typer.main.get_command(app)
+    return {name: _known(command) for name, command in {"": root, **root.commands}.items()}
+
+
+def _known(command: Any) -> Command:
+    from rcpo.commands.completion import Command
+
+    options = [each for each in command.params if each.param_type_name == "option" and not each.hidden]
+    arguments = [each for each in command.params if each.param_type_name == "argument"]
+    return Command(
+        help=command.help or "",
+        flags={flag: each.help or "" for each in options for flag in each.opts if flag.startswith("--")},
+        takes_keys=bool(command.context_settings.get("ignore_unknown_options")),
+        positions=tuple(tuple(each.metavar.split("|")) for each in arguments if "|" in (each.metavar or "")),
+    )
 
 
 if __name__ == "__main__":
