@@ -22,11 +22,12 @@ _OWN_NODES: dict[str, tuple[str, ...]] = {
     "submit": ("slurm", "sweep", "study", *_ONPOLICY, "iterate"),
     "sample": _ONPOLICY,
     "iterate": (*_ONPOLICY, "iterate"),
+    "push": ("push",),
 }
 _OWN_WORDS = {
     "evaluate": {"run": "folder of a run"},
     "sample": {"run": "folder of a run"},
-    "push": {"run": "folder of a run"},
+    "push": {"run": "folder of a run", "repo": "OWNER/NAME on the hub"},
     "submit": {"run": "folder of a run", "rounds": "rounds of rcpo iterate"},
     "iterate": {"rounds": "rounds of rcpo iterate"},
     "data": {"show": "examples to show"},
@@ -142,10 +143,15 @@ def _names(command: str, words: Sequence[str], typed: str) -> Iterator[Word]:
     known = listing.groups(_own_folder(words))
     yield from (Word(f"{word}=", meaning) for word, meaning in _OWN_WORDS.get(command, {}).items())
     yield from (Word(f"{group}=", f"choose an option of {group}") for group in known if _fits(group, command))
-    yield from (Word(f"{node}.", keys.summary(node)) for node in nodes if node != "study")
+    yield from (Word(f"{node}.", _summary(node)) for node in nodes if node != "study")
     yield from (Word(f"{entry.name}=", entry.key.doc) for entry in keys.top_entries())
     yield Word("help=", "show the keys of a group")
     yield Word("hydra.sweep.dir=" if command == "sweep" else "hydra.run.dir=", "folder of the run")
+
+
+def _summary(node: str) -> str:
+    """What a node is about; "" for one whose import would take too long."""
+    return keys.summary(node) if node in keys.RUN_NODES else ""
 
 
 def _fits(group: str, command: str) -> bool:
@@ -157,7 +163,7 @@ def _fits(group: str, command: str) -> bool:
 def _values(command: str, words: Sequence[str], name: str, prefix: str, value: str) -> Iterator[Word]:
     own = _own_folder(words)
     if name == "help":
-        yield from (Word(f"{prefix}{node}", keys.summary(node)) for node in keys.nodes())
+        yield from (Word(f"{prefix}{node}", _summary(node)) for node in keys.nodes())
     elif name == "run" and name in _OWN_WORDS.get(command, {}):
         yield from _runs(value, prefix)
     elif name in _FOLDERS:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,13 +195,17 @@ def test_installing_twice_changes_a_file_once(
         script("tcsh")
 
 
-def test_a_key_press_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("typed", "shown"), [("optim.", "optim.lr="), ("", "slurm."), ("help=", "help=plan")]
+)
+def test_a_key_press_imports_nothing_heavy(typed: str, shown: str) -> None:
     program = (
-        "import os, sys; os.environ['_RCPO_COMPLETE'] = 'zsh'; sys.argv = ['rcpo', 'train', 'optim.']\n"
+        "import os, sys; os.environ['_RCPO_COMPLETE'] = 'zsh'\n"
+        f"sys.argv = ['rcpo', 'submit', 'train', '{typed}']\n"
         "from rcpo.cli import main; main(); print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "optim.lr=" in result.stdout
+    assert shown in result.stdout
     loaded = set(result.stdout.splitlines()[-1].split())
     assert not loaded & {"torch", "hydra", "omegaconf", "yaml", "numpy", "transformers", "rich"}
 
@@ -223,19 +228,25 @@ class Terminal:
     """A shell in a terminal emulator (tmux) of its own."""
 
     def __init__(self, command: str, folder: Path, environment: dict[str, str]) -> None:
-        self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
+        socket = (
+            Path(tempfile.mkdtemp(dir=folder)) / "s"
+        )  # a server of its own: the one before may still be ending
+        self.tmux = ["tmux", "-S", str(socket), "-f", "/dev/null"]
         variables = " ".join(shlex.quote("=".join(item)) for item in environment.items())
+        unset = " ".join(f"-u {name}" for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR", "ENV"))
         size = ["-x", "150", "-y", "50", "-c", str(folder)]
         # a login shell between the two would reset PATH
         subprocess.run(
-            [*self.tmux, "new-session", "-d", *size, f"exec env {variables} {command}"], check=True
+            [*self.tmux, "new-session", "-d", *size, f"exec env {unset} {variables} {command}"], check=True
         )
 
     def type(self, text: str) -> None:
         subprocess.run([*self.tmux, "send-keys", "-l", text], check=True)
 
     def screen(self) -> str:
-        shown = subprocess.run([*self.tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            [*self.tmux, "capture-pane", "-p", "-N"], capture_output=True, text=True, check=True
+        )
         return shown.stdout
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
@@ -268,6 +279,9 @@ def terminal(
     (home / ".bashrc").write_text("PS1='$ '\nbind 'set enable-bracketed-paste off'\n")
     (home / ".zshrc").write_text("PS1='$ '\nunsetopt beep\n")
     (home / ".config" / "fish").mkdir(parents=True)
+    (home / ".local/share/fish/generated_completions").mkdir(
+        parents=True
+    )  # else fish reads all manuals first
     (home / ".config" / "fish" / "config.fish").write_text(
         "function fish_prompt; echo '$ '; end\nset fish_greeting\n"
     )
@@ -283,7 +297,7 @@ def terminal(
     try:
         first.wait_for("$")
         first.type("rcpo --install-completion\n")
-        first.wait_for(f"new {shell} shells complete rcpo")
+        first.wait_for("rcpo: wrote")
     finally:
         first.close()
     second = Terminal(command, folder, environment)
