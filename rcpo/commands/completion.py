@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcpo.commands import keys, listing
+from rcpo.config.hyperparameters import HYPERPARAMETERS
 from rcpo.config.paths import conf_dir
 
 CONFIG_FILE, FINAL = "config.yaml", "final"  # as runs/folder has them, whose import would take too long
@@ -200,8 +201,8 @@ def _hyperparameters(words: Iterable[str]) -> Iterator[keys.Entry]:
     """Those that the file of the chosen objective has."""
     chosen = [word.partition("=")[2] for word in words if word.startswith("objective=")]
     for name in _keys_in_file("objective", (chosen or ["dpo"])[-1].rpartition(",")[2]):
-        if name in keys.HYPERPARAMETERS:
-            yield keys.Entry(f"objective.{name}", "", None, keys.HYPERPARAMETERS[name])
+        if name in HYPERPARAMETERS:
+            yield keys.Entry(f"objective.{name}", "", None, HYPERPARAMETERS[name])
 
 
 def _keys_in_file(group: str, option: str) -> list[str]:

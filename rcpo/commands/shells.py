@@ -63,7 +63,8 @@ _SPECIAL = re.compile(r"""([\s\\'"$`&|;()<>*?\[\]{}!#])""")
 def answer(shell: str, arguments: Sequence[str], commands: dict[str, Command]) -> list[str]:
     """The lines that a shell's script reads: completions, with their meaning where the shell shows it."""
     if shell == "bash":
-        return _answer_bash(*arguments, commands=commands)
+        line, breaks = arguments
+        return _answer_bash(line, breaks, commands)
     *words, current = arguments
     return [f"{word.text}\t{word.meaning}" for word in complete(words, current, commands)]
 
