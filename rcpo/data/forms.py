@@ -108,12 +108,24 @@ def after_history(history: Any, prompt: Any) -> list[Any]:
 
 
 def turns(fields: Fields) -> list[Fields]:
-    """A conversation once for each answer in it, cut after the answer; raises BadRow where there is none."""
+    """A conversation once for each answer in it, cut after the answer; raises BadRow where there is none.
+
+    Answers that the file marks as not to be learned are left out.
+    """
     messages = fields["messages"]
-    said = [place for place, message in enumerate(messages) if place and speaker(message) == "assistant"]
+    said = [
+        place
+        for place, message in enumerate(messages)
+        if place and speaker(message) == "assistant" and not _is_context(message)
+    ]
     if not said:
         raise BadRow("the conversation holds no answer of the assistant")
     return [fields | {"messages": messages[: place + 1]} for place in said]
+
+
+def _is_context(message: Fields) -> bool:
+    """Whether an answer is read but not learned: OpenAI's weight, LLaMA-Factory's loss_weight, or train."""
+    return message.get("weight") == 0 or message.get("loss_weight") == 0 or message.get("train") is False
 
 
 Reader = Callable[[Fields], "Fields | Sequence[Fields]"]
