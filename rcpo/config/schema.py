@@ -6,6 +6,7 @@ run that `rcpo train` starts. `conf/` documents the origin of each default. Noth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from rcpo.config.judge import JudgeConfig
 from rcpo.errors import ConfigError
 
 LARGEST_MICRO_BATCH = 16  # that is chosen without being asked: it fits small models, and large ones are told
+SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "wsd")
 REDUCTIONS = ("sum", "mean", "importance", "average")
 # the held-out means that an evaluation while training may have
 BEST_METRICS = (
@@ -85,10 +87,31 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.999], "AdamW's decay of both moments", at_least=0, below=1)
     eps: float = key(1e-8, "AdamW's ε", above=0)
     momentum: float = key(0.0, "momentum of SGD", at_least=0, below=1)
-    schedule: str = key(
-        "constant", "how the learning rate changes after warm-up", choices=("linear", "cosine", "constant")
+    no_decay: list[str] = key([], "also exempt weights whose names match: [embed_tokens, 'lora_.*']")
+    schedule: str = key("constant", "how the learning rate changes after warm-up", choices=SCHEDULES)
+    min_lr_ratio: float = key(
+        0.0, "lowest rate of cosine_with_min_lr and wsd, as a share of lr", at_least=0, below=1
     )
+    decay_ratio: float = key(0.1, "share of all steps over which wsd decays, rounded up", above=0, at_most=1)
+    decay_shape: str = key("cosine", "how wsd decays", choices=("linear", "cosine", "1-sqrt"))
+    warmup_steps: int = key(0, "steps that warm up; give it, or warmup_ratio", at_least=0)
     warmup_ratio: float = key(0.0, "share of all steps that warm up, rounded up", at_least=0, at_most=1)
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up in a run of `total_steps`; raises ConfigError where the run is too short."""
+        steps = self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+        decay = self.decay(total_steps) if self.schedule == "wsd" else 0
+        if steps + decay > total_steps:
+            tail = f" and the decay of {decay} (optim.decay_ratio={self.decay_ratio:g})" if decay else ""
+            raise ConfigError(
+                f"optim.warmup_steps={steps}{tail} do not fit a run of {total_steps} steps; give fewer, or "
+                "optim.warmup_ratio"
+            )
+        return steps
+
+    def decay(self, total_steps: int) -> int:
+        """Steps over which wsd decays."""
+        return math.ceil(self.decay_ratio * total_steps)
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
 from rcpo.config.paths import is_file, readable_folder
-from rcpo.config.schema import RunConfig
+from rcpo.config.schema import OptimConfig, RunConfig
 from rcpo.errors import ConfigError
 
 
@@ -49,8 +49,7 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
     """Raises ConfigError for the first value that no run could use; imports no torch."""
     check_keys(config)
     check_hyperparameters("objective", config.objective.hyperparameters)
-    if len(config.optim.betas) != 2:
-        raise ConfigError(f"optim.betas={config.optim.betas} has not two values, as AdamW takes them")
+    _check_optim(config)
     if re.match(r"[^/]+://[^/@]*:[^/@]*@", config.mlflow.uri or ""):
         raise ConfigError(
             "mlflow.uri holds a password, which config.yaml would keep: set MLFLOW_TRACKING_URI in the "
@@ -123,6 +122,40 @@ def _check_combinations(config: RunConfig) -> None:
             f"probe.generate_every={config.probe.generate_every} is not a multiple of probe.every="
             f"{config.probe.every}: answers are made at some of the probes"
         )
+
+
+def _check_optim(config: RunConfig) -> None:
+    """Betas, a warm-up that is given twice, and keys that the schedule does not read."""
+    optim = config.optim
+    if len(optim.betas) != 2:
+        raise ConfigError(f"optim.betas={optim.betas} does not have two values, as AdamW takes them")
+    if optim.warmup_steps and optim.warmup_ratio:
+        raise ConfigError(
+            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_ratio={optim.warmup_ratio:g}: give one"
+        )
+    readers = {
+        "min_lr_ratio": ("cosine_with_min_lr", "wsd"),
+        "decay_ratio": ("wsd",),
+        "decay_shape": ("wsd",),
+    }
+    for name, schedules in readers.items():
+        value = getattr(optim, name)
+        if value != getattr(OptimConfig(), name) and optim.schedule not in schedules:
+            raise ConfigError(
+                f"optim.{name}={value} is read by optim.schedule={' and '.join(schedules)} alone, and it is "
+                f"{optim.schedule}"
+            )
+    if optim.schedule == "cosine_with_min_lr" and not optim.min_lr_ratio:
+        raise ConfigError(
+            "optim.schedule=cosine_with_min_lr needs its lowest rate: optim.min_lr_ratio=0.1, say"
+        )
+    for pattern in optim.no_decay:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"optim.no_decay: {pattern!r} is not a regular expression: {error}") from error
+    if config.train.max_steps is not None:
+        optim.warmup(config.train.max_steps)
 
 
 def _check_sync(config: RunConfig) -> None:

@@ -9,8 +9,9 @@ import io
 import logging
 import math
 import os
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -212,7 +213,7 @@ def _zero(config: RunConfig, training: bool) -> dict[str, Any]:
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Return the optimizer of `optim=…` over the trainable parameters of a model."""
     optim = config.optim
-    groups = parameter_groups(model, optim.weight_decay)
+    groups = parameter_groups(model, optim.weight_decay, optim.no_decay)
     if optim.name == "adamw":
         return torch.optim.AdamW(
             groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps,
@@ -221,13 +222,23 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, no_decay: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Split the trainable parameters into those that decay, and norms and biases, which do not.
 
-    The trainers of transformers and TRL make the same exception. Without decay there is a single group.
+    The trainers of transformers and TRL make the same exception. `no_decay` holds patterns of further
+    names; one that matches none raises ConfigError. Without decay there is a single group.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     exempt = _norms_and_biases(model) if weight_decay else set()
+    for pattern in no_decay:
+        found = {name for name in trainable if re.search(pattern, name)}
+        if not found:
+            raise ConfigError(
+                f"optim.no_decay: {pattern!r} matches no trained parameter; one is {next(iter(trainable))}"
+            )
+        exempt |= found if weight_decay else set()
     decaying = [p for name, p in trainable.items() if name not in exempt]
     others = [p for name, p in trainable.items() if name in exempt]
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -243,22 +254,39 @@ def _norms_and_biases(model: nn.Module) -> set[str]:
     return names
 
 
-def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    """The learning-rate schedule over `total_steps`, with `warmup_ratio` of them as warm-up.
+def _cosine(done: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * done))
 
-    The factors are those of transformers' schedules of the same names, whose module imports peft and more.
+
+# what is left of the learning rate when a share of the decay is done
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1.0 - done,
+    "cosine": _cosine,
+    "cosine_with_min_lr": _cosine,
+    "1-sqrt": lambda done: 1.0 - math.sqrt(done),
+}
+
+
+def schedule(config: RunConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Return the learning-rate schedule over `total_steps`; raise ConfigError where the warm-up does not fit.
+
+    The factors are those of transformers' schedules of the same names (wsd is its warmup_stable_decay), whose
+    module imports peft and more.
     """
-    warmup, shape = math.ceil(config.optim.warmup_ratio * total_steps), config.optim.schedule
+    optim = config.optim
+    warmup, floor = optim.warmup(total_steps), optim.min_lr_ratio
+    decay = optim.decay(total_steps) if optim.schedule == "wsd" else max(1, total_steps - warmup)
+    begin = warmup if optim.schedule.startswith("cosine") else total_steps - decay
 
     def factor(step: int) -> float:
         if step < warmup:
-            return step / max(1, warmup)
-        if shape == "constant":
+            start = floor if optim.schedule == "wsd" else 0.0
+            return start + (1.0 - start) * step / warmup
+        if optim.schedule == "constant":
             return 1.0
-        rest = max(1, total_steps - warmup)
-        if shape == "linear":
-            return max(0.0, (total_steps - step) / rest)
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / rest)))
+        done = min(1.0, max(0.0, (step - begin) / decay))
+        shape = optim.decay_shape if optim.schedule == "wsd" else optim.schedule
+        return floor + (1.0 - floor) * SHAPES[shape](done)
 
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -290,7 +290,6 @@ def terminal(
         "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "LC_ALL": "C.UTF-8",
-        **dict.fromkeys(("XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR", "ENV"), ""),
     }
     command = SHELLS[shell].format(home=home)
     first = Terminal(command, folder, environment)

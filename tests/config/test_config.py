@@ -307,6 +307,37 @@ def test_the_values_of_a_key_are_shown_in_a_few_characters(allowed: Key, text: s
     assert allowed.allowed == text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (
+            ["optim.warmup_steps=10", "optim.warmup_ratio=0.1"],
+            "optim.warmup_steps=10 and optim.warmup_ratio=0.1: give",
+        ),
+        (["optim.warmup_steps=201"], "optim.warmup_steps=201 do not fit a run of 200 steps"),
+        (
+            ["optim.min_lr_ratio=0.1"],
+            "read by optim.schedule=cosine_with_min_lr and wsd alone, and it is constant",
+        ),
+        (
+            ["optim.schedule=cosine", "optim.decay_ratio=0.2"],
+            "optim.decay_ratio=0.2 is read by optim.schedule=wsd",
+        ),
+        (["optim.schedule=cosine_with_min_lr"], "needs its lowest rate: optim.min_lr_ratio=0.1"),
+        (["optim.schedule=wsdd"], "did you mean wsd?"),
+        (["optim.no_decay=['(']"], "optim.no_decay: '(' is not a regular expression"),
+        (["optim.betas=[0.9]"], "does not have two values"),
+    ],
+)
+def test_optimizer_settings_that_contradict_are_refused(overrides: list[str], part: str) -> None:
+    assert part in refusal(*overrides)
+
+
+def test_a_schedule_with_its_settings_passes() -> None:
+    optim = composed("optim.schedule=wsd", "optim.min_lr_ratio=0.1", "optim.warmup_steps=20").optim
+    assert (optim.warmup(200), optim.decay(200)) == (20, 20)
+
+
 def test_objectives_have_the_table_s_defaults() -> None:
     assert {option for group, option in OPTIONS if group == "objective"} == {*OBJECTIVES, "dpo_mean"}
     means = composed("objective=dpo_mean").objective

@@ -75,6 +75,52 @@ def test_schedules_are_those_of_transformers(name: str, ratio: float, tmp_path: 
     assert rates[0] == pytest.approx(rates[1], abs=1e-15)
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize(
+    ("schedule_name", "warmup"),
+    [("cosine_with_min_lr", 0), ("cosine_with_min_lr", 3), ("wsd", 0), ("wsd", 3)],
+)
+def test_schedules_with_a_lowest_rate_are_those_of_transformers(
+    schedule_name: str, warmup: int, shape: str
+) -> None:
+    config, steps = RunConfig(), 20
+    optim = config.optim
+    optim.schedule, optim.warmup_steps, optim.min_lr_ratio = schedule_name, warmup, 0.2
+    optim.decay_ratio, optim.decay_shape = 0.34, shape  # ceil(6.8) = 7 steps
+    if schedule_name == "wsd":
+        name, special = (
+            "warmup_stable_decay",
+            {"num_decay_steps": 7, "decay_type": shape, "min_lr_ratio": 0.2},
+        )
+    else:
+        name, special = schedule_name, {"min_lr_rate": 0.2}
+    makers = schedule(config, steps), lambda o: get_scheduler(name, o, warmup, steps, special)
+    factors = [
+        maker(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)).lr_lambdas[0] for maker in makers
+    ]
+    for step in range(steps + 1):
+        assert factors[0](step) == pytest.approx(factors[1](step), abs=1e-15), step
+    assert factors[0](steps) == pytest.approx(0.2) and factors[0](warmup) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"warmup_steps": 9}, "optim.warmup_steps=9 do not fit a run of 8 steps"),
+        (
+            {"schedule": "wsd", "warmup_steps": 5, "decay_ratio": 0.5},
+            "and the decay of 4 .optim.decay_ratio=0.5.",
+        ),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_refused(settings: dict[str, Any], part: str) -> None:
+    config = RunConfig()
+    for name, value in settings.items():
+        setattr(config.optim, name, value)
+    with pytest.raises(ConfigError, match=part):
+        schedule(config, 8)
+
+
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
 
@@ -102,6 +148,21 @@ def test_weights_decay_where_they_do_in_transformers(config: PreTrainedConfig) -
     assert rest["names"] == set(names.values()) - wanted and rest["weight_decay"] == 0.0
     (single,) = parameter_groups(model, 0.0)
     assert len(single["params"]) == len(names)
+
+
+def test_named_weights_are_exempt_from_decay() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    patterns = ["embed_tokens", r"layers\.0\.mlp\."]
+    decaying, rest = ({names[p] for p in group["params"]} for group in parameter_groups(model, 0.1, patterns))
+    before = {names[p] for p in parameter_groups(model, 0.1)[0]["params"]}
+    named = {name for name in before if "embed_tokens" in name or "layers.0.mlp" in name}
+    assert named and decaying == before - named and named <= rest
+    assert len(parameter_groups(model, 0.0, patterns)) == 1
+    with pytest.raises(
+        ConfigError, match=r"optim.no_decay: 'lora_' matches no trained parameter; one is model"
+    ):
+        parameter_groups(model, 0.1, ["lora_"])
 
 
 def test_a_norm_by_another_name_does_not_decay_either() -> None:
