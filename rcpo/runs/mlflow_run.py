@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 LONGEST = 500  # characters of a parameter, which every version of mlflow takes
 PARAMETERS = 100  # in a request
-TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # its pages then show runs, not traces
 PATIENCE = 60.0  # seconds that the end of a run waits for a server that does not answer
 
 
@@ -52,10 +51,7 @@ class MlflowRun:
 
         name = config.mlflow.experiment
         found = self._client.get_experiment_by_name(name)
-        if found is None:
-            experiment = self._client.create_experiment(name, tags=TRAINING)
-        else:
-            experiment = found.experiment_id
+        experiment = self._client.create_experiment(name) if found is None else found.experiment_id
         group = group_of(run_dir, config)
         tags = {"rcpo.group": group} if group else {}
         run = self._client.create_run(experiment, run_name=name_of(run_dir, config), tags=tags)

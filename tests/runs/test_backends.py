@@ -88,7 +88,6 @@ def test_mlflow_has_one_run_with_each_step_once_after_a_resume(
     run_twice(tmp_path / "run", settings)
     client = MlflowClient(settings.mlflow.uri)
     experiment = client.get_experiment_by_name("rcpo")
-    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
     assert run.data.params["seed"] == "7" and run.data.params["train.batch_size"] == "32"
