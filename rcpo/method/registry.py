@@ -101,7 +101,10 @@ def register(
 def specification(name: str, module: str | None = None) -> Specification:
     """The registered objective `name`; `module` is imported first (a user's own package)."""
     if module is not None:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"objective.module={module} cannot be imported: {error}") from error
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_REGISTRY))}"

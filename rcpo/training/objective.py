@@ -33,7 +33,7 @@ def build_objective(config: RunConfig) -> Objective:
             length_alpha=wanted.length_alpha,
             **wanted.hyperparameters,
         )
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.rc.enabled and not objective.needs_rejected:
         raise ConfigError(

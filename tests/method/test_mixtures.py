@@ -179,6 +179,10 @@ def test_rewards_are_those_of_the_first_part() -> None:
             r"objective\.parts\[0\]: .*'dpoo' is not registered; did you mean 'dpo'",
         ),
         ({"parts": [{"name": "dpo"}, {"name": "dpo", "gama": 1}]}, r"objective\.parts\[1\]: .*'gama'"),
+        (
+            {"parts": [{"name": "dpo", "module": "no.such"}]},
+            r"objective\.parts\[0\]: objective\.module=no\.such cannot be imported: No module named 'no'",
+        ),
         ({"parts": [{"name": "dpo"}, {"name": "tidpo"}]}, r"reduction=importance goes with no other"),
         (
             {"parts": [{"name": "kto"}], "reduction": "mean"},
