@@ -69,6 +69,7 @@ def _root(
     rcpo sweep rc=off,on seed=1,2,3      many runs beside each other
     rcpo plan engine=zero3 gpu=h200      what a run would take: memory, communication, time
     rcpo push run=DIR repo=OWNER/NAME    upload what came out to the hub
+    rcpo init DIR                        a project folder for your own model and data
     rcpo doctor                          what this machine has, and what would fail
     rcpo list objectives                 names to choose from; also models, data, studies, keys
 
@@ -348,6 +349,18 @@ def push(
     from rcpo.commands.push import push as upload
 
     _finish(lambda: upload(ctx.args, dry_run=dry_run))
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")]) -> None:
+    """Make a project: configuration, a few pairs, and settings for SLURM, with commands that work at once.
+
+    \b
+      rcpo init my-project
+    """
+    from rcpo.commands.init import init as make
+
+    _finish(make, folder)
 
 
 @app.command(name="list")
