@@ -115,6 +115,10 @@ def train(ctx: typer.Context) -> None:
     Your own options beside the shipped ones (objective/mine.yaml in my_conf):
       rcpo train --config-dir my_conf objective=mine
 
+    \b
+    From a YAML of TRL, LLaMA-Factory, or alignment-handbook; what is not converted is listed:
+      rcpo train --from-trl dpo.yaml rc=loop
+
     Hydra's flags stand anywhere: -m, --cfg job|hydra|all, --resolve, --info, --config-dir, --config-name.
     The run's folder is printed at the start; hydra.run.dir=DIR chooses it, resume=auto continues it.
     """

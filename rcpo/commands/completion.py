@@ -40,6 +40,7 @@ HYDRA_FLAGS = {
     "--config-dir": "folder with options of your own",
     "--config-name": "name of the primary configuration",
     "--config-path": "folder instead of conf/",
+    "--from-trl": "YAML of TRL, LLaMA-Factory, or alignment-handbook to convert",
     "--help": "show the help of the command",
     "--info": "print what Hydra knows",
     "--multirun": "a run for each combination of values",
@@ -100,6 +101,8 @@ def _candidates(words: Sequence[str], current: str, commands: dict[str, Command]
         yield from map(Word, _FLAG_VALUES[words[-1]])
     elif words[-1] in _FLAG_FOLDERS:
         yield from _paths(current, "", folders=True)
+    elif words[-1] == "--from-trl":
+        yield from _paths(current, "")
     elif current.startswith("-"):
         yield from _flags(command.flags | (HYDRA_FLAGS if command.takes_keys else {}))
     elif len(names) <= len(command.positions):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 PRIMARY = "config"
+FOREIGN = "--from-trl"
 HELP = "help"  # help=GROUP and help=KEY show keys instead of starting anything
 _MAPPINGS = ("data.columns", "data.template_options", "slurm.env")  # nodes whose keys are the user's
 # what an option has to give: without it another one's default would be taken
@@ -54,6 +56,7 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """
     from hydra._internal.utils import get_args_parser
 
+    arguments = _with_foreign(arguments)
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -82,6 +85,27 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _refuse_repeats(flags.overrides)
     flags.parser = parser
     return flags
+
+
+def _with_foreign(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the settings of `--from-trl FILE`, printed with what is left of the file."""
+    words = list(arguments)
+    places = [place for place, word in enumerate(words) if word.partition("=")[0] == FOREIGN]
+    if not places:
+        return words
+    from rcpo.config.foreign import as_overrides, convert, read_foreign
+
+    _, sign, file = words.pop(places[0]).partition("=")
+    if not sign:
+        if places[0] == len(words):
+            raise ConfigError(f"{FOREIGN} needs a YAML file")
+        file = words.pop(places[0])
+    made = convert(read_foreign(Path(file)))
+    settings = as_overrides(made, words)
+    print(f"rcpo: {file} is here: {' '.join(settings)}", file=sys.stderr)
+    for key, reason in made.left.items():
+        print(f"rcpo: {file}: {key} is not converted{f' ({reason})' if reason else ''}", file=sys.stderr)
+    return [*settings, *words]
 
 
 def _plain_switch(override: str) -> str:

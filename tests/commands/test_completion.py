@@ -128,7 +128,7 @@ def test_the_flags_are_those_of_the_parser() -> None:
     flags = {
         flag for action in get_args_parser()._actions for flag in action.option_strings if flag[:2] == "--"
     }
-    assert set(HYDRA_FLAGS) == flags - refused
+    assert set(HYDRA_FLAGS) == (flags - refused) | {"--from-trl"}
 
 
 def test_names_of_files_are_those_of_a_run() -> None:

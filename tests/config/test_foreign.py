@@ -1,0 +1,247 @@
+"""Configurations of TRL, LLaMA-Factory, and alignment-handbook become overrides, and the rest is listed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcpo.config.composition import compose, split_arguments
+from rcpo.config.foreign import (
+    LOSSES,
+    OPTIMIZERS,
+    SAME,
+    SCHEDULES,
+    SPECIAL,
+    as_overrides,
+    convert,
+    in_grammar,
+)
+from rcpo.config.parsing import parse
+from rcpo.config.paths import conf_dir
+from rcpo.config.schema import RunConfig
+from rcpo.errors import ConfigError
+
+HANDBOOK = """
+model_name_or_path: org/sft-model
+torch_dtype: float16
+use_peft: true
+load_in_4bit: true
+lora_r: 16
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_modules: [q_proj, v_proj]
+dataset_mixer:
+  org/pairs: 1.0
+dataset_splits: [train_prefs, test_prefs]
+bf16: true
+beta: 0.01
+do_eval: true
+gradient_accumulation_steps: 4
+learning_rate: 5.0e-6
+lr_scheduler_type: cosine
+max_length: 1024
+max_prompt_length: 512
+num_train_epochs: 1
+optim: paged_adamw_32bit
+output_dir: data/out
+per_device_train_batch_size: 4
+push_to_hub: true
+seed: 42
+warmup_ratio: 0.1
+"""
+FACTORY = """
+model_name_or_path: org/chat
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+pref_beta: 2.5
+pref_loss: simpo
+simpo_gamma: 1.2
+dataset: dpo_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+"""
+
+
+def converted(text: str, tmp_path: Path, *more: str) -> RunConfig:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    flags = split_arguments(["--from-trl", str(file), *more])
+    return parse(compose(flags.overrides))
+
+
+def test_a_recipe_of_the_handbook_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = converted(HANDBOOK, tmp_path, "seed=7")
+    assert (config.model.path, config.data.path) == ("org/sft-model", "org/pairs")
+    assert (config.data.split, config.data.eval_split) == ("train_prefs", "test_prefs")
+    assert (config.objective.name, config.objective.hyperparameters["beta"]) == ("dpo", 0.01)
+    assert (config.adapter.quantization, config.adapter.r, config.adapter.alpha) == ("nf4", 16, 32)
+    assert config.adapter.target_modules == ["q_proj", "v_proj"]
+    assert (config.optim.lr, config.optim.schedule, config.optim.warmup_ratio) == (5e-6, "cosine", 0.1)
+    assert (config.train.batch_size, config.train.micro_batch_size, config.train.dtype) == (16, 4, "bf16")
+    assert (config.data.max_length, config.data.max_prompt_length) == (1024, 512)
+    assert config.seed == 7  # the command line takes precedence
+    left = capsys.readouterr().err
+    for line in (
+        "lora_dropout is not converted (adapters have no dropout)",
+        "optim is not converted (paged_adamw_32bit has no counterpart)",
+        "push_to_hub is not converted (afterwards: rcpo push run=DIR repo=OWNER/NAME)",
+        "torch_dtype is not converted",
+        "train.batch_size=16 is for one process",
+    ):
+        assert line in left
+    assert "do_eval" not in left and "seed=42" not in left
+
+
+def test_a_configuration_of_llama_factory_is_converted(tmp_path: Path) -> None:
+    config = converted(FACTORY, tmp_path, "data=pairs", "data.path=org/pairs")
+    assert config.objective.name == "simpo"
+    assert config.objective.hyperparameters == {"beta": 2.5, "gamma": 1.2}
+    assert (config.adapter.name, config.adapter.target_modules) == ("lora", ["all-linear"])
+    assert (config.optim.lr, config.train.epochs, config.data.max_examples) == (5e-6, 3, 1000)
+
+
+@pytest.mark.parametrize(
+    ("tree", "settings"),
+    [
+        ({"loss_type": "ipo", "beta": 0.2}, {"objective": "ipo", "objective.tau": 0.2}),
+        ({"loss_type": ["exo_pair"]}, {"objective": "exo"}),
+        ({"beta": 2.0, "gamma_beta_ratio": 0.5}, {"objective.beta": 2.0, "objective.gamma": 1.0}),
+        ({"max_steps": -1, "max_grad_norm": 0}, {"train.max_grad_norm": None}),
+        ({"warmup_steps": 0.1}, {"optim.warmup_ratio": 0.1}),
+        ({"warmup_steps": 100}, {"optim.warmup_steps": 100}),
+        ({"label_smoothing": 0.0}, {}),
+        ({"lora_r": 16}, {}),  # without use_peft all weights are trained
+        ({"adam_beta2": 0.95}, {"optim.betas": [0.9, 0.95]}),
+        ({"report_to": ["wandb", "tensorboard"]}, {"tracking": ["wandb", "tensorboard"]}),
+        ({"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, {"optim.min_lr_ratio": 0.1}),
+        (
+            {"sync_ref_model": True, "ref_model_sync_steps": 64, "ref_model_mixup_alpha": 0.5},
+            {"reference.sync_every": 64, "reference.mixup": 0.5, "reference.mode": "model"},
+        ),
+        (
+            {"dataset_mixer": {"a/b": 1.0, "c/d": 0.5}},
+            {
+                "data": "pairs",
+                "data.sources": [{"path": "a/b", "weight": 1.0}, {"path": "c/d", "weight": 0.5}],
+            },
+        ),
+    ],
+)
+def test_keys_that_need_more_than_another_name(tree: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert convert(tree).settings == settings
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        ({"loss_type": ["sigmoid", "sft"]}, "several losses are objective=mix"),
+        ({"loss_type": "aot"}, "by TRL's version"),
+        ({"loss_type": "unheard_of"}, "unheard_of has no counterpart"),
+        ({"num_train_epochs": 0.5}, "0.5 is not a whole number"),
+        ({"stage": "ppo"}, "rcpo trains on preferences"),
+        ({"padding_free": True}, ""),
+    ],
+)
+def test_what_has_no_counterpart_is_left_with_a_reason(tree: dict[str, Any], reason: str) -> None:
+    made = convert(tree)
+    assert made.settings == {} and list(made.left) == list(tree)
+    assert reason in made.left[next(iter(tree))]
+
+
+def test_names_that_are_converted_to_exist_here() -> None:
+    objectives = {file.stem for file in (conf_dir() / "objective").glob("*.yaml")}
+    assert set(LOSSES.values()) <= objectives
+    assert set(OPTIMIZERS.values()) <= {file.stem for file in (conf_dir() / "optim").glob("*.yaml")}
+    assert set(SCHEDULES.values()) <= {"constant", "linear", "cosine", "cosine_with_min_lr", "wsd"}
+    assert not set(SAME) & set(SPECIAL)
+
+
+def test_names_of_theirs_are_those_of_the_installed_trl() -> None:
+    import dataclasses
+
+    from trl import DPOConfig, ModelConfig, ScriptArguments
+
+    theirs = {
+        field.name for kind in (DPOConfig, ModelConfig, ScriptArguments) for field in dataclasses.fields(kind)
+    }
+    ours = {*SAME, *SPECIAL}
+    # of older versions, of TRL's other trainers, of LLaMA-Factory, and of the handbook
+    others = {
+        *("max_prompt_length", "rpo_alpha", "ref_model", "warmup_ratio", "save_total_limit"),
+        *("simpo_gamma", "desirable_weight", "undesirable_weight", "precompute_ref_log_probs"),
+        *("adapter_name_or_path", "lora_rank", "lora_target", "finetuning_type", "quantization_bit"),
+        *("cutoff_len", "max_samples", "streaming", "val_size", "flash_attn", "stage"),
+        *(
+            "pref_beta",
+            "pref_loss",
+            "pref_ftx",
+            "dpo_label_smoothing",
+            "kto_chosen_weight",
+            "kto_rejected_weight",
+        ),
+        *("dataset_mixer", "dataset_splits", "gamma_beta_ratio", "preprocessing_num_workers"),
+    }
+    assert ours - theirs <= others
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ([1, "a"], "[1,a]"),
+        ("it's", r"'it\'s'"),
+        ({"path": "a/b", "weight": 0.5}, "{path:'a/b',weight:0.5}"),
+        ("5e-6", "5e-6"),
+    ],
+)
+def test_values_survive_hydra_s_grammar(value: Any, text: str) -> None:
+    assert in_grammar(value) == text
+    if value is not None and not isinstance(value, bool):
+        given = compose([f"++data.template_options={{x:{text}}}"]).data.template_options.x
+        assert given == (5e-6 if value == "5e-6" else value)
+
+
+def test_a_key_that_the_user_gives_is_not_taken_from_the_file() -> None:
+    made = convert({"learning_rate": 1e-5, "beta": 0.3, "loss_type": "hinge"})
+    assert as_overrides(made, ["optim.lr=1e-6"]) == ["objective=hinge", "objective.beta=0.3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[1]", "is not a mapping"), ("a: [", "cannot be read as YAML"), (None, "cannot be read")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
+    file = tmp_path / "a.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=f"--from-trl {re.escape(str(file))} {reason}"):
+        split_arguments([f"--from-trl={file}"])
+    with pytest.raises(ConfigError, match="--from-trl needs a YAML file"):
+        split_arguments(["--from-trl"])
+
+
+def test_the_table_of_the_page_is_about_the_keys_that_are_converted() -> None:
+    page = (conf_dir().parent / "rcpo/integrations/README.md").read_text(encoding="utf-8")
+    rows = page.partition("## Coming from TRL")[2].splitlines()
+    theirs = {
+        name
+        for row in rows
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.rsplit("|", 2)[0])
+    }
+    assert len(theirs) > 60 and theirs - {*SAME, *SPECIAL} == {"dataset"}
