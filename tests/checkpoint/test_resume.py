@@ -175,6 +175,8 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path) -> None:
     assert f"continues after step {stopped}" in ended(runs.start(f"resume={tmp_path / 'parts'}"), 0)
     assert runs.rows("parts") == runs.rows("whole")
     for file in (tmp_path / "whole" / "final").iterdir():
+        if file.name in ("README.md", "training.png"):  # the model card has the commands
+            continue
         assert file.read_bytes() == (tmp_path / "parts" / "final" / file.name).read_bytes(), file
 
 
