@@ -48,6 +48,7 @@ from rcpo.system.text import first_line
 from rcpo.training.dynamics import PREVIOUS, StepDynamics
 from rcpo.training.export import save_best, save_model
 from rcpo.training.metrics import VOTES, StepSums, pair_values
+from rcpo.training.outlook import Outlook, opening
 from rcpo.training.session import Session
 from rcpo.training.watch import DivergenceWatch, NonFiniteWatch, tokens_per_winner
 
@@ -86,6 +87,7 @@ class Trainer:
         self.best = BestStep(session.config.checkpoint)
         self.inputs = shared_inputs(session.config)
         self.step = 0
+        self.outlook = Outlook()
         self.votes = dict.fromkeys(VOTES, 0)  # ranks that gave each in the last step: the same on all of them
         self._stop = stop
 
@@ -190,6 +192,8 @@ class Trainer:
         self.checkpoints.clock.start()
         while not self.finished and not self.stopping:
             row = self.train_step()
+            if (ahead := self.outlook.after(row, self.session.total_steps - self.step)) is not None:
+                tracker.message(ahead)
             for line in self.divergence.look(row):
                 tracker.warning(line)
             if self.finished:
@@ -420,6 +424,9 @@ def _train(
         if (layout := other_layout(checkpoint, session.config)) is not None:
             tracker.message(layout)
         tracker.message(f"continues after step {trainer.step}, from {checkpoint.folder}")
+    batches, train = session.batches, session.datasets.train
+    size, steps = session.config.train.batch_size, session.total_steps
+    tracker.message(opening(train.lengths, size, steps, batches.steps_per_epoch))
     trainer.run(tracker, evaluate, observe)
     if not trainer.finished:
         raise Stopped(f"stopped after step {trainer.step}; resume={session.run_dir} continues")
