@@ -1,0 +1,146 @@
+"""Models with random weights in real shapes, made-up pairs, and a trainer over both."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from rcpo.config.schema import RunConfig
+from rcpo.data.batches import GlobalBatches, split
+from rcpo.data.collate import collate
+from rcpo.data.records import Example
+from rcpo.engine.zero import Engine
+from rcpo.method.types import TokenBatch
+from rcpo.models.attention import choose_layout
+from rcpo.models.loading import DTYPES
+from rcpo.models.policy import Policy
+from rcpo.system import distributed
+from rcpo.training.forward import PairForward
+from rcpo.training.objective import build_objective
+from rcpo.training.trainer import Trainer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5B": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+             "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+             "tie_word_embeddings": True},
+    "1.5B": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+             "tie_word_embeddings": True},
+    "8B": {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+           "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "max_position_embeddings": 8192},
+    "small": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 256, "intermediate_size": 688,
+              "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "tiny": {"model_type": "llama", "vocab_size": 600, "hidden_size": 32, "intermediate_size": 64,
+             "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 2},
+}  # fmt: skip
+"""Qwen 2.5 0.5B and 1.5B and Llama 3 8B, from their config.json; two small ones for numbers."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: a model of `SHAPES` on pairs of so many tokens; with `lora` by adapters of rank 16."""
+
+    name: str
+    pairs: int
+    prompt: int
+    response: int
+    lora: bool = False
+    checkpointing: bool = True
+    dtype: str = "bf16"
+    stage: int = 0
+    micro: int | None = None
+    layout: str = "auto"
+    attention: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step: a prompt once in shared rows, as rcpo counts them."""
+        return self.pairs * (self.prompt + 2 * self.response)
+
+
+def architecture(name: str) -> PreTrainedConfig:
+    numbers = dict(SHAPES[name])
+    return AutoConfig.for_model(numbers.pop("model_type"), **numbers, pad_token_id=0)
+
+
+def run_config(shape: Shape, folder: Path) -> RunConfig:
+    """The configuration of a DPO run of this shape."""
+    config = RunConfig()
+    config.train.dtype, config.train.gradient_checkpointing = shape.dtype, shape.checkpointing
+    config.train.batch_size, config.train.micro_batch_size = shape.pairs, shape.micro or shape.pairs
+    config.train.max_steps, config.eval.batch_size = 1000, shape.pairs
+    config.engine.stage, config.data.layout = shape.stage, shape.layout
+    config.model.attention = shape.attention
+    config.optim.lr, config.wandb.mode = 1e-5, "disabled"
+    if shape.lora:
+        config.adapter.name = "lora"
+    return config
+
+
+def make_policy(shape: Shape, config: RunConfig, device: torch.device) -> Policy:
+    """Random weights, the same for a seed, made on the device."""
+    settings = copy.deepcopy(architecture(shape.name))
+    if shape.attention is not None:
+        settings._attn_implementation = shape.attention
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[shape.dtype])
+    if shape.lora:
+        from rcpo.models.adapters import add_adapter
+
+        add_adapter(model, config.adapter, config.seed)
+    if shape.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return Policy(model)
+
+
+def make_pairs(shape: Shape, count: int) -> list[Example]:
+    """Pairs of random tokens, with lengths from half to one and a half of the given ones."""
+    draw = np.random.default_rng(0)
+    vocabulary = SHAPES[shape.name]["vocab_size"]
+
+    def tokens(mean: int) -> list[int]:
+        length = int(draw.integers(mean // 2, mean + mean // 2 + 1))
+        return draw.integers(1, vocabulary, max(2, length)).tolist()
+
+    return [
+        Example(f"made-up:{n}", tokens(shape.prompt), tokens(shape.response), tokens(shape.response))
+        for n in range(count)
+    ]
+
+
+def make_trainer(shape: Shape, folder: Path, device: torch.device) -> Trainer:
+    """A trainer on made-up pairs whose reference is the model's own first answer to each batch."""
+    config = run_config(shape, folder)
+    objective = build_objective(config)
+    engine = Engine(make_policy(shape, config, device), config, config.train.max_steps)
+    examples = make_pairs(shape, 4 * shape.pairs)
+    lengths = np.array([[len(e.prompt), len(e.chosen), len(e.rejected)] for e in examples])
+    layout = choose_layout(config.data.layout, [engine.policy.model.config])
+
+    def collated(_: Any, positions: list[int]) -> TokenBatch:
+        batch = collate([examples[p] for p in positions], 0, layout=layout, indices=positions)
+        return batch.to(engine.device)
+
+    def reference(batch: TokenBatch) -> torch.Tensor:
+        return torch.zeros(len(batch.labels), device=engine.device)
+
+    batches = GlobalBatches(len(examples), shape.pairs, 0)
+    session: Any = SimpleNamespace(
+        config=config, run_dir=folder, objective=objective, engine=engine, batches=batches, layout=layout,
+        total_steps=config.train.max_steps, fresh_signals=True, control_pairs=lambda: None, contents={},
+        datasets=SimpleNamespace(train=SimpleNamespace(lengths=lengths, weights=np.ones(len(examples)))),
+        scorer=PairForward(engine, objective, reference), held_reference=None, collate=collated,
+        rank_microbatches=lambda step: split(
+            batches.indices(step), distributed.rank(), 1, config.train.microbatch(1)
+        ),
+    )  # fmt: skip
+    return Trainer(session)
