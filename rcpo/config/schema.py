@@ -41,6 +41,7 @@ class TrainConfig:
     )
     dtype: str = key("fp32", "precision of weights and activations", choices=("fp32", "bf16", "fp16"))
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    compile: bool = key(False, "compile each decoder layer: faster steps after a slow first one")
     max_grad_norm: float | None = key(1.0, "clip the gradient's norm; null: do not", above=0)
     on_nonfinite: str = key(
         "stop", "what to do when a loss or gradient is not finite", choices=("stop", "skip")
@@ -234,7 +235,7 @@ class ModelConfig:
     attention: str | None = key(
         None,
         "attention implementation; null: the choice of transformers",
-        choices=("eager", "sdpa", "flash_attention_2"),
+        choices=("eager", "sdpa", "flash_attention_2", "flex_attention"),
     )
     trust_remote_code: bool = key(False, "run the Python code of the model's repository")
     allow_pickle: bool = key(False, "read *.bin weights, which can run any program")

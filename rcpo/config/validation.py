@@ -89,6 +89,11 @@ def _check_calibration(config: RunConfig) -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     engine, objective = config.engine, config.objective
+    if config.train.compile and engine.stage == 3:
+        raise ConfigError(
+            "train.compile=true compiles layers that hold their weights, which engine.stage=3 takes away "
+            "between uses; choose engine=zero2, or train.compile=false"
+        )
     if config.rc.geometry == "parameters" and engine.stage != 0:
         raise ConfigError(
             f"rc.geometry=parameters needs whole gradients, which engine.stage={engine.stage} does not keep; "

@@ -91,6 +91,14 @@ def _check_installed(config: RunConfig) -> None:
         wanted.append(("adapter.quantization", "bitsandbytes", "rcpo[qlora]"))
     if config.model.attention == "flash_attention_2":
         wanted.append(("model.attention=flash_attention_2", "flash_attn", "flash-attn"))
+    if config.model.attention == "flex_attention":
+        import torch  # takes seconds, which only this kind of attention costs
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "model.attention=flex_attention is compiled for GPUs, and torch sees none here; use "
+                "model.attention=sdpa, or null"
+            )
     for key, module, package in wanted:
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{key} needs {module}, which is not installed: pip install '{package}'")

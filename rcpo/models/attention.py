@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import masking_utils
 
 from rcpo.errors import ConfigError
@@ -39,7 +40,8 @@ SHARED_ROWS = {
     "gemma3_text": BY_LAYER_TYPE,
 }
 LOOK = "find_packed_sequence_indices"  # in transformers' masking_utils
-KERNELS = (None, "eager", "sdpa")  # None: not chosen yet; transformers then takes one of the two
+FLEX = "flex_attention"
+KERNELS = (None, "eager", "sdpa", FLEX)  # None: not chosen yet; transformers then takes one of the first two
 
 
 def reason_for_separate(config: Any) -> str | None:
@@ -48,7 +50,7 @@ def reason_for_separate(config: Any) -> str | None:
     if kind not in SHARED_ROWS:
         return f"model type {kind} is not among those that were checked ({', '.join(sorted(SHARED_ROWS))})"
     if config._attn_implementation not in KERNELS:
-        return f"attention {config._attn_implementation} takes no mask of its own (eager and sdpa do)"
+        return f"attention {config._attn_implementation} takes no mask of its own (eager, sdpa, {FLEX} do)"
     if kind == "gemma3_text" and config.use_bidirectional_attention:
         return "its attention is bidirectional"
     return None
@@ -102,16 +104,38 @@ def visible(segments: Tensor, position_ids: Tensor, window: int | None = None) -
     return sees[:, None]
 
 
+def visible_blocks(segments: Tensor, position_ids: Tensor, window: int | None = None) -> BlockMask:
+    """What `visible` gives, as the blocks that FlexAttention computes: those that hold no visible place are
+    left out, and no mask of L² elements a row stays in memory.
+    """
+    rows, length = segments.shape
+    pairs = torch.div(segments, SEGMENTS_PER_PAIR, rounding_mode="floor")
+    prompt = (segments >= 0) & (segments % SEGMENTS_PER_PAIR == 0)
+
+    def sees(row: Tensor, _: Tensor, query: Tensor, place: Tensor) -> Tensor:
+        own = segments[row, query] == segments[row, place]
+        asked = (pairs[row, query] == pairs[row, place]) & prompt[row, place]
+        there = (own | asked) & (query >= place)
+        if window is None:
+            return there
+        return there & (position_ids[row, query] - position_ids[row, place] < window)
+
+    on_gpu = segments.device.type == "cuda"
+    return create_block_mask(sees, rows, None, length, length, device=str(segments.device), _compile=on_gpu)
+
+
 def attention_masks(
     config: Any, segments: Tensor, position_ids: Tensor, dtype: torch.dtype
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
     """The mask of shared rows in the form the model takes: (R, 1, L, L), or one by layer type.
 
-    Boolean for SDPA. Eager attention adds its mask to scores of `dtype`, where a boolean would be silently
-    wrong by nats: it gets 0 and the lowest number.
+    Boolean for SDPA, blocks for FlexAttention. Eager attention adds its mask to scores of `dtype`, where a
+    boolean would be silently wrong by nats: it gets 0 and the lowest number.
     """
 
-    def mask(window: int | None) -> Tensor:
+    def mask(window: int | None) -> Tensor | BlockMask:
+        if config._attn_implementation == FLEX:
+            return visible_blocks(segments, position_ids, window)
         sees = visible(segments, position_ids, window)
         if config._attn_implementation == "sdpa":
             return sees

@@ -138,6 +138,21 @@ class Policy(nn.Module):
         return logps, hidden, none if scores is None else scores, asked
 
 
+def decoder_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """A model's repeated layers by name: the longest list of modules; empty where it has none."""
+    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ModuleList)}
+    if not lists:
+        return {}
+    name = max(lists, key=lambda key: len(lists[key]))
+    return {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
+
+
+def compile_layers(policy: Policy, backend: str = "inductor") -> None:
+    """Compile each decoder layer: the first step waits for one, and layers that are alike share it."""
+    for layer in decoder_layers(policy).values():
+        layer.compile(backend=backend, dynamic=True)
+
+
 def _own_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits (N, V), labels (N,) → (N,) in fp32 or better."""
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rcpo.models.policy import Policy
-from rcpo.planner.trace import Rows, decoder_layers, fake_weights, inputs
+from rcpo.models.policy import Policy, decoder_layers
+from rcpo.planner.trace import Rows, fake_weights, inputs
 
 # DeepSpeed's own limits, in elements: fetched ahead, whole at a time, until a weight is used again
 PREFETCH, MAX_LIVE, MAX_REUSE = 50_000_000, 1_000_000_000, 1_000_000_000

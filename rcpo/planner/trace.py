@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from rcpo.method.geometry import Passes, Sketch
-from rcpo.models.policy import Policy
+from rcpo.models.policy import Policy, decoder_layers
 
 LAYERS = 4  # of them the second and third are of the middle, and differ by what one layer keeps
 
@@ -239,15 +239,6 @@ def _few_objects() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def decoder_layers(policy: nn.Module) -> dict[str, nn.Module]:
-    """The model's repeated layers by name: the longest list of modules; empty where it has none."""
-    lists = {name: module for name, module in policy.named_modules() if isinstance(module, nn.ModuleList)}
-    if not lists:
-        return {}
-    name = max(lists, key=lambda key: len(lists[key]))
-    return {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
 
 
 def _hooks(policy: Policy, layers: dict[str, nn.Module], recorder: _Recorder) -> Iterator[Any]:

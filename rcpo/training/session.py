@@ -32,6 +32,7 @@ from rcpo.method.types import TokenBatch
 from rcpo.models.attention import choose_layout
 from rcpo.models.contents import source_hash
 from rcpo.models.loading import load_config, load_tokenizer, refuse_quantized
+from rcpo.models.policy import compile_layers
 from rcpo.reference.cache import Cache, Say
 from rcpo.reference.prepare import ReferencePass, ScoredData, Stop, check_start
 from rcpo.runs.folder import CONFIG_FILE, METRICS_FILE, stored_state
@@ -124,6 +125,8 @@ class Session:
         policy = load_policy(config, self.start, final)
         if config.train.gradient_checkpointing:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        if training and config.train.compile:
+            compile_layers(policy)
         if self.tracking is Tracking.SOME:  # too few to hold a second model for
             config = replace(config, reference=replace(config.reference, mode="precompute"))
         wanted = self.tracking is not Tracking.NOTHING

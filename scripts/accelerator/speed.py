@@ -48,7 +48,7 @@ def wait(device: torch.device) -> None:
 
 
 def steps(shape: Shape, folder: Path, device: torch.device, peak: float | None, tiny: bool) -> dict[str, Any]:
-    """A step with rc=off, on and loop in turn on the same batches; phases and operations of one with rc=on."""
+    """A step with rc=off, on and loop in turn on the same batches; phases and operations with rc=on."""
     trainer = make_trainer(shape, folder, device)
     variants = {name: dynamics(trainer, *settings) for name, settings in VARIANTS.items()}
     rounds, warm = (2, 1) if tiny else (6, 2)
@@ -195,7 +195,7 @@ def memory(shape: Shape, folder: Path, device: torch.device) -> dict[str, Any]:
 
 
 def trl(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Seconds of a step of TRL's DPOTrainer: same model and lengths, the reference's log-probs made before."""
+    """Seconds of a step of TRL's DPOTrainer: same model and lengths, reference log-probs made before."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer

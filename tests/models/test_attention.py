@@ -22,13 +22,14 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.integrations import flex_attention
 
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
 from rcpo.errors import ConfigError
 from rcpo.method.types import SIDES
 from rcpo.models.attention import SHARED_ROWS, attention_masks, choose_layout, reason_for_separate, visible
-from rcpo.models.policy import Policy, policy_inputs
+from rcpo.models.policy import Policy, compile_layers, policy_inputs
 
 SIZE: dict[str, Any] = {
     "vocab_size": 50,
@@ -242,3 +243,51 @@ def test_kernels_without_masks_and_bidirectional_models_stay_separate() -> None:
 
 def test_every_architecture_on_the_list_is_tested_here() -> None:
     assert {config.model_type for config in CONFIGS.values()} == set(SHARED_ROWS)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gemma3, window"])
+def test_flex_attention_sees_what_sdpa_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # without a compiler; on a CPU PyTorch has no backward pass of it
+    plain = flex_attention.flex_attention
+    monkeypatch.setattr(flex_attention, "WrappedFlexAttention", lambda _: lambda: plain)
+    examples, mismatched = pairs()
+    batch = collate(examples, 0, sides=SIDES[:3], layout="shared", mismatched=mismatched)
+    found = {}
+    for kernel in ("sdpa", "flex_attention"):
+        with torch.no_grad():
+            found[kernel] = Policy(build(name, kernel))(**policy_inputs(batch))[0]
+    torch.testing.assert_close(found["flex_attention"], found["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_one_sequence_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append((kwargs.get("attn_mask"), kwargs.get("is_causal")))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    examples, _ = pairs()
+    with torch.no_grad():
+        Policy(build("llama", "sdpa"))(**policy_inputs(collate(examples, 0, layout="separate")))
+    assert seen == [(None, True)] * SIZE["num_hidden_layers"]  # what SDPA's fast kernels take
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_compute_the_same(checkpointing: bool) -> None:
+    examples, _ = pairs()
+    batch = collate(examples, 0, layout="shared")
+    found = []
+    for compiled in (False, True):
+        model = build("llama", "sdpa").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        policy = Policy(model)
+        if compiled:
+            compile_layers(policy, backend="eager")  # traced as for any compiler, which takes its time
+        logps = policy(**policy_inputs(batch))[0]
+        weights = [p for p in model.parameters() if p.requires_grad]
+        found.append((logps.detach(), torch.autograd.grad(logps.sum(), weights)))
+        assert all(layer._compiled_call_impl is not None for layer in model.model.layers) == compiled
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
