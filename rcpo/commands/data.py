@@ -31,12 +31,10 @@ from rcpo.method.types import PAIR
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_config, load_model, load_tokenizer, model_folder
-from rcpo.models.policy import Policy
 from rcpo.system import distributed
 from rcpo.system.text import visible
 from rcpo.training.limits import refuse_rows_beyond
 from rcpo.training.objective import build_objective, refuse_numbers, scored_sides
-from rcpo.training.start_band import band_lines
 
 SHOW = "show"  # the word that adds a diagnosis, with or without a number of examples
 SHOWN = 3  # examples, without `show=`
@@ -137,6 +135,9 @@ def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: 
     if not _is_here(config):
         where = f"model.path={config.model.path} is not a folder on this machine"
         return [*lines, f"CHES and the band need the model: {where}"]
+    from rcpo.models.policy import Policy  # these take seconds to import
+    from rcpo.training.start_band import band_lines
+
     start = _start(config)
     settings, sides = load_config(start.base, config.model), scored_sides(objective, dataset)
     refuse_rows_beyond("the policy", settings, dataset, sides)

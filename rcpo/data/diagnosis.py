@@ -11,6 +11,7 @@ Axes: n pairs, N response tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from rcpo.data.collate import collate_indices
 from rcpo.data.store import PairDataset
-from rcpo.models.policy import Policy, policy_inputs
+
+if TYPE_CHECKING:
+    from rcpo.models.policy import Policy
 
 ALIKE = 0.1  # of a pair's longer response: two that differ in fewer tokens are called nearly the same
 SAMPLED = 512  # pairs that are looked at one by one, evenly through the dataset
@@ -88,6 +91,8 @@ def ches(hidden: Tensor, sequences: Tensor, lengths: Tensor) -> Tensor:
 def ches_of(policy: Policy, dataset: PairDataset, places: np.ndarray, pad_id: int) -> np.ndarray:
     """CHES of the pairs at some positions, in their order."""
     found = []
+    from rcpo.models.policy import policy_inputs  # takes seconds to import, and only models need it
+
     policy.eval()
     for start in range(0, len(places), BATCH):
         batch = collate_indices(dataset, places[start : start + BATCH].tolist(), pad_id)

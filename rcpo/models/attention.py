@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import masking_utils
 
 from rcpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 SEGMENTS_PER_PAIR = 5
 """Segment codes are 5 · pair + part: part 0 is the prompt, 1 to 4 its responses. Padding is −1."""
@@ -63,6 +64,10 @@ def one_sequence_a_row() -> Iterator[None]:
     Without a mask transformers looks whether positions restart in a row, which waits for the device in every
     forward pass. A version that looks in another way is right, and slower.
     """
+    from transformers import (
+        masking_utils,  # with the compiler that it imports: the models do, the data do not
+    )
+
     looks = vars(masking_utils).get(LOOK)
     if looks is None:
         yield
@@ -119,6 +124,8 @@ def visible_blocks(segments: Tensor, position_ids: Tensor, window: int | None = 
         if window is None:
             return there
         return there & (position_ids[row, query] - position_ids[row, place] < window)
+
+    from torch.nn.attention.flex_attention import create_block_mask  # imports torch's compiler
 
     on_gpu = segments.device.type == "cuda"
     return create_block_mask(sees, rows, None, length, length, device=str(segments.device), _compile=on_gpu)

@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
@@ -28,6 +25,9 @@ from rcpo.errors import ConfigError
 from rcpo.models import hub
 from rcpo.system import distributed
 from rcpo.system.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 disable_progress_bar()  # the weights load in a second, on every rank
 # imported by peft, it says on every CPU that a kernel of another package is not there
@@ -94,6 +94,8 @@ def load_model(
     is not known.
     """
     settings = config.model
+    from transformers import AutoModelForCausalLM  # takes seconds to import, and reading data needs no model
+
     architecture = load_config(folder, settings)
     _turn_off_dropout(architecture)
     dtype = DTYPES[config.train.dtype]
@@ -141,6 +143,8 @@ def refuse_other_weights(folder: Path, config: RunConfig) -> None:
 def _read(
     folder: Path, architecture: PreTrainedConfig, config: RunConfig, settings: dict[str, Any]
 ) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     with _quiet():  # its report of missing weights is a table; ours is the error below
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -191,6 +195,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _in_four_bits(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
