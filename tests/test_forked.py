@@ -1,0 +1,73 @@
+"""Forked programs are what programs of their own would be: children with pipes, signals, and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+import psutil
+import pytest
+
+
+def run(code: str, *words: str, **named: object) -> subprocess.CompletedProcess[str]:
+    return forked.run([sys.executable, "-c", code, *words], **named)  # type: ignore[arg-type]
+
+
+def test_a_program_gets_words_folder_environment_and_gives_output_and_code(tmp_path: Path) -> None:
+    code = "import os, sys; print(sys.argv, os.getcwd(), dict(os.environ)); sys.exit('the end')"
+    done = run(code, "a b", cwd=tmp_path, env={"KEY": "value"})
+    assert done.stdout == f"['-c', 'a b'] {tmp_path} {{'KEY': 'value'}}\n"
+    assert (done.stderr, done.returncode) == ("the end\n", 1)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("pass", 0), ("sys.exit(75)", 75), ("os.kill(os.getpid(), 9)", -9)]
+)
+def test_exit_codes_are_those_of_a_process(end: str, code: int) -> None:
+    assert run(f"import os, sys\n{end}").returncode == code
+
+
+def test_an_exception_is_shown_and_ends_with_1_after_atexit() -> None:
+    done = run("import atexit; atexit.register(print, 'at exit'); 1 / 0")
+    assert (done.returncode, done.stdout) == (1, "at exit\n") and "ZeroDivisionError" in done.stderr
+
+
+def test_a_script_finds_its_neighbors_and_pythonpath(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    for name, text in (("script", "import near, far_off"), ("near", "print(1)"), ("far/far_off", "print(2)")):
+        (tmp_path / f"{name}.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "far")}
+    assert forked.run([sys.executable, tmp_path / "script.py"], env=environment).stdout == "1\n2\n"
+
+
+def test_it_is_a_child_with_its_own_session_and_takes_signals() -> None:
+    code = "import os, time; print(os.getppid(), os.getsid(0) == os.getpid(), flush=True); time.sleep(60)"
+    words = [sys.executable, "-c", code]
+    process = forked.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == f"{os.getpid()} True\n"
+    assert process.pid in {child.pid for child in psutil.Process().children()}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    process.stdout.close()
+
+
+def test_what_it_starts_is_forked_too_and_fresh() -> None:
+    inner = "import os, sys, torch; print(os.getppid(), torch.x if hasattr(torch, 'x') else 'fresh')"
+    code = f"""
+import os, subprocess, sys, time, torch
+torch.x = os.environ["X"] = "stale"
+start = time.process_time()
+done = subprocess.run([sys.executable, "-c", {inner!r}], capture_output=True, text=True)
+assert done.stdout.split() == [str(os.getpid()), "fresh"], done
+assert subprocess.run(["sh", "-c", "echo $X"], capture_output=True, text=True).stdout == "stale\\n"
+"""
+    assert run(code).returncode == 0
+
+
+def test_what_cannot_be_forked_is_refused() -> None:
+    with pytest.raises(AssertionError, match="cannot be forked"):
+        forked.run(["true"])
