@@ -1,11 +1,14 @@
-"""What every test runs under: one thread a process, no network, no tracking service, one profile."""
+"""What every test runs under: one thread per process, no network, no tracking service, one profile."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -24,7 +27,33 @@ for key, value in ENVIRONMENT.items():
 
 # A loaded machine is not a failure, and the same commit gives the same examples: no deadline, no randomness.
 settings.register_profile("rcpo", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("rcpo")
+# `scripts/test --thorough`: other examples each time
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile("thorough" if os.environ.get("RCPO_TESTS") == "thorough" else "rcpo")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Writes a test's processor and wall seconds, its processes' among them, to the file RCPO_TIMES."""
+    file = os.environ.get("RCPO_TIMES")
+    if file is None:
+        return (yield)
+    cpu, wall = processor_seconds(), time.monotonic()
+    result = yield
+    with Path(file).open("a", encoding="utf-8") as lines:
+        spent = processor_seconds() - cpu, time.monotonic() - wall
+        lines.write(f"{spent[0]:.2f}\t{spent[1]:.2f}\t{item.nodeid}\n")
+    return result
+
+
+def processor_seconds() -> float:
+    """Of this process and its descendants, as far as they were waited for or are still there."""
+    this, total = psutil.Process(), 0.0
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
