@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,7 +58,7 @@ SHORT = ["train.max_steps=3", "train.batch_size=8", "train.micro_batch_size=4", 
 
 def rcpo(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rcpo.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return forked.run(command, timeout=timeout)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -100,7 +101,6 @@ def test_the_default_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_two_processes_share_one_folder(tmp_path: Path, engine: str) -> None:
     folder = tmp_path / "run"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny import sums_file, tiny_llama
 
@@ -43,7 +44,7 @@ def run(folder: Path, data: str, *overrides: str) -> subprocess.CompletedProcess
         *(f"hydra.run.dir={folder / 'run'}", "wandb.mode=offline", *overrides),
     ]
     environment = {**os.environ, **SECRETS, "WANDB_MODE": "offline"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+    return forked.run(command, env=environment)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from ranks import on_ranks
 from tiny import held_out, sums_file, tiny_llama
@@ -92,14 +93,12 @@ def test_every_bit_is_the_same_after_interruptions(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.timeout(1200)
 def test_every_bit_is_the_same_on_two_ranks(tmp_path: Path) -> None:
     interrupted(tmp_path, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_other_ranks_and_stages_continue_the_same_run(tmp_path: Path) -> None:
     model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
     common = {"objective": "bco"}
@@ -130,18 +129,19 @@ class Runs:
             f"data.eval_path={held_out(folder / 'pairs.jsonl')}",
             *("model=local", "data=pairs", "wandb.mode=disabled", "reference.mode=model", "engine=zero2"),
             *("train.batch_size=8", "train.micro_batch_size=2", "rc=on"),
-            *("eval.max_examples=4", "eval.generate_examples=0", "eval.every=20", "log.every=3"),
-            *("launch.processes=2", "checkpoint.every=10"),
+            *("eval.max_examples=4", "eval.generate_examples=0", "eval.every=8", "log.every=3"),
+            *("launch.processes=2", "checkpoint.every=4"),
         ]
 
-    def start(self, *keys: str) -> subprocess.Popen[str]:
+    def start(self, *keys: str, program: type[subprocess.Popen[str]] = forked.Popen) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "rcpo.cli", "train", *keys]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def fresh(self, name: str, *keys: str, steps: int = 60) -> subprocess.Popen[str]:
-        return self.start(
-            *self.keys, *keys, f"train.max_steps={steps}", f"hydra.run.dir={self.folder / name}"
-        )
+    def fresh(
+        self, name: str, *keys: str, steps: int = 24, program: type[subprocess.Popen[str]] = forked.Popen
+    ) -> subprocess.Popen[str]:
+        keys = (*self.keys, *keys, f"train.max_steps={steps}", f"hydra.run.dir={self.folder / name}")
+        return self.start(*keys, program=program)
 
     def wait_for_row(self, name: str, number: int, program: subprocess.Popen[str]) -> None:
         path = self.folder / name / "metrics.jsonl"
@@ -160,7 +160,6 @@ def ended(program: subprocess.Popen[str], code: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     ended(runs.fresh("whole"), 0)
@@ -171,7 +170,7 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path) -> None:
     assert "stopped after step" in said
     (stopped,) = {int(line.split()[3].rstrip(";")) for line in said.splitlines() if "stopped after" in line}
     latest = tmp_path / "parts" / "checkpoints" / "latest"
-    assert latest.read_text() == f"step-{stopped}\n" and stopped < 60
+    assert latest.read_text() == f"step-{stopped}\n" and stopped < 24
     assert f"continues after step {stopped}" in ended(runs.start(f"resume={tmp_path / 'parts'}"), 0)
     assert runs.rows("parts") == runs.rows("whole")
     for file in (tmp_path / "whole" / "final").iterdir():
@@ -181,12 +180,12 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_lost_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     import psutil
 
     runs = Runs(tmp_path)
-    program = runs.fresh("lost", steps=100000)
+    # not forked: its ranks are known by their command lines
+    program = runs.fresh("lost", steps=100000, program=subprocess.Popen)
     runs.wait_for_row("lost", 5, program)
     second = runs.fresh("lost", "resume=auto", steps=100000)
     assert "is in use: process" in ended(second, 2)

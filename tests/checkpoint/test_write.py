@@ -93,7 +93,6 @@ def test_a_metric_that_is_not_measured_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_best_step_of_a_run_stays_and_is_written_at_its_end(tmp_path: Path) -> None:
     model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
     on_ranks(2, best.runs, model, pairs, tmp_path, 6)
@@ -201,7 +200,6 @@ def test_the_last_row_holds_the_last_evaluation(session: Session) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_rank_0_finishes_a_checkpoint_when_the_other_rank_has_failed(tmp_path: Path) -> None:
     model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
     on_ranks(2, rescue.one_rank_fails, model, pairs, tmp_path / "run")

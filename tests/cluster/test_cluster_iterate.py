@@ -9,7 +9,7 @@ import pytest
 from slurm import Cluster
 from user import User
 
-pytestmark = [pytest.mark.cluster, pytest.mark.serial, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SMALL = [
     *("rounds=2", "sample.prompts=64", "sample.n=4", "sample.batch_size=32", "train.batch_size=4"),

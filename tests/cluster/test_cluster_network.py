@@ -11,7 +11,7 @@ import pytest
 from network import ADDRESSES, NAMES, Network, Started
 from user import ONE_STEP, PATIENCE, STEPS, TWO_RANKS, User
 
-pytestmark = [pytest.mark.cluster, pytest.mark.serial, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 RCPO = [sys.executable, "-m", "rcpo.cli"]
 AGENT = [
     sys.executable,

@@ -12,7 +12,7 @@ import pytest
 from slurm import Cluster
 from user import ONE_STEP, ROOT, STEPS, TWO_RANKS, User
 
-pytestmark = [pytest.mark.cluster, pytest.mark.serial, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_run_that_is_warned_and_then_loses_a_node_ends_with_one_machine_s_bits(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -55,7 +56,7 @@ def rcpo(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedPr
     """Runs the command line in `folder` and checks its exit code."""
     command = [sys.executable, "-m", "rcpo.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[2])}
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    result = forked.run(command, cwd=folder, env=environment)
     assert result.returncode == code, result.stdout + result.stderr
     return result
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
@@ -127,7 +127,7 @@ def test_a_sample_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     arguments = list(mutations(100))[::20]
     for argument in arguments:
         command = [sys.executable, "-m", "rcpo.cli", "train", argument, f"hydra.run.dir={tmp_path / 'run'}"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        result = forked.run(command)
         assert result.returncode == 2, (argument, result.stderr)
         assert "Traceback" not in result.stderr + result.stdout
         assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -185,11 +186,10 @@ def test_a_few_rows_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def launch(*arguments: str, ranks: int = 2) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, WORKER, *arguments], check=True, env=environment, timeout=240)
+    forked.run([*command, WORKER, *arguments], check=True, env=environment)
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_ranks_share_one_copy_that_one_of_them_makes(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", pairs(MANY))
     bad = write(tmp_path / "bad.jsonl", [*pairs(3), {}])
@@ -226,7 +226,7 @@ def test_processes_that_start_together_tokenise_once(load: Loader) -> None:
     )
     command = [sys.executable, "-c", program, load.path, str(load.cache)]
     started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+        forked.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
     time.sleep(0.1)
     lines = [process.communicate("go\n")[0].strip() for process in started]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from tiny import sums_file, tiny_llama
@@ -205,7 +206,7 @@ def test_gradients_are_clipped_at_the_given_norm_or_not_at_all(tmp_path: Path, s
     worker = str(Path(__file__).parents[1] / "workers" / "clipping.py")
     model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 16)
     command = [sys.executable, worker, model, pairs, stage]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    result = forked.run(command, check=True)
     rows = json.loads(result.stdout.splitlines()[-1])
     norm = rows["null"]["grad_norm"]
     assert norm > 2.0

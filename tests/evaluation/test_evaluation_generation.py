@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -199,14 +200,13 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.serial
 def test_two_ranks_with_uneven_prompts_take_the_same_passes(model: Any, tmp_path: Path) -> None:
     """Every forward pass is a collective, as under ZeRO-3: a rank with less to do must not leave early."""
     stops = (by_hand(model, PROMPTS[0])[2],)
     arguments = [str(Path(__file__).parent), json.dumps(stops), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(forked.__file__).parent)}
     workers = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-c", WORKER, arguments[0], str(rank), *arguments[1:]],
             env=environment,
             stderr=subprocess.PIPE,

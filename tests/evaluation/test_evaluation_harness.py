@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import forked
 import pytest
 import torch
 import yaml
@@ -76,7 +76,7 @@ def command_line(task: str, shots: int, folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     # this process has a group of one, which the other is not to join
     alone = {key: value for key, value in os.environ.items() if key != "LOCAL_RANK"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=alone)
+    done = forked.run(command, imports=["lm_eval.__main__"], env=alone)
     assert done.returncode == 0, done.stderr
     (file,) = folder.rglob("out*.json")
     return json.loads(file.read_text())["results"]
@@ -131,7 +131,6 @@ def reversed_lines(tasks: tuple[str, str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_two_processes_share_the_documents(config: RunConfig, tmp_path: Path) -> None:
     one = flat_record(results(config))
     tasks = ",".join(config.eval.tasks)
@@ -139,7 +138,7 @@ def test_two_processes_share_the_documents(config: RunConfig, tmp_path: Path) ->
         sys.executable, "-m", "rcpo.cli", "evaluate", f"eval.tasks=[{tasks}]", "eval.preferences=false",
         "launch.processes=2", "reference.cache=off", f"hydra.run.dir={tmp_path / 'two'}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = forked.run(command, imports=["lm_eval.__main__"])
     assert done.returncode == 0, done.stderr
     two = json.loads(Path(tmp_path, "two_evaluation", "evaluation.json").read_text())
     assert two == pytest.approx(one, rel=1e-12) and len(two) == 6

@@ -59,7 +59,6 @@ def trained(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_every_checkpoint_on_one_process_and_on_two(trained: Path) -> None:
     """What the checkpoints' weights give is what the run itself measured with them in memory."""
     (step, folder), _ = checkpoint_folders(trained)
@@ -94,7 +93,6 @@ def test_every_checkpoint_on_one_process_and_on_two(trained: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_probes_of_two_ranks_under_zero3(trained: Path) -> None:
     """The last rows against the final weights, on one process; five examples over two ranks and fillers."""
     model = AutoModelForCausalLM.from_pretrained(trained / "final")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from judge_server import JudgeServer, longer
@@ -272,7 +273,7 @@ def test_prompts_in_alpaca_eval_s_formats(tmp_path: Path) -> None:
 
 def rcpo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rcpo.cli", "evaluate", "eval=judge", "judge.backoff=0.01", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return forked.run(command)
 
 
 @pytest.mark.slow
@@ -309,7 +310,7 @@ def test_killed_half_way_and_called_again(tmp_path: Path) -> None:
         ]  # fmt: skip
         verdicts = tmp_path / "out_evaluation" / "evaluation" / "judge.jsonl"
         command = [sys.executable, "-m", "rcpo.cli", "evaluate", "eval=judge", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 120
         while time.monotonic() < end and not (verdicts.exists() and len(lines(verdicts)) == 7):
             time.sleep(0.05)
@@ -376,7 +377,6 @@ def test_a_run_against_its_data_its_reference_and_another_run(
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_two_processes_share_the_answers(run: tuple[RunConfig, Path]) -> None:
     _, folder = run
     # longer than a sign of life to the rank that waits

@@ -12,7 +12,6 @@ from workers import recipe
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_the_same_alpha_everywhere(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     found = {}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -125,7 +125,7 @@ def test_the_same_run_as_rcpos(tmp_path: Path) -> None:
         *("train.micro_batch_size=8", "optim.lr=2e-4", "wandb.mode=disabled", f"hydra.run.dir={run}"),
         *("eval.max_examples=8", "eval.generate_examples=1"),
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    forked.run(command, check=True)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ours = [json.loads(line) for line in lines]
 
@@ -159,7 +159,7 @@ def test_the_loop_reads_what_rcpos_does(tmp_path: Path, precompute: bool) -> Non
         *("train.micro_batch_size=8", "optim.lr=2e-3", "wandb.mode=disabled", f"hydra.run.dir={run}"),
         *("eval.max_examples=8", "eval.generate_examples=1"),
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    forked.run(command, check=True)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ours = [json.loads(line) for line in lines]
     batches = GlobalBatches(len(rows), 8, seed=1)
@@ -478,7 +478,6 @@ def test_cpo_in_units_of_means(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
 def test_two_ranks_agree_with_one(tmp_path: Path, kind: str) -> None:
     sums_model(tmp_path)
@@ -487,8 +486,8 @@ def test_two_ranks_agree_with_one(tmp_path: Path, kind: str) -> None:
     output = tmp_path / "rows.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = [WORKER, str(tmp_path), kind, str(output)]
-    subprocess.run(
-        [*command, *worker], check=True, capture_output=True, timeout=250, env=with_path(HERE, HERE.parent)
+    forked.run(
+        [*command, *worker], imports=["trl.trainer.dpo_trainer"], check=True, env=with_path(HERE, HERE.parent)
     )
     rows = json.loads(output.read_text())
     names = ("rc/alpha", "dynamics/incentive_ratio", "dynamics/score_norm_chosen", "dynamics/score_cosine")

@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from rcpo.config.parsing import save_run_config
@@ -41,7 +42,7 @@ def ranks_that(run_dir: Path, body: str, processes: int = 2, before: str = "") -
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(ROOT)
     save_run_config(RunConfig(), run_dir / "config.yaml")
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,7 +51,6 @@ def ranks_that(run_dir: Path, body: str, processes: int = 2, before: str = "") -
     )
 
 
-@pytest.mark.serial
 def test_ranks_share_rank_0_s_folder_and_the_machine_s_cores(tmp_path: Path) -> None:
     body = """
         (run_dir / f"rank{rank}").write_text(os.environ["OMP_NUM_THREADS"] + os.environ["MASTER_ADDR"])
@@ -65,7 +65,6 @@ def test_ranks_share_rank_0_s_folder_and_the_machine_s_cores(tmp_path: Path) -> 
     assert out == f"task: {tmp_path}\n"
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize(
     ("body", "code", "parts"),
     [
@@ -93,7 +92,6 @@ def test_ranks_exit_codes_become_one(body: str, code: int, parts: list[str], tmp
         assert "Traceback" not in err
 
 
-@pytest.mark.serial
 def test_a_stop_signal_reaches_the_ranks_and_comes_back_as_75(tmp_path: Path) -> None:
     body = """
         stopped = []

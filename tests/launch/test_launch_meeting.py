@@ -194,7 +194,6 @@ def test_a_node_is_called_what_slurm_calls_it(monkeypatch: pytest.MonkeyPatch) -
     assert meeting.node_name() == "gpu07"
 
 
-@pytest.mark.serial
 def test_a_node_that_does_not_see_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     # the second rank has another working folder, and the name is relative: another node's file system

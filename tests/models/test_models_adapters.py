@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -535,7 +535,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_two_ranks_and_every_stage_give_the_same(tmp_path: Path) -> None:
     base = Path(tiny_llama(tmp_path / "base", hidden=64))
     (tmp_path / "tuned").mkdir()
@@ -544,7 +543,7 @@ def test_two_ranks_and_every_stage_give_the_same(tmp_path: Path) -> None:
     cases = [case for group in CASES.values() for case in group]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER]
     command += [str(base), pairs, str(tuned), str(tmp_path), json.dumps(cases)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    result = forked.run(command)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "result.json").read_text())
     for group in CASES.values():

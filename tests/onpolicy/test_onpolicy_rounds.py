@@ -210,7 +210,7 @@ def test_two_rounds_and_one_report(whole: Path) -> None:
 def killed(folder: Path, until: str, count: int = 1) -> None:
     """`kill -9` of an iteration once a file has so many lines."""
     command = [sys.executable, "-m", "rcpo.cli", "iterate", *SMALL, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path, end = folder / until, time.monotonic() + 240
     while not (path.exists() and path.read_bytes().count(b"\n") >= count):
         assert process.poll() is None and time.monotonic() < end, until
@@ -220,7 +220,6 @@ def killed(folder: Path, until: str, count: int = 1) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.timeout(900)
 def test_kill_9_in_each_phase_changes_nothing(whole: Path, tmp_path: Path) -> None:
     """While it evaluates, samples, trains; each time the same call goes on."""
@@ -241,7 +240,7 @@ def test_kill_9_in_each_phase_changes_nothing(whole: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_stop_signal_reaches_the_step_that_is_at_work(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rcpo.cli", "iterate", *SMALL, f"hydra.run.dir={tmp_path}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = forked.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     path, end = tmp_path / "round-1/train/metrics.jsonl", time.monotonic() + 240
     while not path.exists():
         assert process.poll() is None and time.monotonic() < end

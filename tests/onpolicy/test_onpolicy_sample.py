@@ -105,7 +105,6 @@ def make_on_rank(folder: Path, nodes: dict[str, Any]) -> None:
     assert work.make(settings(**nodes), folder) == 0
 
 
-@pytest.mark.serial
 def test_two_ranks_make_one_rank_s_pairs(unbroken: Path, tmp_path: Path) -> None:
     on_ranks(2, make_on_rank, tmp_path, {})
     assert results(tmp_path) == results(unbroken)
@@ -151,7 +150,6 @@ def test_killed_at_any_answer_and_called_again(
     assert len(lines) == 97 and all(json.loads(line) for line in lines[:-1])  # none lost, none twice
 
 
-@pytest.mark.serial
 def test_a_folder_of_two_ranks_is_finished_by_one(unbroken: Path, tmp_path: Path) -> None:
     on_ranks(2, make_on_rank, tmp_path, {})
     for path in (tmp_path / "answers").glob("rank-*.jsonl"):

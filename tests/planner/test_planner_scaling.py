@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pytest
 
 from rcpo.config.schema import RunConfig
@@ -20,12 +20,11 @@ WORKER = Path(__file__).parents[1] / "workers" / "thousand_ranks.py"
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_thousand_ranks_share_an_epoch_without_holes_or_repeats(tmp_path: Path) -> None:
     # a whole batch, two pairs a rank, and a short one, which fillers even out
     examples, output = 2 * RANKS + 700, tmp_path / "shares.json"
     command = [sys.executable, str(WORKER), str(RANKS), str(examples), str(output)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = forked.run(command)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(output.read_text())
     seen: Counter[int] = Counter()

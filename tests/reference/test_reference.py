@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -410,12 +410,11 @@ def test_rows_are_where_the_responses_are() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_two_ranks_share_one_entry(config: RunConfig, tmp_path: Path, model: str) -> None:
     other = another_model(tmp_path / "other", model)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [model, other, str(config.data.path), str(tmp_path), "0,3"]
-    result = subprocess.run([*launcher, WORKER, *arguments], capture_output=True, text=True, timeout=300)
+    result = forked.run([*launcher, WORKER, *arguments])
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads((tmp_path / "result.json").read_text())
     config.reference.path = other

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from tiny import tiny_llama
@@ -239,7 +240,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_processes_at_once_compute_once(tmp_path: Path) -> None:
     command = [sys.executable, WORKER, str(tmp_path), "1.0"]
     started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+        forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
     ]
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
     (tmp_path / "go").touch()
@@ -254,7 +255,7 @@ def test_processes_at_once_compute_once(tmp_path: Path) -> None:
 
 def test_a_killed_owner_blocks_nobody_and_leaves_nothing_taken_for_whole(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
-    process = subprocess.Popen([sys.executable, WORKER, str(tmp_path), "forever"], stdout=subprocess.DEVNULL)
+    process = forked.Popen([sys.executable, WORKER, str(tmp_path), "forever"], stdout=subprocess.DEVNULL)
     wait_for((tmp_path / "half").exists)
     folder = tmp_path / "cache" / "reference"
     assert [path.suffix for path in sorted(folder.iterdir())] == [".tmp", ".lock"]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ["--vocabulary", "300", "--hidden", "16", "--layers", "1", "--heads", "2", "--length", "48"]
 
 
-def bench(out: Path, only: str) -> dict[str, Any]:
+def bench(out: Path, only: str, imports: Sequence[str] = ()) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPTS / "benchmark/main.py"), "--steps", "2", "--warmup", "1", *TINY]
-    result = subprocess.run(
-        [*command, "--only", only, "--out", str(out)], capture_output=True, text=True, timeout=240
-    )
+    result = forked.run([*command, "--only", only, "--out", str(out)], imports=imports)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "###" in (out / "results.md").read_text()
     return json.loads((out / "results.json").read_text())
@@ -60,7 +59,7 @@ def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> N
 )
 def test_both_sides_compute_the_same_losses(tmp_path: Path) -> None:
     """DPO from the same weights on the same tokens: log 2 at first, then nearly so at a tiny rate."""
-    results = bench(tmp_path, "peers,trl")
+    results = bench(tmp_path, "peers,trl", imports=["trl"])
     ours, theirs = (results["peers"][name]["losses"] for name in ("rcpo rc=on", "TRL"))
     assert ours == pytest.approx(theirs, abs=2e-3)
     assert results["trl"]["DPOTrainer"]["ratio"] == 1 and results["trl"]["CalibratedDPOTrainer"]["ratio"] > 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SOAK = Path(__file__).resolve().parents[2] / "scripts" / "endurance/main.py"
@@ -16,7 +16,7 @@ SOAK = Path(__file__).resolve().parents[2] / "scripts" / "endurance/main.py"
 @pytest.mark.timeout(900)
 def test_no_fault_loses_anything() -> None:
     command = [sys.executable, str(SOAK), "--kills", "4", "--faults", "--steps", "12", "--seed", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = forked.run(command)
     assert result.returncode == 0, result.stdout + result.stderr
     table = {line[:48].strip(): line[48:] for line in result.stdout.splitlines()}
     assert table["moments killed"] == "4" and table["checkpoints lost"] == "0"

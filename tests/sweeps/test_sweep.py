@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from imitation import Runs
 from tiny import sums_file
@@ -299,14 +300,13 @@ def test_a_summary_needs_no_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_real_sweep_with_a_failing_run_called_twice(tmp_path: Path) -> None:
     keys = ["objective=sft", "model.init=random", "train.max_steps=2", "train.batch_size=4"]
     keys += ["train.micro_batch_size=4", "reference.track=false", "eval.max_examples=4"]
     keys += ["eval.generate_examples=0", "wandb.mode=disabled", "sweep.parallel=2", "hydra.sweep.dir=out"]
     command = [sys.executable, "-m", "rcpo.cli", "sweep", "optim.lr=1e-4,1e38", *keys]
     environment = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[2])}
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    first = forked.run(command, cwd=tmp_path, env=environment)
     assert first.returncode == 1, first.stderr
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [run["name"] for run in found["runs"]] == ["optim.lr-0.0001"]
@@ -315,7 +315,7 @@ def test_a_real_sweep_with_a_failing_run_called_twice(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "optim.lr-1e+38" / "console.log").is_file()
     complete = tmp_path / "out" / "optim.lr-0.0001" / "finished.json"
     before = complete.stat().st_mtime_ns
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    second = forked.run(command, cwd=tmp_path, env=environment)
     assert second.returncode == 1 and complete.stat().st_mtime_ns == before
     assert "optim.lr-0.0001: complete before" in second.stdout
 

@@ -19,7 +19,6 @@ from rcpo.training.watch import NonFiniteWatch
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_both_ranks_agree_under_every_stage(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from tiny import sums_file, tiny_llama
@@ -43,7 +43,7 @@ def run_splits(
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     arguments = [str(model), str(pairs), str(output), splits, stages, optimizers, objectives]
-    subprocess.run([*launcher, WORKER, *arguments], check=True, capture_output=True, timeout=600)
+    forked.run([*launcher, WORKER, *arguments], check=True)
     result: dict[str, Rows] = json.loads(output.read_text())
     return result
 
@@ -66,7 +66,6 @@ def worst_difference(rows: Rows, expected: Rows) -> tuple[float, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_every_split_and_stage_agrees(tmp_path: Path) -> None:
     stages, optimizers = "0,1,2,3", "sgd,adamw"
     alone = run_splits(tmp_path, 1, "1x16,4x4", stages, optimizers, "dpo")
@@ -83,7 +82,6 @@ def test_every_split_and_stage_agrees(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize("stage", ["0"])
 def test_other_objectives_agree_too(tmp_path: Path, stage: str) -> None:
     # importance weights, a running mean with nll, no reference, a token-weighted loss; other rules for alpha
