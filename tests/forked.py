@@ -30,7 +30,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ def _fork_from(server: Server) -> None:
     """Lets this process's `subprocess.Popen` fork what it can."""
     execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
+    @wraps(execute)
     def either(process: subprocess.Popen[Any], args: Any, *values: Any, **named: Any) -> None:
         (server.execute_child if _runs_python(args) else execute)(process, args, *values, **named)
 
@@ -249,10 +250,11 @@ _processes: list[subprocess.Popen[bytes]] = []  # kept, so that their pipes stay
 @cache
 def _server(imports: tuple[str, ...]) -> Server:
     near, far = socket.socketpair()
-    words = [sys.executable, str(Path(__file__)), str(far.fileno()), *IMPORTED, *imports]
     # pipes, as what its children's output goes to may have no positions
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    _processes.append(subprocess.Popen(words, pass_fds=[far.fileno()], **pipes))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    words = [sys.executable, str(Path(__file__)), *IMPORTED, *imports]
+    start = Popen if imports else subprocess.Popen  # one with more imports is forked from the one without
+    _processes.append(start(words, stdin=far, **pipes))
     far.close()
     return Server(near)
 
@@ -300,10 +302,10 @@ def rcpo(
 
 if __name__ == "__main__":
     del sys.path[0]  # the folder of this file
-    for name in sys.argv[2:]:
+    for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # tests of what is not installed are skipped
             importlib.import_module(name)
     gc.freeze()
-    from_parent = socket.socket(fileno=int(sys.argv[1]))
-    os.set_inheritable(from_parent.fileno(), False)
+    from_parent = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     serve(from_parent)

@@ -68,6 +68,19 @@ assert subprocess.run(["sh", "-c", "echo $X"], capture_output=True, text=True).s
     assert run(code).returncode == 0
 
 
+def test_more_imports_are_there_before_a_program_starts() -> None:
+    """The servers of such programs are forked from the first, and do what it does."""
+    module = "wsgiref.simple_server"
+    code = f"import os, sys; print(os.getppid(), {module!r} in sys.modules, sys.stdin.read())"
+    words = [sys.executable, "-c", code]
+    assert forked.run(words, stdin=subprocess.DEVNULL).stdout == f"{os.getpid()} False \n"
+    with_more = forked.run(words, imports=[module], stdin=subprocess.DEVNULL)
+    assert with_more.stdout == f"{os.getpid()} True \n"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    nested = forked.run([sys.executable, "-c", script], imports=[module], stdin=subprocess.DEVNULL)
+    assert nested.stdout.split()[1:] == ["True"]
+
+
 def test_what_cannot_be_forked_is_refused() -> None:
     with pytest.raises(AssertionError, match="cannot be forked"):
         forked.run(["true"])
