@@ -24,9 +24,9 @@ PACKAGES = {
 
 
 class Backend(Protocol):
-    """A run in a tracker. `replaces`: whether a step that is logged again takes the earlier one's place."""
+    """A run in a tracker. `seen` is the last step that it has, or -1 where it takes a step's place anew."""
 
-    replaces: bool
+    seen: int
 
     def log(self, row: Mapping[str, Scalar]) -> None: ...
 
@@ -59,7 +59,7 @@ def _open(name: str, run_dir: Path, config: RunConfig, resume_step: int | None) 
     if name == "wandb":
         from rcpo.runs.wandb_run import WandbRun
 
-        return WandbRun(run_dir, config)
+        return WandbRun(run_dir, config, resume_step)
     if name == "tensorboard":
         from rcpo.runs.tensorboard_run import TensorBoardRun
 
@@ -74,16 +74,16 @@ def _open(name: str, run_dir: Path, config: RunConfig, resume_step: int | None) 
 
 
 class Backends:
-    """All trackers of a run. `seen` is the last step that they got before a resumed run went back.
+    """All trackers of a run. Steps that a resumed run takes again do not reach one that has them.
 
     A tracker that cannot start is refused (ConfigError). One that fails later is reported by `say`, once, and
     left out: training goes on.
     """
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, resume_step: int | None, seen: int, say: Callable[[str], None]
+        self, run_dir: Path, config: RunConfig, resume_step: int | None, say: Callable[[str], None]
     ) -> None:
-        self._seen, self._say = seen, say
+        self._say = say
         self._open: dict[str, Backend] = {}
         for name in active(config):
             try:
@@ -99,22 +99,19 @@ class Backends:
 
     def log(self, row: Mapping[str, Scalar]) -> None:
         step = int(row["step"] or 0)
-        self._each(lambda backend: None if self._has(backend, step) else backend.log(row))
+        self._each(lambda backend: None if step <= backend.seen else backend.log(row))
 
     def alert(self, text: str) -> None:
         self._each(lambda backend: backend.alert(text))
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._each(lambda backend: None if self._has(backend, step) else backend.table(step, rows))
+        self._each(lambda backend: None if step <= backend.seen else backend.table(step, rows))
 
     def flush(self) -> None:
         self._each(lambda backend: backend.flush())
 
     def close(self, exit_code: int) -> None:
         self._each(lambda backend: backend.close(exit_code))
-
-    def _has(self, backend: Backend, step: int) -> bool:
-        return step <= self._seen and not backend.replaces
 
     def _each(self, call: Callable[[Backend], None]) -> None:
         for name, backend in list(self._open.items()):

@@ -31,6 +31,7 @@ LOG_FILE = "rcpo.log"
 CONSOLE_FILE = "console.log"  # the output of a run that shares its machine with others
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE, MLFLOW_ID_FILE, TRACKIO_ID_FILE = "wandb_id.txt", "mlflow_id.txt", "trackio_id.txt"
+WANDB_STEP_FILE = "wandb_step.txt"  # the last step that wandb had when the run ended in order
 TENSORBOARD = "tensorboard"  # the folder of its event files
 PROBES_FILE, SAMPLES_FILE = "probes.parquet", "samples.jsonl"
 FINISHED_FILE = "finished.json"  # the state of a run that came to its end

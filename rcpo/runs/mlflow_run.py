@@ -30,8 +30,6 @@ class MlflowRun:
     What fails there is raised by the next call.
     """
 
-    replaces = False
-
     def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None) -> None:
         from mlflow import MlflowClient
 
@@ -39,12 +37,18 @@ class MlflowRun:
         file = run_dir / MLFLOW_ID_FILE
         continued = resume_step is not None and file.exists()
         self._id = file.read_text(encoding="utf-8").strip() if continued else self._create(run_dir, config)
+        self.seen = self._last_step() if continued else -1
         file.write_text(f"{self._id}\n", encoding="utf-8")
         self._client.update_run(self._id, status="RUNNING")
         self._error: Exception | None = None
         self._requests: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._feed, name="rcpo-mlflow", daemon=True)
         self._thread.start()
+
+    def _last_step(self) -> int:
+        """The last training step that the run has."""
+        history = self._client.get_metric_history(self._id, "loss")
+        return max((metric.step for metric in history), default=-1)
 
     def _create(self, run_dir: Path, config: RunConfig) -> str:
         from mlflow.entities import Param

@@ -17,7 +17,7 @@ from rcpo.runs.jsonl import Scalar
 class TensorBoardRun:
     """Scalars under their names; TensorBoard replaces the steps that a resumed run takes again."""
 
-    replaces = True
+    seen = -1
 
     def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # it comes with torch, and needs tensorboard

@@ -13,7 +13,7 @@ from rich.console import Console
 from rcpo.config.schema import RunConfig
 from rcpo.runs.backends import Backends
 from rcpo.runs.display import Display, open_display
-from rcpo.runs.folder import METRICS_FILE, read_rows
+from rcpo.runs.folder import METRICS_FILE
 from rcpo.runs.jsonl import JsonLines, Scalar, clean_row, truncate_after
 
 log = logging.getLogger(__name__)
@@ -128,12 +128,11 @@ class _Outputs:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        seen = max((row["step"] for row in read_rows(path)), default=-1) if resume_step is not None else -1
         if resume_step is None:
             path.unlink(missing_ok=True)
         else:
             truncate_after(path, resume_step)
-        self._trackers = Backends(run_dir, config, resume_step, seen, self._say)
+        self._trackers = Backends(run_dir, config, resume_step, self._say)
         self._metrics = JsonLines(path)
         self._last_step = -1 if resume_step is None else resume_step
         self._pending: tuple[int, dict[str, Scalar]] | None = None

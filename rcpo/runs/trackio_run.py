@@ -18,18 +18,18 @@ from rcpo.runs.naming import group_of, name_of
 class TrackioRun:
     """A run that is found again by its name, which is unique for its id; trackio prints nothing here."""
 
-    replaces = False
-
     def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None) -> None:
         import trackio
 
         if resume_step is None:
             (run_dir / TRACKIO_ID_FILE).unlink(missing_ok=True)  # another run
         identity = stored_id(run_dir / TRACKIO_ID_FILE)
+        name, project = f"{name_of(run_dir, config)} {identity}", config.trackio.project
+        self.seen = -1 if resume_step is None else _last_step(project, name)
         with redirect_stdout(io.StringIO()):  # the terminal belongs to the display
             self._run = trackio.init(
-                project=config.trackio.project,
-                name=f"{name_of(run_dir, config)} {identity}",
+                project=project,
+                name=name,
                 group=group_of(run_dir, config),
                 config=to_container(config),
                 resume="allow",
@@ -55,3 +55,11 @@ class TrackioRun:
     def close(self, exit_code: int) -> None:
         with redirect_stdout(io.StringIO()):
             self._run.finish()
+
+
+def _last_step(project: str, name: str) -> int:
+    """The last step that the run has in the database of this machine; -1 without one."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    found = SQLiteStorage.get_last_step(project, name)
+    return -1 if found is None else int(found)

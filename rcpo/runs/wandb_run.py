@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from rcpo.config.parsing import to_container
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-from rcpo.runs.folder import WANDB_ID_FILE, stored_id
+from rcpo.runs.folder import WANDB_ID_FILE, WANDB_STEP_FILE, stored_id
 from rcpo.runs.jsonl import Scalar
 from rcpo.runs.naming import group_of, name_of
 
@@ -22,12 +22,17 @@ class WandbRun:
     start.
     """
 
-    replaces = False
-
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None) -> None:
         import wandb  # half a second, and a service process: only where the user wants it
         import wandb.util
 
+        # what a killed run had logged may be lost: only an end in order tells what wandb has
+        self._ended = run_dir / WANDB_STEP_FILE
+        if resume_step is None:
+            self._ended.unlink(missing_ok=True)  # of another run
+        known = self._ended.exists()
+        self.seen = int(self._ended.read_text(encoding="utf-8")) if known else -1
+        self._last = self.seen
         settings = wandb.Settings(console="off", silent=True)  # the terminal belongs to the display
         try:
             self._run = wandb.init(
@@ -59,6 +64,7 @@ class WandbRun:
 
     def log(self, row: Mapping[str, Scalar]) -> None:
         """Send a row; a null is left out, a bool becomes 0 or 1 so that wandb can draw it."""
+        self._last = max(self._last, int(row["step"] or 0))
         self._run.log(
             {
                 key: int(value) if isinstance(value, bool) else value
@@ -88,3 +94,4 @@ class WandbRun:
         """
         self._run.finish(exit_code=exit_code)
         self._teardown()
+        self._ended.write_text(f"{self._last}\n", encoding="utf-8")

@@ -121,7 +121,7 @@ def test_trackio_has_one_run_with_each_step_once_after_a_resume(
 class Failing:
     """A tracker whose server is gone from the second row on."""
 
-    replaces = False
+    seen = -1
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -158,6 +158,18 @@ def test_a_tracker_that_fails_is_left_out_after_one_warning(
     text = text_of(console)
     assert text.count("tracking=mlflow failed") == 1
     assert "(ConnectionError: the server is gone); training goes on without it" in text
+
+
+def test_a_step_that_a_tracker_has_does_not_reach_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = Failing()
+    behind.seen = 2
+    monkeypatch.setattr(backends, "_open", lambda *arguments: behind)
+    with Tracker(tmp_path, config("mlflow"), 3, True, console=plain()) as tracker:
+        for step in (1, 2, 3):
+            tracker.log({"step": step})
+    assert behind.calls == ["log 3"]
 
 
 def test_a_tracker_that_fails_at_the_end_does_not_fail_the_run(

@@ -171,6 +171,7 @@ def test_a_real_offline_wandb_run_with_one_id_over_a_resume(tmp_path: Path) -> N
     written = json.loads(file.read_text())
     assert table["step"] == 2 and written["columns"] == ["prompt", "text"]
     assert written["data"] == [["1+1=", "2"], ["1+2=", "4"]]
+    assert (tmp_path / "wandb_step.txt").read_text() == "3\n"
     identity = (tmp_path / "wandb_id.txt").read_text().strip()
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {identity} and {run.project for run in runs} == {"rcpo-tests"}
