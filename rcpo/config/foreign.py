@@ -91,7 +91,13 @@ SCHEDULES = {
     "constant_with_warmup": "constant",
     "cosine_with_min_lr": "cosine_with_min_lr",
 }
-OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw") | {"sgd": "sgd"}
+OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw") | {
+    "sgd": "sgd",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+}
 ATTENTION = {
     "fa2": "flash_attention_2",
     "flash_attention_2": "flash_attention_2",

@@ -17,6 +17,7 @@ from rcpo.errors import ConfigError
 
 LARGEST_MICRO_BATCH = 16  # that is chosen without being asked: it fits small models, and large ones are told
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr", "wsd")
+BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")  # optimizers of that package
 REDUCTIONS = ("sum", "mean", "importance", "average")
 # the held-out means that an evaluation while training may have
 BEST_METRICS = (
@@ -82,7 +83,7 @@ class TrainConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: str = key("adamw", "optimizer", choices=("adamw", "sgd"))
+    name: str = key("adamw", "optimizer", choices=("adamw", "sgd", *BITSANDBYTES))
     lr: float = key(1e-4, "learning rate, the highest of the schedule", above=0)
     weight_decay: float = key(0.0, "decoupled weight decay; norms and biases are exempt", at_least=0)
     betas: list[float] = key([0.9, 0.999], "AdamW's decay of both moments", at_least=0, below=1)

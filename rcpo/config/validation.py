@@ -12,7 +12,7 @@ from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
 from rcpo.config.paths import is_file, readable_folder
-from rcpo.config.schema import OptimConfig, RunConfig
+from rcpo.config.schema import BITSANDBYTES, OptimConfig, RunConfig
 from rcpo.errors import ConfigError
 
 
@@ -134,6 +134,11 @@ def _check_optim(config: RunConfig) -> None:
     optim = config.optim
     if len(optim.betas) != 2:
         raise ConfigError(f"optim.betas={optim.betas} does not have two values, as AdamW takes them")
+    if optim.name in BITSANDBYTES and config.engine.offload_optimizer:
+        raise ConfigError(
+            f"optim={optim.name} with engine.offload_optimizer=true: both save the same memory; choose "
+            "optim=adamw, or an engine without offload"
+        )
     if optim.warmup_steps and optim.warmup_ratio:
         raise ConfigError(
             f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_ratio={optim.warmup_ratio:g}: give one"

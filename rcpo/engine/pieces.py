@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rcpo.engine.eightbit import decoded, encode
 from rcpo.errors import ConfigError
 
 PERSISTS = "stage3_param_persistence_threshold"  # DeepSpeed's name for it
@@ -107,9 +108,12 @@ def publish(engine: Any) -> None:
 def collect(pieces: list[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and optimizer state of the pieces by label, as views (size,); single numbers as (1,)."""
     found: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Any]] = {}
     for piece in (piece for piece in pieces if piece.size):
         found[piece.label(WEIGHT)] = piece.of(piece.holder)
-        for key, value in optimizer.state.get(piece.holder, {}).items():
+        if id(piece.holder) not in states:
+            states[id(piece.holder)] = decoded(optimizer.state.get(piece.holder, {}), piece.holder)
+        for key, value in states[id(piece.holder)].items():
             if value is not None:
                 tensor = torch.as_tensor(value)
                 found[piece.label(key)] = piece.of(tensor) if _partitioned(piece, tensor) else tensor.view(1)
@@ -125,13 +129,15 @@ class Saved(Protocol):
 
 def restore(pieces: list[Piece], optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     """Overwrites weights and optimizer state by what was saved; state that it lacks starts from zero."""
-    _make_state(list({id(piece.holder): piece.holder for piece in pieces}.values()), optimizer)
+    holders = list({id(piece.holder): piece.holder for piece in pieces}.values())
+    _make_state(holders, optimizer)
+    states = {id(holder): decoded(optimizer.state[holder], holder) for holder in holders}
     for piece in pieces:
         weights = saved.values(piece.name, WEIGHT, piece.start, piece.size)
         if weights is None:
             raise ConfigError(f"resume: the checkpoint has no parameter {piece.name}")
         piece.of(piece.holder).copy_(weights)
-        state = optimizer.state[piece.holder]
+        state = states[id(piece.holder)]
         for key, value in state.items():
             if isinstance(value, Tensor) and _partitioned(piece, value):
                 values = saved.values(piece.name, key, piece.start, piece.size)
@@ -139,6 +145,8 @@ def restore(pieces: list[Piece], optimizer: torch.optim.Optimizer, saved: Saved)
             elif value is not None:
                 number = saved.number(piece.name, key) or 0
                 state[key] = value.fill_(number) if isinstance(value, Tensor) else type(value)(number)
+    for holder in holders:
+        encode(optimizer.state[holder], states[id(holder)])
 
 
 def _partitioned(piece: Piece, value: Tensor) -> bool:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rcpo.config.model import check_folder
-from rcpo.config.schema import RunConfig
+from rcpo.config.schema import BITSANDBYTES, RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.ranks import external_ranks
 from rcpo.models import hub
@@ -89,6 +89,8 @@ def _check_installed(config: RunConfig) -> None:
     wanted = []
     if config.adapter.quantization is not None:
         wanted.append(("adapter.quantization", "bitsandbytes", "rcpo[qlora]"))
+    if config.optim.name in BITSANDBYTES:
+        wanted.append((f"optim={config.optim.name}", "bitsandbytes", "rcpo[qlora]"))
     if config.model.attention == "flash_attention_2":
         wanted.append(("model.attention=flash_attention_2", "flash_attn", "flash-attn"))
     if config.model.attention == "flex_attention":

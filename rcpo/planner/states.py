@@ -14,7 +14,7 @@ from rcpo.config.schema import RunConfig
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER = 4  # bytes of an element that the optimizer updates, and of each of its moments
 SUM = 4  # bytes of an element of the gradients that are added up, and sent
-MOMENTS = {"adamw": 2, "sgd": 0}
+BLOCK, SMALLEST = 256, 4096  # elements of a block in 8 bits, and of the smallest tensor that has them
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time: DeepSpeed's default
 
 
@@ -47,11 +47,25 @@ def sums_apart(config: RunConfig) -> bool:
     return apart and not config.engine.offload_optimizer
 
 
-def moments(config: RunConfig) -> int:
-    """Tensors of a weight's size that the optimizer keeps for it."""
+def moments(config: RunConfig) -> float:
+    """Tensors of a weight's size in fp32 that the optimizer keeps for it."""
     if config.optim.name == "sgd":
         return int(config.optim.momentum > 0)
-    return MOMENTS[config.optim.name]
+    return 0.5 if config.optim.name.endswith("8bit") else 2
+
+
+def moment_bytes(config: RunConfig, holders: Sequence[int]) -> int:
+    """Bytes of the moments of tensors of so many elements.
+
+    Those of bitsandbytes in 8 bits have a magnitude for each block and share a map for each moment; tensors
+    of fewer elements than `SMALLEST` are left in fp32.
+    """
+    if not config.optim.name.endswith("8bit"):
+        return MASTER * round(moments(config)) * sum(holders)
+    small = sum(numel for numel in holders if numel < SMALLEST)
+    large = [numel for numel in holders if numel >= SMALLEST]
+    magnitudes = sum(-(-numel // BLOCK) for numel in large)
+    return 2 * (MASTER * small + sum(large) + MASTER * magnitudes + (MASTER * 256 if large else 0))
 
 
 def states(parameters: Sequence[Parameter], config: RunConfig, ranks: int, rank: int = 0) -> States:
@@ -62,16 +76,17 @@ def states(parameters: Sequence[Parameter], config: RunConfig, ranks: int, rank:
     steps = MASTER if config.optim.name == "adamw" else 0  # AdamW counts the steps of each tensor
     if stage == 0:
         total = sum(trained)
-        optimizer = MASTER * moments(config) * total + steps * len(trained)
+        optimizer = moment_bytes(config, trained) + steps * len(trained)
         return States(element * (total + frozen), SUM * total, optimizer)
     if stage == 3:
         total = sum(partition(numel, ranks) for numel in trained)
         still = sum(partition(p.numel, ranks) for p in parameters if not p.trained)
-        optimizer = MASTER * (1 + moments(config)) * total + steps * sub_groups(trained, ranks)
+        groups = list(_sub_groups(trained, ranks))
+        optimizer = MASTER * total + moment_bytes(config, groups) + steps * len(groups)
         return States(element * (total + still), SUM * total, optimizer)
     flat = flat_elements(trained, ranks)
     own = flat // ranks
-    optimizer = MASTER * own * (1 + moments(config)) + steps
+    optimizer = MASTER * own + moment_bytes(config, [own]) + steps
     if sums_apart(config):
         gradients = element * sum(trained) + SUM * flat
     elif stage == 2 and element != SUM:

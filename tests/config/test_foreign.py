@@ -92,12 +92,12 @@ def test_a_recipe_of_the_handbook_is_converted(tmp_path: Path, capsys: pytest.Ca
     assert config.adapter.target_modules == ["q_proj", "v_proj"]
     assert (config.optim.lr, config.optim.schedule, config.optim.warmup_ratio) == (5e-6, "cosine", 0.1)
     assert (config.train.batch_size, config.train.micro_batch_size, config.train.dtype) == (16, 4, "bf16")
+    assert config.optim.name == "paged_adamw_32bit"
     assert (config.data.max_length, config.data.max_prompt_length) == (1024, 512)
     assert config.seed == 7  # the command line takes precedence
     left = capsys.readouterr().err
     for line in (
         "lora_dropout is not converted (adapters have no dropout)",
-        "optim is not converted (paged_adamw_32bit has no counterpart)",
         "push_to_hub is not converted (afterwards: rcpo push run=DIR repo=OWNER/NAME)",
         "torch_dtype is not converted",
         "train.batch_size=16 is for one process",

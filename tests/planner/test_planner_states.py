@@ -52,6 +52,15 @@ def test_plain_gradient_descent_keeps_nothing() -> None:
     assert states(PARAMETERS, run, 1).optimizer == 4 * 17
 
 
+def test_moments_in_8_bits_have_magnitudes_of_blocks_and_a_map_each() -> None:
+    large = [Parameter("a", 5000), Parameter("b", 100)]  # 20 blocks; the small one stays in fp32
+    eight = config(0, "fp32", "adamw_8bit")
+    assert states(large, eight, 1).optimizer == 2 * (5000 + 4 * 20 + 4 * 256 + 4 * 100)
+    assert states(large, config(0, "fp32", "paged_adamw_32bit"), 1).optimizer == 2 * 4 * 5100
+    eight.engine.stage = 1  # one buffer of 5100 elements beside the weights in fp32
+    assert states(large, eight, 1).optimizer == 4 * 5100 + 2 * (5100 + 4 * 20 + 4 * 256)
+
+
 def test_parameters_at_a_border_are_reduced_on_both_sides() -> None:
     # 17 in two pieces of 10 (padded to 20): a | b c and three of padding
     assert flat_elements([10, 5, 2], 2) == 20
