@@ -1,7 +1,7 @@
 """State that bitsandbytes quantizes in blocks, as numbers of its elements: what any layout can save and read.
 
 A moment in 8 bits is an index into a map of 256 values, times the largest magnitude of its block. A checkpoint
-holds its value and its block's magnitude for each element, from which the same blocks give the same bits again.
+holds each element's value and its block's magnitude, which give the same blocks the same bits again.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rcpo[qlora]'")
+
 from rcpo.config.schema import BITSANDBYTES, RunConfig
 from rcpo.engine.eightbit import decoded
 from rcpo.engine.pieces import Piece, collect, parse_label, restore

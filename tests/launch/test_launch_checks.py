@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_llama
 
-from rcpo.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from rcpo.config.schema import (
+    AdapterConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from rcpo.errors import ConfigError
 from rcpo.launch import local
 from rcpo.launch.checks import _check_accelerator, check
@@ -38,6 +45,8 @@ def test_packages_of_extras_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatc
     qlora = RunConfig(adapter=AdapterConfig(name="lora", quantization="nf4"))
     with pytest.raises(ConfigError, match=r"needs bitsandbytes.*: pip install 'rcpo\[qlora\]'"):
         check(qlora, world_size=1)
+    with pytest.raises(ConfigError, match=r"optim=adamw_8bit needs bitsandbytes.*'rcpo\[qlora\]'"):
+        check(RunConfig(optim=OptimConfig(name="adamw_8bit")), world_size=1)
     if found("flash_attn") is None:
         with pytest.raises(ConfigError, match="pip install 'flash-attn'"):
             check(RunConfig(model=ModelConfig(attention="flash_attention_2")), world_size=1)
