@@ -1,7 +1,7 @@
 """State that bitsandbytes quantizes in blocks, as numbers of its elements: what any layout can save and read.
 
-A moment in 8 bits is an index into a map of 256 values, times the largest magnitude of its block. A checkpoint
-holds each element's value and its block's magnitude, which give the same blocks the same bits again.
+A moment in 8 bits is an index into a map of 256 values, times the largest magnitude of its block. Checkpoints
+hold each element's value and its block's magnitude, which give the same blocks the same bits again.
 """
 
 from __future__ import annotations

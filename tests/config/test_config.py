@@ -152,7 +152,7 @@ def test_every_option_composes_and_parses(
         "hh_start": [f"model.path={model_folder}", f"data.path={pairs}"],  # their inputs are made by a script
         **{
             name: [f"model.path={model_folder}", f"data.path={pairs}", f"data.eval_path={pairs}"]
-            for name in ("hh", "hh_grid", "hh_rules")
+            for name in ("hh", "hh_grid", "hh_rules", "real", "real_grid", "real_hh", "real_short")
         },
         "judge": ["judge.base_url=http://127.0.0.1:8000/v1", "judge.model=any"],
     }
