@@ -210,18 +210,25 @@ def test_a_key_press_imports_nothing_heavy(typed: str, shown: str) -> None:
     assert not loaded & {"torch", "hydra", "omegaconf", "yaml", "numpy", "transformers", "rich"}
 
 
+def processor_time(words: list[str], environment: dict[str, str]) -> float:
+    """Seconds of processor time that `rcpo WORDS` takes as a process."""
+    before = os.times()
+    command = [sys.executable, "-m", "rcpo", *words]
+    subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
+    after = os.times()
+    spent = after.children_user + after.children_system
+    return spent - before.children_user - before.children_system
+
+
 @pytest.mark.serial
-def test_a_key_press_takes_less_than_0_15_seconds_of_processor_time() -> None:
-    command = [sys.executable, "-m", "rcpo", "train", "objective="]
-    times = []
-    for _ in range(5):
-        before = os.times()
-        subprocess.run(command, env={**os.environ, "_RCPO_COMPLETE": "zsh"}, capture_output=True, check=True)
-        after = os.times()
-        times.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
-    assert min(times) < 0.15, times
+def test_a_key_press_takes_less_than_0_15_seconds() -> None:
+    """In units of `rcpo --help`, which takes 0.05 s at rest: a busy machine slows both alike."""
+    pairs = [
+        (processor_time(["train", "objective="], {"_RCPO_COMPLETE": "zsh"}), processor_time(["--help"], {}))
+        for _ in range(5)
+    ]
+    presses, helps = zip(*pairs, strict=True)
+    assert min(presses) < 3 * min(helps), pairs
 
 
 class Terminal:
