@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from rcpo.commands.listing import explain
-from rcpo.config.composition import compose_with
+from rcpo.config.composition import REFUSED, compose_with
 from rcpo.config.refusals import refusals_explained
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE
@@ -50,7 +50,9 @@ def show(hydra: Hydra, name: str, flags: argparse.Namespace, overrides: list[str
         elif flags.info is not None:
             hydra.show_info(flags.info, name, overrides)
         else:
-            hydra.hydra_help(name, args_parser=flags.parser, args=flags)
+            parser = flags.parser  # its help must not advise flags that rcpo refuses
+            parser._actions = [each for each in parser._actions if not REFUSED & {*each.option_strings}]
+            hydra.hydra_help(name, args_parser=parser, args=flags)
     return DONE
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PRIMARY = "config"
 FOREIGN = "--from-trl"
+REFUSED = {"--shell-completion", "--experimental-rerun"}  # flags of Hydra's that rcpo does not take
 HELP = "help"  # help=GROUP and help=KEY show keys instead of starting anything
 _MAPPINGS = ("data.columns", "data.template_options", "slurm.env")  # nodes whose keys are the user's
 # what an option has to give: without it another one's default would be taken
@@ -61,7 +62,8 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
     def refuse(message: str) -> NoReturn:
         flag = re.search(r"(?<!\S)-[-\w]+", message)
-        flags = [option for action in parser._actions for option in action.option_strings if len(option) > 2]
+        flags = [*(option for action in parser._actions for option in action.option_strings), FOREIGN]
+        flags = [option for option in flags if len(option) > 3 and option not in REFUSED]
         hint = f"; {nearest(flag[0], flags)}" if flag and "unrecognized" in message else ""
         raise ConfigError(f"command line: {message}{hint}")
 

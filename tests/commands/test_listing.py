@@ -141,3 +141,12 @@ def test_help_goes_with_the_other_arguments_and_starts_nothing(
         train(["objective=simp", "help=objective"])
     with pytest.raises(ConfigError, match="`rcpo --install-completion`"):
         train(["-sc", "install=bash"])
+
+
+def test_no_help_advises_flags_that_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(["--hydra-help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--config-dir" in shown and "-sc" not in shown and "rerun" not in shown
+    with pytest.raises(ConfigError) as caught:
+        train(["--shel-completion"])
+    assert "did you mean --shell-completion" not in str(caught.value)
