@@ -41,7 +41,7 @@ def _product(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
     return int(2 * left[0] * left[1] * right[1])
 
 
-_UNCOUNTED: Any = {  # by torch itself, which knows the attention of GPUs
+UNCOUNTED: Any = {  # by torch itself, which knows the attention of GPUs
     torch.ops.aten.addmm_: _product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -173,7 +173,7 @@ def trace(policy: Policy, rows: Rows, sketch: int | None, *, training: bool, dep
     with ExitStack() as stack:
         stack.enter_context(fake_weights(policy))
         live = _Live(iter([*policy.parameters(), *policy.buffers()]))
-        flops = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+        flops = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
         recorder = _Recorder(live, flops, collects=training and policy.model.is_activation_checkpointing)
         for hook in _hooks(policy, layers, recorder):
             stack.callback(hook.remove)

@@ -6,6 +6,7 @@ accumulation and micro-batches.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shlex
@@ -54,6 +55,7 @@ from rcpo.training.watch import DivergenceWatch, NonFiniteWatch, tokens_per_winn
 
 log = logging.getLogger(__name__)
 
+USUAL_COLLECTIONS = (700, 10, 10)  # Python's own thresholds; the command line has others while it imports
 REFERENCE = "reference"  # the key, in a checkpoint, of the weights of a reference that follows the policy
 
 Evaluate = Callable[[Session], dict[str, Any]]
@@ -189,6 +191,8 @@ class Trainer:
             observe(0, tracker)
         every = self.config.eval.every
         row = None
+        gc.freeze()  # what was loaded stays
+        gc.set_threshold(*USUAL_COLLECTIONS)
         self.checkpoints.clock.start()
         while not self.finished and not self.stopping:
             row = self.train_step()

@@ -8,6 +8,7 @@ trl          TRL's DPOTrainer and CalibratedDPOTrainer: what calibration costs t
 vocabulary   peak memory from V = 8k to 128k, head frozen and trained
 lengths      sequence lengths and prompt shares, in both layouts of rows
 epochs       time of a token where an epoch has 64 to 2,048 pairs of data
+products     the share of the machine's own rate of matrix products that a whole step reaches
 phases       where a step's time goes; with 1 process and with 2, ZeRO 0 and 3
 start        from the command to the end of the first step; the packaged model
 
@@ -118,13 +119,14 @@ class Bench:
 
     def calibration(self) -> None:
         """One process, one model, the same batch for each variant."""
-        variants = ["off", "dynamics", "rc", "published"]
+        variants = ["off", "dynamics", "rc", "loop", "published"]
         # one thread: a processor's seconds then hold no waiting of threads for each other
         side = Side(self.inputs(self.size), self.size, variants=variants, threads=1)
         steps = {name: lambda step, name=name: side.step(step, name) for name in variants}
         found = self.alternate(steps)
         side.close()
-        labels = dict(zip(variants, ("rc=off dynamics.every=0", "rc=off", "rc=on", "the published way")))
+        names = ("rc=off dynamics.every=0", "rc=off", "rc=on", "rc=loop", "the published way")
+        labels = dict(zip(variants, names, strict=True))
         result = {labels[name]: summary(found[name], found["off"]) for name in variants}
         result["rc=on, by rc=off"] = summary(found["rc"], found["dynamics"])
         self.results["calibration"] = result
@@ -236,6 +238,23 @@ class Bench:
         self.table("Where a step's time goes (rc=on); of two processes the slower one",
                    ["processes", "ZeRO", "step, s", "peak, MB", *names], rows)  # fmt: skip
 
+    def products(self) -> None:
+        """A whole step's rate beside that of one large matrix product, in the same process at the same time.
+
+        The step's operations are those of its products, counted in a second pass over the same batch.
+        """
+        side = Side(self.inputs(self.size), self.size, variants=["rc"], products=True)
+        answers = self.alternate({"rc": side.step})["rc"]
+        side.close()
+        own, machine_rate = (median(answer[key] for answer in answers) for key in ("rate", "machine_rate"))
+        share = median(answer["rate"] / answer["machine_rate"] for answer in answers)
+        self.results["products"] = {"rate": own, "machine_rate": machine_rate, "share": share}
+        self.table(
+            "A step's share of the machine's rate of matrix products (rc=on)",
+            ["step, GFLOP/s", "one large product, GFLOP/s", "share"],
+            [[f"{own / 1e9:.1f}", f"{machine_rate / 1e9:.1f}", f"{share:.0%}"]],
+        )
+
     def epochs(self) -> None:
         """64 pairs, once, 8 and 32 times an epoch; a small model, so that what is beside it shows."""
         own = self.size
@@ -306,7 +325,8 @@ class Bench:
         (out / "results.md").write_text("\n".join([note, *self.tables]), encoding="utf-8")
 
 
-PARTS = ("peers", "calibration", "trl", "vocabulary", "lengths", "epochs", "phases", "start")
+PARTS = ("peers", "calibration", "trl", "vocabulary", "lengths", "epochs", "phases", "products",
+         "start")  # fmt: skip
 
 
 def main() -> int:

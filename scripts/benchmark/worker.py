@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 Json = dict[str, Any]
 
@@ -156,9 +157,34 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         with phases("other"):
             row = trainer.train_step()
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
+        rates = {}
+        if settings.get("products"):
+            counted = products_of_a_step(trainer, request["step"])
+            rates = {"machine_rate": matrix_rate(), "rate": counted / seconds}
         tokens = round(row["tokens_per_second"] * row["step_seconds"])
         channel.answer(seconds=seconds, cpu_seconds=cpu, tokens=tokens, loss=row["loss"],
-                       alpha=row.get("rc/alpha"), phases=phases.seconds, **memory())  # fmt: skip
+                       alpha=row.get("rc/alpha"), phases=phases.seconds, **rates, **memory())  # fmt: skip
+
+
+def matrix_rate(size: int = 1536, repeats: int = 5) -> float:
+    """FLOP/s of a large product in fp32: the best of some, as a step's products follow each other."""
+    left, right = torch.randn(2, size, size).unbind()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
+
+
+def products_of_a_step(trainer: Any, step: int) -> int:
+    """The floating-point operations of the products of a step, which is taken once more."""
+    from rcpo.planner.trace import UNCOUNTED
+
+    trainer.step = step
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        trainer.train_step()
+    return counter.get_total_flops()
 
 
 def watch_phases(phases: Phases, trainer: Any) -> None:

@@ -26,12 +26,13 @@ def bench(out: Path, only: str, imports: Sequence[str] = ()) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_four_variants_see_the_same_batches(tmp_path: Path) -> None:
+def test_five_variants_see_the_same_batches(tmp_path: Path) -> None:
     found = bench(tmp_path, "calibration")["calibration"]
     assert set(found) == {
         "rc=off dynamics.every=0",
         "rc=off",
         "rc=on",
+        "rc=loop",
         "the published way",
         "rc=on, by rc=off",
     }
@@ -43,7 +44,8 @@ def test_four_variants_see_the_same_batches(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.serial
 def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> None:
-    found = bench(tmp_path, "phases,epochs")
+    found = bench(tmp_path, "phases,epochs,products")
+    assert 0 < found["products"]["share"] < 1.2 and found["products"]["rate"] > 1e6
     for row in found["phases"]:
         assert sum(row["shares"].values()) == pytest.approx(1, abs=0.15)  # medians, of each phase its own
         assert row["shares"]["head"] > 0 and row["shares"]["geometry"] > 0 and row["shares"]["optimizer"] > 0

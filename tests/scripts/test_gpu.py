@@ -14,6 +14,7 @@ MAIN = Path(__file__).resolve().parents[2] / "scripts" / "accelerator" / "main.p
 
 @pytest.mark.slow
 @pytest.mark.serial
+@pytest.mark.timeout(900)
 def test_the_miniature_measures_and_checks_everything_but_a_gpus_memory(tmp_path: Path) -> None:
     command = [sys.executable, str(MAIN), "--device", "cpu", "--tiny", "--only", "correctness,speed,memory"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
