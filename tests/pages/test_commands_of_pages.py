@@ -73,11 +73,14 @@ def small(words: list[str]) -> list[str]:
         return [*words, "--dry-run"]
     given = {word.partition("=")[0] for word in words}
     words += [first for word in words if word.startswith("study=") for first in first_of(word[6:], given)]
-    if words[0] in ("report", "doctor", "submit") or "compare" in given:
+    if words[0] in ("report", "doctor", "submit", "list", "init") or "compare" in given:
         return words
     kept = [word for word in words if word.partition("=")[0] not in SMALL]
     fitting = [key for key in SMALL if key != "data.train_examples" or "data=pairs" not in words]
-    return [*kept, *(f"{key}={SMALL[key]}" for key in fitting)]
+    values = SMALL | (
+        {"train.max_steps": "30"} if "optim.schedule=wsd" in words else {}
+    )  # room for its parts
+    return [*kept, *(f"{key}={values[key]}" for key in fitting)]
 
 
 def first_of(study: str, given: set[str]) -> list[str]:
