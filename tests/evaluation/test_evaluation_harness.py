@@ -28,6 +28,7 @@ from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_model, load_tokenizer
 from rcpo.system import distributed
 
+LM_EVAL = [f"lm_eval.{name}" for name in ("__main__", "evaluator", "tasks", "models.huggingface")]
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'rcpo[eval]'")
 
 
@@ -76,7 +77,7 @@ def command_line(task: str, shots: int, folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     # this process has a group of one, which the other is not to join
     alone = {key: value for key, value in os.environ.items() if key != "LOCAL_RANK"}
-    done = forked.run(command, imports=["lm_eval.__main__"], env=alone)
+    done = forked.run(command, imports=LM_EVAL, env=alone)
     assert done.returncode == 0, done.stderr
     (file,) = folder.rglob("out*.json")
     return json.loads(file.read_text())["results"]
@@ -138,7 +139,7 @@ def test_two_processes_share_the_documents(config: RunConfig, tmp_path: Path) ->
         sys.executable, "-m", "rcpo.cli", "evaluate", f"eval.tasks=[{tasks}]", "eval.preferences=false",
         "launch.processes=2", "reference.cache=off", f"hydra.run.dir={tmp_path / 'two'}",
     ]  # fmt: skip
-    done = forked.run(command, imports=["lm_eval.__main__"])
+    done = forked.run(command, imports=LM_EVAL)
     assert done.returncode == 0, done.stderr
     two = json.loads(Path(tmp_path, "two_evaluation", "evaluation.json").read_text())
     assert two == pytest.approx(one, rel=1e-12) and len(two) == 6
