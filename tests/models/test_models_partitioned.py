@@ -66,7 +66,7 @@ def test_one_rank_reads_the_same_weights(tmp_path: Path) -> None:
         config.engine.stage = stage
         policy = Engine(Policy(read_model(ModelSource(folder), config)), config).policy
         ids = torch.arange(1, 9)[None]
-        inputs = ids, torch.ones_like(ids), torch.arange(8)[None], torch.arange(7), ids[0, 1:]
+        inputs = ids, torch.arange(8)[None], torch.arange(7), ids[0, 1:]
         with torch.no_grad():
             logps.append(policy(*inputs)[0])
     assert torch.equal(*logps)

@@ -181,9 +181,10 @@ def test_named_sweeps_have_all_their_runs(study: str, count: int, runs: Runs) ->
     assert math.prod(map(len, values.values())) == count
     known = {file.stem for file in (conf_dir() / "objective").glob("*.yaml")} - {"sft"}
     assert set(values.get("objective", known)) <= known
-    if study == "objectives":  # those that need scores cannot be trained on the embedded pairs
-        scored = {name for name in known - {"dpo_mean", "mix"} if get_objective(name).spec.needs_margins}
-        assert set(values["objective"]) | {"dpo_mean"} | scored == known
+    if study == "objectives":  # the embedded pairs have neither scores nor gold answers
+        specs = {name: get_objective(name).spec for name in known - {"dpo_mean", "mix"}}
+        other = {name for name, spec in specs.items() if spec.needs_margins or spec.needs_gold}
+        assert set(values["objective"]) | {"dpo_mean"} | other == known
     for objective in values["objective"] if study in ("sums", "hh") else ():
         assert chosen_settings(study, objective) == {"lr", *({"beta", "tau"} & hyperparameters(objective))}
 

@@ -28,6 +28,7 @@ from rcpo.system import distributed
 from rcpo.training.limits import position_limit, refuse_other_tokens, refuse_rows_beyond
 from rcpo.training.session import Session
 
+PAIR = ("chosen", "rejected")
 SIZE: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
                         "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}  # fmt: skip
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
@@ -68,28 +69,28 @@ def dataset(*lengths: tuple[int, int, int]) -> PairDataset:
 
 def test_the_row_that_is_too_long_is_named_with_the_remedy() -> None:
     config = LlamaConfig(**SIZE, max_position_embeddings=16)
-    refuse_rows_beyond("the policy", config, dataset((8, 8, 8), (15, 1, 1)), 2)
+    refuse_rows_beyond("the policy", config, dataset((8, 8, 8), (15, 1, 1)), PAIR)
     # each response follows its prompt alone: 10 + 7, not 10 + 7 + 7
     with pytest.raises(ConfigError, match=r"jsonl:2 has 17 tokens, and the policy takes 16: .*max_length=16"):
-        refuse_rows_beyond("the policy", config, dataset((8, 8, 8), (10, 2, 7)), 2)
+        refuse_rows_beyond("the policy", config, dataset((8, 8, 8), (10, 2, 7)), PAIR)
     with pytest.raises(ConfigError, match="has 30 tokens, and 1 more are too long"):
-        refuse_rows_beyond("the policy", config, dataset((10, 20, 1), (10, 2, 7)), 2)
+        refuse_rows_beyond("the policy", config, dataset((10, 20, 1), (10, 2, 7)), PAIR)
 
 
 def test_rows_beyond_the_threshold_of_longrope_are_refused() -> None:
     config = Phi3Config(**SIZE, max_position_embeddings=256, original_max_position_embeddings=72,
                         rope_scaling=rope("longrope", **FACTORS))  # fmt: skip
-    refuse_rows_beyond("the policy", config, dataset((40, 32, 1)), 2)
+    refuse_rows_beyond("the policy", config, dataset((40, 32, 1)), PAIR)
     with pytest.raises(ConfigError, match=r"takes 72: .*longrope.* longest row .*data\.max_length=72"):
-        refuse_rows_beyond("the policy", config, dataset((40, 33, 1)), 2)
+        refuse_rows_beyond("the policy", config, dataset((40, 33, 1)), PAIR)
 
 
 def test_a_token_without_a_row_of_the_embedding_is_named() -> None:
     config = LlamaConfig(**SIZE)
     pairs = [Example("a:1", [1], [39], [2]), Example("a:2", [1], [2], [3, 40])]
-    refuse_rows_beyond("the policy", config, PairDataset.of(pairs[:1]), 2)
+    refuse_rows_beyond("the policy", config, PairDataset.of(pairs[:1]), PAIR)
     with pytest.raises(ConfigError, match=r"a:2 has token 40, and the embedding of the policy has 40 rows"):
-        refuse_rows_beyond("the policy", config, PairDataset.of(pairs), 2)
+        refuse_rows_beyond("the policy", config, PairDataset.of(pairs), PAIR)
 
 
 def run(folder: Path) -> RunConfig:
