@@ -39,6 +39,21 @@ _TELLING = {
     "rc": "enabled",
     "engine": "stage",
 }
+# settings of Hydra's that rcpo does not follow in every kind of run: values that ask for nothing, and the remedy
+_UNUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hydra.job.chdir": (
+        (None, False),
+        "a run stays in the folder where rcpo was started; hydra.run.dir=DIR chooses where its files go",
+    ),
+    "hydra.output_subdir": (
+        (None, ".hydra"),  # Hydra's own default, for a configuration that does not set it
+        "the run's folder has the resolved config.yaml, which repeats the run; set it to null",
+    ),
+    "hydra.job.env_set": (
+        (None, {}),
+        "set environment variables in the shell, or in slurm.env for a job",
+    ),
+}
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -212,7 +227,18 @@ def compose_with(
     if all(key == "hydra" for key in cfg):
         raise ConfigError(f"--config-name {config_name}: it holds no key of rcpo's")
     _refuse_nameless(cfg)
+    _refuse_unused_settings(cfg)
     return cfg
+
+
+def _refuse_unused_settings(cfg: DictConfig) -> None:
+    """Raise ConfigError for settings of Hydra's that some runs would not follow."""
+    given = {str(text).partition("=")[0].lstrip("+") for text in cfg.hydra.overrides.hydra}
+    for key, (harmless, remedy) in _UNUSED_SETTINGS.items():
+        value = OmegaConf.select(cfg, key)
+        if value not in harmless or (key in given and value):
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise ConfigError(f"{key}={shown} is not supported: {remedy}")
 
 
 def _refuse_nameless(cfg: DictConfig) -> None:

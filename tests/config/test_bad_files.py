@@ -114,6 +114,32 @@ def test_a_primary_configuration_that_cannot_be_used_is_named(mine: Path) -> Non
     assert "--config-name is empty" in refused("--config-name=")
 
 
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("hydra.job.chdir=true", "hydra.run.dir=DIR"),
+        ("hydra.output_subdir=.hydra", "config.yaml"),
+        ("hydra.output_subdir=notes", "config.yaml"),
+        ("++hydra.job.env_set.SEED=1", "slurm.env"),
+    ],
+)
+def test_settings_of_hydra_that_rcpo_does_not_follow_are_refused(
+    override: str, remedy: str, mine: Path
+) -> None:
+    key, _, value = override.lstrip("+").partition("=")
+    message = refused(override)
+    assert key.removesuffix(".SEED") in message and remedy in message and "\n" not in message
+    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(key.split("."))]
+    (mine / "study").mkdir()
+    (mine / "study" / "moved.yaml").write_text("\n".join(["# @package _global_", *lines]) + f" {value}\n")
+    if value != ".hydra":  # in a file, Hydra's own default cannot be told from a choice
+        assert refused(f"--config-dir={mine}", "study=moved") == message
+
+
+def test_settings_of_hydra_that_ask_for_nothing_are_accepted() -> None:
+    assert composed("hydra.job.chdir=false", "hydra.output_subdir=null").seed == 1
+
+
 def test_a_folder_of_options_that_may_not_be_read_is_not_taken_for_an_empty_one(mine: Path) -> None:
     put(mine, "good", DPO)
     for place in (mine, mine / "objective"):
