@@ -12,7 +12,7 @@ from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
 from rcpo.config.paths import is_file, readable_folder
-from rcpo.config.schema import BITSANDBYTES, OptimConfig, RunConfig
+from rcpo.config.schema import BITSANDBYTES, OptimConfig, ReferenceConfig, RunConfig
 from rcpo.errors import ConfigError
 
 
@@ -170,8 +170,13 @@ def _check_optim(config: RunConfig) -> None:
 
 def _check_sync(config: RunConfig) -> None:
     """What a reference that follows the policy rules out."""
-    every = config.reference.sync_every
+    every, mixup = config.reference.sync_every, config.reference.mixup
     if not every:
+        if mixup != ReferenceConfig().mixup:
+            raise ConfigError(
+                f"reference.mixup={mixup:g} is read with reference.sync_every alone, and that is 0: the reference "
+                "does not move; set reference.sync_every=STEPS and reference.mode=model, or leave mixup out"
+            )
         return
     if config.reference.mode != "model":
         raise ConfigError(

@@ -59,11 +59,12 @@ def test_the_reference_moves_every_few_steps_and_resumes_bit_for_bit(tmp_path: P
         ({"adapter": "lora"}, r"reference\.sync_every=2 mixes whole weights, and adapter\.name=lora"),
         ({"mixup": 0.0}, r"reference\.mixup=0 is out of range"),
         ({"mixup": 1.5}, r"reference\.mixup=1\.5 is out of range"),
+        ({"every": 0, "mixup": 0.5}, r"reference\.mixup=0\.5 is read with reference\.sync_every alone"),
     ],
 )
 def test_settings_that_rule_it_out(change: dict[str, Any], message: str) -> None:
     config = RunConfig()
-    config.reference.mode, config.reference.sync_every = change.get("mode", "model"), 2
+    config.reference.mode, config.reference.sync_every = change.get("mode", "model"), change.get("every", 2)
     config.reference.mixup = change.get("mixup", 0.6)
     config.adapter = AdapterConfig(name=change.get("adapter", "none"))
     with pytest.raises(ConfigError, match=message):
