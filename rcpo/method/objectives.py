@@ -369,7 +369,10 @@ def _part(place: int, settings: Mapping[str, Any]) -> tuple[float, Objective]:
     if "length_alpha" in own:
         raise ValueError(f"objective.parts[{place}].length_alpha: set objective.length_alpha, for all parts")
     try:
-        return weight, get_objective(**own)
+        part = get_objective(**own)
+        if isinstance(part, Mixture):
+            raise ValueError("a mixture cannot be a part of another; list the inner parts in objective.parts")
+        return weight, part
     except (ValueError, TypeError) as error:
         raise ValueError(f"objective.parts[{place}]: {error}") from error
 

@@ -188,6 +188,10 @@ def test_rewards_are_those_of_the_first_part() -> None:
             {"parts": [{"name": "kto"}], "reduction": "mean"},
             r"kto takes reduction=sum, which objective\.reduction",
         ),
+        (
+            {"parts": [{"name": "dpo"}, {"name": "mix", "parts": [{"name": "sft"}]}]},
+            r"objective\.parts\[1\]: a mixture cannot be a part of another; list the inner parts",
+        ),
     ],
 )
 def test_mixtures_that_cannot_be(settings: dict[str, Any], message: str) -> None:
