@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Set before torch or transformers are imported, and inherited by the processes that tests start.
 ENVIRONMENT = {
@@ -26,9 +26,12 @@ for key, value in ENVIRONMENT.items():
     os.environ.setdefault(key, value)
 
 # A loaded machine is not a failure, and the same commit gives the same examples: no deadline, no randomness.
-settings.register_profile("rcpo", deadline=None, derandomize=True, max_examples=50)
+_LOADED = [HealthCheck.too_slow]
+settings.register_profile(
+    "rcpo", deadline=None, derandomize=True, max_examples=50, suppress_health_check=_LOADED
+)
 # `scripts/test --thorough`: other examples each time
-settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.register_profile("thorough", deadline=None, max_examples=1000, suppress_health_check=_LOADED)
 settings.load_profile("thorough" if os.environ.get("RCPO_TESTS") == "thorough" else "rcpo")
 
 

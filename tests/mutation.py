@@ -52,6 +52,7 @@ MODULES: dict[str, list[str]] = {
     "method/rules": ["method/test_rules.py", "method/test_loop.py", "method/test_calibration.py"],
     "method/loop": ["method/test_loop.py", "method/test_rules.py"],
     "method/calibration": ["method/test_calibration.py", "method/test_samples.py", "method/test_loop.py"],
+    "method/logps": ["method/test_logps.py"],
     "reference/keys": ["reference/test_reference_cache.py", "reference/test_reference.py"],
     "reference/entry": ["reference/test_reference_cache.py", "reference/test_reference.py"],
     "reference/cache": ["reference/test_reference_cache.py", "reference/test_reference.py"],

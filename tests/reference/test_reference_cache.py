@@ -158,7 +158,7 @@ def test_a_damaged_entry_is_computed_again_with_a_word(tmp_path: Path, damage: s
     said: list[str] = []
     calls: list[int] = []
     values = np.linspace(-3, 0, 50, dtype=np.float32)
-    wanted = LogpRequest("train", INGREDIENTS, 50)
+    wanted = LogpRequest("reference log-probs (train)", INGREDIENTS, 50)
     for _ in range(2):
         Cache(tmp_path, said.append).fetch(wanted, fill_with(values, calls))
     assert calls == [50]
