@@ -39,7 +39,7 @@ _TELLING = {
     "rc": "enabled",
     "engine": "stage",
 }
-# settings of Hydra's that rcpo does not follow in every kind of run: values that ask for nothing, and the remedy
+# Hydra settings that not every kind of run follows: values that ask for nothing, and the remedy
 _UNUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "hydra.job.chdir": (
         (None, False),

@@ -174,8 +174,9 @@ def _check_sync(config: RunConfig) -> None:
     if not every:
         if mixup != ReferenceConfig().mixup:
             raise ConfigError(
-                f"reference.mixup={mixup:g} is read with reference.sync_every alone, and that is 0: the reference "
-                "does not move; set reference.sync_every=STEPS and reference.mode=model, or leave mixup out"
+                f"reference.mixup={mixup:g} is read with reference.sync_every alone, and that is 0, so the "
+                "reference does not move; set reference.sync_every=STEPS and reference.mode=model, or leave "
+                "mixup out"
             )
         return
     if config.reference.mode != "model":
