@@ -21,7 +21,7 @@ from rcpo.data.readers import ROWS, RowBlock, arrow_pieces, count_rows, data_fil
 from rcpo.data.splits import WHOLE, read_split
 from rcpo.errors import ConfigError
 from rcpo.system.files import file_hash
-from rcpo.system.text import first_line
+from rcpo.system.text import first_line, visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,7 +151,8 @@ def _listed_files(folder: Path) -> list[Path]:
         raise ConfigError(f"{state} does not list the files of a saved dataset; save it again") from error
     for file in listed:
         if not file.is_file():
-            raise ConfigError(f"{state} lists {file.name}, which is not there; save the dataset again")
+            name = visible(file.name, lines=False)
+            raise ConfigError(f"{state} lists {name}, which is not there; save the dataset again")
     if not listed:
         raise ConfigError(f"{state} lists no file: the saved dataset is empty")
     return listed
@@ -189,7 +190,9 @@ def _refuse_unread(
 ) -> None:
     """Raises ConfigError for files of data that the library puts into no split."""
     read = {file.resolve() for files in splits.values() for file in files}
-    left = [str(file.relative_to(folder)) for file in there if file.resolve() not in read]
+    left = [
+        visible(str(file.relative_to(folder)), lines=False) for file in there if file.resolve() not in read
+    ]
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         raise ConfigError(

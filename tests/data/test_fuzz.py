@@ -1,4 +1,4 @@
-"""Five hundred damaged files: each ends in a clear refusal or in counted drops, never otherwise."""
+"""Damaged files and folders: each ends in a clear refusal or in counted drops, never otherwise."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_dataset import TOKENIZER
 
 from rcpo.config.data import DataConfig
@@ -183,3 +185,80 @@ def outcome(path: Path, count: int) -> str:
         ids = example.chosen or example.rejected
         assert ids[-1] == TOKENIZER.eos_token_id and len(ids) > 1
     return "dropped" if dropped else "whole"
+
+
+# --- folders -------------------------------------------------------------------------------------------
+
+ANSWERED = [{"prompt": f"{n}+1=", "chosen": f"is {n + 1}", "rejected": f"no {n}"} for n in range(6)]
+SHARDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    "jsonl": lines,
+    "jsonl.gz": lambda rows: gzip.compress(lines(rows), mtime=0),
+    "json": lambda rows: json.dumps(rows).encode(),
+    "csv": table,
+    "parquet": parquet,
+}
+# what may lie beside the shards: (name, content, rows that a reader of the whole folder has to see)
+STRAYS: list[tuple[str, bytes, int]] = [
+    ("README.md", b"# pairs\n", 0),
+    ("notes.txt", b"two lines\nof notes\n", 0),
+    (".hidden.jsonl", b"not data\n", 0),
+    ("__pycache__/x.jsonl", b"not data\n", 0),
+    ("more.jsonl", lines(ANSWERED[:2]), 2),
+    ("more.csv", table(ANSWERED[:2]), 2),
+    ("more.parquet", parquet(ANSWERED[:2]), 2),
+    ("below/more.jsonl", lines(ANSWERED[:2]), 2),
+    ("test-0.jsonl", lines(ANSWERED[:2]), 0),
+    ("state.json", b'{"_data_files": []}', 0),
+    ("state.json", b'{"_data_files": [{"filename": "a\\u0000b"}]}', 0),
+    ("state.json", b"{", 0),
+    ("dataset_dict.json", b"{}", 0),
+    ("dataset_infos.json", b"{}", 0),
+    ("empty.jsonl", b"", 0),
+    ("archive.zip", b"PK", 0),
+    ("UPPER.JSONL", lines(ANSWERED[:2]), 2),
+    ("a b=c.jsonl", lines(ANSWERED[:2]), 2),
+    ("[x].jsonl", lines(ANSWERED[:2]), 2),
+]
+
+
+@settings(max_examples=12)
+@given(
+    shard=st.sampled_from(sorted(SHARDS)),
+    stem=st.sampled_from(["part", "train", "data/train"]),
+    count=st.integers(1, 2),
+    stray=st.one_of(st.none(), st.sampled_from(STRAYS)),
+    cut=st.one_of(st.none(), st.integers(0, 300)),
+)
+def test_a_folder_is_read_whole_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    shard: str,
+    stem: str,
+    count: int,
+    stray: tuple[str, bytes, int] | None,
+    cut: int | None,
+) -> None:
+    folder, content = tmp_path_factory.mktemp("folder"), SHARDS[shard](ANSWERED)
+    written = {f"{stem}-{place}.{shard}": content for place in range(count)}
+    if stray is not None:
+        written[stray[0]] = stray[1]
+    if cut is not None:
+        last = f"{stem}-{count - 1}.{shard}"
+        written[last] = content[: min(cut, len(content) - 2)]
+    for name, data in written.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    config = DataConfig(name="pairs", path=str(folder), cache="off", eval_fraction=0, template="plain")
+    try:
+        report = load_datasets(config, TOKENIZER, 1).report
+    except ConfigError as error:
+        refusal = str(error)
+        assert folder.name in refusal or any(Path(name).name in refusal for name in written), refusal
+        assert "\n" not in refusal and refusal.isprintable(), refusal
+        assert cut is not None or stray is not None, refusal  # a plain folder of shards is read
+        return
+    if cut is not None and shard == "csv":
+        return  # what is left may be a table
+    # a cut at a line's end leaves a shorter file that is whole
+    whole = written[f"{stem}-{count - 1}.{shard}"] if cut is not None and shard == "jsonl" else b""
+    read = len(ANSWERED) * count if cut is None else len(ANSWERED) * (count - 1) + whole.count(b"}")
+    assert report.counts["read"] == read + (stray[2] if stray is not None else 0)
