@@ -256,4 +256,6 @@ def _not_finite(model: PreTrainedModel) -> str:
         for name, value in model.named_parameters()
         if value.is_floating_point() and not value.isfinite().all()
     ]
-    return f"{bad[0]} and {len(bad) - 1} other weights hold NaN or infinity" if bad else "they overflow"
+    if not bad:
+        return "they overflow"
+    return f"NaN or infinity in {bad[0]}" + (f" and {len(bad) - 1} more weights" if bad[1:] else "")
