@@ -34,6 +34,15 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     assert hash_file(path) == written
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_the_data_start_at_a_multiple_of_eight_bytes(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"n" * length: torch.ones(2)})
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    assert header % 8 == 0 and len(content) == 8 + header + 8  # two floats
+
+
 @given(cuts=st.lists(st.integers(1, 19), max_size=4), start=st.integers(0, 19), size=st.integers(0, 19))
 def test_any_range_comes_from_any_cut(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], start: int, size: int

@@ -11,7 +11,15 @@ from test_dataset import load, write
 
 from rcpo.data.columns import rename
 from rcpo.data.detection import find_form
-from rcpo.data.forms import FormOptions, register_format
+from rcpo.data.forms import (
+    Custom,
+    FormOptions,
+    Renamed,
+    after_history,
+    register_format,
+    registered,
+    with_input,
+)
 from rcpo.data.judged import FIRST, SECOND, TIE, Scored, majority, paired
 from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
@@ -211,6 +219,37 @@ def test_what_labels_and_judgments_mean_can_be_said() -> None:
         read([PAIR], labels={1: "first"})
     with pytest.raises(BadRow, match="a judgment that is not explained"):
         read([first, first | {"label": "unsure"}])
+
+
+def test_renamed_columns_may_change_places_and_keep_what_a_prompt_holds() -> None:
+    swapped = Renamed("swapped", {"chosen": "rejected", "rejected": "chosen"})
+    assert swapped.rows(PAIR) == [{"prompt": "q", "chosen": "b", "rejected": "a"}]
+    asked, tools = [{"role": "user", "content": "q"}], [{"name": "clock"}]
+    row = {"input": {"messages": asked, "tools": tools}, "chosen": "a"}
+    assert Renamed("openai", {"prompt": "input"}).rows(row) == [
+        {"tools": tools, "prompt": asked, "chosen": "a"}
+    ]
+
+
+def test_instructions_and_earlier_turns_of_other_types_are_refused() -> None:
+    assert with_input("q", "x") == "q\nx" and with_input("q", " ") == "q"
+    for instruction, more in (("q", 3), (3, "x")):
+        with pytest.raises(BadRow, match="not both text"):
+            with_input(instruction, more)
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
+    assert after_history([["1?", "2"]], "3?") == [*turns, {"role": "user", "content": "3?"}]
+    assert after_history(turns, "3?") == [*turns, {"role": "user", "content": "3?"}]
+    for history, prompt in (("1?", "3?"), ([], 3), ([["1?"]], "3?"), ([["1?", 2]], "3?")):
+        with pytest.raises(BadRow, match="earlier turn"):
+            after_history(history, prompt)
+
+
+def test_a_format_of_one_s_own_may_return_several_rows_and_its_module_has_to_exist() -> None:
+    register_format("each-answer")(lambda row: [{"completion": answer} for answer in row["answers"]])
+    rows = Custom("each-answer", None).rows({"answers": ["a", "b"]})
+    assert rows == [{"completion": "a"}, {"completion": "b"}]
+    with pytest.raises(ConfigError, match=r"data\.format_module=no\.such cannot be imported"):
+        registered("each-answer", "no.such")
 
 
 def test_a_form_that_a_file_does_not_have_is_refused_with_what_it_needs() -> None:

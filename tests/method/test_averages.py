@@ -15,7 +15,7 @@ def test_weights_fall_by_the_memory_for_each_step_since() -> None:
     average = Average(0.5)
     assert average.value is None
     assert average.add(8.0) == 8.0
-    assert average.add(2.0) == (0.25 * 8 + 0.5 * 2) / 0.75
+    assert average.add(2.0) == average.value == (0.25 * 8 + 0.5 * 2) / 0.75
     # two steps later: (¼ · (¼·8 + ½·2) + ¾ · 4) / (¼ · ¾ + ¾)
     assert average.add(4.0, steps=2) == pytest.approx((0.25 * 3 + 0.75 * 4) / (0.25 * 0.75 + 0.75))
 
