@@ -57,6 +57,9 @@ def test_any_range_comes_from_any_cut(
     end = min(start + size, 20)
     values = files.values("w", "m", start, end - start)
     assert values is not None and torch.equal(values, whole[start:end])
+    everything = files.whole("w", "m")
+    assert everything is not None and torch.equal(everything, whole)
+    assert files.whole("w", "other") is None and files.whole("v", "m") is None
     assert files.number("w", "step") == 1.0
     assert files.values("w", "other", 0, 1) is None and files.number("v", "step") is None
 
