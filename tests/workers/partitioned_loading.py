@@ -60,9 +60,7 @@ def main() -> None:
     engine = Engine(Policy(model), config)
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
-        logps = engine.policy(
-            ids, torch.ones_like(ids), torch.arange(8)[None], predictors=torch.arange(7), labels=ids[0, 1:]
-        )[0]
+        logps = engine.policy(ids, torch.arange(8)[None], predictors=torch.arange(7), labels=ids[0, 1:])[0]
     record = {"peak": took, "whole": sum(sizes), "largest": max(sizes), "logps": logps.tolist()}
     Path(f"{output}-{distributed.rank()}.json").write_text(json.dumps(record))
     distributed.shutdown()
