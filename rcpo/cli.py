@@ -397,7 +397,7 @@ def doctor() -> None:
 
 
 def _finish(command: Callable[..., int], *arguments: Any) -> None:
-    """Runs a command to its exit code; what the user has to change is one line, without a traceback."""
+    """Run a command to its exit code; what the user has to change is one line, without a traceback."""
     from rcpo.errors import ConfigError, RunError
     from rcpo.launch.outcomes import FAILED
     from rcpo.launch.run import failed, refused

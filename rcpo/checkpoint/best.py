@@ -49,6 +49,6 @@ class BestStep:
         return {"metric": self._metric, "sign": self._sign, "step": self.step, "value": self._value}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Goes on, unless another metric or direction is asked for now."""
+        """Go on, unless another metric or direction is asked for now."""
         if state is not None and (state["metric"], state["sign"]) == (self._metric, self._sign):
             self.step, self._value = state["step"], state["value"]

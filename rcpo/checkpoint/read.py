@@ -38,7 +38,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def load(self, engine: Engine) -> None:
-        """Restores a new engine and this rank's random state. Collective."""
+        """Restore a new engine and this rank's random state. Collective."""
         engine.restore(checkpoint_tensors(self.folder), self.state["engine"])
         states = self.state["rng"]
         distributed.set_rng_state(states[distributed.rank() % len(states)])

@@ -64,7 +64,7 @@ def find_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint | None:
 def refuse_other_contents(
     checkpoint: Checkpoint, contents: Mapping[str, str], config: RunConfig, *, couples_batch: bool
 ) -> None:
-    """Raises ConfigError where the data or the models are not those that the checkpoint's run was given."""
+    """Raise ConfigError where the data or the models are not those that the checkpoint's run was given."""
     before = checkpoint.state["contents"]
     found = [f"{what} (by content)" for what, content in contents.items() if before.get(what) != content]
     if couples_batch:

@@ -35,7 +35,7 @@ class Written:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
-    """Writes tensors of one axis and returns when they are on the disk; raises OSError."""
+    """Write tensors of one axis and return when they are on the disk; raise OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=_CHUNK) as file:
         for part in _parts(tensors):
@@ -75,7 +75,7 @@ class PieceFiles:
     """The pieces of all ranks of a checkpoint, in the files that its writers made, as one."""
 
     def __init__(self, paths: list[Path]) -> None:
-        """Raises ConfigError for a file that holds anything else."""
+        """Raise ConfigError for a file that holds anything else."""
         # by name and key: start, size, file and label of each piece, in order
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         for path in paths:

@@ -50,7 +50,7 @@ class SaveClock:
         self.start()
 
     def start(self) -> None:
-        """Counts from now."""
+        """Count from now."""
         self._last = time.monotonic()
 
     def saved(self, held_up: float) -> None:
@@ -144,7 +144,7 @@ class CheckpointWriter:
         extra: Mapping[str, Tensor] | None = None,
         shares: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Starts to write the checkpoint of `state["step"]`, JSON that is the same on all ranks. Collective.
+        """Start to write the checkpoint of `state["step"]`, JSON that is the same on all ranks. Collective.
 
         The one before is finished first. Checkpoints of the steps `kept` are not pruned. `extra` are more
         tensors of one axis, the same on all ranks, `shares` this rank's parts of others by their labels.
@@ -179,7 +179,7 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.part.is_alive()
 
     def finish(self) -> None:
-        """Waits for a pending checkpoint and gives it its name. Collective.
+        """Wait for a pending checkpoint and give it its name. Collective.
 
         Raises RunError where it could not be written.
         """
@@ -257,7 +257,7 @@ class CheckpointWriter:
         self._prune(pending.kept)
 
     def _prune(self, kept: Collection[int]) -> None:
-        """Removes all but the last `keep` checkpoints; damaged ones take the places that whole ones leave."""
+        """Remove all but the last `keep` checkpoints; damaged ones take the places that whole ones leave."""
         whole = checkpoint_folders(self.run_dir)
         left = max(0, self._keep - len(whole))
         for number, superseded in [*whole[self._keep :], *damaged_folders(self.run_dir)[left:]]:
@@ -268,7 +268,7 @@ class CheckpointWriter:
         return self.folder / f".step-{step}.new"
 
     def _on_main(self, work: Callable[[], None], step: int) -> None:
-        """Lets rank 0 work on the file system; raises RunError on all ranks where it failed."""
+        """Let rank 0 work on the file system; raise RunError on all ranks where it failed."""
         problem = None
         if distributed.is_main():
             try:
@@ -292,7 +292,7 @@ def _shares(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _empty(folder: Path) -> None:
-    """Makes an empty folder; unfinished ones of earlier, killed runs go."""
+    """Make an empty folder; unfinished ones of earlier, killed runs go."""
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     (folder / TENSORS).mkdir(parents=True)

@@ -30,7 +30,7 @@ CODE = "code"
 
 
 def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
-    """Submits the steps that are not done, or with `dry_run` shows their scripts and touches nothing.
+    """Submit the steps that are not done, or with `dry_run` show their scripts and touch nothing.
 
     Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
     """

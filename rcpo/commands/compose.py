@@ -36,7 +36,7 @@ def shows(flags: argparse.Namespace) -> bool:
 
 
 def show(hydra: Hydra, name: str, flags: argparse.Namespace, overrides: list[str]) -> int:
-    """Prints what the flags ask for; raises ConfigError for overrides that Hydra refuses."""
+    """Print what the flags ask for; raise ConfigError for overrides that Hydra refuses."""
     cfg = compose_with(hydra, name, overrides)  # a refusal is explained here, before Hydra prints its own
     if flags.help_on is not None:
         tree = OmegaConf.to_container(cfg)

@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine() -> int:
-    """Prints the report; returns 0, or 1 where `rcpo train` could not run."""
+    """Print the report; return 0, or 1 where `rcpo train` could not run."""
     findings = [finding for check in CHECKS for finding in check()]
     table = Table(title="rcpo doctor", title_justify="left", show_lines=False)
     for column in ("", "what", "found", "what would fail, and the remedy"):

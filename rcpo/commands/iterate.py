@@ -59,7 +59,7 @@ def iterate(arguments: Sequence[str]) -> int:
 
 
 def ready(iteration: Iteration, processes: int) -> None:
-    """Refuses what no round could use, and downloads what they need; raises ConfigError."""
+    """Refuse what no round could use, and download what they need; raise ConfigError."""
     config = iteration.config
     iteration.check()
     check(config, processes)
@@ -67,7 +67,7 @@ def ready(iteration: Iteration, processes: int) -> None:
 
 
 def run(iteration: Iteration) -> int:
-    """Does the steps that are not done; returns the exit code of the first that fails, or 0."""
+    """Do the steps that are not done; return the exit code of the first that fails, or 0."""
     for step in iteration.steps():
         if step.done:
             print(f"rcpo: {step.name}: complete before", flush=True)
@@ -86,7 +86,7 @@ def run(iteration: Iteration) -> int:
 
 
 def do(step: Step) -> int:
-    """Runs a step as a process, to which stop signals are handed on; returns its exit code.
+    """Run a step as a process, to which stop signals are handed on; return its exit code.
 
     It goes where this process is killed: the next call would find it at work in the folder.
     """

@@ -73,13 +73,13 @@ def run(request: Request, every: float | None) -> int:
 
 
 def report(request: Request) -> Path:
-    """Writes the report and returns the HTML file; raises ConfigError where there is no run to report on."""
+    """Write the report and return the HTML file; raise ConfigError where there is no run to report on."""
     page, _ = _write(request, None)
     return page
 
 
 def watch(request: Request, seconds: float, quiet: float = QUIET) -> Path:
-    """Rewrites the report whenever a run's files change, until training is over.
+    """Rewrite the report whenever a run's files change, until training is over.
 
     The page reloads itself every `seconds`; the last one written does not. Waits for a first run. A run is
     over when it is finished; a sweep, whose next run may be starting, when for `quiet` seconds no run trained

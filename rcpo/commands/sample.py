@@ -88,14 +88,14 @@ def settings_of(cfg: DictConfig, config: RunConfig, run: Path | None) -> Setting
 
 
 def ready(settings: Settings) -> None:
-    """Refuses what no sampling could use, and downloads what it needs; raises ConfigError."""
+    """Refuse what no sampling could use, and download what it needs; raise ConfigError."""
     config = settings.config
     check(config, world_size(config))
     fetch_scorer(config, settings.nodes.score)
 
 
 def fetch_scorer(config: RunConfig, score: ScoreConfig) -> None:
-    """Downloads the model that scores, so that no rank has to; raises ConfigError where it cannot be had."""
+    """Download the model that scores, so that no rank has to; raise ConfigError where it cannot be had."""
     if score.path is None:
         return
     model = config.model

@@ -147,7 +147,7 @@ def _evaluate(hydra: Hydra, flags: argparse.Namespace) -> Submission:
 
 
 def _check_evaluation(hydra: Hydra, run_dir: Path, own: list[str], slurm: SlurmConfig) -> None:
-    """Raises ConfigError for what the evaluation would refuse when it starts, hours later."""
+    """Raise ConfigError for what the evaluation would refuse when it starts, hours later."""
     refuse_command_keys(own)
     base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
     config = parse(over_run(hydra, base, own), files=slurm.after is None)

@@ -64,7 +64,7 @@ def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
 
 
 def conclude(sweep_dir: Path, search: dict[str, object] | None = None) -> None:
-    """Compares what is in a sweep's folder: sweep.json, sweep.md and the terminal."""
+    """Compare what is in a sweep's folder: sweep.json, sweep.md and the terminal."""
     summary.compare(sweep_dir)  # a folder that is none is refused before anything is written there
     comparison = summary.conclude(sweep_dir, search)
     summary.show(comparison, Console(width=None if sys.stdout.isatty() else 160))

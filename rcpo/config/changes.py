@@ -110,7 +110,7 @@ def _differences(
 
 
 def refuse_changes(found: list[str], where: str, config: RunConfig) -> None:
-    """Raises ConfigError with the differences, unless `resume_changed=allow`."""
+    """Raise ConfigError with the differences, unless `resume_changed=allow`."""
     if found and config.resume_changed == "refuse":
         lines = "\n".join(f"  {line}" for line in found)
         raise ConfigError(
@@ -120,7 +120,7 @@ def refuse_changes(found: list[str], where: str, config: RunConfig) -> None:
 
 
 def refuse_other_run(state: Mapping[str, Any], where: str, config: RunConfig, processes: int) -> None:
-    """Raises ConfigError where a run of `processes` ranks is not the one that a checkpoint's `state` is of.
+    """Raise ConfigError where a run of `processes` ranks is not the one that a checkpoint's `state` is of.
 
     The ranks' number may change, except where a result depends on what one micro-batch of each rank holds.
     """

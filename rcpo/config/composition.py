@@ -180,7 +180,7 @@ def hydra_session(config_dir: str | None = None, config_path: str | None = None)
 
 
 def _check_folder(flag: str, folder: Path) -> None:
-    """Raises ConfigError for a folder of options that Hydra would pass over without a word."""
+    """Raise ConfigError for a folder of options that Hydra would pass over without a word."""
     try:
         if not folder.is_dir():
             raise ConfigError(f"{flag} {folder} is not a folder")
@@ -196,7 +196,7 @@ def _check_folder(flag: str, folder: Path) -> None:
 
 
 def _refuse_shadowed(folder: Path) -> None:
-    """Raises ConfigError for a user's option with the name of a shipped one, which would be taken instead."""
+    """Raise ConfigError for a user's option with the name of a shipped one, which would be taken instead."""
     for file in (file for pattern in ("*.yaml", "*/*.yaml", "*/*/*.yaml") for file in folder.glob(pattern)):
         shipped = conf_dir() / file.relative_to(folder)
         if shipped.is_file() and file.is_file() and file.read_bytes() != shipped.read_bytes():
@@ -242,7 +242,7 @@ def _refuse_unused_settings(cfg: DictConfig) -> None:
 
 
 def _refuse_nameless(cfg: DictConfig) -> None:
-    """Raises ConfigError for an option that leaves out what it is: a default would be taken for it."""
+    """Raise ConfigError for an option that leaves out what it is: a default would be taken for it."""
     for group, key in _TELLING.items():
         option = OmegaConf.select(cfg, f"hydra.runtime.choices.{group}")
         node = cfg._get_node(group, validate_access=False)

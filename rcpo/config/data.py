@@ -182,7 +182,7 @@ _ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def check_data(data: DataConfig) -> None:
-    """Raises ConfigError for limits that contradict, and for a source that is not there."""
+    """Raise ConfigError for limits that contradict, and for a source that is not there."""
     if None not in (data.max_prompt_length, data.max_length) and data.max_prompt_length >= data.max_length:  # type: ignore[operator]
         raise ConfigError(
             f"data.max_prompt_length={data.max_prompt_length} leaves no token for a response "

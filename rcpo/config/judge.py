@@ -62,7 +62,7 @@ RATED = ("{instruction}", "{answer}")
 
 
 def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
-    """Raises ConfigError for what no judgement could use; `wanted`: one is asked for."""
+    """Raise ConfigError for what no judgement could use; `wanted`: one is asked for."""
     check_endpoint("judge", judge)
     for name, value in (("prompts", judge.prompts), ("template", judge.template)):
         if value is not None and not is_file(f"judge.{name}", value):
@@ -82,7 +82,7 @@ def check_judge(judge: JudgeConfig, *, wanted: bool) -> None:
 
 
 def check_endpoint(node: str, config: EndpointConfig) -> None:
-    """Raises ConfigError for an address or a key's name that is none; `node` holds the keys."""
+    """Raise ConfigError for an address or a key's name that is none; `node` holds the keys."""
     _check_key_name(node, config.api_key_env)
     if config.base_url is not None:
         _check_url(node, config.base_url)

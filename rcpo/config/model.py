@@ -70,7 +70,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Raises ConfigError where a folder does not hold what its key is for; a reference may be either."""
+    """Raise ConfigError where a folder does not hold what its key is for; a reference may be either."""
     model = (folder / "config.json").is_file()
     if key == "adapter.path":
         if not (folder / "adapter_config.json").is_file():

@@ -48,7 +48,7 @@ def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
 
 
 def refuse_command_keys(overrides: Sequence[str], allowed: Sequence[str] = ()) -> None:
-    """Raises ConfigError for keys that the command at hand does not read."""
+    """Raise ConfigError for keys that the command at hand does not read."""
     for override in overrides:
         node = override.lstrip("+~").partition("=")[0].partition(".")[0]
         if node in COMMAND_NODES and node not in allowed:

@@ -61,7 +61,7 @@ def to_container(config: RunConfig) -> dict[str, Any]:
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved configuration as YAML; `load_run_config` reads it back."""
+    """Write the resolved configuration as YAML; `load_run_config` reads it back."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_container(config))), encoding="utf-8")
 
 

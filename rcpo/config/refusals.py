@@ -31,7 +31,7 @@ _ALIASES = {"rc": {"true", "false"}}  # options that exist for YAML's sake
 
 @contextmanager
 def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Turns refusals of a composition into one ConfigError each, with the nearest name that exists."""
+    """Turn refusals of a composition into one ConfigError each, with the nearest name that exists."""
     from hydra.errors import HydraException
 
     try:
@@ -75,7 +75,7 @@ def _in_file(error: BaseException) -> str:
 
 
 def refuse_odd_overrides(hydra: Hydra, overrides: Sequence[str]) -> None:
-    """Raises ConfigError for what Hydra takes, or refuses without the key, and no run could use."""
+    """Raise ConfigError for what Hydra takes, or refuse without the key, and no run could use."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for override in OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(

@@ -14,7 +14,7 @@ MAY_BE_EMPTY = ("data.system_prompt",)  # texts of which the empty one means som
 
 
 def refuse_shapes(tree: Mapping[Any, Any], schema: type, prefix: str = "") -> None:
-    """Raises ConfigError for the first value of `tree` that is not a list, mapping or text where one is due.
+    """Raise ConfigError for the first value of `tree` that is not a list, mapping or text where one is due.
 
     `schema` is the dataclass that the tree will become; keys that it lacks are not looked at.
     """

@@ -46,7 +46,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def validate(config: RunConfig, *, files: bool = True) -> None:
-    """Raises ConfigError for the first value that no run could use; imports no torch."""
+    """Raise ConfigError for the first value that no run could use; imports no torch."""
     check_keys(config)
     check_hyperparameters("objective", config.objective.hyperparameters)
     _check_optim(config)

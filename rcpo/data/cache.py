@@ -230,7 +230,7 @@ def _first(encoder: Encoder, piece: RowBlock, encoded: Encoded, count: int) -> E
 
 
 def _refuse_bad(meta: Meta, wanted: TokenRequest) -> None:
-    """Raises ConfigError for the first bad row, unless such rows are dropped."""
+    """Raise ConfigError for the first bad row, unless such rows are dropped."""
     if meta.bad and not wanted.drop:
         reason, (place, _) = next(iter(meta.bad.items()))
         raise ConfigError(f"{place}: {reason}; correct it, or leave such pairs out: data.on_bad=drop")

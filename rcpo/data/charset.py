@@ -14,7 +14,7 @@ CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))  # printable A
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json: one token a character, a BOS first.
+    """Write tokenizer.json and tokenizer_config.json: one token a character, a BOS first.
 
     A character outside `CHARACTERS` becomes <unk>.
     """

@@ -54,7 +54,7 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
 
 def check_templates(columns: Mapping[str, str]) -> None:
-    """Raises ConfigError for a template that is not Jinja."""
+    """Raise ConfigError for a template that is not Jinja."""
     from jinja2 import TemplateSyntaxError
 
     for name, spec in columns.items():

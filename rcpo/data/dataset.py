@@ -64,7 +64,7 @@ class Datasets:
 def load_datasets(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, say: Say = log.info
 ) -> Datasets:
-    """Reads, splits and tokenises the configured data; the same on every rank. Collective.
+    """Read, split and tokenise the configured data; the same on every rank. Collective.
 
     `seed` decides which prompts are held out of `data.path`, and draws the sums to train on. `say` takes
     lines for the user, on rank 0. Raises ConfigError for data that cannot be used.
@@ -82,7 +82,7 @@ def load_datasets(
 
 
 def _refuse_one_sided(train: PairDataset, source: str) -> None:
-    """Raises ConfigError where the labels of all completions to train on are the same."""
+    """Raise ConfigError where the labels of all completions to train on are the same."""
     wanted, unwanted = (int((train.lengths[:, side] > 0).sum()) for side in (1, 2))
     if wanted and unwanted:
         return
@@ -182,7 +182,7 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
 
 
 def _refuse_same(specs: Sequence[SourceSpec], held_out: Sequence[SourceSpec]) -> None:
-    """Raises ConfigError where the same rows would be trained on and held out."""
+    """Raise ConfigError where the same rows would be trained on and held out."""
     trained = {_rows_of(spec) for spec in specs}
     for spec in held_out:
         if _rows_of(spec) in trained:
@@ -243,7 +243,7 @@ class _Loader:
         self._kinds: dict[str, str] = {}  # kind: the first source of it
 
     def load(self, specs: Sequence[SourceSpec]) -> list[TokenStore]:
-        """Raises ConfigError for a source without a usable row, and for kinds of data that do not mix."""
+        """Raise ConfigError for a source without a usable row, and for kinds of data that do not mix."""
         return [self._load(spec) for spec in specs]
 
     def _load(self, spec: SourceSpec) -> TokenStore:

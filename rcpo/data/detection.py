@@ -207,7 +207,7 @@ def _is_label(sample: Sample, name: str) -> bool:
 
 
 def _refuse_contrary(sample: Sample, place: str) -> None:
-    """Raises ConfigError for a column that says which answers are not wanted: `disliked`, `unacceptable`."""
+    """Raise ConfigError for a column that says which answers are not wanted: `disliked`, `unacceptable`."""
     for name in sample.names:
         if CONTRARY_WORDS - {"not"} & {*words(name)} and _is_label(sample, name):
             values = sorted({normal(value) for value in sample.values(name)})

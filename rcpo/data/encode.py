@@ -148,7 +148,7 @@ class Encoder:
             return [problem]
 
     def __call__(self, piece: RowBlock) -> Encoded:
-        """Raises ConfigError for messages without a template, and for a system prompt without messages."""
+        """Raise ConfigError for messages without a template, and for a system prompt without messages."""
         tally = Tally()
         found: list[_Found] = []
         texts: dict[bool, list[TextPair]] = {False: [], True: []}

@@ -133,7 +133,7 @@ _REGISTERED: dict[str, Reader] = {}
 
 
 def register_format(name: str) -> Callable[[Reader], Reader]:
-    """Makes a function a format: `data.format=NAME data.format_module=MODULE`.
+    """Make a function a format: `data.format=NAME data.format_module=MODULE`.
 
     It takes a row of the file and returns a row with rcpo's fields (`prompt`, `chosen`, `rejected`, ...), or
     a list of such rows. It raises ValueError, with a reason, for a row that cannot be used.

@@ -19,7 +19,7 @@ ROWS = 64  # of a source; that the text is the same is checked on every row
 def check_prompts(
     encoder: Encoder, tokenizer: PreTrainedTokenizerBase, piece: RowBlock, place: str, rows: int = ROWS
 ) -> int:
-    """Compares the uncut prompts of the first rows of a piece; returns how many. Bad rows are passed over.
+    """Compare the uncut prompts of the first rows of a piece; return how many. Bad rows are passed over.
 
     Raises ConfigError with the row where the tokens differ.
     """

@@ -22,7 +22,7 @@ class Limits:
     truncation: str = KEEP_END
 
     def check(self, opening: int) -> None:
-        """Raises ConfigError where the limits leave nothing of a prompt but its `opening` tokens."""
+        """Raise ConfigError where the limits leave nothing of a prompt but its `opening` tokens."""
         if self.max_prompt_length is not None and self.max_prompt_length <= opening:
             raise ConfigError(
                 f"data.max_prompt_length={self.max_prompt_length} leaves no token for the prompt after the "

@@ -16,7 +16,7 @@ Render = Callable[[Sequence[Message], list[Any] | None, Row], str]
 
 
 def refuse_unrendered(text: str, messages: Sequence[Message], row: Row, render: Render) -> None:
-    """Raises BadRow where the prompt `text` lacks a message, a tool or a tool call of its row.
+    """Raise BadRow where the prompt `text` lacks a message, a tool or a tool call of its row.
 
     Reasoning of earlier turns is the template's to leave out.
     """
@@ -40,7 +40,7 @@ def refuse_unrendered(text: str, messages: Sequence[Message], row: Row, render: 
 
 
 def refuse_unrendered_calls(messages: Sequence[Message], render: Callable[[list[Message]], str]) -> None:
-    """Raises BadRow where a rendered answer lacks one of its tool calls."""
+    """Raise BadRow where a rendered answer lacks one of its tool calls."""
     probes, names = _probed_calls(messages)
     probed = render(probes)
     if not all(name in probed for name in names):

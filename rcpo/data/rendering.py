@@ -21,7 +21,7 @@ def reads_date(source: str) -> bool:
 
 
 def fix_date(source: str, day: date) -> None:
-    """Makes `day` today for this template in this process, wherever transformers renders it."""
+    """Make `day` today for this template in this process, wherever transformers renders it."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     moment = datetime.combine(day, time())

@@ -24,7 +24,7 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
 
     def cut(self, what: str, tokens: int) -> None:
-        """Counts a prompt or response (`what`: prompts, responses) that lost tokens, if it did."""
+        """Count a prompt or response (`what`: prompts, responses) that lost tokens, if it did."""
         if tokens:
             self.counts[f"truncated_{what}"] += 1
             self.counts["tokens_cut"] += tokens
@@ -58,19 +58,19 @@ class DataReport:
     shared_prompts: int = 0
 
     def bad(self, reason: str, place: str) -> None:
-        """Counts a pair that is left out and keeps the first place of each reason, or raises ConfigError."""
+        """Count a pair that is left out and keep the first place of each reason, or raise ConfigError."""
         if not self.drop:
             raise ConfigError(f"{place}: {reason}; correct it, or leave such pairs out: data.on_bad=drop")
         self.dropped[reason] += 1
         self.examples.setdefault(reason, place)
 
     def leave_out(self, reason: str, count: int, first: str) -> None:
-        """Counts usable pairs that the configuration leaves out; `first` names one of them."""
+        """Count usable pairs that the configuration leaves out; `first` names one of them."""
         self.left_out[reason] += count
         self.left_out_first.setdefault(reason, first)
 
     def add(self, tally: Tally, place: Callable[[str], str] = str) -> None:
-        """Takes a tally in; `place` makes a name for the user of one of its places."""
+        """Take a tally in; `place` makes a name for the user of one of its places."""
         for where, reason in tally.bad:
             self.bad(reason, place(where))
         self.counts.update(tally.counts)

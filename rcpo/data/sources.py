@@ -188,7 +188,7 @@ def _names_its_files(folder: Path) -> bool:
 def _refuse_unread(
     spec: SourceSpec, folder: Path, there: Sequence[Path], splits: Mapping[str, Sequence[Path]]
 ) -> None:
-    """Raises ConfigError for files of data that the library puts into no split."""
+    """Raise ConfigError for files of data that the library puts into no split."""
     read = {file.resolve() for files in splits.values() for file in files}
     left = [
         visible(str(file.relative_to(folder)), lines=False) for file in there if file.resolve() not in read

@@ -67,7 +67,7 @@ class TokenWriter:
         self.meta.rows.append(0)
 
     def add(self, encoded: Encoded, place: str) -> None:
-        """Takes a piece of the current part in; `place` names the part to the user."""
+        """Take a piece of the current part in; `place` names the part to the user."""
         ends = self._end + np.cumsum(encoded.lengths.ravel(), dtype=np.int64)
         if len(ends):
             self._end = int(ends[-1])
@@ -88,7 +88,7 @@ class TokenWriter:
         self.meta.counts = dict(self._counts)
 
     def finish(self) -> TokenStore:
-        """Closes the files, meta.json last; the store of what was written."""
+        """Close the files, meta.json last; the store of what was written."""
         self.meta.arrays = {
             name: (file.tell(), self._hashes[name].hexdigest()) for name, file in self._files.items()
         }

@@ -120,7 +120,7 @@ def honour_umask(folder: Path) -> None:
 
 
 def write_merged(source: ModelSource, target: Path, config: RunConfig) -> None:
-    """Writes a model with its adapter added to its weights, in training's precision, and its tokenizer."""
+    """Write a model with its adapter added to its weights, in training's precision, and its tokenizer."""
     from rcpo.models.adapters import merge_adapter
 
     assert source.adapter is not None

@@ -94,7 +94,7 @@ def _flat(optimizer: torch.optim.Optimizer, name: str, parameter: Any) -> Piece 
 
 
 def publish(engine: Any) -> None:
-    """Gives the model the weights that are in the holders. Collective."""
+    """Give the model the weights that are in the holders. Collective."""
     optimizer = engine.optimizer
     if engine.zero_optimization_partition_weights():
         optimizer.checkpoint_event_prologue()
@@ -128,7 +128,7 @@ class Saved(Protocol):
 
 
 def restore(pieces: list[Piece], optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Overwrites weights and optimizer state by what was saved; state that it lacks starts from zero."""
+    """Overwrite weights and optimizer state by what was saved; state that it lacks starts from zero."""
     holders = list({id(piece.holder): piece.holder for piece in pieces}.values())
     _make_state(holders, optimizer)
     states = {id(holder): decoded(optimizer.state[holder], holder) for holder in holders}

@@ -362,7 +362,7 @@ class Engine:
         self._engine.eval()
 
     def close(self) -> None:
-        """Lets go of what DeepSpeed holds; the engine is of no use after."""
+        """Let go of what DeepSpeed holds; the engine is of no use after."""
         self._engine.destroy()
         forget_releases()
 
@@ -378,7 +378,7 @@ class Engine:
         return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds a micro-batch's gradients; `last` closes the optimizer step's accumulation.
+        """Add a micro-batch's gradients; `last` closes the optimizer step's accumulation.
 
         DeepSpeed averages over ranks, so `loss` is this rank's part of the global mean times the rank count.
         """
@@ -386,7 +386,7 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> Update:
-        """Clips, updates weights and learning rate; an update that is not finite is left out on all ranks."""
+        """Clip, update weights and learning rate; an update that is not finite is left out on all ranks."""
         if not self._plain:  # DeepSpeed checks the reduced norm itself
             rescales = self._engine.fp16_enabled() and self._scaler.cur_scale > self._scaler.min_scale
             self._engine.step()
@@ -423,7 +423,7 @@ class Engine:
         return _strip(self._engine.module.state_dict())
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Gives the policy these weights, by their names in it; frozen ones may be left out. Collective."""
+        """Give the policy these weights, by their names in it; frozen ones may be left out. Collective."""
         known = dict(self.policy.named_parameters())
         lacking = [name for name, value in known.items() if value.requires_grad and name not in weights]
         unknown = weights.keys() - known.keys()
@@ -440,7 +440,7 @@ class Engine:
                         value.copy_(weights[name])
 
     def follow(self, other: Engine, share: float) -> None:
-        """Moves the weights a `share` of the way to another engine's, of the same model. Collective."""
+        """Move the weights a `share` of the way to another engine's, of the same model. Collective."""
         own, others = self.policy.parameters(), other.policy.parameters()
         with torch.no_grad():
             for value, target in zip(own, others, strict=True):
@@ -464,7 +464,7 @@ class Engine:
         return found
 
     def take_shares(self, saved: Saved, key: str) -> None:
-        """Takes over what all ranks' `shares` were. Collective; raises ConfigError for a missing weight."""
+        """Take over what all ranks' `shares` were. Collective; raise ConfigError for a missing weight."""
         with torch.no_grad():
             for name, value in self.policy.named_parameters():
                 with self._whole(value):
@@ -496,7 +496,7 @@ class Engine:
         return {"updates": self._engine.lr_scheduler.last_epoch, "loss_scale": scale, "shapes": shapes}
 
     def restore(self, saved: Saved, record: dict[str, Any] | None = None) -> None:
-        """Takes over `tensors` of whatever ranks and stage; a new engine their `record` too. Collective.
+        """Take over `tensors` of whatever ranks and stage; a new engine their `record` too. Collective.
 
         Raises ConfigError for a parameter that is not in them.
         """
@@ -533,7 +533,7 @@ def scaler_state(scaler: Any) -> dict[str, Any]:
 
 
 def set_scaler_state(scaler: Any, state: dict[str, Any]) -> None:
-    """Restores it, as far as the scaler of another stage has the same."""
+    """Restore it, as far as the scaler of another stage has the same."""
     for key in state.keys() & vars(scaler).keys():
         setattr(scaler, key, state[key])
 

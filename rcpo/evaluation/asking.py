@@ -59,7 +59,7 @@ class Asking:
     stop: Callable[[], bool] = lambda: False
 
     def ask(self, requests: Sequence[Request], keep: Callable[[Line], None]) -> Asked:
-        """Asks all of `requests`; `keep` gets each line from this thread.
+        """Ask all of `requests`; `keep` gets each line from this thread.
 
         Raises RunError where the endpoint refuses or stays silent, Stopped where `stop` says so.
         """

@@ -81,7 +81,7 @@ class Endpoint:
         self._stopped = threading.Event()
 
     def check(self) -> None:
-        """Raises ConfigError where nothing listens there, or the key is not accepted, before work is done.
+        """Raise ConfigError where nothing listens there, or the key is not accepted, before work is done.
 
         Asks for the list of models; an endpoint that has none says so, and that is an answer.
         """
@@ -109,7 +109,7 @@ class Endpoint:
         raise Unanswered(f"{reason}, in {self._config.retries + 1} tries")
 
     def stop(self) -> None:
-        """Ends all waits: their requests are unanswered."""
+        """End all waits: their requests are unanswered."""
         self._stopped.set()
 
     def _try(self, path: str, body: Mapping[str, Any] | None) -> bytes:
@@ -133,7 +133,7 @@ class Endpoint:
             raise _Passing(f"the connection failed ({self._clean(said)}){self._by_proxy()}") from error
 
     def _explain(self, error: HTTPError) -> NoReturn:
-        """Raises what an HTTP status other than 200 means."""
+        """Raise what an HTTP status other than 200 means."""
         code = error.code
         said = f"{code} {error.reason}"
         with contextlib.suppress(OSError, HTTPException):  # the status says enough

@@ -43,7 +43,7 @@ class HeldOutDynamics:
         return torch.enable_grad() if self._by_parameters else torch.no_grad()
 
     def observe(self, scored: PairOutput) -> tuple[Tensor, Tensor] | None:
-        """Adds a batch; returns its pairs' incentives (N,) and (N,), or None where nothing is measured."""
+        """Add a batch; return its pairs' incentives (N,) and (N,), or None where nothing is measured."""
         if not self._meters:
             return None
         none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums

@@ -72,7 +72,7 @@ class Harness:
 
     @staticmethod
     def prepare(config: RunConfig) -> Harness:
-        """Finds and loads the tasks of `eval.tasks` with their data, before any weight is read. Collective.
+        """Find and load the tasks of `eval.tasks` with their data, before any weight is read. Collective.
 
         Raises ConfigError where the extra is not installed, a task does not exist, or its data cannot be had.
         """

@@ -77,7 +77,7 @@ def evaluate_in_training(session: Session) -> dict[str, Any]:
 def merge_record(
     run_dir: Path, record: Mapping[str, Any], *, kept: Iterable[str], renewed: str | None = None
 ) -> None:
-    """Writes evaluation.json: `record`, and of what it held before the keys that begin with any of `kept`.
+    """Write evaluation.json: `record`, and of what it held before the keys that begin with any of `kept`.
 
     Those that begin with `renewed` are the record's alone.
     """

@@ -47,7 +47,7 @@ class ProbeFile:
             self._tables.append(parquet.read_table(path, filters=[("step", "<=", resume_step)]))
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows and writes the file; a column that a row lacks, or NaN in it, is null."""
+        """Append rows and write the file; a column that a row lacks, or NaN in it, is null."""
         import pyarrow
 
         columns = [_column([_finite(row.get(name)) for row in rows], kind) for name, kind in COLUMNS.items()]

@@ -65,7 +65,7 @@ class Probe:
             self._samples = _open_samples(session.run_dir / SAMPLES_FILE, resume_step)
 
     def __call__(self, step: int, tracker: Tracker) -> None:
-        """Measures where this step is due, or is the last one. Collective."""
+        """Measure where this step is due, or is the last one. Collective."""
         last = step == self._session.total_steps
         if not last and step % self._config.every:
             return
@@ -128,7 +128,7 @@ class Probe:
         return dict(zip(positions, rows, strict=True))
 
     def _generate(self, step: int, measured: Mapping[int, Row], tracker: Tracker) -> None:
-        """Adds what the policy answers now, and what it gives the answers of now and of the start."""
+        """Add what the policy answers now, and what it gives the answers of now and of the start."""
         now, samples = self._first if step == 0 else self._answers()
         masses = self._masses([now] if step == 0 else [now, self._first[0]])
         for place, position in enumerate(self._positions):

@@ -37,7 +37,7 @@ from rcpo.training.session import Session
 
 
 def evaluate_run(config: RunConfig, run_dir: Path) -> int:
-    """Evaluates what the configuration asks for; returns the exit code. Collective.
+    """Evaluate what the configuration asks for; return the exit code. Collective.
 
     Raises ConfigError where the run has no final weights, or no checkpoint where those are asked for, where
     nothing is held out, and for tasks that cannot be run.
@@ -120,7 +120,7 @@ def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
 
 
 def restore_objective(session: Session, state: dict[str, Any] | None) -> None:
-    """Gives the objective the running mean that it had when the weights were saved; its run is done."""
+    """Give the objective the running mean that it had when the weights were saved; its run is done."""
     session.objective.progress = 1.0
     if session.objective.state is not None and state is not None and state["objective"] is not None:
         session.objective.state.load_state_dict(state["objective"])

@@ -16,7 +16,7 @@ from rcpo.runs.backends import check_installed
 
 
 def check(config: RunConfig, world_size: int) -> None:
-    """Refuses, before a folder is made or a weight read, what needs torch and the objectives to be seen.
+    """Refuse, before a folder is made or a weight read, what needs torch and the objectives to be seen.
 
     Raises ConfigError for a batch that does not divide, an objective or hyper-parameter that does not exist,
     calibration without a loser, and a precision or a number of processes that the machine does not have.
@@ -60,7 +60,7 @@ def check_run(config: RunConfig, world_size: int, *, models: bool = True) -> Non
 
 
 def _fetch_models(config: RunConfig) -> None:
-    """Downloads what the run needs of the hub, so that no rank has to, and looks at the folders."""
+    """Download what the run needs of the hub, so that no rank has to, and look at the folders."""
     model = config.model
     ranks = external_ranks()
     if ranks is not None and ranks.rank > 0:

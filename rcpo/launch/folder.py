@@ -46,7 +46,7 @@ def refuse_other(run_dir: Path, config: RunConfig, processes: int | None = None)
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Makes a folder that `key` names; raises ConfigError where it cannot be, or cannot be written to."""
+    """Make a folder that `key` names; raise ConfigError where it cannot be, or cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -33,7 +33,7 @@ Lost = Callable[[str], None]
 
 
 def end_run(rank: str) -> None:
-    """Says which rank was lost and ends this process, whose main thread would wait for it.
+    """Say which rank was lost and end this process, whose main thread would wait for it.
 
     A checkpoint that is being written is finished first: the lost rank's part may be on the disk.
     """
@@ -63,7 +63,7 @@ class Heartbeat:
         self._threads: list[threading.Thread] = []
 
     def begin(self, ranks: Ranks, store: Any) -> None:
-        """Connects this rank; the store says where rank 0 listens."""
+        """Connect this rank; the store says where rank 0 listens."""
         if ranks.rank == 0:
             listening = server(os.environ["MASTER_ADDR"], ranks.world_size)
             self._sockets.append(listening)
@@ -87,7 +87,7 @@ class Heartbeat:
             self._thread(self._beat, connection)
 
     def stop(self) -> None:
-        """Leaves; the others do not take it for a loss."""
+        """Leave; the others do not take it for a loss."""
         self._leaving.set()
         for thread in self._threads:
             thread.join(0.2)
@@ -159,7 +159,7 @@ class Heartbeat:
 
 
 def server(name: str, backlog: int) -> socket.socket:
-    """Listens where the other ranks come: at the address of that name, or at all of this machine's.
+    """Listen where the other ranks come: at the address of that name, or at all of this machine's.
 
     All, where the address is forwarded to this machine, or is a loopback address, as a machine's own name
     often is to itself alone.

@@ -35,7 +35,7 @@ class Node:
 
 
 def launch_workers(processes: int, command: list[str], node: Node | None = None) -> int:
-    """Starts `command` as local ranks under PyTorch's elastic agent; returns the exit code of the whole.
+    """Start `command` as local ranks under PyTorch's elastic agent; return the exit code of the whole.
 
     Without a `node` they are all there is.
     """
@@ -74,7 +74,7 @@ def _meeting(node: Node | None, name: str) -> dict[str, Any]:
 
 
 def _children_of_this() -> Callable[[], list[int]]:
-    """Lists the ids of this process's children: the ranks (multiprocessing's tracker ignores signals).
+    """List the ids of this process's children: the ranks (multiprocessing's tracker ignores signals).
 
     Its import is done when this returns: in a signal's handler, a second signal would find it half done.
     """
@@ -98,7 +98,7 @@ def _environment(extra: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def forward_signals(children: Callable[[], list[int]]) -> Iterator[list[int]]:
-    """Hands stop signals on to the processes that `children` lists, and yields the list of those received."""
+    """Hand stop signals on to the processes that `children` lists, and yield the list of those received."""
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:

@@ -10,7 +10,7 @@ from rcpo.runs.folder import LOG_FILE
 
 
 def close_log() -> None:
-    """Ends what Hydra's composition of a sweep leaves: the root logger writing to one run's log."""
+    """End what Hydra's composition of a sweep leaves: the root logger writing to one run's log."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, logging.FileHandler):

@@ -75,7 +75,7 @@ def this_rank(ranks: Ranks, config: RunConfig) -> Rank:
 
 
 def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
-    """Waits for all ranks and compares them; returns the store that they met at.
+    """Wait for all ranks and compare them; return the store that they met at.
 
     Raises, with the same message on all of them, ConfigError for what the user has to change and RunError
     where ranks did not come within some seconds of rank 0, or it of the others.
@@ -193,7 +193,7 @@ def _settings(found: Sequence[Rank]) -> str | None:
 
 
 def refuse(ranks: Ranks, problem: str) -> ConfigError:
-    """Tells the other ranks why this one cannot start; what all of them are going to say."""
+    """Tell the other ranks why this one cannot start; what all of them are going to say."""
     mine = Rank(ranks.rank, node_name(), ranks.local_rank, problem=problem)
     try:
         meet(ranks, mine)
@@ -206,7 +206,7 @@ def refuse(ranks: Ranks, problem: str) -> ConfigError:
 
 @contextmanager
 def connecting(seconds: float = SECONDS) -> Iterator[None]:
-    """Ends this process where the ranks, which have met, do not get connected to each other in time.
+    """End this process where the ranks, which have met, do not get connected to each other in time.
 
     The library would try for half an hour.
     """

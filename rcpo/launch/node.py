@@ -19,7 +19,7 @@ def this_node(environment: Mapping[str, str] = os.environ) -> Node:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code of this node's ranks."""
+    """Return the exit code of this node's ranks."""
     terminal.prepare()
     ranks, run_dir = int(arguments[0]), Path(arguments[1])
     return launch_workers(ranks, run_command(run_dir), this_node())

@@ -36,7 +36,7 @@ class Outcome:
     reason: str | None = None
 
     def write(self, run_dir: Path) -> None:
-        """Leaves it in the run's folder, for those who did not wait."""
+        """Leave it in the run's folder, for those who did not wait."""
         replace_text(run_dir / OUTCOME_FILE, json.dumps(asdict(self), ensure_ascii=False) + "\n")
 
 
@@ -132,7 +132,7 @@ def report_failure(error: Exception, *, everywhere: bool = False) -> None:
 
 
 def tell_agent(error: BaseException) -> None:
-    """Leaves the message where the elastic agent that started this rank finds it."""
+    """Leave the message where the elastic agent that started this rank finds it."""
     if os.environ.get(WORKER) == "1":
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -89,7 +89,7 @@ class Pool:
         return bool(self._received) or self._stopped.is_set()
 
     def start(self, run_dir: Path, given_up: Callable[[], bool] | None = None) -> Future[Outcome]:
-        """Trains RUN_DIR as its config.yaml says, when a slot is free; its outcome is left there too.
+        """Train RUN_DIR as its config.yaml says, when a slot is free; its outcome is left there too.
 
         `given_up` is asked twice a second and stops the run, with a checkpoint, when it says yes.
         """
@@ -137,7 +137,7 @@ class Pool:
 
 
 def _wait_or_give_up(process: subprocess.Popen[bytes], given_up: Callable[[], bool] | None) -> bool:
-    """Waits for the end of a process; True where `given_up` had it stopped."""
+    """Wait for the end of a process; True where `given_up` had it stopped."""
     while given_up is not None:
         try:
             process.wait(_POLL_SECONDS)
@@ -152,6 +152,6 @@ def _wait_or_give_up(process: subprocess.Popen[bytes], given_up: Callable[[], bo
 
 
 def run_process(run_dir: Path) -> Outcome:
-    """Trains RUN_DIR in a process of its own and waits for it; stop signals are handed on."""
+    """Train RUN_DIR in a process of its own and wait for it; stop signals are handed on."""
     with Pool([{}]) as pool:
         return pool.start(run_dir).result()

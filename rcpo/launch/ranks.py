@@ -60,7 +60,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _refuse_incomplete(environment: Mapping[str, str], ranks: Ranks) -> None:
-    """Raises ConfigError for ranks that cannot meet."""
+    """Raise ConfigError for ranks that cannot meet."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise ConfigError(
@@ -71,7 +71,7 @@ def _refuse_incomplete(environment: Mapping[str, str], ranks: Ranks) -> None:
 
 
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
-    """Writes srun's ranks and meeting point the way torch.distributed and DeepSpeed read them.
+    """Write srun's ranks and meeting point the way torch.distributed and DeepSpeed read them.
 
     Raises ConfigError where another launcher left out where the ranks meet.
     """

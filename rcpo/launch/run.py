@@ -73,7 +73,7 @@ TASKS: dict[str, tuple[Task, str]] = {"train": (train, "."), "evaluate": (evalua
 
 
 def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
-    """Runs a task and returns its exit code: 0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved.
+    """Run a task and return its exit code: 0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved.
 
     `run_dir` holds the resolved config.yaml; ranks other than 0 pass None and get rank 0's.
     """
@@ -84,7 +84,7 @@ def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
 
 
 def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
-    """Connects this process to the other ranks, where an outer launcher started some."""
+    """Connect this process to the other ranks, where an outer launcher started some."""
     from rcpo.system import distributed
 
     ranks = external_ranks()
@@ -101,7 +101,7 @@ def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
 
 
 def _leave(heartbeat: Heartbeat) -> None:
-    """Leaves the other ranks in order: a group that is left to the interpreter's end at times aborts it."""
+    """Leave the other ranks in order: a group that is left to the interpreter's end at times aborts it."""
     from rcpo.system import distributed
 
     heartbeat.stop()
@@ -129,7 +129,7 @@ def refused(error: ConfigError) -> int:
 
 
 def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
-    """Runs `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
+    """Run `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
     heartbeat = Heartbeat(config.launch.lost_after)
     try:
         from rcpo.system import distributed

@@ -19,7 +19,7 @@ class Average:
         self._weight = 0.0
 
     def add(self, value: float, steps: float = 1.0) -> float:
-        """Adds a value, `steps` after the last one; returns the new average."""
+        """Add a value, `steps` after the last one; return the new average."""
         keep = self.memory**steps
         self._sum = keep * self._sum + (1 - keep) * value
         self._weight = keep * self._weight + (1 - keep)
@@ -35,5 +35,5 @@ class Average:
         return [self._sum, self._weight]
 
     def load_state_dict(self, state: list[float]) -> None:
-        """Continues where `state_dict` was taken."""
+        """Continue where `state_dict` was taken."""
         self._sum, self._weight = state

@@ -63,7 +63,7 @@ class DynamicsMeter:
         weights: tuple[Tensor, Tensor] | None = None,
         logratios: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Adds a micro-batch.
+        """Add a micro-batch.
 
         `incentives` are those of each chosen (n_w,) and each rejected (n_l,) response, for a loss that is the
         mean over pairs; `scores` (2, …) the sides' summed scores. `weights` are the responses' parts in the
@@ -191,7 +191,7 @@ class RewardCalibrator:
         return scale_gradients(logps, self.alpha)
 
     def update(self, dynamics: Dynamics) -> None:
-        """Moves the rule's averages by one batch and sets α for what comes next."""
+        """Move the rule's averages by one batch and set α for what comes next."""
         log_alpha = self.rule(dynamics)
         if log_alpha is None:
             self.skipped += 1
@@ -199,7 +199,7 @@ class RewardCalibrator:
             self._set(log_alpha)
 
     def follow(self, movement: Movement) -> None:
-        """Moves the loop by a reading of held-out pairs. Raises ValueError for another rule."""
+        """Move the loop by a reading of held-out pairs. Raises ValueError for another rule."""
         if not isinstance(self.rule, LoopRule):
             raise ValueError("a reading of held-out pairs is for rc.rule=loop")
         self._set(self.rule.follow(movement))
@@ -224,7 +224,7 @@ class RewardCalibrator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken of a calibrator with the same settings."""
+        """Continue where `state_dict` was taken of a calibrator with the same settings."""
         self.alpha, self.skipped, self.clamped = state["alpha"], state["skipped"], state["clamped"]
         self.rule.load_state_dict(state["rule"])
 
@@ -258,7 +258,7 @@ class StepCalibration:
     def begin(
         self, micro_batches: int = 1, *, new_epoch: bool = False, movement: Movement | None = None
     ) -> None:
-        """Starts a step of so many micro-batches; examples may be seen again in a new epoch.
+        """Start a step of so many micro-batches; examples may be seen again in a new epoch.
 
         `movement` is a reading of held-out pairs, for the loop: α follows at once.
         """
@@ -286,7 +286,7 @@ class StepCalibration:
         self._meter.observe(incentives, scores, weights, logratios)
 
     def end(self) -> dict[str, Any]:
-        """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
+        """Close the step over all ranks: its `dynamics/*` and `rc/*` metrics; set the next step's α."""
         dynamics = self._meter.collect(self._reduce)
         # rows have the same names from the first step on, which has no step before it
         metrics = dict.fromkeys(SAMPLE_METRICS) | dynamics.metrics()

@@ -88,7 +88,7 @@ class LoopRule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
+        """Continue where `state_dict` was taken."""
         for average, saved in zip(self._averages, state["averages"], strict=True):
             average.load_state_dict(saved)
         self._integral, self._log_alpha = state["integral"], state["log_alpha"]

@@ -33,14 +33,14 @@ class RunningMean:
         return self.total / self.count if self.count else 0.0
 
     def observe(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Adds values, each by its weight (None: 1)."""
+        """Add values, each by its weight (None: 1)."""
         values = values.detach().double()
         parts = torch.ones_like(values) if weights is None else weights.double()
         added = torch.stack([(parts * values).sum(), parts.sum()])
         self._pending = added if self._pending is None else self._pending + added
 
     def step(self, reduce: Callable[[Tensor], Tensor] = lambda x: x, *, keep: bool = True) -> None:
-        """Folds in the step's values over all ranks, or drops them where `keep` is false."""
+        """Fold in the step's values over all ranks, or drop them where `keep` is false."""
         if keep:
             pending = torch.zeros(2, dtype=torch.float64) if self._pending is None else self._pending
             total, count = reduce(pending).tolist()
@@ -152,7 +152,7 @@ class Objective:
         return losses - self.nll_coef * self.chosen_means(logps) if self.nll_coef else losses
 
     def observe(self, logps: PairLogps) -> None:
-        """Adds a micro-batch of pairs to the running state, where the objective has one."""
+        """Add a micro-batch of pairs to the running state, where the objective has one."""
         if isinstance(self.state, RunningMean) and self.spec.running_mean is not None:
             values = self.spec.running_mean(logps, **self.hyperparameters)  # (B,), or side after side
             self.state.observe(values, logps.pair_weights.repeat(len(values) // len(logps.chosen)))
@@ -233,7 +233,7 @@ def get_objective(
 
 
 def _refuse_options(objective: Objective, weighting: str | None, length_alpha: float) -> None:
-    """Raises ValueError for options that say nothing about this objective."""
+    """Raise ValueError for options that say nothing about this objective."""
     name, spec = objective.name, objective.spec
     if weighting is not None:
         if weighting not in WEIGHTINGS:

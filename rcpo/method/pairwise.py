@@ -95,7 +95,7 @@ class PairCalibrator:
         return clamped.exp()
 
     def end(self, reduce: Reduce) -> dict[str, Any]:
-        """Closes a step over all ranks: its `rc/*` metrics; `rc/alpha` is the geometric mean."""
+        """Close a step over all ranks: its `rc/*` metrics; `rc/alpha` is the geometric mean."""
         sums = torch.zeros(4, dtype=torch.float64) if self._sums is None else self._sums
         total, self._sums = reduce(sums).tolist(), None
         self.skipped += int(total[2])
@@ -108,5 +108,5 @@ class PairCalibrator:
         return {"skipped": self.skipped, "clamped": self.clamped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
+        """Continue where `state_dict` was taken."""
         self.skipped, self.clamped = state["skipped"], state["clamped"]

@@ -103,7 +103,7 @@ class BandRule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
+        """Continue where `state_dict` was taken."""
         self._log_incentives, self._log_norms = state["log_incentives"], state["log_norms"]
         self._cosine = state["cosine"]
 

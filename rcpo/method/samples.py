@@ -99,7 +99,7 @@ class CrossSamples:
         self._norm = _Moments(1)
 
     def observe(self, scores: Tensor) -> SampleGeometry | None:
-        """Adds a step; returns what is known so far, or None before the first product.
+        """Add a step; return what is known so far, or None before the first product.
 
         A step with scores that are not finite is left out.
         """
@@ -113,7 +113,7 @@ class CrossSamples:
         return torch.stack([inner(a, b) for a, b in products])
 
     def take(self, scores: Tensor, found: list[float]) -> SampleGeometry | None:
-        """Adds a step by its `products`, which were read meanwhile, as `observe` does."""
+        """Add a step by its `products`, which were read meanwhile, as `observe` does."""
         new = scores.detach()
         if not all(map(math.isfinite, found)):
             return self.geometry()
@@ -124,7 +124,7 @@ class CrossSamples:
         return self.geometry()
 
     def forget(self) -> None:
-        """Drops the step before; the averages stay."""
+        """Drop the step before; the averages stay."""
         self.previous = None
 
     def geometry(self) -> SampleGeometry | None:
@@ -144,7 +144,7 @@ class CrossSamples:
         return {"moments": self._moments.state_dict(), "norm": self._norm.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; set `previous` too."""
+        """Continue where `state_dict` was taken; set `previous` too."""
         self._moments.load_state_dict(state["moments"])
         self._norm.load_state_dict(state["norm"])
 

@@ -44,7 +44,7 @@ _BASE_MADE_AGAIN = ("pissa", "olora")
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> None:
-    """Puts new adapters into a model and freezes all else; A from the seed, B = 0."""
+    """Put new adapters into a model and freeze all else; A from the seed, B = 0."""
     targets = target_names(model, config.target_modules)
     torch.manual_seed(seed)
     try:
@@ -85,7 +85,7 @@ def _dimensions(parameter: Any) -> int:
 
 
 def read_adapter(model: PreTrainedModel, folder: Path, name: str = POLICY) -> None:
-    """Puts the adapter in a folder into a model: `POLICY` is trained, `REFERENCE` stays as it is.
+    """Put the adapter in a folder into a model: `POLICY` is trained, `REFERENCE` stays as it is.
 
     Raises ConfigError for an adapter that is not of this model, or that switching off would not undo.
     """
@@ -175,7 +175,7 @@ def _read_settings(folder: Path) -> Any:
 
 
 def switch(model: PreTrainedModel, name: str | None) -> None:
-    """Lets the adapters of this name act, none of them for None; only `POLICY` is left to be trained."""
+    """Let the adapters of this name act, none of them for None; only `POLICY` is left to be trained."""
     for module in model.modules():
         if not isinstance(module, BaseTunerLayer):
             continue

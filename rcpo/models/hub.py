@@ -92,7 +92,7 @@ def tokenizer_folder(key: str, source: str, revision: str | None = None) -> Path
 
 
 def check_weights(key: str, folder: Path, *, pickle: bool) -> None:
-    """Raises ConfigError where a folder lacks its model's or adapter's weights, or has only pickled ones."""
+    """Raise ConfigError where a folder lacks its model's or adapter's weights, or has only pickled ones."""
     adapter = holds_adapter(folder)
     safe = "adapter_model.safetensors" if adapter else "model.safetensors"
     if _whole(key, folder, safe):

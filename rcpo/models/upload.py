@@ -32,7 +32,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def check_repo(repo: str) -> None:
-    """Raises ConfigError for what cannot be a repository's name with its owner."""
+    """Raise ConfigError for what cannot be a repository's name with its owner."""
     try:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
@@ -42,7 +42,7 @@ def check_repo(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str, settings: PushConfig, message: str) -> str:
-    """Sends the files of a folder and returns the address of the commit.
+    """Send the files of a folder and return the address of the commit.
 
     Raises ConfigError for a repository that may not be written, RunError for an upload that failed.
     """
@@ -68,7 +68,7 @@ def upload(folder: Path, repo: str, settings: PushConfig, message: str) -> str:
 
 
 def _have_repo(api: HfApi, repo: str, settings: PushConfig) -> None:
-    """Makes the repository and the branch where they do not exist.
+    """Make the repository and the branch where they do not exist.
 
     Raises ConfigError for a public repository where a private one is asked for.
     """

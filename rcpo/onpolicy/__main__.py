@@ -16,7 +16,7 @@ from rcpo.system import terminal
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
+    """Return the exit code."""
     terminal.prepare()
     if len(arguments) != 1:
         print("usage: python -m rcpo.onpolicy FOLDER", file=sys.stderr)

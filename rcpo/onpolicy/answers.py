@@ -201,7 +201,7 @@ def _request(draw: Draw, config: RunConfig, sample: SampleConfig, most: int) -> 
 
 
 def refuse_cut(prompts: Sequence[Prompt]) -> None:
-    """Raises ConfigError for prompts that an endpoint would read whole, and training reads cut."""
+    """Raise ConfigError for prompts that an endpoint would read whole, and training reads cut."""
     cut = [prompt for prompt in prompts if prompt.cut]
     if cut:
         raise ConfigError(

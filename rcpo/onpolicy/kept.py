@@ -55,7 +55,7 @@ def whole_rows(path: Path) -> Iterator[Row]:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts what follows the last line's end: a row that a killed process left unfinished."""
+    """Cut what follows the last line's end: a row that a killed process left unfinished."""
     if not path.exists():
         return
     content = path.read_bytes()

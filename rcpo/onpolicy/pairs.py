@@ -76,7 +76,7 @@ def _of_prompt(prompt: Prompt, scored: list[Scored], nodes: OnPolicyConfig, seed
 
 
 def write_pairs(folder: Path, made: Made, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Writes pairs.jsonl, then pairs.json, which says that they are whole; returns what it holds."""
+    """Write pairs.jsonl, then pairs.json, which says that they are whole; return what it holds."""
     write_lines(folder / PAIRS, made.rows)
     mean = sum(made.scores) / len(made.scores) if made.scores else None
     about = {

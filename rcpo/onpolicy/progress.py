@@ -55,7 +55,7 @@ class Progress:
             self._bar.stop()
 
     def look(self) -> None:
-        """Shows how far it has come, where that is due."""
+        """Show how far it has come, where that is due."""
         if not distributed.is_main():
             return
         self._read()
@@ -71,7 +71,7 @@ class Progress:
         )
 
     def _read(self) -> None:
-        """Counts the whole rows that were written since the last look."""
+        """Count the whole rows that were written since the last look."""
         for path in sorted(self._folder.glob("rank-*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._places.get(path, 0))

@@ -30,7 +30,7 @@ def make_rows(
     progress: Progress,
     stop: Callable[[], bool],
 ) -> None:
-    """Makes the rows that `kept` lacks. Collective. Raises Stopped on all ranks where one is to stop.
+    """Make the rows that `kept` lacks. Collective. Raises Stopped on all ranks where one is to stop.
 
     `items` are cut into batches of `size` in their order, and a batch is computed as a whole or not at all,
     so that each number is that of an unbroken run of one rank.
@@ -57,13 +57,13 @@ def nothing_lacks(kept: Kept, items: Sequence[Item]) -> bool:
 
 
 def leave_if_asked(stop: Callable[[], bool]) -> None:
-    """Raises Stopped on all ranks where `stop` says on any that the process is to end. Collective."""
+    """Raise Stopped on all ranks where `stop` says on any that the process is to end. Collective."""
     if any(distributed.gather_objects(bool(stop()))):
         raise Stopped("stopped; the same command goes on from there")
 
 
 def on_main_or_refused(task: Callable[[], None]) -> None:
-    """Runs a task on rank 0 while the others wait; every rank raises what it raises for users. Collective."""
+    """Run a task on rank 0 while the others wait; every rank raises what it raises for users. Collective."""
     problems: list[Exception] = []
 
     def attempt() -> None:

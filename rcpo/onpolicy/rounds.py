@@ -96,7 +96,7 @@ class Iteration:
         return self.folder / f"round-{number}" / EVALUATE
 
     def check(self) -> None:
-        """Raises ConfigError for what rounds rule out, and for a folder of another iteration."""
+        """Raise ConfigError for what rounds rule out, and for a folder of another iteration."""
         config = self.config
         if config.reference.path is not None:
             raise ConfigError(
@@ -152,7 +152,7 @@ class Iteration:
         }
 
     def write(self, processes: int) -> None:
-        """Writes what each step reads; `processes` are the ranks of each. Collects nothing, loads nothing."""
+        """Write what each step reads; `processes` are the ranks of each. Collect nothing, load nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / SETTINGS_FILE, OmegaConf.to_yaml(OmegaConf.create(self._tree())))
         evaluated = copy.deepcopy(self.config)

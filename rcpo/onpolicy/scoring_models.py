@@ -35,10 +35,10 @@ class ScoringModel(Protocol):
     def ids(self, prompt: Prompt, text: str) -> Ids: ...
 
     def load(self) -> None:
-        """Reads the weights."""
+        """Read the weights."""
 
     def release(self) -> None:
-        """Lets them go."""
+        """Let them go."""
 
     def __call__(self, prompts: Sequence[Prompt], rows: Sequence[Ids]) -> list[float]: ...
 
@@ -63,7 +63,7 @@ class RewardModel:
         self.limit = score.max_length or getattr(self._own.get_text_config(), "max_position_embeddings", None)
 
     def ids(self, prompt: Prompt, text: str) -> Ids:
-        """Raises ConfigError for a conversation that the model has no template for."""
+        """Raise ConfigError for a conversation that the model has no template for."""
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             if not isinstance(prompt.content, str):

@@ -18,7 +18,7 @@ SETTINGS_FILE = "sample.yaml"
 
 
 def dated(config: RunConfig, path: Path) -> None:
-    """Sets the day that a template writes, where none is given: that on which the work in a folder began.
+    """Set the day that a template writes, where none is given: that on which the work in a folder began.
 
     `path` is the file that it left there, which holds its configuration.
     """
@@ -46,7 +46,7 @@ class Settings:
 
     @staticmethod
     def read(folder: Path) -> Settings:
-        """Raises ConfigError for what cannot be used."""
+        """Raise ConfigError for what cannot be used."""
         path = folder / SETTINGS_FILE
         if not path.is_file():
             raise ConfigError(f"{path} does not exist: {folder} is not a folder of `rcpo sample`")

@@ -12,7 +12,7 @@ from rcpo.onpolicy.settings import Settings
 
 
 def start(settings: Settings, folder: Path | None) -> int:
-    """Makes the pairs in this process or in local ranks; `folder` is None on ranks other than 0."""
+    """Make the pairs in this process or in local ranks; `folder` is None on ranks other than 0."""
     processes = settings.config.launch.processes
     if external_ranks() is None and processes > 1:
         assert folder is not None

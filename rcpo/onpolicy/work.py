@@ -32,7 +32,7 @@ ASKED = "asked.json"  # beside the answers: what they depend on
 
 
 def make(settings: Settings, folder: Path) -> int:
-    """Makes the pairs of a folder, or what it lacks of them; returns the exit code. Collective.
+    """Make the pairs of a folder, or what it lacks of them; return the exit code. Collective.
 
     Raises ConfigError for settings that cannot be used, and for answers there that were given to others;
     RunError where no pair comes of it.
@@ -120,7 +120,7 @@ def _provenance(settings: Settings, source: ModelSource, prompts: Prompts) -> di
 
 
 def _refuse_other(folder: Path, asked: dict[str, Any]) -> None:
-    """Raises ConfigError where a folder's answers are another model's, or to other prompts."""
+    """Raise ConfigError where a folder's answers are another model's, or to other prompts."""
     before = read_object(folder / ASKED)
     if not before:
         folder.mkdir(parents=True, exist_ok=True)

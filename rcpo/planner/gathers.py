@@ -203,7 +203,7 @@ class _Coordinator:
         self.messages: list[tuple[str, ...]] = []
 
     def fetch(self, module: str) -> None:
-        """Gathers what a module needs and, within the limits, what comes next."""
+        """Gather what a module needs and, within the limits, what comes next."""
         own = self.owned[module]
         self._gather(own)
         for name in own:
@@ -235,7 +235,7 @@ class _Coordinator:
             self.peak = max(self.peak, self.live)
 
     def release(self, module: str) -> None:
-        """Lets go of a module's parameters that are not used again soon."""
+        """Let go of a module's parameters that are not used again soon."""
         for name in self.owned[module]:
             self.active[name].discard(module)
             if self.active[name] or name not in self.whole or self._soon(name):

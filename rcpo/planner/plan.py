@@ -106,7 +106,7 @@ class Planner:
         self._made: dict[object, object] = {}
 
     def plan(self, config: RunConfig, ranks: int) -> Plan:
-        """Raises ConfigError for what no run could do, and where numbers are lacking."""
+        """Raise ConfigError for what no run could do, and where numbers are lacking."""
         microbatches = config.train.accumulation(ranks)
         objective = build_objective(config)
         found = self._architecture(config)

@@ -14,7 +14,7 @@ UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def show(plan: Plan, advice: Advice | None, console: Console) -> None:
-    """Prints a plan, and where it does not fit the nearest one that does."""
+    """Print a plan, and where it does not fit the nearest one that does."""
     for line in _heading(plan):
         console.print(line, highlight=False)
     console.print(_memory(plan))

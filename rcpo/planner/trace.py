@@ -164,7 +164,7 @@ class _Recorder:
 
 
 def trace(policy: Policy, rows: Rows, sketch: int | None, *, training: bool, depth: int) -> Trace:
-    """Runs a micro-batch through a policy of a few layers, for a model of `depth` layers.
+    """Run a micro-batch through a policy of a few layers, for a model of `depth` layers.
 
     `sketch` is the vocabulary sketch's size; None where no scores are measured. Without `training` there is
     no backward pass, as where a reference or an evaluation scores rows.

@@ -154,7 +154,7 @@ class Cache:
 
 
 def _try(lock: Lock, patience: float) -> bool:
-    """Tries for `patience` seconds, once at least, to get the lock."""
+    """Try for `patience` seconds, once at least, to get the lock."""
     until = time.monotonic() + patience
     while not lock.acquire():
         if time.monotonic() >= until:

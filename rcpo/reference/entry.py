@@ -32,7 +32,7 @@ class Stored:
     """The values of an open entry, verified: `values` (T,) are mapped, not read."""
 
     def __init__(self, path: Path, key: str, total: int) -> None:
-        """Raises FileNotFoundError where there is no entry, Damaged where it is not whole or not this one."""
+        """Raise FileNotFoundError where there is no entry, Damaged where it is not whole or not this one."""
         self.path = path
         self._file = path.open("rb")
         try:
@@ -45,7 +45,7 @@ class Stored:
         self.values: np.ndarray = np.zeros(0, VALUES) if mapped is None else mapped
 
     def check(self) -> None:
-        """Raises RunError where the file was written to since it was opened; deleting it does no harm."""
+        """Raise RunError where the file was written to since it was opened; deleting it does no harm."""
         if self._status() != self._state:
             raise RunError(
                 f"{self.path} was changed while this run reads its reference log-probs from it; delete the "
@@ -92,7 +92,7 @@ class Sink:
         self._memory[place : place + len(values)] = values
 
     def publish(self, key: str, ingredients: dict[str, str]) -> np.ndarray | None:
-        """Moves the file to its place; the values where they are in memory instead."""
+        """Move the file to its place; the values where they are in memory instead."""
         if self._memory is None:
             try:
                 self._finish(key, ingredients)
@@ -112,7 +112,7 @@ class Sink:
         sync_folder(self._path.parent)
 
     def _to_memory(self, error: OSError) -> None:
-        """Goes on in memory, with what was written so far."""
+        """Go on in memory, with what was written so far."""
         self.failure = error
         self._memory = np.zeros(self.total, VALUES)
         if self._descriptor >= 0:
@@ -123,7 +123,7 @@ class Sink:
         self.close()
 
     def close(self) -> None:
-        """Removes the file where it was not moved to its place."""
+        """Remove the file where it was not moved to its place."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -133,7 +133,7 @@ class Sink:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes what killed processes left of this entry; only for the exclusive holder of its lock."""
+    """Remove what killed processes left of this entry; only for the exclusive holder of its lock."""
     for left in path.parent.glob(f".{path.stem}.*.tmp"):
         left.unlink(missing_ok=True)
 
@@ -154,7 +154,7 @@ def _header(key: str, total: int, digest: str, ingredients: dict[str, str]) -> b
 
 
 def _verify(descriptor: int, key: str, total: int) -> None:
-    """Raises Damaged; reads the file once, a block at a time."""
+    """Raise Damaged; read the file once, a block at a time."""
     size, wanted = os.fstat(descriptor).st_size, HEADER + total * VALUES.itemsize
     if size != wanted:
         raise Damaged(f"it has {size} bytes instead of {wanted}")

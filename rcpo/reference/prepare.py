@@ -159,7 +159,7 @@ class _Scorer:
         return self._own
 
     def close(self) -> None:
-        """Frees the other model."""
+        """Free the other model."""
         own, self._own = self._own, None
         if own is not None:
             own.close()

@@ -56,7 +56,7 @@ _SEAL = re.compile(r"\n<!-- written by rcpo: (\w+) -->\n$")
 
 
 def renew_card(run_dir: Path, say: Callable[[str], None]) -> None:
-    """Writes the card of a trained run; a card that cannot be written costs a message and nothing else.
+    """Write the card of a trained run; a card that cannot be written costs a message and nothing else.
 
     A card that somebody has edited stays as it is.
     """

@@ -147,7 +147,7 @@ def first_and_last(probes: Sequence[Probes], key: str) -> tuple[float, float] | 
 
 
 def crossings(probes: Sequence[Probes]) -> Crossings:
-    """Counts over the pairs of all runs; a pair has crossed when it is `CROSSED` beyond its start."""
+    """Count over the pairs of all runs; a pair has crossed when it is `CROSSED` beyond its start."""
     counts = np.zeros(5, dtype=np.int64)
     for each in probes:
         low, high = each.changes["winner"] < -CROSSED, each.changes["loser"] > CROSSED

@@ -40,7 +40,7 @@ def as_markdown(template: str, **facts: Any) -> str:
 
 
 def save_picture(picture: Picture, path: Path) -> None:
-    """Writes a figure for print, on white, in the format of the path's suffix."""
+    """Write a figure for print, on white, in the format of the path's suffix."""
     kind = path.suffix.removeprefix(".")
     metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with theme.applied(**{"svg.hashsalt": picture.name}):

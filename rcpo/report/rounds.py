@@ -83,7 +83,7 @@ def _cell(metric: Metric, value: float | None) -> str:
 
 
 def write(folder: Path) -> list[Round]:
-    """Writes iterate.json and iterate.md of what is there."""
+    """Write iterate.json and iterate.md of what is there."""
     found = rounds(folder)
     record: dict[str, Any] = {"rounds": [{"round": one.number, **one.values} for one in found]}
     replace_text(folder / ROUNDS_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -108,7 +108,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def conclude(folder: Path) -> None:
-    """Writes the summary and shows it."""
+    """Write the summary and show it."""
     header, rows = table(write(folder))
     shown = Table(title="rounds; round 0 is the model before them", title_justify="left")
     for column in header:

@@ -216,7 +216,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Reads a run's folder, also of another tool.
+    """Read a run's folder, also of another tool.
 
     A run whose config.yaml cannot be read has no settings, and that as its error.
     """

@@ -46,7 +46,7 @@ def active(config: RunConfig) -> list[str]:
 
 
 def check_installed(config: RunConfig) -> None:
-    """Raises ConfigError for a tracker whose package is missing."""
+    """Raise ConfigError for a tracker whose package is missing."""
     for name in active(config):
         package, extra = PACKAGES.get(name, ("wandb", "wandb"))
         if importlib.util.find_spec(package) is None:

@@ -198,7 +198,7 @@ class Overall:
 
 
 def summarise_run(folder: Path) -> RunSummary:
-    """Reads config.yaml, evaluation.json, metrics.jsonl and probes.parquet of a run.
+    """Read config.yaml, evaluation.json, metrics.jsonl and probes.parquet of a run.
 
     A missing or torn one adds no values. Raises ConfigError where the folder has no readable config.yaml.
     """

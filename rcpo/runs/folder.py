@@ -64,7 +64,7 @@ _NAME = re.compile(r"step-(\d+)(\.damaged)?")
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the folder's lock; raises ConfigError, naming the holder, where another process has it.
+    """Hold the folder's lock; raise ConfigError, naming the holder, where another process has it.
 
     A file system without locks (some network ones) gives none, and two runs are then not kept apart.
     """
@@ -86,7 +86,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def sweeping(sweep_dir: Path) -> Iterator[None]:
-    """Marks a folder, while entered, as one whose runs this process starts one after another."""
+    """Mark a folder, while entered, as one whose runs this process starts one after another."""
     with (sweep_dir / SWEEP_LOCK).open("a", encoding="utf-8") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -107,7 +107,7 @@ def is_sweeping(sweep_dir: Path) -> bool:
 
 @contextmanager
 def taking_turns(path: Path) -> Iterator[None]:
-    """Waits until no other process is in here with this file, as far as the file system has locks."""
+    """Wait until no other process is in here with this file, as far as the file system has locks."""
     with path.open("a", encoding="utf-8") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -115,7 +115,7 @@ def taking_turns(path: Path) -> Iterator[None]:
 
 
 def refuse_locked(run_dir: Path) -> None:
-    """Raises ConfigError where a process trains in the folder at this moment."""
+    """Raise ConfigError where a process trains in the folder at this moment."""
     if (run_dir / LOCK_FILE).exists():
         with locked(run_dir):
             pass

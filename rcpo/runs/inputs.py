@@ -85,7 +85,7 @@ class Standing:
 
 
 def standing(run_dir: Path, state: Mapping[str, Any], config: RunConfig, inputs: Inputs) -> Standing:
-    """Compares the finished run in a folder, of that `state`, with a configuration and what it reads."""
+    """Compare the finished run in a folder, of that `state`, with a configuration and what it reads."""
     if not isinstance(state.get("config"), dict):
         raise ConfigError(f"{run_dir / FINISHED_FILE} is damaged, it holds no configuration: remove it")
     trained = changes(state["config"], config) + recorded_changes(state["config"], config)
@@ -104,7 +104,7 @@ def _other_contents(before: Mapping[str, str], now: Inputs) -> list[str]:
 
 
 def refuse_other_training(run_dir: Path, found: Standing, config: RunConfig) -> None:
-    """Raises ConfigError where a finished run is not the one configured and cannot become it."""
+    """Raise ConfigError where a finished run is not the one configured and cannot become it."""
     refuse_changes(found.trained, str(run_dir), config)
     if found.trained and not checkpoint_folders(run_dir):
         raise ConfigError(
@@ -114,7 +114,7 @@ def refuse_other_training(run_dir: Path, found: Standing, config: RunConfig) -> 
 
 
 def write_evaluation_settings(run_dir: Path, config: RunConfig, part: str) -> None:
-    """Records what a part of evaluation.json was made with."""
+    """Record what a part of evaluation.json was made with."""
     path = run_dir / EVALUATION_SETTINGS
     record = {**read_object(path), part: {"config": to_container(config), INPUTS: read_inputs(config)}}
     replace_text(path, json.dumps(record) + "\n")

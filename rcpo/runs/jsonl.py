@@ -108,12 +108,12 @@ class JsonLines:
             self._file.flush()
 
     def sync(self) -> None:
-        """Returns when the rows are on the disk."""
+        """Return when the rows are on the disk."""
         with self._named():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Raises OSError too where a row that failed before fails again."""
+        """Raise OSError too where a row that failed before fails again."""
         with self._named():
             self._file.close()
 

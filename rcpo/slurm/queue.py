@@ -70,7 +70,7 @@ def job_id(after: str) -> str:
 
 
 def sbatch(script: Path) -> str:
-    """Submits a script and returns the job's id; raises RunError with SLURM's own words where it refuses."""
+    """Submit a script and return the job's id; raise RunError with SLURM's own words where it refuses."""
     return _ask("sbatch", ["--parsable", str(script)]).strip().partition(";")[0]
 
 

@@ -86,7 +86,7 @@ def slurm_config(cfg: DictConfig) -> SlurmConfig:
 
 
 def _check_lines(config: SlurmConfig) -> None:
-    """Raises ConfigError for text that would not stay on its line of a batch script, or in its variable."""
+    """Raise ConfigError for text that would not stay on its line of a batch script, or in its variable."""
     for name, value in dataclasses.asdict(config).items():
         texts = value if isinstance(value, list) else [value]
         if name != "setup" and any(isinstance(text, str) and not text.isprintable() for text in texts):

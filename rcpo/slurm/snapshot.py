@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def snapshot(folder: Path, modules: set[str], cwd: Path) -> None:
-    """Copies rcpo, its conf/ and the user's `modules` that lie in `cwd` into a new or renewed `folder`."""
+    """Copy rcpo, its conf/ and the user's `modules` that lie in `cwd` into a new or renewed `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(PACKAGE, folder / "rcpo", ignore=ignored)

@@ -40,7 +40,7 @@ class Line:
 
 
 def report_status(arguments: Sequence[str]) -> int:
-    """Prints the jobs submitted from these folders (outputs/), and from those one and two levels below them.
+    """Print the jobs submitted from these folders (outputs/), and from those one and two levels below them.
 
     Returns the exit code; raises ConfigError where there is none, RunError where SLURM does not answer.
     """

@@ -45,7 +45,7 @@ class RunJob:
     outcome: Future[Outcome] | Outcome
 
     def result(self) -> Outcome:
-        """Waits for the run's end."""
+        """Wait for the run's end."""
         return self.outcome.result() if isinstance(self.outcome, Future) else self.outcome
 
 
@@ -72,7 +72,7 @@ def compose_many(hydra: Hydra, name: str, overrides: Sequence[str]) -> DictConfi
 
 
 def multirun(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig) -> dict[Path, Outcome]:
-    """Starts a run for each combination, by Hydra's launcher; the outcomes by folder.
+    """Start a run for each combination, by Hydra's launcher; the outcomes by folder.
 
     `cfg` is what they share. Raises ConfigError for what Hydra refuses.
     """
@@ -124,7 +124,7 @@ def planned_job(cfg: DictConfig) -> Planned:
 
 
 def local_job(pool: Pool, planned: Planned) -> RunJob:
-    """Begins a run of many on this machine; it waits for its turn."""
+    """Begin a run of many on this machine; it waits for its turn."""
     run_dir = planned.run_dir
     return RunJob(run_dir, start(run_dir, planned.config, lambda: _reported(pool, run_dir)))
 
@@ -149,7 +149,7 @@ Started = Future[Outcome] | Outcome
 
 
 def start(run_dir: Path, config: RunConfig | ConfigError, begin: Callable[[], Started]) -> Started:
-    """Writes the run's configuration into its folder and begins it, unless it is refused or complete."""
+    """Write the run's configuration into its folder and begin it, unless it is refused or complete."""
     try:
         if isinstance(config, ConfigError):
             raise config

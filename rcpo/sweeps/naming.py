@@ -32,7 +32,7 @@ def run_name(values: Mapping[str, str]) -> str:
 
 
 def refuse_shared_folders(folders: Iterable[tuple[Path, str]]) -> None:
-    """Raises ConfigError where two runs of a sweep, each given with its overrides, have one folder."""
+    """Raise ConfigError where two runs of a sweep, each given with its overrides, have one folder."""
     first: dict[Path, str] = {}
     for folder, run in folders:
         if first.setdefault(folder, run) is not run:

@@ -44,7 +44,7 @@ _REASON = "reason"  # attribute of a trial that failed by itself; one that was l
 def search(
     hydra: Hydra, name: str, overrides: Mapping[str, Override], settings: SweepConfig, cfg: DictConfig
 ) -> tuple[dict[Path, Outcome], dict[str, Any]]:
-    """Runs trials until `sweep.trials` have ended: their outcomes, and the study for sweep.json.
+    """Run trials until `sweep.trials` have ended: their outcomes, and the study for sweep.json.
 
     `cfg` is what the trials share. Raises ConfigError where nothing varies or Optuna is not installed.
     """
@@ -176,7 +176,7 @@ class Trials:
         self.outcomes: dict[Path, Outcome] = {}
 
     def run(self, pool: Pool) -> None:
-        """Asks, runs and tells, as many trials at a time as the pool has slots."""
+        """Ask, run and tell, as many trials at a time as the pool has slots."""
         running: dict[int, tuple[optuna.Trial, Future[Outcome]]] = {}
         by_folder: dict[Path, Future[Outcome]] = {}
         while True:
@@ -218,7 +218,7 @@ class Trials:
         return future
 
     def _watch(self, trial: optuna.Trial, folder: Path) -> Callable[[], bool] | None:
-        """Reports evaluations along the way as they come; says when the trial is to be given up."""
+        """Report evaluations along the way as they come; say when the trial is to be given up."""
         if self._settings.pruner == "none":
             return None
         last = 0

@@ -75,7 +75,7 @@ class Comparison:
 
 
 def compare(sweep_dir: Path) -> Comparison:
-    """Reads the runs in a sweep's folder; raises ConfigError where there is none."""
+    """Read the runs in a sweep's folder; raise ConfigError where there is none."""
     if sweep_dir.exists() and not sweep_dir.is_dir():
         raise ConfigError(f"{sweep_dir} is not a folder: give the folder of a sweep")
     inside = [path for path in sorted(sweep_dir.iterdir()) if path.is_dir()] if sweep_dir.exists() else []
@@ -95,7 +95,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def conclude(sweep_dir: Path, search: Mapping[str, Any] | None = None) -> Comparison:
-    """Compares the runs in a sweep's folder and writes it down; processes that do so take turns."""
+    """Compare the runs in a sweep's folder and write it down; processes that do so take turns."""
     with taking_turns(sweep_dir / f".{SWEEP_FILE}.lock"):
         comparison = compare(sweep_dir)
         write(comparison, sweep_dir, search)
@@ -112,7 +112,7 @@ def _why_incomplete(folder: Path) -> Outcome:
 
 
 def write(comparison: Comparison, sweep_dir: Path, search: Mapping[str, Any] | None = None) -> None:
-    """Writes sweep.json, with everything that a report needs, and sweep.md; a study that it had stays."""
+    """Write sweep.json, with everything that a report needs, and sweep.md; a study that it had stays."""
     search = search or read_object(sweep_dir / SWEEP_FILE).get("search")
     record = as_dict(comparison) | ({} if search is None else {"search": search})
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)

@@ -72,7 +72,7 @@ def _prefixed(prefix: str, store: Any) -> Any:
 
 
 def initialize(timeout_minutes: float = 30, store: Any = None) -> None:
-    """Joins the process group that the launcher's environment describes; alone where there is none.
+    """Join the process group that the launcher's environment describes; alone where there is none.
 
     A collective operation that some rank does not join within the time fails on the others. `store` is where
     the ranks have met (None: they meet where the environment says).
@@ -101,7 +101,7 @@ def initialize(timeout_minutes: float = 30, store: Any = None) -> None:
 
 
 def shutdown() -> None:
-    """Leaves the process group."""
+    """Leave the process group."""
     # DeepSpeed's engines refer to themselves; left to the interpreter's end, their threads at times abort it
     gc.collect()
     if dist.is_initialized():
@@ -170,7 +170,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_main_alone(task: Callable[[], None]) -> None:
-    """Runs a task on rank 0 while the others wait, for longer than a collective operation may take."""
+    """Run a task on rank 0 while the others wait, for longer than a collective operation may take."""
     if world_size() == 1:
         task()
         return
@@ -193,7 +193,7 @@ def barrier() -> None:
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seeds Python, NumPy and torch alike on all ranks; `deterministic` refuses kernels that are not."""
+    """Seed Python, NumPy and torch alike on all ranks; `deterministic` refuses kernels that are not."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
@@ -218,7 +218,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` gave; a CUDA state is ignored where there is no GPU."""
+    """Restore what `rng_state` gave; a CUDA state is ignored where there is no GPU."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]

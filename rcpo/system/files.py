@@ -131,7 +131,7 @@ def write_all(descriptor: int, content: bytes, offset: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's new names to the disk."""
+    """Bring a folder's new names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -64,7 +64,7 @@ class LastingStream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Makes standard output and error last, and the environment one that libraries can read."""
+    """Make standard output and error last, and the environment one that libraries can read."""
     _open_all()
     for name in ("stdout", "stderr"):
         stream = _lasting(getattr(sys, name))

@@ -98,7 +98,7 @@ def ches_scores(
 
 
 def _score(dataset: PairDataset, config: RunConfig, start: ModelSource, pad: int, sink: Sink | None) -> None:
-    """Hands rank 0's sink the scores, each rank a block in turn. Collective."""
+    """Hand rank 0's sink the scores, each rank a block in turn. Collective."""
     model = read_model(start, config)
     model.requires_grad_(False)
     engine = Engine(Policy(model), config)

@@ -38,7 +38,7 @@ def measured_every(config: RunConfig, objective: Objective) -> int:
 
 
 def check_geometry(config: RunConfig, objective: Objective, policy: Policy) -> None:
-    """Raises ConfigError where the head's geometry is wanted of a model whose head is not known."""
+    """Raise ConfigError where the head's geometry is wanted of a model whose head is not known."""
     if policy.fused or config.rc.geometry != "head" or not measured_every(config, objective):
         return
     remedy = "rc.geometry=parameters (engine=zero0)"
@@ -85,7 +85,7 @@ class StepDynamics:
         self._fresh = False
 
     def begin(self, step: int, micro_batches: int) -> None:
-        """Starts a step of so many micro-batches, counted from 0. Collective."""
+        """Start a step of so many micro-batches, counted from 0. Collective."""
         epoch = self._batches.epoch(step)
         new_epoch = step > 0 and epoch != self._batches.epoch(step - 1)
         self._measuring = self.every > 0 and step % self.every == 0
@@ -101,7 +101,7 @@ class StepDynamics:
         return self._sketch if self._measuring else None
 
     def __call__(self, scored: PairOutput) -> PairLogps:
-        """Observes a micro-batch; returns the log-probs that the loss is to use."""
+        """Observe a micro-batch; return the log-probs that the loss is to use."""
         if self._measuring:
             d = self._observe(scored)
             if self._pairwise is not None and scored.count:
@@ -109,7 +109,7 @@ class StepDynamics:
         return scored.pairs if self.calibrator is None else self.calibrator.calibrate(scored.pairs)
 
     def _observe(self, scored: PairOutput) -> tuple[Tensor, Tensor]:
-        """Adds a micro-batch to the step's statistics; returns its incentives."""
+        """Add a micro-batch to the step's statistics; return its incentives."""
         by_head = self._sketch is not None
         scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
         pairs = scored.pairs
@@ -124,7 +124,7 @@ class StepDynamics:
         return d
 
     def end(self) -> dict[str, Any]:
-        """Closes the step over all ranks: its `dynamics/*` and `rc/*` metrics; sets the next step's α."""
+        """Close the step over all ranks: its `dynamics/*` and `rc/*` metrics; set the next step's α."""
         if not self._measuring:
             return {}
         pairwise = {} if self._pairwise is None else self._pairwise.end(distributed.reduce_sum)
@@ -149,7 +149,7 @@ class StepDynamics:
         }
 
     def load_state_dict(self, state: dict[str, Any], previous: Tensor | None) -> None:
-        """Restores it where both runs calibrate by the same rule; `previous` is what `tensors` gave."""
+        """Restore it where both runs calibrate by the same rule; `previous` is what `tensors` gave."""
         if self._stateful is not None and state["calibrator"] is not None:
             self._stateful.load_state_dict(state["calibrator"])
         samples = self._statistics.samples

@@ -53,7 +53,7 @@ def _needs_merged(session: Session) -> bool:
 
 
 def _list_end(session: Session, folder: Path) -> None:
-    """Writes a generation_config.json that lists what ends a learned response, for generate() to stop there.
+    """Write a generation_config.json that lists what ends a learned response, for generate() to stop there.
 
     A base model that learns with a chat template ends its turns otherwise than it did.
     """

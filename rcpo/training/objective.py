@@ -65,7 +65,7 @@ def scored_sides(objective: Objective, dataset: PairDataset) -> tuple[str, ...]:
 
 
 def refuse_kind(objective: Objective, kind: str) -> None:
-    """Raises ConfigError for an objective that does not go with pairs, unpaired or supervised data."""
+    """Raise ConfigError for an objective that does not go with pairs, unpaired or supervised data."""
     if kind == SFT and objective.needs_rejected:
         raise ConfigError(
             f"objective={objective.spec.name} needs a rejected response, and the data has one completion a "
@@ -79,7 +79,7 @@ def refuse_kind(objective: Objective, kind: str) -> None:
 
 
 def refuse_options(objective: Objective, kind: str) -> None:
-    """Raises ConfigError for options that compare the two responses of a pair, where the data has one."""
+    """Raise ConfigError for options that compare the two responses of a pair, where the data has one."""
     for key, wanted in (
         ("weighting", objective.needs_likelihoods),
         ("length_alpha", objective.length_alpha != 1),
@@ -91,7 +91,7 @@ def refuse_options(objective: Objective, kind: str) -> None:
 
 
 def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
-    """Raises ConfigError for weights that the objective cannot use, and for scores or answers it lacks."""
+    """Raise ConfigError for weights that the objective cannot use, and for scores or answers it lacks."""
     weighted = np.flatnonzero(datasets.train.weights != 1)
     if objective.sorts_batch and len(weighted):
         raise ConfigError(
@@ -104,7 +104,7 @@ def refuse_numbers(objective: Objective, datasets: Datasets) -> None:
 
 
 def _refuse_no_gold(objective: Objective, dataset: PairDataset) -> None:
-    """Raises ConfigError for a pair without the gold answer that the objective needs."""
+    """Raise ConfigError for a pair without the gold answer that the objective needs."""
     without = np.flatnonzero(dataset.lengths[:, RESPONSES.index("gold") + 1] == 0)
     if objective.spec.needs_gold and len(without):
         raise ConfigError(
@@ -114,7 +114,7 @@ def _refuse_no_gold(objective: Objective, dataset: PairDataset) -> None:
 
 
 def _refuse_margins(objective: Objective, dataset: PairDataset) -> None:
-    """Raises ConfigError for pairs whose margins the objective needs, and that have none or another range."""
+    """Raise ConfigError for pairs whose margins the objective needs, and that have none or another range."""
     for scale, bounds in objective.margin_ranges:
         _refuse_scaled_margins(objective, dataset, scale, bounds)
 

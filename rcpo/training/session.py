@@ -195,7 +195,7 @@ class Session:
         return None if pairs is None else ControlPairs(self.config, self.engine, pairs, self.batches_at)
 
     def prepare_reference(self, say: Say = log.info, stop: Stop = lambda: False) -> None:
-        """Sets up the reference's log-probs, and checks that a starting policy's log-ratios are zero.
+        """Set up the reference's log-probs, and check that a starting policy's log-ratios are zero.
 
         A resumed run calls it before it loads its checkpoint: the policy then still has the weights that it
         started from, and they are the reference. `say` takes lines for the user, on rank 0. Collective.
@@ -329,7 +329,7 @@ def first_day(run_dir: Path) -> str:
 
 
 def record_date(run_dir: Path, day: str) -> None:
-    """Writes a run's day into its config.yaml, for an evaluation on another one."""
+    """Write a run's day into its config.yaml, for an evaluation on another one."""
     path = run_dir / CONFIG_FILE
     if path.exists():
         config = load_run_config(path)
@@ -338,7 +338,7 @@ def record_date(run_dir: Path, day: str) -> None:
 
 
 def refuse_other_weights(config: RunConfig, engine: Engine, held: Engine | None) -> None:
-    """Raises ConfigError for a reference that cannot follow the policy: it is of another shape."""
+    """Raise ConfigError for a reference that cannot follow the policy: it is of another shape."""
     if held is None or held.weight_shapes() != engine.weight_shapes():
         raise ConfigError(
             f"reference.sync_every={config.reference.sync_every} mixes the reference's weights with the "
@@ -347,7 +347,7 @@ def refuse_other_weights(config: RunConfig, engine: Engine, held: Engine | None)
 
 
 def refuse_other_split(config: RunConfig, run_dir: Path, datasets: Datasets) -> None:
-    """Raises ConfigError where a trained run would be evaluated on pairs that it may have been trained on.
+    """Raise ConfigError where a trained run would be evaluated on pairs that it may have been trained on.
 
     Held-out data that the evaluation names itself (`data.eval_path`, `data.eval_split`) are as they are.
     """

@@ -160,7 +160,7 @@ class Trainer:
         self.engine.backward(loss, last=last)
 
     def _sync_reference(self) -> None:
-        """Moves the reference towards the policy, where it is due. Collective."""
+        """Move the reference towards the policy, where it is due. Collective."""
         reference, held = self.config.reference, self.session.held_reference
         if held is not None and reference.sync_every and self.step % reference.sync_every == 0:
             held.follow(self.engine, reference.mixup)
@@ -267,7 +267,7 @@ class Trainer:
         return self.step >= self.session.total_steps
 
     def save(self, tracker: Tracker) -> None:
-        """Starts to save a checkpoint after this step; its metrics are on disk before. Collective."""
+        """Start to save a checkpoint after this step; its metrics are on disk before. Collective."""
         tracker.flush()
         held, synced = self.session.held_reference, self.config.reference.sync_every
         shares = held.shares(REFERENCE) if held is not None and synced else {}
@@ -292,7 +292,7 @@ class Trainer:
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continues after a checkpoint of the same data and models. Collective."""
+        """Continue after a checkpoint of the same data and models. Collective."""
         checkpoint.load(self.engine)
         state = checkpoint.state
         self.step = state["step"]
@@ -347,7 +347,7 @@ def train(
     evaluate: Evaluate | None = None,
     make_observer: MakeObserver | None = None,
 ) -> int:
-    """Runs, or continues, a configuration in its folder; returns the process's exit code.
+    """Run, or continue, a configuration in its folder; return the process's exit code.
 
     Raises ConfigError for a folder in use or a checkpoint of another run, RunError for what ends a run.
     """

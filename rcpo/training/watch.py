@@ -49,7 +49,7 @@ class NonFiniteWatch:
         self._seen.append((ids, PairLogps(**detached)))
 
     def judge(self, bad: bool, row: dict[str, Any]) -> None:
-        """Closes a step; `bad` and `row` are the same on all ranks. Collective where `bad`.
+        """Close a step; `bad` and `row` are the same on all ranks. Collective where `bad`.
 
         Raises NonFinite, after writing the record, where the run is to stop.
         """
@@ -137,7 +137,7 @@ class DivergenceWatch:
         return {"in_a_row": self._in_a_row, "first_margin": self._first_margin, "said": sorted(self._said)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on: what was said is not said again, and what lasts has lasted as long."""
+        """Go on: what was said is not said again, and what lasts has lasted as long."""
         self._in_a_row, self._first_margin = dict(state["in_a_row"]), state["first_margin"]
         self._said = set(state["said"])
 

@@ -62,7 +62,7 @@ class Judging:
 
     @staticmethod
     def prepare(config: RunConfig, run_dir: Path, final: Path | None) -> Judging:
-        """Reads prompts and given answers, and knocks at the endpoint. Collective.
+        """Read prompts and given answers, and knock at the endpoint. Collective.
 
         Raises ConfigError for a file that cannot be used, where there is nothing to compare with, and for an
         endpoint that is not there or refuses the key.
