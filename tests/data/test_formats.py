@@ -224,6 +224,11 @@ def test_a_bad_row_says_why(row: bytes, reason: str) -> None:
     assert reason in str(problem.value)
 
 
+def test_unwanted_messages_lose_their_last_answer_to_the_rejected_side() -> None:
+    found = read({"messages": [user("q"), says("a")], "label": False})
+    assert (found.prompt, found.chosen, found.rejected) == ([user("q")], None, [says("a")])
+
+
 def test_text_as_a_conversation() -> None:
     assert as_conversation(Row(PAIRS, "q", "a", "b")) == Row(PAIRS, [Q], [A], [B])
     text = "\n\nHuman: q\n\nAssistant: a\n\nHuman: x y\n\nAssistant:"

@@ -278,6 +278,11 @@ def test_incentives_leave_the_graph_of_the_log_probs_alone() -> None:
     assert z_w.grad is not None and z_w.grad.item() == pytest.approx(-4 / (1 + math.exp(3)), rel=1e-12)
 
 
+def test_a_loss_of_the_rejected_side_alone_has_no_incentive_for_the_chosen() -> None:
+    d_w, d_l = incentives(lambda logps: 3 * logps.losers, PairLogps(vector(-1.0), vector(-2.0)))
+    assert (d_w.tolist(), d_l.tolist()) == ([0.0], [3.0])
+
+
 def test_a_side_that_the_loss_ignores_has_no_incentive() -> None:
     logps = PairLogps(vector(-1.0), vector(-2.0), vector(-1.0), vector(-2.0))
     assert incentives(get_objective("sft"), logps)[1].tolist() == [0.0]
