@@ -10,18 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from environment import ENVIRONMENT
 from hypothesis import HealthCheck, settings
 
-# Set before torch or transformers are imported, and inherited by the processes that tests start.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "WANDB_MODE": "disabled",
-    "WANDB_SILENT": "true",
-}
-if not Path("/dev/nvidiactl").exists():
-    ENVIRONMENT["DS_ACCELERATOR"] = "cpu"
 for key, value in ENVIRONMENT.items():
     os.environ.setdefault(key, value)
 

@@ -33,7 +33,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT
+from environment import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = [

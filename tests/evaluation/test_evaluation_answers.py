@@ -154,7 +154,11 @@ def test_an_answer_may_be_as_long_as_the_longest_chosen_one(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("scorer", "pattern", "words"),
-    [("pattern", None, "goes with a regular"), ("number", "a", "goes with"), ("pattern", "(", "no regular")],
+    [
+        ("pattern", None, "goes with a regular"),
+        ("number", "a", "goes with"),
+        ("pattern", "(", "not a regular"),
+    ],
 )
 def test_a_scorer_that_cannot_work_is_refused(scorer: str, pattern: str | None, words: str) -> None:
     from rcpo.config.validation import validate

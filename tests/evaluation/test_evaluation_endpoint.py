@@ -57,7 +57,7 @@ def test_it_gives_up_and_says_why() -> None:
     for fault, reason in (
         ("status 502", r"502 .*planted .* in 3 tries"),
         ("sleep 30", r"no answer within 0\.3 s, in 3 tries"),
-        ("raw {}", "no chat completion, in 3 tries"),
+        ("raw {}", "not a chat completion, in 3 tries"),
     ):
         server = JudgeServer(says, faults={-1: fault})
         with server.running(), pytest.raises(Unanswered, match=reason) as caught:

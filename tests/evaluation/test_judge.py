@@ -260,7 +260,7 @@ def test_prompts_in_alpaca_eval_s_formats(tmp_path: Path) -> None:
         ([], "holds no row"),
         ([{"output": "x"}], r"bad\.json:1: instruction is missing"),
         ([{**both, "preference": 3}], "preference=3 is not between 1 and 2"),
-        ([{**both, "preference": "good"}], "no number"),
+        ([{**both, "preference": "good"}], "not a number"),
         ([both, rows[0]], "others have none"),
         (["text"], "row 1"),
     ):

@@ -417,7 +417,7 @@ def test_an_untested_trl_whose_loss_goes_around_the_log_probs_is_refused(tmp_pat
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             loss = super()._compute_loss(model, inputs, return_outputs)
             hidden = self.hidden.pop()
-            return loss + 0.1 * model.lm_head(hidden).logsumexp(-1).mean()
+            return loss + 0.1 * getattr(model, "module", model).lm_head(hidden).logsumexp(-1).mean()
 
     class Around(RewardCalibrationMixin, Plain):
         _thorough = True

@@ -64,7 +64,8 @@ def logs(version: str | None, folder: Path) -> dict[str, Any]:
     """The version and the logs of `workers/trl_versions.py`; None: with this environment's TRL."""
     first = [] if version is None else [packages(version)]
     paths = [*first, ROOT / "tests" / "integrations", ROOT / "tests", ROOT]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONWARNINGS": "ignore"}
+    alone = {key: value for key, value in os.environ.items() if key != "LOCAL_RANK"}  # of an earlier test
+    environment = {**alone, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONWARNINGS": "ignore"}
     output = folder / f"{version}.json"
     command = [sys.executable, str(WORKER), str(folder), str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)

@@ -46,7 +46,7 @@ def test_calibration_takes_the_same_bytes_for_any_batch_length_and_vocabulary() 
         config.train.batch_size, config.train.micro_batch_size = batch, micro
         sizes = {m.purpose: m.size * m.count for m in own_messages(config, 2 * 2048 * 4096, batch // micro)}
         assert sizes["calibration"] == expected == 67_108_960
-        assert sizes["metrics"] < 1000 and sizes["peak memory"] == 4
+        assert sizes["metrics"] < 1000 and sizes["peak memory"] == 8
 
 
 def test_what_a_rank_adds_to_a_checkpoints_state_is_small() -> None:
