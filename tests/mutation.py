@@ -56,7 +56,12 @@ MODULES: dict[str, list[str]] = {
     "reference/keys": ["reference/test_reference_cache.py", "reference/test_reference.py"],
     "reference/entry": ["reference/test_reference_cache.py", "reference/test_reference.py"],
     "reference/cache": ["reference/test_reference_cache.py", "reference/test_reference.py"],
-    "data/identity": ["data/test_cache.py", "data/test_dataset.py", "reference/test_reference_cache.py"],
+    "data/identity": [
+        "data/test_identity.py",
+        "data/test_cache.py",
+        "data/test_dataset.py",
+        "reference/test_reference_cache.py",
+    ],
     "data/cache": ["data/test_cache.py"],
     "checkpoint/best": ["checkpoint"],
     "checkpoint/read": ["checkpoint"],
@@ -71,7 +76,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "data/formats": ["data/test_formats.py", "data/test_forms.py", "data/test_fuzz.py"],
     "data/forms": ["data/test_forms.py", "data/test_formats.py"],
-    "data/frames": ["data/test_formats.py", "data/test_readers.py", "data/test_values.py"],
+    "data/frames": ["data/test_frames.py", "data/test_formats.py"],
     "data/values": ["data/test_values.py", "data/test_formats.py"],
 }
 

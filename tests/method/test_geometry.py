@@ -73,6 +73,15 @@ def test_head_scores_by_hand() -> None:
     assert ours.tolist() == [[3.0, 6.0], [-3.0, -6.0]]
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, -1.0])
+def test_logits_are_scaled_then_capped(scale: float) -> None:
+    product = torch.tensor([[1.0, -3.0, 0.0]])
+    scaled = torch.tensor([[scale, -3 * scale, 0.0]])
+    assert HeadShape(scale).finish(product.clone()).equal(scaled)
+    capped = torch.tensor([[4 * math.tanh(scale / 4), 4 * math.tanh(-3 * scale / 4), 0.0]])
+    torch.testing.assert_close(HeadShape(scale, 4.0).finish(product.clone()), capped)
+
+
 def test_the_score_of_a_certain_token_vanishes() -> None:
     weight = torch.tensor([[1e4], [0.0]], dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)

@@ -8,10 +8,12 @@ import os
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import forked
@@ -23,6 +25,7 @@ from rcpo.models.contents import source_hash, tokenizer_hash
 from rcpo.models.hub import ModelSource
 from rcpo.reference.cache import Cache, Fill, LogpRequest
 from rcpo.reference.entry import HEADER, Damaged, Sink, Stored
+from rcpo.reference.keys import entry_key, positions_hash
 from rcpo.system import files as caching
 from rcpo.system.files import Lock, cache_folder
 
@@ -51,6 +54,17 @@ def fill_with(values: np.ndarray, calls: list[int]) -> Fill:
         sink.write(0, values)
 
     return fill
+
+
+def test_the_order_of_the_ingredients_is_not_in_the_key() -> None:
+    assert entry_key({"weights": "w", "dataset": "d"}) == entry_key({"dataset": "d", "weights": "w"})
+    assert entry_key({"weights": "w", "dataset": "d"}) != entry_key({"weights": "d", "dataset": "w"})
+
+
+def test_positions_are_named_by_their_values_in_any_precision() -> None:
+    assert positions_hash(None) == "all"
+    expected = sha256(struct.pack("<2q", 1, 5)).hexdigest()
+    assert [positions_hash(np.array([1, 5], kind)) for kind in ("<i4", "<i8", ">i8")] == [expected] * 3
 
 
 def test_pieces_in_any_order_make_the_file(tmp_path: Path) -> None:
