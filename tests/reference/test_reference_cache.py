@@ -11,10 +11,13 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import forked
 import numpy as np
@@ -23,7 +26,7 @@ from tiny import tiny_llama
 
 from rcpo.models.contents import source_hash, tokenizer_hash
 from rcpo.models.hub import ModelSource
-from rcpo.reference.cache import Cache, Fill, LogpRequest
+from rcpo.reference.cache import Cache, Fill, LogpRequest, _try
 from rcpo.reference.entry import HEADER, Damaged, Sink, Stored
 from rcpo.reference.keys import entry_key, positions_hash
 from rcpo.system import files as caching
@@ -222,7 +225,8 @@ def limit_files(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes << 20, resource.RLIM_INFINITY))
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_with_all_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("megabytes", [0, 1])
+def test_a_full_disk_is_said_and_the_run_goes_on_with_all_values(tmp_path: Path, megabytes: int) -> None:
     said: list[str] = []
     values = np.random.default_rng(0).normal(size=1_000_000).astype(np.float32)  # 4 MB
 
@@ -232,7 +236,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_with_all_values(tmp_path: Path)
             sink.write(start, values[start : start + 1000])
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit_files(1)
+    limit_files(megabytes)
     try:
         found, _ = Cache(tmp_path, said.append).fetch(LogpRequest("train", INGREDIENTS, len(values)), fill)
     finally:
@@ -240,6 +244,105 @@ def test_a_full_disk_is_said_and_the_run_goes_on_with_all_values(tmp_path: Path)
     assert (found == values).all()
     assert "not kept, they stay in memory" in said[-1] and "File too large" in said[-1]
     assert [entry.suffix for entry in (tmp_path / "reference").iterdir()] == [".lock"]
+
+
+def test_every_byte_that_reached_a_full_disk_is_read_back(tmp_path: Path) -> None:
+    values = np.full(300_000, -0.1, np.float32)  # 1.2 MB, more than is read at once; no byte of −0.1 is 0
+    sink = Sink(tmp_path / "a.logps", len(values) + 1)
+    sink.write(0, values)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit_files(1)
+    try:
+        sink.write(len(values), np.full(1, -2.0, np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = sink.publish("a", INGREDIENTS)
+    assert found is not None and found.tolist() == [*values.tolist(), -2.0]
+    assert not list(tmp_path.iterdir())
+
+
+class Ranks:
+    """The collective operations of `rcpo.system.distributed` between threads, each of which is a rank."""
+
+    def __init__(self, count: int) -> None:
+        self._own = threading.local()
+        self._values: list[Any] = [None] * count
+        self._barrier = threading.Barrier(count, timeout=20)
+
+    def is_main(self) -> bool:
+        return self._own.rank == 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self._values[self._own.rank] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.gather_objects(value)[0]
+
+    def broadcast_array(self, values: np.ndarray) -> np.ndarray:
+        shapes = {(each.shape, each.dtype.str) for each in self.gather_objects(values)}
+        assert len(shapes) == 1, shapes  # as the real one needs it
+        return self.broadcast_object(np.array(values))
+
+    def run(self, task: Callable[[int], Any]) -> list[Any]:
+        """What `task(rank)` returns on each rank."""
+
+        def on(rank: int) -> Any:
+            self._own.rank = rank
+            try:
+                return task(rank)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self._values)) as pool:
+            return list(pool.map(on, range(len(self._values))))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rank_maps_the_file_that_it_sees_and_is_sent_the_values_of_another(
+    tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, said, filled = Ranks(2), list[str](), list[tuple[int, bool]]()
+    monkeypatch.setattr("rcpo.reference.cache.distributed", ranks)
+    values = np.linspace(-3, 0, 50, dtype=np.float32)
+    wanted = LogpRequest("train", INGREDIENTS, 50)
+
+    def fetch(rank: int) -> np.ndarray:
+        def fill(sink: Sink | None) -> None:
+            filled.append((rank, sink is not None))
+            if sink is not None:
+                sink.write(0, values)
+
+        cache = Cache(tmp_path / ("0" if shared else str(rank)), said.append)
+        found, check = cache.fetch(wanted, fill)
+        check()
+        return found
+
+    for attempt in ("computed", "read"):
+        found = ranks.run(fetch)
+        assert [each.tolist() for each in found] == [values.tolist()] * 2, attempt
+        assert [isinstance(each, np.memmap) for each in found] == [True, shared], attempt
+    assert sorted(filled) == [(0, True), (1, False)]
+    assert len(said) == 2 and "computed in" in said[0] and "read from cache" in said[1]  # rank 0 alone
+    assert len(list(tmp_path.rglob("*.logps"))) == 1
+
+
+def test_a_lock_is_looked_at_some_twenty_times_a_second(tmp_path: Path) -> None:
+    looks: list[int] = []
+
+    class Held(Lock):
+        def acquire(self) -> bool:
+            looks.append(1)
+            return False
+
+    lock = Held(tmp_path / "x.lock")
+    assert not _try(lock, 0.11) and len(looks) < 5
+    looks.clear()
+    assert not _try(lock, 0.0) and looks == [1]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
