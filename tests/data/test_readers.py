@@ -118,6 +118,7 @@ GOOD = lines({"prompt": "p", "chosen": "c", "rejected": "r"})
         ("comma.json", b"[1, ]", "comma.json:1: broken JSON"),
         ("space.json", b"[1 2]", "space.json:1: broken JSON"),
         ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', "latin.json:2: invalid UTF-8"),
+        ("first.json", b'\n[{"a": "caf\xe9"}]', "first.json:2: invalid UTF-8"),
         ("latin.csv", b"a,b\n1,caf\xe9\n", "latin.csv:.*not CSV in UTF-8"),
         ("quote.csv", b'a,b\n1,"2\n', "quote.csv:.*not CSV"),
         (
