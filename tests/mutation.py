@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,12 @@ LIBRARIES = [
 # a module below rcpo, and the tests that answer for it
 MODULES: dict[str, list[str]] = {
     "method/losses": ["method/test_objectives.py", "method/test_incentives.py", "method/test_mixtures.py"],
-    "method/objectives": ["method/test_objectives.py", "method/test_mixtures.py", "config/test_config.py"],
+    "method/objectives": [
+        "method/test_objectives.py",
+        "method/test_mixtures.py",
+        "training/test_options.py",
+        "config/test_config.py",
+    ],
     "method/incentives": ["method/test_incentives.py", "method/test_theory.py"],
     "method/geometry": ["method/test_geometry.py", "method/test_theory.py", "method/test_calibration.py"],
     "method/averages": ["method/test_averages.py", "method/test_calibration.py"],
@@ -51,7 +57,12 @@ MODULES: dict[str, list[str]] = {
     "method/band": ["method/test_samples.py", "method/test_rules.py", "method/test_calibration.py"],
     "method/rules": ["method/test_rules.py", "method/test_loop.py", "method/test_calibration.py"],
     "method/loop": ["method/test_loop.py", "method/test_rules.py"],
-    "method/calibration": ["method/test_calibration.py", "method/test_samples.py", "method/test_loop.py"],
+    "method/calibration": [
+        "method/test_calibration.py",
+        "method/test_rules.py",
+        "method/test_samples.py",
+        "method/test_loop.py",
+    ],
     "method/logps": ["method/test_logps.py"],
     "reference/keys": ["reference/test_reference_cache.py", "reference/test_reference.py"],
     "reference/entry": ["reference/test_reference_cache.py", "reference/test_reference.py"],
@@ -62,7 +73,7 @@ MODULES: dict[str, list[str]] = {
         "data/test_dataset.py",
         "reference/test_reference_cache.py",
     ],
-    "data/cache": ["data/test_cache.py"],
+    "data/cache": ["data/test_cache.py", "data/test_dataset.py"],
     "checkpoint/best": ["checkpoint"],
     "checkpoint/read": ["checkpoint"],
     "checkpoint/resume": ["checkpoint"],
@@ -244,11 +255,13 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         self.current, start = set(), time.monotonic()
+        threading.settrace(self.calls)  # of those that the test starts
         sys.settrace(self.calls)
         try:
             return (yield)
         finally:
             sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
             self.baseline.seconds[item.nodeid] = time.monotonic() - start
             self.baseline.lines[item.nodeid] = self.current
 

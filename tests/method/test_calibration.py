@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rcpo.method.band import DisentanglementBand, Dynamics
+from rcpo.method.band import DisentanglementBand, Dynamics, Movement
 from rcpo.method.calibration import (
     DynamicsMeter,
     RewardCalibrator,
@@ -304,6 +304,23 @@ def test_batch_means_by_hand() -> None:
     assert meter.empty
     meter.observe((torch.ones(1), torch.ones(1)), torch.ones(2, 4, dtype=double))
     assert meter.collect() == dynamics(1, 1, 2, 2, 1.0)  # nothing is left of the step before
+
+
+def test_movements_are_means_of_the_log_ratios_that_count() -> None:
+    # winners (1 + 2 + 6) / 3 = 3; losers (−1 − 4) / 2 = −2.5: the second has weight 0, the third counts whole
+    meter, scores = DynamicsMeter(), torch.ones(2, 4, dtype=torch.float64)
+    ones, parts = torch.ones(2), (torch.ones(2), torch.tensor([1.0, 0.0]))
+    meter.observe((ones, ones), scores, parts, (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, math.nan])))
+    last = torch.ones(1), torch.tensor([0.5])
+    meter.observe(last, scores, last, (torch.tensor([6.0]), torch.tensor([-4.0])))
+    assert meter.collect().movement == Movement(3.0, -2.5)
+    for weights, readings in (
+        ((ones, torch.zeros(2)), (ones, ones)),
+        ((torch.zeros(2), ones), (ones, ones)),
+        (None, None),
+    ):
+        meter.observe((ones, ones), scores, weights, readings)
+        assert meter.collect().movement is None  # not of one side alone
 
 
 def test_norms_are_of_the_mean_score_and_not_means_of_norms() -> None:

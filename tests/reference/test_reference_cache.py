@@ -268,6 +268,7 @@ class Ranks:
         self._own = threading.local()
         self._values: list[Any] = [None] * count
         self._barrier = threading.Barrier(count, timeout=20)
+        self.arrays = 0
 
     def is_main(self) -> bool:
         return self._own.rank == 0
@@ -285,6 +286,7 @@ class Ranks:
     def broadcast_array(self, values: np.ndarray) -> np.ndarray:
         shapes = {(each.shape, each.dtype.str) for each in self.gather_objects(values)}
         assert len(shapes) == 1, shapes  # as the real one needs it
+        self.arrays += self.is_main()
         return self.broadcast_object(np.array(values))
 
     def run(self, task: Callable[[int], Any]) -> list[Any]:
@@ -326,9 +328,31 @@ def test_a_rank_maps_the_file_that_it_sees_and_is_sent_the_values_of_another(
         found = ranks.run(fetch)
         assert [each.tolist() for each in found] == [values.tolist()] * 2, attempt
         assert [isinstance(each, np.memmap) for each in found] == [True, shared], attempt
+    assert ranks.arrays == (0 if shared else 2)
     assert sorted(filled) == [(0, True), (1, False)]
     assert len(said) == 2 and "computed in" in said[0] and "read from cache" in said[1]  # rank 0 alone
     assert len(list(tmp_path.rglob("*.logps"))) == 1
+
+
+@pytest.mark.parametrize("place", [None, "file/cache"])
+def test_values_that_are_kept_nowhere_are_sent_to_every_rank(
+    tmp_path: Path, place: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()  # below which no folder can be made
+    ranks, said = Ranks(2), list[str]()
+    monkeypatch.setattr("rcpo.reference.cache.distributed", ranks)
+    cache = Cache(None if place is None else tmp_path / place, said.append)
+    values = np.linspace(-3, 0, 50, dtype=np.float32)
+
+    def fetch(rank: int) -> np.ndarray:
+        def fill(sink: Sink | None) -> None:
+            if sink is not None:
+                sink.write(0, values)
+
+        return cache.fetch(LogpRequest("train", INGREDIENTS, 50), fill)[0]
+
+    assert [found.tolist() for found in ranks.run(fetch)] == [values.tolist()] * 2
+    assert ranks.arrays == 1 and "not kept" in said[-1]
 
 
 def test_a_lock_is_looked_at_some_twenty_times_a_second(tmp_path: Path) -> None:
