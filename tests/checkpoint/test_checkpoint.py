@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from tiny import held_out, sums_file, tiny_llama
 
 from rcpo.checkpoint import resume
-from rcpo.checkpoint.read import checkpoint_tensors, first_problem
+from rcpo.checkpoint.read import checkpoint_tensors, checkpoint_weights, first_problem
 from rcpo.checkpoint.read import newest as newest_checkpoint
 from rcpo.checkpoint.write import CheckpointWriter
 from rcpo.config.changes import changes, refuse_changes, refuse_other_run
@@ -145,6 +146,17 @@ def test_writing_goes_on_beside_training_from_a_copy(trained: Trainer, tmp_path:
     assert torch.equal(saved.values(name, "fp32", 0, weight.numel()), before.flatten())
 
 
+def test_a_checkpoint_begun_is_finished_before_the_next(trained: Trainer, tmp_path: Path) -> None:
+    config = copy.deepcopy(trained.config)
+    config.checkpoint.background = True
+    writer = CheckpointWriter(tmp_path, config)
+    writer.save(trained.engine, {**trained.state_dict(), "step": 1})
+    writer.save(trained.engine, {**trained.state_dict(), "step": 2})
+    assert newest(tmp_path) == (1, []) and writer.pending
+    writer.finish()
+    assert newest(tmp_path) == (2, []) and not writer.pending
+
+
 def test_a_step_taken_again_replaces_its_checkpoint(trained: Trainer, saved: Path) -> None:
     shard(saved, 2).write_bytes(b"old")
     save(trained, saved, 2)
@@ -190,6 +202,28 @@ def test_a_hash_in_the_manifest_that_flipped_is_damage_too(saved: Path) -> None:
     record["files"]["state.json"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(record))
     assert first_problem(manifest.parent) == "state.json is not what was written"
+
+
+def test_a_manifest_without_the_runs_state_is_damage_too(saved: Path) -> None:
+    manifest = saved / "checkpoints" / "step-2" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    del record["files"]["state.json"]
+    manifest.write_text(json.dumps(record))
+    assert first_problem(manifest.parent) == "manifest.json does not list state.json"
+    assert newest(saved)[0] == 1
+
+
+def test_weights_are_read_from_a_whole_checkpoint_alone(trained: Trainer, saved: Path) -> None:
+    folder = saved / "checkpoints" / "step-2"
+    weights = checkpoint_weights(folder)
+    parameters = trained.engine.policy.named_parameters()
+    named = {name: weight for name, weight in parameters if weight.requires_grad}
+    assert weights.keys() == named.keys() and weights
+    for name, weight in named.items():
+        torch.testing.assert_close(weights[name], weight.detach().float(), rtol=0, atol=0)
+    flip_a_bit(shard(saved, 2))
+    with pytest.raises(ConfigError, match=r"step-2 is damaged: .*take another checkpoint"):
+        checkpoint_weights(folder)
 
 
 def test_no_whole_checkpoint_is_no_fresh_start(saved: Path) -> None:
@@ -266,6 +300,42 @@ def test_random_states_survive_json() -> None:
     assert torch.equal(torch.rand(3), first[0])
     distributed.set_rng_state(before)
     assert json.loads(json.dumps(distributed.rng_state())) == before
+
+
+def test_a_checkpoint_restores_the_random_states_of_its_rank(saved: Path) -> None:
+    found = newest_checkpoint(saved, lambda _: None)
+    assert found is not None
+    torch.manual_seed(3)
+    states = [distributed.rng_state()]
+    expected = torch.rand(3)
+    restored: list[Any] = []
+    engine = SimpleNamespace(restore=lambda tensors, state: restored.append(state))
+    own = dataclasses.replace(found, state={**found.state, "rng": states})
+    own.load(engine)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), expected) and restored == [found.state["engine"]]
+
+
+def test_a_checkpoint_of_another_configuration_is_not_continued(config: RunConfig, saved: Path) -> None:
+    other = copy.deepcopy(config)
+    other.train.max_grad_norm = 7.0
+    with pytest.raises(ConfigError, match=r"train.max_grad_norm: 1.0 -> 7.0"):
+        resume.find_checkpoint(other, saved)
+
+
+def test_coupled_pairs_are_not_continued_in_other_micro_batches(trained: Trainer, saved: Path) -> None:
+    found = newest_checkpoint(saved, lambda _: None)
+    assert found is not None
+    now, contents = copy.deepcopy(trained.config), trained.session.contents
+    stored = copy.deepcopy(found.state) | {"world_size": 2}
+    now.train.micro_batch_size = stored["config"]["train"]["micro_batch_size"] = None
+    other = dataclasses.replace(found, state=stored)
+    resume.refuse_other_contents(other, contents, now, couples_batch=False)
+    with pytest.raises(
+        ConfigError, match=r"train.micro_batch_size .*: 4 -> 8"
+    ):  # 8 pairs of two ranks, of one
+        resume.refuse_other_contents(other, contents, now, couples_batch=True)
+    stored["world_size"] = 1
+    resume.refuse_other_contents(other, contents, now, couples_batch=True)
 
 
 def test_other_ranks_and_stages_go_on_and_it_is_said(config: RunConfig, saved: Path) -> None:

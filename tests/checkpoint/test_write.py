@@ -77,6 +77,9 @@ def test_the_best_step_by_direction() -> None:
 def test_the_best_step_survives_a_resume_unless_another_is_asked_for() -> None:
     config = CheckpointConfig(best="eval/loss")
     first, then = BestStep(config), BestStep(config)
+    assert first.state_dict() is None
+    then.load_state_dict(None)
+    assert then.steps == []
     follow(first, [0.5, 0.7])
     state = json.loads(json.dumps(first.state_dict()))
     then.load_state_dict(state)
