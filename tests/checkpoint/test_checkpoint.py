@@ -133,13 +133,15 @@ def test_writing_goes_on_beside_training_from_a_copy(trained: Trainer, tmp_path:
     writer = CheckpointWriter(tmp_path, trained.config)
     writer.save(trained.engine, trained.state_dict())
     assert writer.pending and not (tmp_path / "checkpoints" / "step-1").exists()
+    held = [piece.holder for piece in find_pieces(trained.engine._engine)]
+    values = [holder.detach().clone() for holder in held]
     with torch.no_grad():
-        for held in find_pieces(trained.engine._engine):
-            held.holder.add_(1)
+        for holder in held:
+            holder.add_(1)
     writer.finish()
     with torch.no_grad():
-        for held in find_pieces(trained.engine._engine):
-            held.holder.sub_(1)
+        for holder, value in zip(held, values, strict=True):
+            holder.copy_(value)  # other tests have the same trainer
     assert not writer.pending and newest(tmp_path) == (1, [])
     saved = checkpoint_tensors(tmp_path / "checkpoints" / "step-1")
     name = next(name for name, p in trained.engine.policy.named_parameters() if p is weight)
