@@ -30,6 +30,7 @@ from rcpo.config.composition import compose
 from rcpo.config.parsing import parse
 from rcpo.method.geometry import Sketch
 from rcpo.system import distributed
+from rcpo.training.forward import PairOutput
 from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
 
@@ -124,7 +125,7 @@ class Watch:
         own = {f"batch: {name}": products.own() for name, products in found.items()}
         return own | {f"samples: {name}": products.across() for name, products in found.items()}
 
-    def _score(self, first: int, count: int, sketch: Sketch | None = None):  # type: ignore[no-untyped-def]
+    def _score(self, first: int, count: int, sketch: Sketch | None = None) -> PairOutput:
         dataset = self.session.datasets.evaluation
         assert dataset is not None
         self.session.engine.eval()
