@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -233,7 +233,9 @@ def compose_with(
 
 def _refuse_unused_settings(cfg: DictConfig) -> None:
     """Raise ConfigError for settings of Hydra's that some runs would not follow."""
-    given = {str(text).partition("=")[0].lstrip("+") for text in cfg.hydra.overrides.hydra}
+    # unresolved: ${rcpo_run_name:…} is known in a job alone
+    texts = cast("list[str]", OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False))
+    given = {text.partition("=")[0].lstrip("+") for text in texts}
     for key, (harmless, remedy) in _UNUSED_SETTINGS.items():
         value = OmegaConf.select(cfg, key)
         if value not in harmless or (key in given and value):

@@ -138,6 +138,7 @@ def test_settings_of_hydra_that_rcpo_does_not_follow_are_refused(
 
 def test_settings_of_hydra_that_ask_for_nothing_are_accepted() -> None:
     assert composed("hydra.job.chdir=false", "hydra.output_subdir=null").seed == 1
+    assert composed("hydra.sweep.subdir=${rcpo_run_name:seed}").seed == 1  # which a job alone can resolve
 
 
 def test_a_folder_of_options_that_may_not_be_read_is_not_taken_for_an_empty_one(mine: Path) -> None:
