@@ -304,17 +304,22 @@ def test_random_states_survive_json() -> None:
     assert json.loads(json.dumps(distributed.rng_state())) == before
 
 
-def test_a_checkpoint_restores_the_random_states_of_its_rank(saved: Path) -> None:
+@pytest.mark.parametrize(("rank", "state"), [(0, 0), (1, 1), (3, 1)])  # on more ranks some share a state
+def test_a_checkpoint_restores_the_random_state_of_its_rank(
+    rank: int, state: int, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = newest_checkpoint(saved, lambda _: None)
     assert found is not None
-    torch.manual_seed(3)
-    states = [distributed.rng_state()]
-    expected = torch.rand(3)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    states, drawn = [], []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        states.append(distributed.rng_state())
+        drawn.append(torch.rand(3))
     restored: list[Any] = []
-    engine = SimpleNamespace(restore=lambda tensors, state: restored.append(state))
-    own = dataclasses.replace(found, state={**found.state, "rng": states})
-    own.load(engine)  # type: ignore[arg-type]
-    assert torch.equal(torch.rand(3), expected) and restored == [found.state["engine"]]
+    engine = SimpleNamespace(restore=lambda tensors, record: restored.append(record))
+    dataclasses.replace(found, state={**found.state, "rng": states}).load(engine)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), drawn[state]) and restored == [found.state["engine"]]
 
 
 def test_a_checkpoint_of_another_configuration_is_not_continued(config: RunConfig, saved: Path) -> None:
