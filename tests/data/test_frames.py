@@ -77,6 +77,14 @@ FRAMES = {
         template("\n<|mind|>", f"\n{WORDS}<end>", f"\n<|mind|>{REASON}<|done|>{WORDS}<end>"),
         Frame(opening="<|mind|>", close="<|done|>"),
     ),
+    "an opened block that a finished turn does not close": (
+        template("\n<think>\n", f"\n<think>\n{WORDS}<end>", THOUGHTS),
+        Frame(lead="<think>\n", opening="<think>\n", close="\n</think>\n\n"),
+    ),
+    "reasoning that nothing opens": (
+        template("\nA:", f"\nA:{WORDS}<end>", f"\nA:{REASON};{WORDS}<end>"),
+        Frame(),
+    ),
     "an opened block that a finished turn shows empty": (
         template("\n<think>\n", f"\n<think>\n\n</think>\n\n{WORDS}<end>", THOUGHTS),
         Frame(lead="\n</think>\n\n"),

@@ -1,6 +1,7 @@
 """Files of every kind, good and bad: rows with their numbers, text exactly as it is."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcpo.data.readers import ROWS, read_file
+from rcpo.data.readers import ROWS, data_files, read_file
 from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
 
@@ -103,6 +104,35 @@ def test_many_rows_come_in_pieces(tmp_path: Path) -> None:
     assert [number for number, _ in rows(tmp_path / "x.parquet")] == list(range(1, count + 1))
 
 
+def test_a_part_of_an_arrow_piece_may_be_empty(tmp_path: Path) -> None:
+    [piece] = list(read_file(arrow_file(tmp_path / "x.arrow", pa.table({"prompt": ["a", "b"]}))))
+    assert list(piece.part(0, 1).parsed()) == [(1, {"prompt": "a"})]
+    assert list(piece.part(1, 1).parsed()) == [] and len(piece.part(1, 1).rows) == 0
+
+
+def test_a_line_in_another_encoding_is_a_bad_row(tmp_path: Path) -> None:
+    found = rows(write(tmp_path / "x.jsonl", b'{"a": "caf\xe9"}\n' + lines({"a": 1})))
+    assert isinstance(found[0][1], BadRow) and str(found[0][1]) == "invalid UTF-8"
+    assert found[1] == (2, {"a": 1})
+
+
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    csv.field_size_limit(131_072)  # Python's own
+    path = write(tmp_path / "x.csv", b"prompt,chosen\nq," + b"a" * 200_000 + b"\n")
+    assert rows(path) == [(2, {"prompt": "q", "chosen": "a" * 200_000})]
+
+
+def test_a_folders_data_are_all_its_files_that_can_hold_rows(tmp_path: Path) -> None:
+    data = ["a.jsonl", "b/c.csv.gz", "b/d.parquet", "e.xlsx", "f.tar"]  # of the last two the user hears
+    others = [".hidden.jsonl", "__x.jsonl", ".git/x.jsonl", "__pycache__/x.jsonl", "README.md", "state.json"]
+    for name in (*data, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in data_files(tmp_path)] == data
+    with pytest.raises(FileNotFoundError):
+        data_files(tmp_path / "none")
+
+
 GOOD = lines({"prompt": "p", "chosen": "c", "rejected": "r"})
 
 
@@ -119,6 +149,7 @@ GOOD = lines({"prompt": "p", "chosen": "c", "rejected": "r"})
         ("space.json", b"[1 2]", "space.json:1: broken JSON"),
         ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', "latin.json:2: invalid UTF-8"),
         ("first.json", b'\n[{"a": "caf\xe9"}]', "first.json:2: invalid UTF-8"),
+        ("below.json", b"\n[1 2]", "below.json:2: broken JSON"),
         ("latin.csv", b"a,b\n1,caf\xe9\n", "latin.csv:.*not CSV in UTF-8"),
         ("quote.csv", b'a,b\n1,"2\n', "quote.csv:.*not CSV"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,15 @@ def numbers(mine: Dynamics | None) -> Tensor:
     return log_numbers(*(torch.tensor(part, dtype=torch.float64) for part in (sums, products)))
 
 
+def test_a_rank_sends_the_logs_of_its_means() -> None:
+    # two pairs: d = 6/2, 8/2, norms √16 / 2 and √100 / 2, cos = 12 / (4 · 10), movements 1/2 and −3/2
+    sums = torch.tensor([6.0, 8.0, 2.0, 2.0, 1.0, -3.0, 2.0, 2.0], dtype=torch.float64)
+    sent = log_numbers(sums, torch.tensor([16.0, 100.0, 12.0], dtype=torch.float64))
+    logs = [math.log(value) for value in (3, 4, 2, 5)]
+    expected = torch.tensor([*logs, 0, 0, 0, 0, 0.3, 0.5, -1.5, 1, 1], dtype=torch.float64)
+    torch.testing.assert_close(sent, expected, rtol=1e-14, atol=0)
+
+
 def test_ranks_agree_on_the_geometric_mean() -> None:
     # sqrt(2·8) = 4, sqrt(1·9) = 3, sqrt(4·4) = 4, sqrt(1·25) = 5; (0.2 + 0.6)/2 = 0.4
     a, b = on_two_ranks(dynamics(2, 1, 4, 1, 0.2), dynamics(8, 9, 4, 25, 0.6))
@@ -415,6 +425,16 @@ def test_averaging_logs_of_ranks_averages_their_log_alphas() -> None:
     assert common is not None
     calibrator.update(common)
     assert calibrator.alpha == pytest.approx(2, rel=1e-13)
+
+
+def test_movements_of_ranks_are_averaged_over_those_that_have_readings() -> None:
+    ranks = [dynamics(1, 1, 1, 1) for _ in range(3)]
+    ranks[0] = replace(ranks[0], movement=Movement(1.0, -1.0))
+    ranks[1] = replace(ranks[1], movement=Movement(3.0, -5.0))
+    found = average_logs(torch.stack([numbers(rank) for rank in ranks]).sum(0), lambda total: total)
+    assert found is not None and found.movement == Movement(2.0, -3.0)
+    found = average_logs(numbers(ranks[2]), lambda total: total)
+    assert found is not None and found.movement is None
 
 
 def test_a_rank_without_pairs_has_no_say() -> None:
@@ -624,6 +644,12 @@ def test_microbatch_updates_reach_the_micro_batch_that_made_them() -> None:
     step = StepCalibration(calibrator, update="microbatch")
     step.observe((torch.tensor([1.0]), torch.tensor([4.0])), torch.tensor([[[1.0]], [[4.0]]]))
     assert calibrator.alpha == pytest.approx(4.0, rel=1e-12)
+    calibrator = RewardCalibrator(ema=0.5)
+    step = StepCalibration(calibrator, update="microbatch")
+    step.observe((torch.tensor([1.0]), torch.tensor([4.0])), torch.tensor([[[1.0]], [[4.0]]]))
+    step.observe((torch.tensor([1.0]), torch.tensor([1.0])), torch.tensor([[[1.0]], [[1.0]]]))
+    step.end()  # whose means would ask for 2.5
+    assert calibrator.alpha == pytest.approx(2.0, rel=1e-12)  # √(4 · 1)
     with pytest.raises(ValueError, match=r"rc\.update=epoch"):
         StepCalibration(calibrator, update="epoch")
 

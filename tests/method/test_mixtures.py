@@ -68,6 +68,15 @@ def test_mpo_by_hand() -> None:
     )
 
 
+def test_parts_of_other_reductions_need_no_reference() -> None:
+    logps = pairs().replace(ref_chosen=None, ref_rejected=None)
+    parts = [{"name": "cpo", "reduction": "sum"}, {"name": "simpo", "weight": 2.0}]
+    by_sums = get_objective("cpo", reduction="sum")(logps)
+    w, v = LENGTHS
+    by_means = get_objective("simpo")(logps.replace(chosen=logps.chosen / w, rejected=logps.losers / v))
+    torch.testing.assert_close(get_objective("mix", parts=parts)(logps), by_sums + 2 * by_means)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_incentives_add_up(reduction: str) -> None:
     parts = [
