@@ -33,7 +33,9 @@ from rcpo.system.files import replace_text, sync_folder
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
-RESCUE_SECONDS = 120.0  # that a failed run waits for the other ranks' parts: hundreds of MB a second do it
+# that a failed run waits for other ranks' parts while none grows: less than the 30 that the elastic agent of
+# PyTorch leaves the others once a rank is lost
+RESCUE_SECONDS = 20.0
 _RECORDS = "records"  # in an unfinished checkpoint: what each rank wrote
 SHARE = 0.05  # of the time between two checkpoints that training may be held up by them
 
@@ -214,11 +216,13 @@ class CheckpointWriter:
             log.warning("the checkpoint of step %d could not be finished: %s", pending.step, error)
 
     def _wait_for_all(self, pending: _Pending) -> None:
-        end = time.monotonic() + RESCUE_SECONDS
         if pending.part.problem is not None:
             raise OSError(pending.part.problem)
+        scratch, size, since = self._scratch(pending.step), -1, 0.0
         while any(not path.is_file() for path in self._records(pending.step)):
-            if time.monotonic() > end:
+            if (now := sum(file.stat().st_size for file in (scratch / TENSORS).iterdir())) != size:
+                size, since = now, time.monotonic()
+            if time.monotonic() - since > RESCUE_SECONDS:
                 raise OSError("a rank's part is missing")
             time.sleep(0.1)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # seconds that the other local ranks have to leave by themselves once one has left: a checkpoint may be large
 SHUTDOWN_SECONDS = 300
+LEEWAY = 5  # seconds in which the others notice that a rank was killed
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def forward_signals(children: Callable[[], list[int]]) -> Iterator[list[int]]:
 def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
     """The exit code that a set of failed ranks stands for, and one message for a failure."""
     codes = [failure.exitcode for failure in failures]
-    first = min(failures, key=lambda failure: (failure.exitcode < 0 and REFUSED in codes, failure.timestamp))
+    first = min(failures, key=lambda failure: (failure.exitcode < 0 and REFUSED in codes, _since(failure)))
     # a rank that was stopped before it could listen has nothing to save
     if STOPPED in codes or (stopping and -first.exitcode in STOP_SIGNALS):
         return STOPPED
@@ -140,6 +141,16 @@ def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
         f"rcpo: rank {first.local_rank} failed (exit code {first.exitcode}): {message}{end}", file=sys.stderr
     )
     return FAILED
+
+
+def _since(failure: ProcessFailure) -> tuple[int, bool]:
+    """When a rank failed, in seconds. One that was killed comes before those that wrote of its silence.
+
+    The agent sends SIGTERM to the ranks that are left, so one that it ended comes after the others.
+    """
+    told = failure.exitcode == -signal.SIGTERM
+    killed = failure.exitcode < 0 and not told
+    return failure.timestamp - (LEEWAY if killed else 0), told
 
 
 def _message(failure: ProcessFailure) -> str:

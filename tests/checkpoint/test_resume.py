@@ -194,6 +194,8 @@ def test_a_lost_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
     said = ended(program, 1)
-    assert time.monotonic() - began < 30
+    assert (
+        time.monotonic() - began < 60
+    )  # at most 30 for a checkpoint under way, not the 30 minutes of a time-out
     assert "rank 1 failed" in said and "SIGKILL" in said
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks)

@@ -6,7 +6,9 @@ import io
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from workers import best, rescue
 from rcpo.checkpoint import write as saving
 from rcpo.checkpoint.best import BestStep
 from rcpo.checkpoint.read import checkpoint_weights, first_problem, newest
-from rcpo.checkpoint.write import SaveClock
+from rcpo.checkpoint.write import CheckpointWriter, SaveClock
 from rcpo.config.schema import CheckpointConfig, RunConfig
 from rcpo.errors import ConfigError, RunError
 from rcpo.runs.folder import checkpoint_folders
@@ -209,3 +211,33 @@ def test_rank_0_finishes_a_checkpoint_when_the_other_rank_has_failed(tmp_path: P
     ((step, folder),) = checkpoint_folders(tmp_path / "run")
     assert step == 1 and first_problem(folder) is None
     assert len(list((folder / "tensors").iterdir())) == len(rescue.states(folder)) == 2
+
+
+@pytest.mark.parametrize("dies_after", [None, 40])
+def test_a_failed_run_waits_while_another_ranks_part_grows(
+    dies_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving.distributed, "world_size", lambda: 2)
+    writer = CheckpointWriter(tmp_path, RunConfig())
+    scratch = writer._scratch(7)
+    for folder in ("tensors", "records"):
+        (scratch / folder).mkdir(parents=True)
+    (scratch / "records" / "00000-of-00002.safetensors.json").touch()
+    part = saving._Part(scratch, "00000-of-00002.safetensors", {}, {})
+    part.problem = None
+    seconds = 0
+
+    def other_rank(_: float) -> None:
+        nonlocal seconds
+        seconds += 10
+        if dies_after is not None and seconds > dies_after:
+            return
+        with (scratch / "tensors" / "00001-of-00002.safetensors").open("ab") as file:
+            file.write(b"0123")
+        if seconds == 80:
+            (scratch / "records" / "00001-of-00002.safetensors.json").touch()
+
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: seconds, sleep=other_rank))
+    with nullcontext() if dies_after is None else pytest.raises(OSError, match="a rank's part is missing"):
+        writer._wait_for_all(saving._Pending(7, {}, (), part))
+    assert seconds == (80 if dies_after is None else dies_after + 30)

@@ -9,6 +9,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import forked
 import pytest
@@ -49,6 +51,32 @@ def ranks_that(run_dir: Path, body: str, processes: int = 2, before: str = "") -
         text=True,
         env=environment,
     )
+
+
+@pytest.mark.parametrize(
+    ("codes", "seconds", "first"),
+    [
+        (
+            (-signal.SIGTERM, -signal.SIGKILL),
+            (10, 11),
+            1,
+        ),  # rank 0 wrote of the other's silence, was told to end
+        ((1, -signal.SIGSEGV), (10, 11), 1),  # rank 0 wrote of the other's silence and ended
+        ((-signal.SIGKILL, 1), (40, 10), 1),  # rank 0 was killed because it had not ended
+        ((-signal.SIGTERM, 1), (12, 12), 1),
+        ((1, -signal.SIGTERM), (12, 13), 0),
+        ((-signal.SIGTERM, -signal.SIGTERM), (13, 12), 1),
+    ],
+)
+def test_the_rank_that_failed_first_is_named(
+    codes: tuple[int, int], seconds: tuple[int, int], first: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures: list[Any] = [
+        SimpleNamespace(local_rank=rank, exitcode=code, timestamp=second, error_file_data={})
+        for rank, (code, second) in enumerate(zip(codes, seconds, strict=True))
+    ]
+    assert local._outcome(failures, stopping=False) == 1
+    assert f"rank {first} failed (exit code {codes[first]})" in capsys.readouterr().err
 
 
 def test_ranks_share_rank_0_s_folder_and_the_machine_s_cores(tmp_path: Path) -> None:
