@@ -23,7 +23,7 @@ from rcpo.planner.model import architecture, depth, few_layers, owned, parameter
 from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.states import Parameter
 from rcpo.planner.timing import Machine, Times, times
-from rcpo.planner.trace import Rows, Trace, trace
+from rcpo.planner.trace import Rows, Trace, Work, trace
 from rcpo.planner.workload import Workload, training_data, workload
 from rcpo.training.objective import build_objective
 
@@ -41,7 +41,7 @@ class Plan:
     parameters: list[Parameter]
     workload: Workload
     step: Step
-    flops: float
+    work: Work
     scoring_flops: float
     deepspeed: list[Message]
     own: list[Message]
@@ -70,7 +70,7 @@ class Plan:
         return times(
             self.config,
             Machine(self.gpu, self.settings, self.ranks),
-            self.flops,
+            self.work,
             [*self.deepspeed, *self.own],
             self.step.own_elements,
             self.workload.microbatches,
@@ -120,9 +120,9 @@ class Planner:
         scored = self._trace(config, work.scored, None, training=False)
         whole = self._gathers(config, work.usual) if config.engine.stage == 3 else None
         scores = _scores(config, objective, sketch, found.get_text_config().hidden_size, weights)
-        flops = usual.forward_flops + usual.backward_flops
+        computed = usual.forward_work + usual.backward_work
         if config.reference.mode == "model" and objective.needs_reference:
-            flops += usual.forward_flops
+            computed += usual.forward_work
         step = Step(
             config, weights, ranks, microbatches, largest, scored, whole, scores, self.gpu is not None
         )
@@ -134,8 +134,8 @@ class Planner:
             parameters=weights,
             workload=work,
             step=step,
-            flops=microbatches * flops,
-            scoring_flops=usual.forward_flops / config.train.microbatch(ranks),
+            work=computed * microbatches,
+            scoring_flops=usual.forward_work.flops / config.train.microbatch(ranks),
             deepspeed=messages(weights, config, ranks, microbatches, whole),
             own=own_messages(config, scores, microbatches) if ranks > 1 else [],
         )

@@ -99,16 +99,20 @@ def _communication(plan: Plan) -> Table:
 
 def _time(plan: Plan) -> list[str]:
     work = plan.workload
-    lines = [f"{work.steps:,} steps, {work.total_tokens:,} tokens, {plan.flops:.3g} FLOP a step and rank"]
+    lines = [
+        f"{work.steps:,} steps, {work.total_tokens:,} tokens, {plan.work.flops:.3g} FLOP a step and rank"
+    ]
     times = plan.times
     if times is None or plan.seconds is None or plan.gpu_hours is None:
         return lines
     beside = "beside them " if times.overlaps else ""
+    done = f"{plan.work.operations:,} operations started in {times.starts:.3g} s"
+    done += f" and {_size(plan.work.bytes)} moved in {times.memory:.3g} s"
     return [
         *lines,
-        f"a step: {times.step:.3g} s (products {times.products:.3g} s, {beside}communication "
-        f"{times.communication:.3g} s, optimizer {times.optimizer:.3g} s, host {times.host:.3g} s); "
-        f"bottleneck: {times.bottleneck}",
+        f"a step: {times.step:.3g} s (products {times.products:.3g} s, meanwhile {done}; {beside}"
+        f"communication {times.communication:.3g} s, optimizer {times.optimizer:.3g} s, "
+        f"host {times.host:.3g} s); bottleneck: {times.bottleneck}",
         f"the run: {_duration(plan.seconds)} (reference pass {_duration(plan.reference_seconds)}), "
         f"{plan.gpu_hours:,.1f} GPU-hours, without evaluations; an estimate from the GPU's figures",
     ]

@@ -1,7 +1,8 @@
 """How long a step takes on a GPU, and what it waits for: products, links, memory, the host.
 
-A model of the machine, not a measurement: products at a share of the GPU's peak, messages in rings at a share
-of the slowest link and with NCCL's latencies, the optimizer at the bandwidth of the memory that holds it.
+A model of the machine, not a measurement: products at a share of the GPU's peak, though never sooner than the
+host starts the operations and the memory moves their bytes; messages in rings at a share of the slowest link
+and with NCCL's latencies, the optimizer at the bandwidth of the memory that holds it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.planner.communication import Message
 from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.states import ELEMENT, MASTER, moments
+from rcpo.planner.trace import Work
 
 # NCCL's model of a ring with large messages (src/graph/tuning.cc): a start, a hop inside a node, one between
 RING_START, RING_HOP, RING_NODE_HOP = 8.4e-6, 3.4e-6, 14.0e-6
@@ -20,9 +22,15 @@ RING_START, RING_HOP, RING_NODE_HOP = 8.4e-6, 3.4e-6, 14.0e-6
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step by what is busy; `communication` runs beside `products` where it `overlaps`."""
+    """Seconds of a step by what is busy.
+
+    `starts`, the host's of starting operations, and `memory`, for what they read and write, run beside
+    `products`, and so does `communication` where it `overlaps`.
+    """
 
     products: float
+    starts: float
+    memory: float
     communication: float
     optimizer: float
     host: float
@@ -30,7 +38,7 @@ class Times:
 
     @property
     def step(self) -> float:
-        both = self.products, self.communication
+        both = max(self.products, self.starts, self.memory), self.communication
         return (max(both) if self.overlaps else sum(both)) + self.optimizer + self.host
 
     @property
@@ -38,6 +46,8 @@ class Times:
         """What takes most of the step."""
         found = {
             "products": self.products,
+            "starting operations": self.starts,
+            "memory traffic": self.memory,
             "communication": self.communication,
             "the optimizer's memory": self.optimizer,
             "the host": self.host,
@@ -82,7 +92,7 @@ class Machine:
 def times(
     config: RunConfig,
     machine: Machine,
-    flops: float,
+    work: Work,
     sent: Iterable[Message],
     own_elements: int,
     microbatches: int,
@@ -90,7 +100,7 @@ def times(
 ) -> Times:
     """Seconds of a step of one rank.
 
-    `flops` are the step's, `own_elements` those that its optimizer updates, `weights` the bytes that are
+    `work` is the step's, `own_elements` those that its optimizer updates, `weights` the bytes that are
     brought from the host for each pass over the model where they are kept there.
     """
     gpu, element = machine.gpu, ELEMENT[config.train.dtype]
@@ -104,7 +114,9 @@ def times(
     if config.engine.offload_parameters:
         on_host += 2 * microbatches * weights / gpu.host
     return Times(
-        products=flops / (machine.peak(config.train.dtype) * machine.settings.efficiency),
+        products=work.flops / (machine.peak(config.train.dtype) * machine.settings.efficiency),
+        starts=work.operations * machine.settings.start_seconds,
+        memory=work.bytes / gpu.bandwidth,
         communication=sum(machine.seconds(message) for message in sent),
         optimizer=own_elements * touched / memory,
         host=on_host,

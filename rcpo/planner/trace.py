@@ -48,6 +48,30 @@ UNCOUNTED: Any = {  # by torch itself, which knows the attention of GPUs
 }
 
 
+FREE = ("detach", "empty", "alias", "lift_fresh", "prim")  # in names of operations that compute nothing
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP of matrix products; operations that a device starts, and the bytes that they read and write.
+
+    Views start nothing; other operations read their operands and write their results once, without fusion.
+    """
+
+    flops: int = 0
+    operations: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.operations + other.operations, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(times * self.flops, times * self.operations, times * self.bytes)
+
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1
+
+
 @dataclass(frozen=True)
 class Rows:
     """A micro-batch's shape: (R, L) tokens with N response tokens; `shared` rows hold several sequences."""
@@ -63,12 +87,12 @@ class Moment:
     """A stretch of the backward pass, up to one parameter's gradient.
 
     `activations` are the most bytes alive in it apart from finished gradients; of those there were
-    `gradients` elements before it. `flops` were computed since the pass began.
+    `gradients` elements before it. `work` was done since the pass began.
     """
 
     activations: int
     gradients: int
-    flops: int
+    work: Work
     layer: int | None = None
 
 
@@ -80,13 +104,14 @@ class Trace:
     """
 
     forward_peak: int
-    forward_flops: int
+    forward_work: Work
     backward: tuple[Moment, ...] = ()
     kept: int = 0
 
     @property
-    def backward_flops(self) -> int:
-        return self.backward[-1].flops if self.backward else 0
+    def backward_work(self) -> Work:
+        """Of the backward pass, with what is computed again in it."""
+        return self.backward[-1].work if self.backward else Work()
 
     @property
     def activations(self) -> int:
@@ -95,21 +120,28 @@ class Trace:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operators made and that are still referred to."""
+    """Counts the bytes of all storages that operators made and that are still referred to.
+
+    `operations` and `moved` are what those operators were, and the bytes that they read and wrote.
+    """
 
     def __init__(self, known: Iterator[Tensor]) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.operations = self.moved = 0
         self._sizes: dict[int, int] = dict.fromkeys((t.untyped_storage()._cdata for t in known), 0)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        for value in made:
+            self._count(value.untyped_storage())
         self.peak = max(self.peak, self.bytes)
+        if not func.is_view and not any(name in str(func) for name in FREE):
+            read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            self.operations += 1
+            self.moved += sum(value.numel() * value.element_size() for value in [*read, *made])
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -144,19 +176,23 @@ class _Recorder:
     live: _Live
     flops: FlopCounterMode
     collects: bool
-    entries: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer: bytes, flops
+    entries: dict[int, tuple[int, Work]] = field(default_factory=dict)  # layer: bytes, work
     moments: list[Moment] = field(default_factory=list)
     elements: int = 0
     bytes: int = 0
 
     def enter(self, layer: int) -> None:
         # a checkpointed layer is entered again in the backward pass
-        self.entries.setdefault(layer, (self.live.bytes, self.flops.get_total_flops()))
+        self.entries.setdefault(layer, (self.live.bytes, self.work()))
+
+    def work(self) -> Work:
+        """What was computed so far."""
+        return Work(self.flops.get_total_flops(), self.live.operations, self.live.moved)
 
     def gradient(self, parameter: Tensor, layer: int | None) -> None:
         if self.collects:  # recomputed fake tensors hang in cycles of Python frames, real ones do not
             gc.collect()
-        made, done = self.live.take_peak(), self.flops.get_total_flops()
+        made, done = self.live.take_peak(), self.work()
         self.moments.append(Moment(made - self.bytes, self.elements, done, layer))
         assert parameter.grad is not None
         self.elements += parameter.numel()
@@ -184,13 +220,13 @@ def trace(policy: Policy, rows: Rows, sketch: int | None, *, training: bool, dep
         policy.train(training)
         shapes = None if sketch is None else _SketchOfShapes(policy.vocabulary, sketch)
         results = policy(**inputs(rows), sketch=shapes)
-        forward = Trace(live.take_peak(), flops.get_total_flops())
+        forward = Trace(live.take_peak(), recorder.work())
         if not training:
             return _deeper_forward(forward, recorder, depth - len(layers))
         results[0].sum().backward()  # hidden states and scores stay alive, as in a step
         kept = live.bytes - recorder.bytes
-    before = forward.forward_flops
-    moments = [replace(moment, flops=moment.flops - before) for moment in recorder.moments]
+    before = forward.forward_work
+    moments = [replace(moment, work=moment.work - before) for moment in recorder.moments]
     forward = _deeper_forward(forward, recorder, depth - len(layers))
     backward = tuple(_deeper_backward(moments, depth - len(layers)))
     return replace(forward, backward=backward, kept=kept)
@@ -256,11 +292,11 @@ def _hooks(policy: Policy, layers: dict[str, nn.Module], recorder: _Recorder) ->
 def _deeper_forward(trace: Trace, recorder: _Recorder, extra: int) -> Trace:
     if extra <= 0:
         return trace
-    kept, computed = (after - before for after, before in zip(recorder.entries[2], recorder.entries[1]))
+    (third, after), (second, before) = recorder.entries[2], recorder.entries[1]
     return replace(
         trace,
-        forward_peak=trace.forward_peak + extra * kept,
-        forward_flops=trace.forward_flops + extra * computed,
+        forward_peak=trace.forward_peak + extra * (third - second),
+        forward_work=trace.forward_work + (after - before) * extra,
     )
 
 
@@ -273,7 +309,7 @@ def _deeper_backward(moments: list[Moment], extra: int) -> Iterator[Moment]:
     first = moments.index(second[0])
     kept = third[0].activations - second[0].activations
     elements = second[0].gradients - third[0].gradients
-    flops = second[0].flops - third[0].flops
+    work = second[0].work - third[0].work
     for moment in moments[:first]:
         yield replace(moment, activations=moment.activations + extra * kept)
     for copy in range(1, extra + 1):
@@ -281,10 +317,8 @@ def _deeper_backward(moments: list[Moment], extra: int) -> Iterator[Moment]:
             yield Moment(
                 moment.activations + (extra - copy) * kept,
                 moment.gradients + copy * elements,
-                moment.flops + copy * flops,
+                moment.work + work * copy,
                 moment.layer,
             )
     for moment in moments[first:]:
-        yield replace(
-            moment, gradients=moment.gradients + extra * elements, flops=moment.flops + extra * flops
-        )
+        yield replace(moment, gradients=moment.gradients + extra * elements, work=moment.work + work * extra)

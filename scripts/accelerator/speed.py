@@ -98,7 +98,7 @@ def model_flops(shape: Shape, folder: Path, trainer: Trainer) -> float:
         batch = trainer.session.collate(None, positions)
         rows = Rows(*batch.input_ids.shape, len(batch.labels), batch.segments is not None)
         traced = trace(policy, rows, None, training=True, depth=depth(settings))
-        total += traced.forward_flops + traced.backward_flops
+        total += traced.forward_work.flops + traced.backward_work.flops
     return total
 
 

@@ -114,7 +114,7 @@ def command(*arguments: str) -> int:
     return caught.value.code
 
 
-SMALL = ["train.micro_batch_size=32", "eval.batch_size=1"]
+SMALL = ["train.micro_batch_size=32", "eval.batch_size=1", "plan.start_seconds=0"]
 BIG = [
     "model=llama-3-8b", "data=ultrafeedback", "train.dtype=bf16", "gpu=h100-80gb", "plan.gpus=8",
     "train.batch_size=64", "train.micro_batch_size=1", "eval.batch_size=1", "plan.pairs=60000",

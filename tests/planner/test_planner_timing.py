@@ -8,6 +8,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.planner.communication import Message
 from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.timing import RING_HOP, RING_NODE_HOP, RING_START, Machine, Times, times
+from rcpo.planner.trace import Work
 
 GPU = GpuConfig(
     name="round", memory=1e10, bf16=1e12, fp16=1e12, fp32=1e11, bandwidth=1e11, link=1e10, network=1e9,
@@ -42,18 +43,42 @@ def test_a_step_by_hand() -> None:
     config = RunConfig()
     config.train.dtype, config.engine.stage = "bf16", 2
     machine = Machine(GPU, SETTINGS, ranks=1)
-    found = times(config, machine, flops=2e12, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
-    # 2e12 at half of 1e12; an element's gradient, weight and two moments read, three written, a bf16 weight
-    assert found == Times(4.0, 0.0, 1e9 * (4 * 7 + 2) / 1e11, 0.0, overlaps=False)
+    found = times(
+        config,
+        machine,
+        work=Work(2 * 10**12, 1000, 10**10),
+        sent=[],
+        own_elements=10**9,
+        microbatches=3,
+        weights=10**9,
+    )
+    # 2e12 at half of 1e12; 1000 starts of 1e-5 s; 1e10 bytes at 1e11.
+    # An element's gradient, weight and two moments read, three written, a bf16 weight
+    assert found == Times(4.0, 0.01, 0.1, 0.0, 1e9 * (4 * 7 + 2) / 1e11, 0.0, overlaps=False)
     assert found.step == pytest.approx(4.3) and found.bottleneck == "products"
     config.engine.stage, config.engine.offload_optimizer, config.engine.offload_parameters = 3, True, True
-    found = times(config, machine, flops=2e12, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
+    found = times(
+        config,
+        machine,
+        work=Work(2 * 10**12, 1000, 10**10),
+        sent=[],
+        own_elements=10**9,
+        microbatches=3,
+        weights=10**9,
+    )
     # the optimizer at the host's memory; gradients there and weights back, weights for two passes of three
-    assert found == Times(4.0, 0.0, 3.0, 6.0 + 6.0, overlaps=True)
+    assert found == Times(4.0, 0.01, 0.1, 0.0, 3.0, 6.0 + 6.0, overlaps=True)
     assert found.bottleneck == "the host"
 
 
 def test_what_overlaps_is_not_added() -> None:
-    assert Times(2.0, 3.0, 0.5, 0.0, overlaps=True).step == 3.5
-    assert Times(2.0, 3.0, 0.5, 0.0, overlaps=False).step == 5.5
-    assert Times(2.0, 3.0, 0.5, 0.0, overlaps=True).bottleneck == "communication"
+    assert Times(2.0, 1.0, 1.0, 3.0, 0.5, 0.0, overlaps=True).step == 3.5
+    assert Times(2.0, 1.0, 1.0, 3.0, 0.5, 0.0, overlaps=False).step == 5.5
+    assert Times(2.0, 1.0, 1.0, 3.0, 0.5, 0.0, overlaps=True).bottleneck == "communication"
+
+
+def test_small_operations_wait_for_the_host_and_large_ones_for_the_memory() -> None:
+    starting = Times(1.0, 4.0, 2.0, 3.0, 0.5, 0.0, overlaps=False)
+    assert starting.step == 7.5 and starting.bottleneck == "starting operations"
+    moving = Times(1.0, 2.0, 4.0, 3.0, 0.5, 0.0, overlaps=True)
+    assert moving.step == 4.5 and moving.bottleneck == "memory traffic"

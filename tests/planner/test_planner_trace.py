@@ -39,11 +39,11 @@ def traced(layers: int, depth: int, *, checkpointing: bool = False, training: bo
 def test_four_layers_stand_for_seven(checkpointing: bool) -> None:
     whole = traced(7, 7, checkpointing=checkpointing)
     short = traced(4, 7, checkpointing=checkpointing)
-    assert [(m.activations, m.gradients, m.flops) for m in short.backward] == [
-        (m.activations, m.gradients, m.flops) for m in whole.backward
+    assert [(m.activations, m.gradients, m.work) for m in short.backward] == [
+        (m.activations, m.gradients, m.work) for m in whole.backward
     ]
-    assert (short.forward_peak, short.forward_flops, short.kept) == (
-        whole.forward_peak, whole.forward_flops, whole.kept,
+    assert (short.forward_peak, short.forward_work, short.kept) == (
+        whole.forward_peak, whole.forward_work, whole.kept,
     )  # fmt: skip
 
 
@@ -53,17 +53,17 @@ def test_operations_by_hand() -> None:
     attention = 2 * 2 * ROWS.rows * ROWS.length**2 * HIDDEN  # scores and values, two operations each
     head = 2 * ROWS.responses * HIDDEN * VOCABULARY  # of the responses alone
     found = traced(layers, layers)
-    assert found.forward_flops == layers * (2 * tokens * linear + attention) + head
+    assert found.forward_work.flops == layers * (2 * tokens * linear + attention) + head
     # twice a product's operations in the backward pass; attention computes its scores once more
-    assert found.backward_flops == layers * (4 * tokens * linear + attention * 5 // 2) + 2 * head
+    assert found.backward_work.flops == layers * (4 * tokens * linear + attention * 5 // 2) + 2 * head
 
 
 def test_recomputation_costs_a_forward_pass_of_the_layers() -> None:
     plain, recomputed = traced(3, 3), traced(3, 3, checkpointing=True)
     head = 2 * ROWS.responses * HIDDEN * VOCABULARY
-    extra = recomputed.backward_flops - plain.backward_flops
+    extra = recomputed.backward_work.flops - plain.backward_work.flops
     last = 2 * ROWS.rows * ROWS.length * HIDDEN * INNER  # it stops before each layer's last product
-    assert extra == plain.forward_flops - head - 3 * last
+    assert extra == plain.forward_work.flops - head - 3 * last
     assert recomputed.forward_peak < plain.forward_peak
 
 
@@ -80,7 +80,7 @@ def test_scoring_keeps_nothing_for_a_backward_pass() -> None:
     scoring, training = traced(4, 9, training=False), traced(4, 9)
     assert scoring.backward == ()
     assert scoring.forward_peak < training.forward_peak / 3
-    assert scoring.forward_flops == training.forward_flops
+    assert scoring.forward_work.flops == training.forward_work.flops
 
 
 def test_a_tied_head_has_one_gradient() -> None:
