@@ -168,13 +168,20 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> s
 
 
 def _panel(example: Example, tokenizer: PreTrainedTokenizerBase) -> Panel:
-    """An example's parts in their colours; the prompt is given, the responses are learned."""
+    """An example's parts in their colours; the prompt is given, and so are turns within a response."""
     body = Text()
     for name, ids in zip(STYLES, example.parts, strict=True):
         if ids:
+            spans = (example.contexts or {}).get(name, ())
             what = "given" if name == "prompt" else "learned"
+            if spans:
+                what = f"{len(ids) - sum(end - first for first, end in spans)} of them learned"
             body.append(f"{name} ({len(ids)} tokens, {what})\n", style="bold")
-            body.append_text(tokens_as_text(ids, tokenizer, STYLES[name]))
+            place = 0
+            for first, end in (*spans, (len(ids), len(ids))):
+                body.append_text(tokens_as_text(ids[place:first], tokenizer, STYLES[name]))
+                body.append_text(tokens_as_text(ids[first:end], tokenizer, STYLES["prompt"]))
+                place = end
             body.append("\n")
     body.right_crop(1)
     return Panel(body, title=Text(visible(example.id, lines=False)), title_align="left")

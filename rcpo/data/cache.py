@@ -31,7 +31,7 @@ from rcpo.system.files import Lock, sync_folder
 Say = Callable[[str], None]
 Check = Callable[[Encoder, RowBlock, str], Any]
 """Raises ConfigError where a piece of the named part cannot be encoded as it should."""
-FORMAT = 1  # raise where rcpo makes other tokens of the same rows, template and tokenizer
+FORMAT = 2  # raise where rcpo makes other tokens of the same rows, template and tokenizer
 HEARTBEAT = 60.0  # seconds between signs of life while rank 0 works: well within the collectives' timeout
 PROGRESS_EVERY = 10.0  # seconds
 

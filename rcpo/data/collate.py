@@ -10,7 +10,8 @@ Axes: B pairs, S sequences, R rows, L row length, N response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from dataclasses import replace
+from itertools import chain, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def collate(
 
     `indices` are dataset positions (default 0..B−1; −1 marks a filler), `weights` default to 0 for fillers
     and 1 for the others, `margins` to None: nobody scored the responses. `mismatched` are B completions,
-    scored after these examples' prompts.
+    scored after these examples' prompts. What responses only read is not among the N tokens.
     """
     known = tuple(side for side in SIDES if side in sides)
     if sides != known or sides[:1] != PAIR[:1] or ("mismatched" in sides) != (mismatched is not None):
@@ -74,6 +75,8 @@ def collate(
     arrays = _shared(pairs, lengths, pad_id) if shared else _separate(pairs, lengths, pad_id)
     arrays["sequences"] = np.repeat(np.arange(responses.size), responses.T.ravel())
     arrays["lengths"] = responses.T.ravel()
+    if any(example.contexts for example in examples):
+        arrays |= _learned(arrays, examples, sides)
     repeats = 1 if shared else (responses > 0).sum(axis=1)  # of the prompt
     computed = responses.sum(axis=1) + repeats * lengths[:, 0]  # (B,)
     made: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -101,6 +104,11 @@ def collate_indices(
     weights = np.where(np.asarray(indices) == FILLER, 0.0, dataset.weights[positions])
     mismatched = [dataset.mismatched(position) for position in positions] if "mismatched" in sides else None
     examples = [dataset[position] for position in positions]
+    if mismatched is not None and any(spans := [dataset.mismatched_contexts(place) for place in positions]):
+        examples = [
+            replace(example, contexts={**(example.contexts or {}), "mismatched": read})
+            for example, read in zip(examples, spans, strict=True)
+        ]
     margins = dataset.margins[positions]
     return collate(
         examples,
@@ -112,6 +120,21 @@ def collate_indices(
         margins=None if np.isnan(margins).any() else margins.tolist(),
         mismatched=mismatched,
     )
+
+
+def _learned(arrays: Arrays, examples: Sequence[Example], sides: tuple[str, ...]) -> Arrays:
+    """The arrays of response tokens without those that are read alone, and the lengths without them."""
+    learned = np.ones(len(arrays["labels"]), dtype=bool)
+    starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]  # (S,), side after side
+    spans = (
+        (start + first, start + end)
+        for start, (side, example) in zip(starts, product(sides, examples), strict=True)
+        for first, end in (example.contexts or {}).get(side, ())
+    )
+    for first, end in spans:
+        learned[first:end] = False
+    kept = {name: arrays[name][learned] for name in ("predictors", "labels", "sequences")}
+    return kept | {"lengths": np.bincount(kept["sequences"], minlength=len(starts))}
 
 
 def _separate(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:

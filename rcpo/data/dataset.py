@@ -148,7 +148,7 @@ def _load_sums(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, say: Say) -> Datasets:
     encoder = make_encoder(config, tokenizer)
     report = DataReport(config.path or ", ".join(spec.name for spec in train_sources(config)))
-    report.drop = config.on_bad == "drop"
+    report.drop, report.learn = config.on_bad == "drop", config.learn
 
     def check(fitted: Encoder, piece: RowBlock, place: str) -> int:
         return check_prompts(fitted, tokenizer, piece, place)

@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 
 from rcpo.data.columns import check_templates, is_template, rename
-from rcpo.data.conversations import parse_prompt, read_json_cells
+from rcpo.data.conversations import has_turns, is_open, parse_prompt, read_json_cells
 from rcpo.data.detection import find_form, unread
 from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
 from rcpo.data.judged import TIE_WEIGHT
 from rcpo.data.readers import RowBlock
-from rcpo.data.records import VALUES, BadRow, Content, Example, Row, TextPair
+from rcpo.data.records import VALUES, BadRow, Content, Example, Row, Spans, TextPair
 from rcpo.data.report import Tally
 from rcpo.data.sample import Judged
-from rcpo.data.store import PARTS
+from rcpo.data.store import PARTS, RESPONSES
 from rcpo.data.templates import ChatTemplate
 from rcpo.data.tokenise import PairTokeniser
+from rcpo.data.turns import contexts
 from rcpo.errors import ConfigError
 
 _MADE = "6"  # counts changes of what is made of a row: tokens stored before one are made anew
@@ -39,13 +40,15 @@ class Encoded:
     """The n usable rows of a piece, and what became of the others; places in the tally are row numbers.
 
     `numbers` (n,) int64 are the rows' numbers in their file, `tokens` (T,) int32 and `lengths` (n, 4) int32
-    prompt, chosen, rejected and gold one after the other, `prompts` (n,) uint64 hashes of the rows' prompts
-    (`prompt_key`), `values` (n, 4) the rows' numbers (`VALUES`).
+    prompt, chosen, rejected and gold one after the other, `contexts` (m, 2) int64 places of tokens that are
+    read but not learned, `prompts` (n,) uint64 hashes of the rows' prompts (`prompt_key`), `values` (n, 4)
+    the rows' numbers (`VALUES`).
     """
 
     numbers: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
+    contexts: np.ndarray
     prompts: np.ndarray
     values: np.ndarray
     kinds: frozenset[str]
@@ -60,6 +63,7 @@ class Encoded:
             numbers=self.numbers[:count],
             tokens=kept,
             lengths=lengths,
+            contexts=self.contexts[self.contexts[:, 1] <= len(kept)],
             prompts=self.prompts[:count],
             values=self.values[:count],
         )
@@ -167,9 +171,6 @@ class Encoder:
                 texts[templated].append(pair)
                 tally.counts["templated"] += templated
                 tally.counts["half_ties"] += len(rows) > 1 and row.weight == TIE_WEIGHT
-                tally.counts["longer_responses"] += any(
-                    isinstance(part, list) and len(part) > 1 for part in (row.chosen, row.rejected, row.gold)
-                )
         cuts = Tally()  # its places are those in `found`
         examples = [
             *self._plain.encode(texts[False], cuts),
@@ -198,8 +199,9 @@ class Encoder:
                     "data.system_prompt needs messages, and the data is text: make them with "
                     "data.template=tokenizer, or with a named template"
                 )
-            answers = (row.chosen, row.rejected, row.gold)
-            return False, row, TextPair(name, row.prompt, *(_as_text(part) for part in answers))
+            answers = [_as_text(part) for part in (row.chosen, row.rejected, row.gold)]
+            self._count_turns(row.prompt, answers, counts)
+            return False, row, TextPair(name, row.prompt, *answers)
         template = self.template
         if template is None:
             raise ConfigError(
@@ -207,11 +209,30 @@ class Encoder:
                 "chatml|gemma|llama3|mistral|plain|zephyr, or a Jinja file"
             )
         prompt = template.prompt(row)
-        rendered = (
-            None if answer is None else template.response(prompt, row, answer, counts)
-            for answer in (row.chosen, row.rejected, row.gold)
-        )
-        return True, row, TextPair(name, prompt, *rendered)
+        rendered: list[str | None] = []
+        unlearned: dict[str, Spans] = {}
+        every = self.options.learn == "all"
+        for side in RESPONSES:
+            answer: Content | None = getattr(row, side)
+            rendered.append(None if answer is None else template.response(prompt, row, answer, counts))
+            if isinstance(answer, list) and len(answer) > 1:
+                unlearned[side] = contexts(template, row, answer, str(rendered[-1]), every=every)
+                if counts is not None:
+                    counts["longer_responses"] += 1
+        return True, row, TextPair(name, prompt, *rendered, contexts=unlearned or None)
+
+    def _count_turns(self, prompt: str, answers: Sequence[str | None], counts: Counter[str] | None) -> None:
+        """Count answers with turns in their text; raises BadRow where every answer in them is wanted."""
+        if not is_open(prompt):
+            return
+        found = sum(text is not None and has_turns(text) for text in answers)
+        if found and self.options.learn == "all":
+            raise BadRow(
+                "a response holds turns as text, of which data.learn=all cannot tell the answers: "
+                "data.template=tokenizer, or a named template, makes messages of them"
+            )
+        if counts is not None:
+            counts["turns_as_text"] += found
 
     def prompt_ids(self, pair: TextPair, *, templated: bool) -> list[int]:
         """The uncut prompt of a rendered row."""
@@ -234,8 +255,9 @@ class Encoder:
         return tokeniser
 
     def _arrays(self, examples: Sequence[Example], found: Sequence[_Found], tally: Tally) -> Encoded:
-        tokens, lengths = array("i"), array("i")
+        tokens, lengths, places = array("i"), array("i"), array("q")
         for example in examples:
+            places.extend(example.context_places(len(tokens)))
             for part in example.parts:
                 tokens.extend(part)
                 lengths.append(len(part))
@@ -243,12 +265,18 @@ class Encoder:
             np.array([one.number for one in found], dtype=np.int64),
             np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32),
             np.array(lengths, dtype=np.int32).reshape(-1, PARTS),
+            np.array(places, dtype=np.int64).reshape(-1, 2),
             np.array([prompt_hash(prompt_key(one.row)) for one in found], dtype=np.uint64),
             np.array([one.row.values for one in found]).reshape(-1, len(VALUES)),
             frozenset(one.row.kind for one in found),
             tally,
         )
-        tally.counts["special_tokens"] += self._plain.spelled_special_tokens(encoded.tokens, encoded.lengths)
+        spelled = self._plain.spelled_special_tokens(encoded.tokens, encoded.lengths)
+        turns = (
+            place for place, one in enumerate(examples) if one.contexts
+        )  # between them the template does
+        spelled[list(turns)] = False
+        tally.counts["special_tokens"] += int(spelled.sum())
         return encoded
 
 

@@ -116,14 +116,14 @@ def turns(fields: Fields) -> list[Fields]:
     said = [
         place
         for place, message in enumerate(messages)
-        if place and speaker(message) == "assistant" and not _is_context(message)
+        if place and speaker(message) == "assistant" and not is_context(message)
     ]
     if not said:
         raise BadRow("the conversation holds no answer of the assistant")
     return [fields | {"messages": messages[: place + 1]} for place in said]
 
 
-def _is_context(message: Fields) -> bool:
+def is_context(message: Fields) -> bool:
     """Whether an answer is read but not learned: OpenAI's weight, LLaMA-Factory's loss_weight, or train."""
     return message.get("weight") == 0 or message.get("loss_weight") == 0 or message.get("train") is False
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
+Spans = tuple[tuple[int, int], ...]
+"""Beginnings and ends of parts of a text or of a list of tokens, ascending."""
+
 Content = str | list[Message]
 """Plain text, or the messages of a conversation: `role`, `content` and whatever else a template reads."""
 
@@ -51,26 +55,44 @@ class Row:
 
 @dataclass(frozen=True)
 class TextPair:
-    """One preference pair as text; `id` names where it came from (`file:line`, or the task's own number)."""
+    """One preference pair as text; `id` names where it came from (`file:line`, or the task's own number).
+
+    `contexts` holds, by side, what of a response with several turns is read but not learned; None: nothing.
+    """
 
     id: str
     prompt: str
     chosen: str | None
     rejected: str | None
     gold: str | None = None
+    contexts: Mapping[str, Spans] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One preference pair as token ids; a response is empty where a prompt has none on that side."""
+    """One preference pair as token ids; a response is empty where a prompt has none on that side.
+
+    `contexts` holds, by side, the response tokens that are read but not learned; None: all are learned.
+    """
 
     id: str
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     gold: list[int] = field(default_factory=list)
+    contexts: Mapping[str, Spans] | None = field(default=None, kw_only=True)
 
     @property
     def parts(self) -> tuple[list[int], ...]:
         """Prompt, chosen, rejected and gold, as they lie in a store."""
         return self.prompt, self.chosen, self.rejected, self.gold
+
+    def context_places(self, start: int) -> Iterator[int]:
+        """First and end of each context, one after the other, where the example's tokens begin at `start`."""
+        if not self.contexts:
+            return
+        place = start + len(self.prompt)
+        for side in ("chosen", "rejected", "gold"):
+            for span in self.contexts.get(side, ()):
+                yield from (place + edge for edge in span)
+            place += len(getattr(self, side))

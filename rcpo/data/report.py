@@ -15,9 +15,9 @@ class Tally:
     """What became of some rows: `bad` places with their reasons, in order, and `counts` of what was changed.
 
     The counts: rows `read`, those that a template rendered (`templated`); `truncated_prompts`,
-    `truncated_responses` and, in all, `tokens_cut`; responses with further turns behind the first
-    (`longer_responses`) or that spell special tokens (`special_tokens`); responses that the finished
-    conversation renders differently (`rendered_otherwise`).
+    `truncated_responses` and, in all, `tokens_cut`; responses of several messages (`longer_responses`), with
+    turns in their text (`turns_as_text`), or that spell special tokens (`special_tokens`); responses that the
+    finished conversation renders differently (`rendered_otherwise`).
     """
 
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -38,7 +38,8 @@ class DataReport:
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
     `left_out` counts the usable pairs that the configuration leaves out, by reason, `left_out_first` has
     the first of each. `forms` are how the sources were read, `template` is the chat template's name,
-    `template_note` what is special about it. `shared_prompts` are held-out pairs whose prompt is trained
+    `template_note` what is special about it, `learn` which answers of several turns are learned
+    (data.learn). `shared_prompts` are held-out pairs whose prompt is trained
     on.
     """
 
@@ -55,6 +56,7 @@ class DataReport:
     left_out_first: dict[str, str] = field(default_factory=dict)
     template: str | None = None
     template_note: str | None = None
+    learn: str = "last"
     shared_prompts: int = 0
 
     def bad(self, reason: str, place: str) -> None:
@@ -126,7 +128,16 @@ class DataReport:
                 f"{counts['tokens_cut']} tokens in all"
             )
         if counts["longer_responses"]:
-            told.append(f"{counts['longer_responses']} responses hold further turns, which are learned too")
+            which = "every answer" if self.learn == "all" else "the last answer alone"
+            told.append(
+                f"{counts['longer_responses']} responses hold several turns, of which {which} is learned "
+                f"(data.learn={self.learn})"
+            )
+        if counts["turns_as_text"]:
+            told.append(
+                f"{counts['turns_as_text']} responses hold further turns as text, which are learned too; "
+                "data.template=tokenizer, or a named template, makes messages of them"
+            )
         if counts["rendered_otherwise"]:
             told.append(
                 f"{counts['rendered_otherwise']} responses differ from what the template renders for the "

@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 
-from rcpo.data.records import PAIRS, VALUES, Example
+from rcpo.data.records import PAIRS, VALUES, Example, Spans
 from rcpo.errors import ConfigError
 
 RESPONSES = ("chosen", "rejected", "gold")
@@ -21,8 +21,9 @@ class TokenStore:
     """n tokenised pairs: `tokens` (T,) int32 and `offsets` (4n + 1,) int64.
 
     A pair's parts are prompt, chosen, rejected and gold. `prompts` (n,) uint64 stand for the prompts' texts,
-    `values` (n, 4) are the rows' numbers (`VALUES`), NaN where a row gives none. `digest` covers all of these
-    and the ids.
+    `values` (n, 4) are the rows' numbers (`VALUES`), NaN where a row gives none. `contexts` (m, 2) are places
+    in `tokens`, ascending, of what is read but not learned in responses. `digest` covers all of these and the
+    ids.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class TokenStore:
         prompts: np.ndarray,
         ids: Sequence[str],
         values: np.ndarray | None = None,
+        contexts: np.ndarray | None = None,
         digest: str | None = None,
     ) -> None:
         assert len(offsets) == PARTS * len(ids) + 1 and len(prompts) == len(ids), (len(offsets), len(ids))
@@ -41,14 +43,16 @@ class TokenStore:
         self.ids = ids
         self.values = np.full((len(ids), len(VALUES)), np.nan) if values is None else values
         assert self.values.shape == (len(ids), len(VALUES)), self.values.shape
+        self.contexts = np.zeros((0, 2), np.int64) if contexts is None else contexts
         self._digest = digest
 
     @classmethod
     def of(cls, examples: Iterable[Example], values: np.ndarray | None = None) -> TokenStore:
         """The examples in memory, in their order; a prompt's tokens stand for its text."""
         tokens, offsets = array("i"), array("q", [0])
-        prompts, ids = array("Q"), []
+        prompts, ids, contexts = array("Q"), [], array("q")
         for example in examples:
+            contexts.extend(example.context_places(len(tokens)))
             for part in example.parts:
                 tokens.extend(part)
                 offsets.append(len(tokens))
@@ -61,6 +65,7 @@ class TokenStore:
             np.frombuffer(prompts, dtype=np.uint64) if prompts else np.zeros(0, dtype=np.uint64),
             ids,
             values,
+            np.array(contexts, dtype=np.int64).reshape(-1, 2),
         )
 
     def __len__(self) -> int:
@@ -78,7 +83,41 @@ class TokenStore:
         digest.update(self.offsets.astype("<i8").tobytes())
         digest.update(self.tokens.astype("<i4").tobytes())
         digest.update(self.values.astype("<f8").tobytes())
+        digest.update(self.contexts.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Token counts (n, 4): prompt, chosen, rejected, gold."""
+        return np.diff(self.offsets).reshape(-1, PARTS)
+
+    @cached_property
+    def learned(self) -> np.ndarray:
+        """Counts (n, 4) of the tokens that are not `contexts`; those of prompts too."""
+        if not len(self.contexts):
+            return self.lengths
+        learned = self.lengths.astype(np.int64).ravel()
+        first, end = self.contexts.T
+        np.subtract.at(learned, np.searchsorted(self.offsets, first, "right") - 1, end - first)
+        return learned.reshape(-1, PARTS)
+
+    def example(self, row: int) -> Example:
+        """One of the pairs."""
+        parts = [self.part(row, part) for part in range(PARTS)]
+        return Example(self.ids[row], *parts, contexts=self.contexts_of(row) or None)
+
+    def contexts_of(self, row: int) -> dict[str, Spans]:
+        """What a pair's responses only read, by side, counted from where each begins."""
+        if not len(self.contexts):
+            return {}
+        begins = self.offsets[PARTS * row + 1 : PARTS * (row + 1) + 1].tolist()  # and the next pair's
+        places = np.searchsorted(self.contexts[:, 0], begins)
+        found = {}
+        for number, side in enumerate(RESPONSES):
+            spans = self.contexts[places[number] : places[number + 1]] - begins[number]
+            if len(spans):
+                found[side] = tuple((first, end) for first, end in spans.tolist())
+        return found
 
     def part(self, row: int, part: int) -> list[int]:
         """One part of a pair: 0 the prompt, 1 the chosen response, 2 the rejected one, 3 the gold one."""
@@ -137,7 +176,7 @@ class PairDataset(Sequence[Example]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         store, row = self._find(index % len(self))
-        return Example(store.ids[row], *(store.part(row, part) for part in range(PARTS)))
+        return store.example(row)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -158,9 +197,20 @@ class PairDataset(Sequence[Example]):
         """
         store, row = self._find(int(self.partners[index]))
         completion = store.part(row, 1) or store.part(row, 2)
+        return completion if self.max_length is None else completion[: self._room(index)]
+
+    def mismatched_contexts(self, index: int) -> Spans:
+        """What is only read of `mismatched`."""
+        store, row = self._find(int(self.partners[index]))
+        spans = store.contexts_of(row).get("chosen" if store.lengths[row, 1] else "rejected", ())
         if self.max_length is None:
-            return completion
-        return completion[: self.max_length - int(self.lengths[index, 0])]
+            return spans
+        room = self._room(index)
+        return tuple((first, min(end, room)) for first, end in spans if first < room)
+
+    def _room(self, index: int) -> int:
+        assert self.max_length is not None
+        return self.max_length - int(self.lengths[index, 0])
 
     @cached_property
     def partners(self) -> np.ndarray:
@@ -182,8 +232,12 @@ class PairDataset(Sequence[Example]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Token counts (n, 4): prompt, chosen, rejected, gold."""
-        lengths = [np.diff(store.offsets).reshape(-1, PARTS) for store in self._stores]
-        return self._chosen_rows(lengths[0] if len(lengths) == 1 else np.concatenate(lengths))
+        return self._gathered([store.lengths for store in self._stores])
+
+    @cached_property
+    def learned(self) -> np.ndarray:
+        """Counts (n, 4) as `lengths`, without what responses only read."""
+        return self._gathered([store.learned for store in self._stores])
 
     @cached_property
     def values(self) -> np.ndarray:
@@ -225,6 +279,12 @@ class PairDataset(Sequence[Example]):
         """Token counts (n, sides) of the responses that are scored, which are some of `SIDES`."""
         return np.column_stack([self._side_lengths(side) for side in sides])
 
+    def learned_lengths(self, sides: tuple[str, ...]) -> np.ndarray:
+        """Counts (n, sides) as `response_lengths`, of the tokens that are scored."""
+        if not any(len(store.contexts) for store in self._stores):
+            return self.response_lengths(sides)
+        return np.column_stack([self._side_learned(side) for side in sides])
+
     def _side_lengths(self, side: str) -> np.ndarray:
         if side != "mismatched":
             return self.lengths[:, RESPONSES.index(side) + 1]
@@ -233,6 +293,12 @@ class PairDataset(Sequence[Example]):
         if self.max_length is None:
             return partners
         return np.minimum(partners, self.max_length - self.lengths[:, 0])
+
+    def _side_learned(self, side: str) -> np.ndarray:
+        if side != "mismatched":
+            return self.learned[:, RESPONSES.index(side) + 1]
+        read = (sum(end - first for first, end in self.mismatched_contexts(n)) for n in range(len(self)))
+        return self._side_lengths(side) - np.fromiter(read, np.int64, len(self))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -248,6 +314,9 @@ class PairDataset(Sequence[Example]):
         row = index if self._rows is None else int(self._rows[index])
         number = 0 if len(self._stores) == 1 else int(np.searchsorted(self._firsts, row, "right")) - 1
         return self._stores[number], row - int(self._firsts[number])
+
+    def _gathered(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return self._chosen_rows(values[0] if len(values) == 1 else np.concatenate(values))
 
     def _chosen_rows(self, values: np.ndarray) -> np.ndarray:
         return values if self._rows is None else values[self._rows]

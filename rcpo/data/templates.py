@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.data.frames import ANSWER, NO_FRAME, REASON, WORDS, Frame, find_frame
+from rcpo.data.frames import ANSWER, NO_FRAME, REASON, WORDS, Frame, find_frame, generation_start
 from rcpo.data.reasoning import closed_at_end, split_reasoning
 from rcpo.data.records import SFT, BadRow, Content, Message, Row
 from rcpo.data.rendered import is_said, refuse_unrendered, refuse_unrendered_calls
@@ -104,10 +104,8 @@ class ChatTemplate:
         `counts` counts answers that the finished conversation renders differently (`rendered_otherwise`).
         Raise BadRow where it is not clear what the model should generate.
         """
-        messages = _messages(answer)
-        if self.reasoning != KEEP:
-            messages = [_unreasoned(message) for message in messages]
-        elif closed_at_end(prompt) and split_reasoning(messages[0])[0] is not None:
+        messages = self.spoken(answer)
+        if self.reasoning == KEEP and closed_at_end(prompt) and split_reasoning(messages[0])[0] is not None:
             raise BadRow(
                 "the generation prompt closes its block of thoughts, and the answer has reasoning: "
                 "data.reasoning=strip leaves it out; data.template_options may open the block (as "
@@ -123,7 +121,7 @@ class ChatTemplate:
                 text = text.removeprefix(self.frame.lead)
         if calls:
             refuse_unrendered_calls(messages, lambda probes: self.conversation(row, probes))
-        if not all(is_said(message, text) for message in messages):
+        if not is_said(messages[-1], text):  # `rcpo.data.turns` looks at those before it
             text, otherwise = self._literal(messages), True
         if not text[: len(text) - len(self.frame.ending)].strip():
             raise BadRow("the template leaves the response empty")
@@ -135,6 +133,15 @@ class ChatTemplate:
         """A row's prompt and an answer to it, as the template renders them together."""
         messages = [*self.with_system(_messages(row.prompt)), *_messages(answer)]
         return self._render(messages, row, generate=False)
+
+    def spoken(self, answer: Content) -> list[Message]:
+        """An answer's messages, without reasoning where none is to be learned."""
+        messages = _messages(answer)
+        return messages if self.reasoning == KEEP else [_unreasoned(message) for message in messages]
+
+    def finished(self, row: Row, answer: Content) -> str:
+        """A row's prompt and an answer to it, up to and with the end of the last turn."""
+        return self._ended(self.conversation(row, answer))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation behind the template's system message, unless it has its own."""
@@ -196,6 +203,9 @@ class ChatTemplate:
         probed = self.conversation(row, [ANSWER])
         head = probed.removesuffix(around)
         if head == probed or not whole.startswith(head):
+            start = generation_start(base, whole, self.frame)
+            if start is not None:  # the prompt closes a block of thoughts that earlier turns do not show
+                return self._ended(whole[start:]), True
             raise BadRow("the template renders the answer elsewhere than where generation would begin")
         return self._ended(whole[len(head) :]), True
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rcpo.data.limits import Limits, UnusablePair
-from rcpo.data.records import Example, TextPair
+from rcpo.data.records import Example, Spans, TextPair
 from rcpo.data.report import Tally
 from rcpo.data.templates import ChatTemplate
 from rcpo.errors import ConfigError
@@ -71,8 +72,11 @@ class PairTokeniser:
             responses = iter(self.responses(texts))
             for pair, prompt, answer in zip(chunk, prompts, answers, strict=True):
                 own = [[] if text is None else next(responses) for text in answer]
+                example = Example(pair.id, prompt, *own)
+                if pair.contexts:
+                    example = self._with_contexts(example, pair)
                 try:
-                    yield self._fit(Example(pair.id, prompt, *own), tally)
+                    yield self._fit(example, tally)
                 except UnusablePair as problem:
                     tally.bad.append((pair.id, str(problem)))
 
@@ -91,10 +95,10 @@ class PairTokeniser:
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Uncut responses: the text as it continues a prompt, then what ends it, exactly once."""
         found = self._continuations(texts)
-        if self._ends_itself:
-            return found
-        end = self.end
-        return [ids if ids[-1:] == [end] else [*ids, end] for ids in found]
+        return found if self._ends_itself else [self._ended(ids) for ids in found]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if self._ends_itself or ids[-1:] == [self.end] else [*ids, self.end]
 
     def cut_prompt(self, ids: list[int]) -> list[int]:
         """A prompt within the limits; what opens it and, with a template, what opens the answer stay."""
@@ -118,17 +122,45 @@ class PairTokeniser:
         """The tokens of each text as it is, special ones only where the text spells them."""
         return self._backend(texts)
 
-    def spelled_special_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> int:
-        """How many responses hold a special token before their last: tokens (T,), lengths (n, parts)."""
+    def spelled_special_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Which responses hold a special token before their last, (n, parts − 1).
+
+        tokens (T,), lengths (n, parts) of prompts and responses.
+        """
         if not len(tokens) or not self._special:
-            return 0
+            return np.zeros((len(lengths), lengths.shape[1] - 1), dtype=bool)
         table = np.zeros(max(int(tokens.max()), *self._special) + 1, dtype=bool)
         table[list(self._special)] = True
         before = np.concatenate([[0], np.cumsum(table[tokens])])
         ends = np.cumsum(lengths.ravel()).reshape(lengths.shape)
         starts = ends - lengths
         interior = before[np.maximum(ends - 1, starts)] - before[starts]
-        return int((interior[:, 1:] > 0).sum())
+        return interior[:, 1:] > 0
+
+    def _with_contexts(self, example: Example, pair: TextPair) -> Example:
+        """The example with what it only reads tokenised apart from what it learns, as a prompt is."""
+        contexts = {}
+        for side, spans in (pair.contexts or {}).items():
+            tokens, contexts[side] = self._in_pieces(getattr(pair, side), spans)
+            example = replace(example, **{side: tokens})  # type: ignore[arg-type]
+        return replace(example, contexts=contexts)
+
+    def _in_pieces(self, text: str, spans: Spans) -> tuple[list[int], Spans]:
+        """A response's tokens, and which of them are those of the parts `spans` of its text."""
+        pieces: list[tuple[str, bool]] = []
+        end = 0
+        for first, after in (*spans, (len(text), len(text))):
+            pieces += [(text[end:first], True), (text[first:after], False)]
+            end = after
+        pieces = [piece for piece in pieces if piece[0]]
+        *others, last = self._continuations([piece for piece, _ in pieces])
+        tokens: list[int] = []
+        unlearned: list[tuple[int, int]] = []
+        for ids, (_, learned) in zip([*others, self._ended(last)], pieces, strict=True):
+            if not learned:
+                unlearned.append((len(tokens), len(tokens) + len(ids)))
+            tokens += ids
+        return tokens, tuple(unlearned)
 
     def _fit(self, whole: Example, tally: Tally) -> Example:
         """The example within the limits; raises UnusablePair where nothing could be learned from it."""
@@ -143,7 +175,8 @@ class PairTokeniser:
         tally.cut("prompts", len(whole.prompt) - len(prompt))
         for before, after in zip(whole.parts[1:], responses, strict=True):
             tally.cut("responses", len(before) - len(after))
-        return Example(whole.id, prompt, *responses)
+        fitted = Example(whole.id, prompt, *responses)
+        return fitted if whole.contexts is None else replace(fitted, contexts=_cut_contexts(whole, fitted))
 
     def _opening_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What the tokenizer puts before a text by itself."""
@@ -184,6 +217,19 @@ class PairTokeniser:
         raise ConfigError(
             f"the tokenizer cannot continue a text with {lost[:40]!r} without merging the border"
         )
+
+
+def _cut_contexts(whole: Example, cut: Example) -> dict[str, Spans]:
+    """The contexts in responses that were cut; raises UnusablePair where a response learns nothing then."""
+    found = {}
+    for side, spans in (whole.contexts or {}).items():
+        length = len(getattr(cut, side))
+        kept = tuple((first, min(end, length)) for first, end in spans if first < length)
+        if sum(end - first for first, end in kept) == length:
+            raise UnusablePair("data.max_length leaves no answer to learn of a response with several turns")
+        if kept:
+            found[side] = kept
+    return found
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> FastBackend | SlowBackend:

@@ -1,7 +1,8 @@
 """A source's tokens as files: written a piece at a time, checked, and mapped, so that ranks share one copy.
 
-A folder holds `tokens` (int32), `offsets`, `numbers` (int64), `prompts` (uint64) and `values` (float64),
-little-endian, and `meta.json`, which says what they are and holds their checksums; its own is its last line.
+A folder holds `tokens` (int32), `offsets`, `numbers`, `contexts` (int64), `prompts` (uint64) and `values`
+(float64), little-endian, and `meta.json`, which says what they are and holds their checksums; its own is its
+last line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from rcpo.data.records import VALUES
 from rcpo.data.store import TokenStore
 
 META = "meta.json"
-ARRAYS = {"tokens": "<i4", "offsets": "<i8", "numbers": "<i8", "prompts": "<u8", "values": "<f8"}
+ARRAYS = {
+    "tokens": "<i4", "offsets": "<i8", "numbers": "<i8", "prompts": "<u8", "values": "<f8", "contexts": "<i8"
+}  # fmt: skip
 _BLOCK = 1 << 20
 
 
@@ -68,6 +71,7 @@ class TokenWriter:
 
     def add(self, encoded: Encoded, place: str) -> None:
         """Take a piece of the current part in; `place` names the part to the user."""
+        self._write("contexts", self._end + encoded.contexts.ravel())
         ends = self._end + np.cumsum(encoded.lengths.ravel(), dtype=np.int64)
         if len(ends):
             self._end = int(ends[-1])
@@ -152,10 +156,12 @@ def _hash(path: Path) -> str:
 
 def _store(meta: Meta, arrays: dict[str, np.ndarray]) -> TokenStore:
     ids = _Numbered(meta.labels, meta.rows, arrays["numbers"])
-    fixed = [meta.labels, meta.rows, *(meta.arrays[name][1] for name in ARRAYS)]
+    sized = (name for name in ARRAYS if name != "contexts" or meta.arrays[name][0])
+    fixed = [meta.labels, meta.rows, *(meta.arrays[name][1] for name in sized)]
     digest = hashlib.sha256(repr(fixed).encode()).hexdigest()
     values = arrays["values"].reshape(-1, len(VALUES))
-    return TokenStore(arrays["tokens"], arrays["offsets"], arrays["prompts"], ids, values, digest)
+    contexts = arrays["contexts"].reshape(-1, 2)
+    return TokenStore(arrays["tokens"], arrays["offsets"], arrays["prompts"], ids, values, contexts, digest)
 
 
 class _Numbered(Sequence[str]):

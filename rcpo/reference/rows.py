@@ -36,7 +36,7 @@ class Rows:
         *,
         partial: bool = False,
     ) -> None:
-        lengths = dataset.response_lengths(sides)
+        lengths = dataset.learned_lengths(sides)
         if positions is not None:
             kept = np.zeros_like(lengths)
             kept[positions] = lengths[positions]

@@ -83,7 +83,7 @@ class Trainer:
             control=session.control_pairs(),
         )
         self.watch = NonFiniteWatch(session.run_dir, session.config.train)
-        tokens = tokens_per_winner(session.objective.reduction, session.datasets.train.lengths[:, 1])
+        tokens = tokens_per_winner(session.objective.reduction, session.datasets.train.learned[:, 1])
         self.divergence = DivergenceWatch(session.config, tokens, paired=session.objective.needs_rejected)
         self.checkpoints = CheckpointWriter(session.run_dir, session.config)
         self.best = BestStep(session.config.checkpoint)
@@ -96,7 +96,7 @@ class Trainer:
     def _batch_weight(self, indices: list[int]) -> float:
         """Σ w_i of a global batch."""
         train = self.session.datasets.train
-        lengths = train.lengths[indices, 1] if self.objective.spec.token_weighted else 1
+        lengths = train.learned[indices, 1] if self.objective.spec.token_weighted else 1
         return float((train.weights[indices] * lengths).sum())
 
     def train_step(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_what_decides_tokens_is_in_the_key_and_nothing_else(load: Loader, tmp_pa
     assert len(load(eval_fraction=0).train) == 21 and load.read == [False]
 
 
-@pytest.mark.parametrize("name", [*ARRAYS, "meta.json"])
+@pytest.mark.parametrize("name", [*sorted({*ARRAYS} - {"contexts"}), "meta.json"])  # contexts: empty
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_damaged_tokens_are_made_again(load: Loader, name: str, damage: str) -> None:
     first = load()
