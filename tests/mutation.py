@@ -437,7 +437,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def count(module: str, todo: list[Mutant], tree: Path, folder: Path, counts: dict[str, int]) -> None:
-    """Prints the survivors of a module and its rate, and adds its verdicts to the counts."""
+    """Prints what a module's tests did not kill, and its rate; adds its verdicts to the counts."""
     start = time.monotonic()
     baseline = measured(module, tree, folder)
     own: dict[str, int] = defaultdict(int)
@@ -445,8 +445,8 @@ def count(module: str, todo: list[Mutant], tree: Path, folder: Path, counts: dic
         found = verdict(mutant, baseline, tree)
         own[found] += 1
         counts[found] += 1
-        if found == "survived":
-            print(f"survived  rcpo/{module}.py:{mutant.line}: {mutant.change}", flush=True)
+        if found != "killed":
+            print(f"{found}  rcpo/{module}.py:{mutant.line}: {mutant.change}", flush=True)
     line = ", ".join(f"{own[word]} {word}" for word in ("killed", "timed out", "survived") if own[word])
     print(f"{module}: {line or 'no mutants'} ({time.monotonic() - start:.0f} s)", flush=True)
 
