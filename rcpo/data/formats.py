@@ -38,6 +38,7 @@ FIELDS = (
     "chat_template_kwargs", "gold", *VALUES,
 )  # fmt: skip
 _KNOWN = frozenset(FIELDS)
+_ANSWERS = frozenset(("chosen", "rejected", "completion", "messages"))  # each follows a prompt
 COLUMNS = (*FIELDS, "first", "second", "judgment", "answers", "scores", "ranks", "tree")
 """What `data.columns` may name: the fields of a row, and what other forms of files are made of."""
 _PROMPT_LIKE = re.compile("prompt|instruction|question|query|input|problem|request|task|context|user")
@@ -48,7 +49,7 @@ _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.
 def read_row(row: dict[str, Any]) -> Row:
     """A row with rcpo's own fields, and maybe others, in its one form; raises BadRow."""
     fields = {name: value for name, value in row.items() if name in _KNOWN}
-    if not _MEDIA.isdisjoint(row) and (held := [name for name in _MEDIA if row.get(name)]):
+    if not _MEDIA.isdisjoint(row) and (held := [name for name in row if name in _MEDIA and row[name]]):
         raise BadRow(f"field {held[0]!r} is not empty, and rcpo trains on text alone")
     prompt: Content
     chosen: Content | None
@@ -67,6 +68,8 @@ def read_row(row: dict[str, Any]) -> Row:
         wanted = kind == SFT or _label(fields["label"])
         chosen, rejected = (messages[-1:], None) if wanted else (None, messages[-1:])
     elif "text" in fields:
+        if fields.get("system"):
+            raise BadRow("field 'text' is a whole text, to which field 'system' cannot be added")
         kind, prompt, chosen, rejected = SFT, "", _text(fields["text"], "text"), None
     else:
         known = ", ".join(map(repr, row)) or "none"
@@ -77,7 +80,7 @@ def read_row(row: dict[str, Any]) -> Row:
     prompt, chosen, rejected, gold = _alike(_with_system(prompt, fields), chosen, rejected, gold)
     numbers = read_values(fields)
     found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields), gold, **numbers)
-    _refuse_unusable(found, needs_prompt="text" not in fields or kind != SFT)
+    _refuse_unusable(found, needs_prompt=not fields.keys().isdisjoint(_ANSWERS))
     return found
 
 
