@@ -122,25 +122,27 @@ class TokenCache:
         if self._folder is None:
             return self._build(wanted, meta, None)
         folder = self._folder / "tokens" / meta.key
-        found = self._open(folder, wanted)
+        found = self._open(folder, wanted, told=False)
         if found is not None:
             return found
         lock = Lock(folder.with_suffix(".lock"))
         try:
             self._wait(lock, wanted)
-            found = self._open(folder, wanted)
+            found = self._open(folder, wanted, told=True)
             return self._make(folder, wanted, meta) if found is None else found
         finally:
             lock.release()
 
-    def _open(self, folder: Path, wanted: TokenRequest) -> tuple[TokenStore, Meta] | None:
+    def _open(self, folder: Path, wanted: TokenRequest, *, told: bool) -> tuple[TokenStore, Meta] | None:
+        """What is kept, if it is whole; damage is `told` by the holder of the lock, who makes it again."""
         began = time.perf_counter()
         try:
             store, meta = open_tokens(folder, folder.name, verify=distributed.is_main())
         except FileNotFoundError:
             return None
         except (Damaged, OSError) as error:
-            self._say_main(f"{wanted.source.name}: {folder} is not used, {error}; made again")
+            if told:
+                self._say_main(f"{wanted.source.name}: {folder} is not used, {error}; made again")
             return None
         _refuse_bad(meta, wanted)
         seconds = time.perf_counter() - began

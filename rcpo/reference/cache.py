@@ -63,12 +63,12 @@ class Cache:
         if self._folder is None:
             return self._compute(None, wanted, fill)
         path = self._folder / "reference" / f"{wanted.key}{SUFFIX}"
-        found, stored = self._look(path, wanted)
+        found, stored = self._look(path, wanted, told=False)
         if found:
             return self._read(path, wanted, stored)
         lock = self._wait(path, wanted)
         try:
-            found, stored = self._look(path, wanted)
+            found, stored = self._look(path, wanted, told=True)
             if found:
                 return self._read(path, wanted, stored)
             if lock is not None and lock.exclusive:
@@ -78,18 +78,22 @@ class Cache:
             if lock is not None:
                 lock.release()
 
-    def _look(self, path: Path, wanted: LogpRequest) -> tuple[bool, Stored | None]:
-        """Whether rank 0 finds the entry whole, the same on all ranks; on rank 0 the entry as well."""
-        stored = self._open(path, wanted) if distributed.is_main() else None
+    def _look(self, path: Path, wanted: LogpRequest, *, told: bool) -> tuple[bool, Stored | None]:
+        """Whether rank 0 finds the entry whole, the same on all ranks; on rank 0 the entry as well.
+
+        Damage is `told` by the holder of the lock, who computes the values again.
+        """
+        stored = self._open(path, wanted, told=told) if distributed.is_main() else None
         return distributed.broadcast_object(stored is not None), stored
 
-    def _open(self, path: Path, wanted: LogpRequest) -> Stored | None:
+    def _open(self, path: Path, wanted: LogpRequest, *, told: bool) -> Stored | None:
         try:
             return Stored(path, wanted.key, wanted.total)
         except FileNotFoundError:
             return None
         except (Damaged, OSError) as error:
-            self._say(f"{wanted}: {path} is not used, {error}; they are computed again")
+            if told:
+                self._say(f"{wanted}: {path} is not used, {error}; they are computed again")
             return None
 
     def _read(self, path: Path, wanted: LogpRequest, stored: Stored | None) -> Values:
