@@ -177,7 +177,7 @@ def _load_files(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         raise ConfigError("data.sources: their weights leave no example to train on; raise them")
     template = encoder.template if report.counts["templated"] else None
     if template is not None:
-        report.template, report.template_note = template.name, template.note()
+        report.template, report.template_notes = template.name, template.notes()
     return Datasets(train, evaluation, report, template=template)
 
 

@@ -23,7 +23,7 @@ from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
 from rcpo.data.judged import TIE_WEIGHT
 from rcpo.data.readers import RowBlock
-from rcpo.data.records import VALUES, BadRow, Content, Example, Row, Spans, TextPair
+from rcpo.data.records import VALUES, BadRow, Content, Example, Row, Spans, TextPair, Unrendered
 from rcpo.data.report import Tally
 from rcpo.data.sample import Judged
 from rcpo.data.store import PARTS, RESPONSES
@@ -206,20 +206,31 @@ class Encoder:
         if template is None:
             raise ConfigError(
                 "the data holds messages, and the tokenizer has no chat template; name one: data.template="
-                "chatml|gemma|llama3|mistral|plain|zephyr, or a Jinja file"
+                "chatml|gemma|hermes|llama3|mistral|plain|zephyr, or a Jinja file"
             )
+        try:
+            return True, row, self._rendered(template, row, name, counts)
+        except Unrendered as problem:
+            raise BadRow(f"{problem}; {_other_template(row)}") from problem
+
+    def _rendered(self, template: ChatTemplate, row: Row, name: str, counts: Counter[str] | None) -> TextPair:
         prompt = template.prompt(row)
         rendered: list[str | None] = []
         unlearned: dict[str, Spans] = {}
         every = self.options.learn == "all"
         for side in RESPONSES:
             answer: Content | None = getattr(row, side)
-            rendered.append(None if answer is None else template.response(prompt, row, answer, counts))
-            if isinstance(answer, list) and len(answer) > 1:
-                unlearned[side] = contexts(template, row, answer, str(rendered[-1]), every=every)
+            if answer is None:
+                rendered.append(None)
+                continue
+            text = template.response(prompt, row, answer, counts)
+            rendered.append(text)
+            if len(answer) > 1:
+                unlearned[side] = contexts(template, row, answer, text, every=every)
                 if counts is not None:
                     counts["longer_responses"] += 1
-        return True, row, TextPair(name, prompt, *rendered, contexts=unlearned or None)
+            template.refuse_other_marks(row, answer, text, unlearned.get(side, ()))
+        return TextPair(name, prompt, *rendered, contexts=unlearned or None)
 
     def _count_turns(self, prompt: str, answers: Sequence[str | None], counts: Counter[str] | None) -> None:
         """Count answers with turns in their text; raises BadRow where every answer in them is wanted."""
@@ -293,6 +304,15 @@ def _row(fields: dict[str, Any]) -> Row | BadRow:
         return read_row(fields)
     except BadRow as problem:
         return problem
+
+
+def _other_template(row: Row) -> str:
+    """A template of rcpo's that renders a row which the chosen one does not."""
+    parts = (row.prompt, row.chosen, row.rejected, row.gold)
+    messages = [message for part in parts if isinstance(part, list) for message in part]
+    if row.tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        return "data.template=hermes renders tools, calls, and results"
+    return "data.template=chatml renders any roles"
 
 
 def _as_text(part: Content | None) -> str | None:

@@ -55,7 +55,10 @@ def find_frame(render: Render, special: Sequence[str], eos: str | None) -> Frame
     whole = render([QUESTION, ANSWER], False)
     before, found, closing = whole.rpartition(WORDS)
     if not found:
-        raise BadRow("renders no answer: the answer's words are not in the finished conversation")
+        raise BadRow(
+            "renders no answer: the answer's words are not in the finished conversation; give another "
+            "template, such as data.template=chatml"
+        )
     start, opening, close = _opening(prompt, whole, render)
     surplus = "" if opening else prompt[start:]
     if (
@@ -66,7 +69,8 @@ def find_frame(render: Render, special: Sequence[str], eos: str | None) -> Frame
         raise BadRow(
             "renders an answer elsewhere than where generation would begin: "
             f"after {prompt[-40:]!r} it goes on {whole[max(0, start - 40) :][:80]!r}; "
-            "set what it reads in data.template_options (as enable_thinking: false), or give another template"
+            "set what it reads in data.template_options (as enable_thinking: false), or give another "
+            "template, such as data.template=chatml"
         )
     ending, ends = _ending(closing, special, eos)
     return Frame(

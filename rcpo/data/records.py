@@ -25,6 +25,10 @@ class BadRow(ValueError):
     """Why a row cannot be used, in words that do not depend on its contents, so that they can be counted."""
 
 
+class Unrendered(BadRow):
+    """What a chat template does not render as it is to be learned, and another template may."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row in the one form that all others are brought to; a response is None where there is none.

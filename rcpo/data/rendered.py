@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rcpo.data.reasoning import FIELDS, split_reasoning
-from rcpo.data.records import BadRow, Message, Row
+from rcpo.data.records import BadRow, Message, Row, Unrendered
 
 _WORDS, _TOOL, _CALL, _KEY = "probed-content", "probed_tool_{}", "probed_call_{}", "probed_key_{}"
 
@@ -16,13 +16,13 @@ Render = Callable[[Sequence[Message], list[Any] | None, Row], str]
 
 
 def refuse_unrendered(text: str, messages: Sequence[Message], row: Row, render: Render) -> None:
-    """Raise BadRow where the prompt `text` lacks a message, a tool or a tool call of its row.
+    """Raise Unrendered where the prompt `text` lacks a message, a tool or a tool call of its row.
 
     Reasoning of earlier turns is the template's to leave out.
     """
     for place, message in enumerate(messages):
         if not _shows(message, text) and not _shows_probe(place, messages, row, render):
-            raise BadRow(f"the template leaves out a message of the role {message['role']!r}")
+            raise Unrendered(f"the template leaves out a message of the role {message['role']!r}")
     if row.tools is None and not any(message.get("tool_calls") for message in messages):
         return
     tools, tool_names = _probed_tools(row.tools)
@@ -34,17 +34,17 @@ def refuse_unrendered(text: str, messages: Sequence[Message], row: Row, render: 
     if row.tools is not None:
         missing = not all(name in probed for name in tool_names)
         if missing or (not tool_names and text == render(messages, None, row)):
-            raise BadRow("the template leaves out the tools")
+            raise Unrendered("the template leaves out the tools")
     if not all(name in probed for name in call_names):
-        raise BadRow("the template leaves out the tool calls")
+        raise Unrendered("the template leaves out the tool calls")
 
 
 def refuse_unrendered_calls(messages: Sequence[Message], render: Callable[[list[Message]], str]) -> None:
-    """Raise BadRow where a rendered answer lacks one of its tool calls."""
+    """Raise Unrendered where a rendered answer lacks one of its tool calls."""
     probes, names = _probed_calls(messages)
     probed = render(probes)
     if not all(name in probed for name in names):
-        raise BadRow("the template leaves out the tool calls")
+        raise Unrendered("the template leaves out the tool calls")
 
 
 def is_said(message: Message, text: str) -> bool:

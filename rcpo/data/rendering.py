@@ -8,7 +8,7 @@ from datetime import date, datetime, time
 from functools import cache
 from typing import Any
 
-from rcpo.data.records import BadRow, Message
+from rcpo.data.records import Message, Spans, Unrendered
 from rcpo.system.text import first_line
 
 # what the sandbox and a template's own arithmetic raise for a conversation that it was not written for
@@ -49,22 +49,40 @@ def render(
     *,
     generate: bool,
 ) -> str:
-    """The text of a conversation, with the generation prompt if `generate`; raises BadRow where it cannot."""
+    """The text of a conversation, with the generation prompt if `generate`; raises Unrendered."""
+    return _call(source, messages, tools, variables, day, add_generation_prompt=generate)[0]
+
+
+def render_marked(
+    source: str,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    variables: Mapping[str, Any],
+    day: date,
+) -> tuple[str, Spans]:
+    """The text of a finished conversation, and what `{% generation %}` marks in it; raises Unrendered."""
+    return _call(source, messages, tools, variables, day, return_assistant_tokens_mask=True)
+
+
+def _call(
+    source: str,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    variables: Mapping[str, Any],
+    day: date,
+    **how: bool,
+) -> tuple[str, Spans]:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         if reads_date(source):
             fix_date(source, day)
-        [text], _ = render_jinja_template(
-            [list(messages)],
-            tools=tools,
-            chat_template=source,
-            add_generation_prompt=generate,
-            **variables,
+        [text], marked = render_jinja_template(
+            [list(messages)], tools=tools, chat_template=source, **how, **variables
         )
     except (TemplateError, *_FAILURES) as error:
         # a template may quote the data, which may hold characters that are not printable
         reason = first_line(error)[:200]
-        raise BadRow(f"the chat template refuses the conversation: {reason}") from error
-    return str(text)
+        raise Unrendered(f"the chat template refuses the conversation: {reason}") from error
+    return str(text), tuple((first, end) for first, end in marked[0]) if marked else ()

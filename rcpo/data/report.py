@@ -38,7 +38,7 @@ class DataReport:
     `dropped` and `examples` map a reason to how many pairs it cost and to the first place (`file:line`).
     `left_out` counts the usable pairs that the configuration leaves out, by reason, `left_out_first` has
     the first of each. `forms` are how the sources were read, `template` is the chat template's name,
-    `template_note` what is special about it, `learn` which answers of several turns are learned
+    `template_notes` what is special about it, `learn` which answers of several turns are learned
     (data.learn). `shared_prompts` are held-out pairs whose prompt is trained
     on.
     """
@@ -55,7 +55,7 @@ class DataReport:
     left_out: Counter[str] = field(default_factory=Counter)
     left_out_first: dict[str, str] = field(default_factory=dict)
     template: str | None = None
-    template_note: str | None = None
+    template_notes: list[str] = field(default_factory=list)
     learn: str = "last"
     shared_prompts: int = 0
 
@@ -104,8 +104,7 @@ class DataReport:
             told[0] += f", template {self.template}"
         if self.control:
             told.append(f"{self.control} of the pairs are set aside for rc=loop to read (rc.control.pairs)")
-        if self.template_note is not None:
-            told.append(self.template_note)
+        told += self.template_notes
         told += [f"{name}: read as {form}" for name, form in self.forms.items()]
         if counts["left_out_ties"]:
             told.append(f"{counts['left_out_ties']} rows are ties and left out (data.ties=drop)")

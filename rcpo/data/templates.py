@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.data.frames import ANSWER, NO_FRAME, REASON, WORDS, Frame, find_frame, generation_start
+from rcpo.data.frames import ANSWER, NO_FRAME, QUESTION, REASON, WORDS, Frame, find_frame, generation_start
+from rcpo.data.marks import Marks, compare, has_marks
 from rcpo.data.reasoning import closed_at_end, split_reasoning
-from rcpo.data.records import SFT, BadRow, Content, Message, Row
+from rcpo.data.records import SFT, BadRow, Content, Message, Row, Spans, Unrendered
 from rcpo.data.rendered import is_said, refuse_unrendered, refuse_unrendered_calls
-from rcpo.data.rendering import reads_date, render, reserved
+from rcpo.data.rendering import reads_date, render, render_marked, reserved
 from rcpo.errors import ConfigError
 from rcpo.system.text import first_line
 
@@ -37,7 +39,8 @@ KEEP, STRIP, EMPTY = "keep", "strip", "empty"  # data.reasoning
 class ChatTemplate:
     """A template with what it needs: `name` for messages, Jinja `source` (`tool_source` for rows with tools),
     `special` tokens and `options` that it may read, `system` a system message for conversations without one,
-    `day` for templates that write today's date, `reasoning` what becomes of the reasoning before an answer.
+    `day` for templates that write today's date, `reasoning` what becomes of the reasoning before an answer,
+    `frame` and `marks` what probes found.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ChatTemplate:
     day: date
     reasoning: str = KEEP
     frame: Frame = NO_FRAME
+    marks: Marks | None = None
 
     @property
     def reads_date(self) -> bool:
@@ -60,8 +64,13 @@ class ChatTemplate:
         """The same on a fixed day unless the day matters: all that decides what it renders."""
         return self if self.reads_date else replace(self, day=date.min)
 
-    def note(self) -> str | None:
-        """What to tell the user about prompts that finished conversations do not begin with, if any."""
+    def notes(self) -> list[str]:
+        """What to tell the user about the template's prompts and marks, if anything."""
+        found = (self._prompt_note(), None if self.marks is None else self.marks.note())
+        return [note for note in found if note is not None]
+
+    def _prompt_note(self) -> str | None:
+        """How prompts differ from the beginnings of finished conversations, if they do."""
         frame = self.frame
         if frame.opening:
             how = {
@@ -124,7 +133,9 @@ class ChatTemplate:
         if not is_said(messages[-1], text):  # `rcpo.data.turns` looks at those before it
             text, otherwise = self._literal(messages), True
         if not text[: len(text) - len(self.frame.ending)].strip():
-            raise BadRow("the template leaves the response empty")
+            if self.reasoning != KEEP and split_reasoning(_messages(answer)[-1])[0] is not None:
+                raise BadRow("the answer is reasoning alone, which data.reasoning=keep learns")
+            raise Unrendered("the template leaves the response empty")
         if otherwise and counts is not None:
             counts["rendered_otherwise"] += 1
         return text
@@ -142,6 +153,26 @@ class ChatTemplate:
     def finished(self, row: Row, answer: Content) -> str:
         """A row's prompt and an answer to it, up to and with the end of the last turn."""
         return self._ended(self.conversation(row, answer))
+
+    def refuse_other_marks(self, row: Row, answer: Content, text: str, contexts: Spans) -> None:
+        """Raise BadRow where the template marks other parts of a rendered answer than those that are learned.
+
+        `contexts` are the parts of `text` that are not. An answer's own text, where the template renders it
+        differently, has no marks.
+        """
+        if self.marks is None or not has_marks(self.source_for(row)):
+            return
+        messages = [*self.with_system(_messages(row.prompt)), *self.spoken(answer)]
+        whole, marked = render_marked(
+            self.source_for(row), messages, row.tools, self.variables(row), self.day
+        )
+        finished = self._ended(whole)
+        start = len(finished) - len(text)
+        if not finished.endswith(text):
+            return
+        edges = [0, *chain.from_iterable(contexts), len(text)]
+        learned = [(start + a, start + b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        self.marks.refuse_others(marked, learned)
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation behind the template's system message, unless it has its own."""
@@ -206,7 +237,7 @@ class ChatTemplate:
             start = generation_start(base, whole, self.frame)
             if start is not None:  # the prompt closes a block of thoughts that earlier turns do not show
                 return self._ended(whole[start:]), True
-            raise BadRow("the template renders the answer elsewhere than where generation would begin")
+            raise Unrendered("the template renders the answer elsewhere than where generation would begin")
         return self._ended(whole[len(head) :]), True
 
     def _ended(self, text: str) -> str:
@@ -216,7 +247,7 @@ class ChatTemplate:
             return text[: len(text) - len(frame.closing)] + frame.ending
         text = text.rstrip()  # as after a tool call, which may end otherwise
         if frame.ends and not any(text.endswith(token) for token in frame.ends_of_turns):
-            raise BadRow("the template does not close the response as it closes an answer")
+            raise Unrendered("the template does not close the response as it closes an answer")
         return text
 
     def _literal(self, messages: Sequence[Message]) -> str:
@@ -225,7 +256,7 @@ class ChatTemplate:
         reasoning, plain = split_reasoning(message)
         content = message.get("content")
         if others or message.get("tool_calls") or not isinstance(content, str):
-            raise BadRow("the template leaves out a part of the answer")
+            raise Unrendered("the template leaves out a part of the answer")
         if reasoning is not None and plain.get("content") == content:
             raise BadRow(
                 "the template does not render the answer's reasoning; data.reasoning=strip removes it from "
@@ -271,7 +302,8 @@ def find_template(
     special = dict(tokenizer.special_tokens_map)
     day = day or date.today()
     template = ChatTemplate(name, source, tool_source, special, dict(options), system, day, reasoning)
-    return replace(template, frame=_framed(template, tokenizer))
+    template, row = _framed(template, tokenizer)
+    return replace(template, marks=_marks(template, row))
 
 
 def template_sources(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> tuple[str, str, str] | None:
@@ -311,22 +343,43 @@ def _choices() -> str:
     return f"give data.template={'|'.join(named_templates())} or a Jinja file"
 
 
-def _framed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """What the template writes around an answer; a template for rows with tools alone is probed with one."""
+def _framed(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatTemplate, Row]:
+    """The template with what it writes around an answer, and the kind of row that it was probed with.
+
+    A template for rows with tools alone is probed with one.
+    """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     problems = []
     for tools in (None, [_TOOL]):
         row = Row(SFT, [], None, None, tools)
         try:
-            return find_frame(
-                partial(template.probe, row),
-                special,
-                tokenizer.eos_token,
-            )
+            frame = find_frame(partial(template.probe, row), special, tokenizer.eos_token)
+            return replace(template, frame=frame), row
         except BadRow as problem:
             problems.append(problem)
     reason = str(problems[0])
     raise ConfigError(f"data.template ({template.name}): {reason}{_remedy(reason)}") from problems[0]
+
+
+def _marks(template: ChatTemplate, row: Row) -> Marks | None:
+    """How the template's marks differ from an answer; None where it has none."""
+    source = template.source_for(row)
+    if not has_marks(source):
+        return None
+    asked = replace(row, prompt=[QUESTION])
+    prompt = template.probe(row, [QUESTION], True)
+    messages = template.with_system([QUESTION, ANSWER])
+    whole, marked = render_marked(source, messages, row.tools, template.variables(row), template.day)
+    finished = template.finished(asked, [ANSWER])
+    start = generation_start(prompt, finished, template.frame)
+    found = None if start is None else compare(whole, marked, (start, len(finished)))
+    if found is None:
+        raise ConfigError(
+            f"data.template ({template.name}): its {{% generation %}} does not mark the answer; give a "
+            "template that marks each answer and the end of its turn, or one without marks, such as "
+            "data.template=chatml"
+        )
+    return found
 
 
 _TOOL = {
@@ -340,9 +393,11 @@ _TOOL = {
 
 
 def _remedy(reason: str) -> str:
-    """What to do about a variable that a template needs and nobody gives it."""
+    """What to do about a template that cannot be used, as far as its reason does not tell."""
+    if "data." in reason:
+        return ""
     name = reason.rpartition("refuses the conversation: '")[2].removesuffix("' is undefined")
     if not name.isidentifier():
-        return ""
+        return "; give another template, such as data.template=chatml"
     value = '""' if name.endswith("_token") else "..."
     return f"; the tokenizer has none: give it as data.template_options={{{name}: {value}}}"

@@ -15,7 +15,7 @@ from itertools import pairwise, product
 
 from rcpo.data.forms import is_context
 from rcpo.data.frames import generation_start
-from rcpo.data.records import BadRow, Content, Message, Row, Spans
+from rcpo.data.records import BadRow, Content, Message, Row, Spans, Unrendered
 from rcpo.data.templates import ChatTemplate
 
 
@@ -51,10 +51,7 @@ def _place(
         finished = template.finished(row, messages)
         found = generation_start(given, finished, template.frame)
         if found is None:
-            raise BadRow(
-                "the template shows the turns of a response in another way than generation sees them; give "
-                "another template, such as data.template=chatml"
-            )
+            raise Unrendered("the template shows the turns of a response otherwise than generation sees them")
         start = found - (len(finished) - len(text))
     own = template.response(given, before, messages[place : place + 1])
     for shown in _shown(template, own):

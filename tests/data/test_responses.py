@@ -97,7 +97,7 @@ def test_a_system_message_that_moves_stays_where_generation_sees_it() -> None:
 def test_other_white_space_before_answers() -> None:
     prompt, chosen = texts(pair([user("q")], " a\n", "b"), "trimmed")
     assert (prompt, chosen) == ("USER: q\nASSISTANT:\n", "a<|im_end|>")
-    note = str(encoder_of(QWEN, template=path("trimmed")).template.note())  # type: ignore[union-attr]
+    note = str(encoder_of(QWEN, template=path("trimmed")).template.notes())  # type: ignore[union-attr]
     assert "prompts end with '\\n'" in note
 
 
