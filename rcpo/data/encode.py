@@ -23,6 +23,7 @@ from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
 from rcpo.data.judged import TIE_WEIGHT
 from rcpo.data.readers import RowBlock
+from rcpo.data.reasoning import named_reasoning
 from rcpo.data.records import VALUES, BadRow, Content, Example, Row, Spans, TextPair, Unrendered
 from rcpo.data.report import Tally
 from rcpo.data.sample import Judged
@@ -310,9 +311,11 @@ def _other_template(row: Row) -> str:
     """A template of rcpo's that renders a row which the chosen one does not."""
     parts = (row.prompt, row.chosen, row.rejected, row.gold)
     messages = [message for part in parts if isinstance(part, list) for message in part]
+    answers = [message for part in parts[1:] if isinstance(part, list) for message in part]
+    more = " with data.reasoning=strip" if any(map(named_reasoning, answers)) else ""
     if row.tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        return "data.template=hermes renders tools, calls, and results"
-    return "data.template=chatml renders any roles"
+        return f"data.template=hermes{more} renders tools, calls, and results"
+    return f"data.template=chatml{more} renders any roles"
 
 
 def _as_text(part: Content | None) -> str | None:

@@ -89,14 +89,16 @@ def find_frame(render: Render, special: Sequence[str], eos: str | None) -> Frame
 def generation_start(prompt: str, finished: str, frame: Frame) -> int | None:
     """Where an answer begins in a finished conversation, given the prompt for it; None where it is not seen.
 
-    What a prompt ends with and a finished turn does not show is white space, or a block of thoughts.
+    What a prompt ends with and a finished turn does not show is white space, or a block of thoughts, open or
+    closed.
     """
     for end in ("", frame.opening, frame.surplus):
         base = prompt.removesuffix(end)
         if finished.startswith(base):
             return len(base)
     start = _shared(prompt, finished)
-    return start if _is_block(prompt[start:]) else None
+    rest = prompt[start:]
+    return start if _is_block(rest) or rest == opened_at_end(prompt) else None
 
 
 def _opening(prompt: str, whole: str, render: Render) -> tuple[int, str, str]:

@@ -18,9 +18,14 @@ _BLOCK = re.compile(
 )
 
 
+def named_reasoning(message: Message) -> list[str]:
+    """What a message's fields for reasoning hold."""
+    return [message[name] for name in FIELDS if isinstance(message.get(name), str)]
+
+
 def split_reasoning(message: Message) -> tuple[str | None, Message]:
     """A message's reasoning (None: it has none) and the message without it."""
-    named = [message[name] for name in FIELDS if isinstance(message.get(name), str)]
+    named = named_reasoning(message)
     plain = {name: value for name, value in message.items() if name not in FIELDS}
     content = plain.get("content")
     found = _BLOCK.match(content) if isinstance(content, str) and _CLOSING.search(content) else None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.data.frames import ANSWER, NO_FRAME, QUESTION, REASON, WORDS, Frame, find_frame, generation_start
 from rcpo.data.marks import Marks, compare, has_marks
-from rcpo.data.reasoning import closed_at_end, split_reasoning
+from rcpo.data.reasoning import closed_at_end, opened_at_end, split_reasoning
 from rcpo.data.records import SFT, BadRow, Content, Message, Row, Spans, Unrendered
 from rcpo.data.rendered import is_said, refuse_unrendered, refuse_unrendered_calls
 from rcpo.data.rendering import reads_date, render, render_marked, reserved
@@ -235,8 +235,9 @@ class ChatTemplate:
         head = probed.removesuffix(around)
         if head == probed or not whole.startswith(head):
             start = generation_start(base, whole, self.frame)
-            if start is not None:  # the prompt closes a block of thoughts that earlier turns do not show
-                return self._ended(whole[start:]), True
+            if start is not None:  # earlier turns lack the prompt's block of thoughts, which `lead` closes
+                lead = self.frame.lead if opened_at_end(base[start:]) else ""
+                return lead + self._ended(whole[start:]), True
             raise Unrendered("the template renders the answer elsewhere than where generation would begin")
         return self._ended(whole[len(head) :]), True
 

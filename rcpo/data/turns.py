@@ -53,11 +53,13 @@ def _place(
         if found is None:
             raise Unrendered("the template shows the turns of a response otherwise than generation sees them")
         start = found - (len(finished) - len(text))
+        if template.left_out and text.startswith(template.left_out, max(start, 0)):
+            start += len(template.left_out)
     own = template.response(given, before, messages[place : place + 1])
     for shown in _shown(template, own):
         if start >= 0 and text.startswith(shown, start):
             return start, start + len(shown)
-    raise BadRow(
+    raise Unrendered(
         "the template leaves out a part of an earlier answer of a response, such as its reasoning: "
         "data.reasoning=strip removes reasoning, data.learn=last learns the last answer alone"
     )
@@ -70,3 +72,5 @@ def _shown(template: ChatTemplate, own: str) -> Iterator[str]:
         shown = own.removeprefix(head).removesuffix(tail)
         if shown.strip():
             yield shown
+            if frame.lead.isspace():
+                yield frame.lead + shown

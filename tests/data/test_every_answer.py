@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from kinds import TEMPLATES, tokenizer_of
 from rcpo.config.data import DataConfig
 from rcpo.data.dataset import make_encoder
 from rcpo.data.readers import RowBlock
+from rcpo.errors import ConfigError
 
 QWEN = tokenizer_of("qwen")
 MESSAGES = [
@@ -74,3 +76,66 @@ def test_an_answer_that_the_file_marks_as_not_learned_is_context_alone(mark: dic
     found = learned("chatml", messages)
     assert [answer for _, answer in found] == ["second one<|im_end|>", "third<|im_end|>"]
     assert "first<|im_end|>" in found[0][0]
+
+
+def encoded_by(
+    folder: Path, template: str, *messages: dict[str, Any], learn: str = "last"
+) -> tuple[Any, Any]:
+    (folder / "marked.jinja").write_text(template)
+    encoder = make_encoder(DataConfig(name="pairs", template=str(folder / "marked.jinja"), learn=learn), QWEN)
+    block = RowBlock([1], [{"messages": list(messages)}])
+    return encoder, encoder.fitted(block, "x")(block)
+
+
+@pytest.mark.parametrize(
+    ("source", "note"),
+    [
+        (MARKED, []),
+        # as LFM 2.5: the line break after the end of the turn is marked too
+        (
+            MARKED.replace("<|im_end|>{% endgeneration %}", "<|im_end|>\n{% endgeneration %}").replace(
+                "{% endif %}\n{% endfor %}",
+                "{% if m.role != 'assistant' %}\n{% endif %}{% endif %}{% endfor %}",
+            ),
+            ["its {% generation %} also marks '\\n', which is not learned"],
+        ),
+        (
+            MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+            ["its {% generation %} does not mark '<|im_end|>', which is learned"],
+        ),
+    ],
+)
+def test_what_marks_hold_beside_an_answer_is_told(tmp_path: Path, source: str, note: list[str]) -> None:
+    encoder, encoded = encoded_by(tmp_path, source, *MESSAGES)
+    assert encoder.template.notes() == note and not encoded.tally.bad
+    assert QWEN.decode(encoded.tokens[encoded.lengths[0, 0] :]) == "third<|im_end|>"
+
+
+def test_an_answer_that_marks_leave_out_is_refused(tmp_path: Path) -> None:
+    some = MARKED.replace("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", (
+        "{% if m.content == 'third' %}{{ m.content }}<|im_end|>"
+        "{% else %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}"
+    ))  # fmt: skip
+    assert not encoded_by(tmp_path, some, *MESSAGES[:5])[1].tally.bad
+    [(_, reason)] = encoded_by(tmp_path, some, *MESSAGES)[1].tally.bad
+    assert "{% generation %} does not mark the answer" in reason and "data.template=chatml" in reason
+    none = MARKED.replace("{% generation %}", "{% generation %}{% endgeneration %}").replace(
+        "<|im_end|>{% endgeneration %}", "<|im_end|>"
+    )
+    with pytest.raises(ConfigError, match="does not mark the answer"):
+        encoded_by(tmp_path, none, *MESSAGES)
+
+
+def test_each_answer_of_a_response_has_a_mark_of_its_own(tmp_path: Path) -> None:
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    one = (  # all that follows the first message is one mark
+        f"{{% for m in messages[:1] %}}{turn}{{% endfor %}}"
+        f"{{% generation %}}{{% for m in messages[1:] %}}{turn}{{% endfor %}}{{% endgeneration %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {"prompt": MESSAGES[1:2], "chosen": MESSAGES[2:], "rejected": MESSAGES[2:3]}
+    for source, bad in ((MARKED, []), (one, ["the template's {% generation %} does not mark the answer"])):
+        (tmp_path / "marked.jinja").write_text(source)
+        config = DataConfig(name="pairs", template=str(tmp_path / "marked.jinja"), learn="all")
+        tally = make_encoder(config, QWEN)(RowBlock([1], [row])).tally
+        assert [reason.partition(" as a whole")[0] for _, reason in tally.bad] == bad

@@ -80,7 +80,7 @@ def test_a_tool_call_after_an_opened_block() -> None:
     called = '<call>{"name": "add", "arguments": {"a": 1}}</call><|im_end|>'
     assert texts(row, "shown", reasoning="empty") == (OPEN + "<think>\n", "\n</think>\n" + called)
     assert texts(row, "shown", reasoning="strip") == (OPEN, "<think></think>" + called)
-    assert refusal(row, "opened", reasoning="empty") == "the template leaves out the tool calls"
+    assert "leaves out the tool calls; data.template=hermes" in refusal(row, "opened", reasoning="empty")
 
 
 def test_a_system_message_that_moves_stays_where_generation_sees_it() -> None:
@@ -97,7 +97,7 @@ def test_a_system_message_that_moves_stays_where_generation_sees_it() -> None:
 def test_other_white_space_before_answers() -> None:
     prompt, chosen = texts(pair([user("q")], " a\n", "b"), "trimmed")
     assert (prompt, chosen) == ("USER: q\nASSISTANT:\n", "a<|im_end|>")
-    note = str(encoder_of(QWEN, template=path("trimmed")).template.notes())  # type: ignore[union-attr]
+    [note] = encoder_of(QWEN, template=path("trimmed")).template.notes()  # type: ignore[union-attr]
     assert "prompts end with '\\n'" in note
 
 
@@ -131,7 +131,7 @@ def test_tools_and_calls_that_a_named_template_does_not_write_are_refused(name: 
     call = PLAIN | {"chosen": [says("Let me look.") | {"tool_calls": [CALL]}]}
     earlier = pair([user("q"), says("x") | {"tool_calls": [CALL]}, user("r")], "a")
     encoded = encode(QWEN, PLAIN | {"tools": [TOOL]}, call, earlier, template=name)
-    assert [why for _, why in encoded.tally.bad] == [
+    assert [why.partition("; data.template=hermes")[0] for _, why in encoded.tally.bad] == [
         "the template leaves out the tools",
         "the template leaves out the tool calls",
         "the template leaves out the tool calls",
@@ -143,7 +143,7 @@ def test_a_call_whose_arguments_a_template_does_not_write_is_refused(tmp_path: P
     row = PLAIN | {"chosen": [says("") | {"tool_calls": [CALL]}], "tools": [TOOL]}
     assert encode(QWEN, row).tally.bad == []
     [(_, why)] = encode(QWEN, row, template=write(tmp_path, bare)).tally.bad
-    assert why == "the template leaves out the tool calls"
+    assert why.startswith("the template leaves out the tool calls; data.template=hermes renders")
 
 
 def test_a_message_whose_role_a_template_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -153,7 +153,9 @@ def test_a_message_whose_role_a_template_does_not_know_is_refused(tmp_path: Path
     )
     row = pair([user("q"), {"role": "tool", "content": "4"}], "a")
     [(_, why)] = encode(QWEN, row, template=write(tmp_path, text)).tally.bad
-    assert why == "the template leaves out a message of the role 'tool'"
+    assert why.startswith(
+        "the template leaves out a message of the role 'tool'; data.template=hermes renders"
+    )
 
 
 def test_a_message_that_a_template_writes_in_its_own_way_is_no_lost_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Conversations through each family's kind of tokenizer and template, token by token."""
 
+import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from rcpo.data.templates import find_template, named_templates
 from rcpo.errors import ConfigError
 
 CHAT = [family for family in FAMILIES if family != "neox"]
+NAMED = ("chatml", "gemma", "hermes", "llama3", "mistral", "plain", "zephyr")
 CALL = {"role": "assistant", "tool_calls": [{"name": "f"}]}
 END = {"llama3": "<|eot_id|>", "mistral": "</s>", "zephyr": "</s>", "qwen": "<|im_end|>",
        "gemma": "<end_of_turn>", "unigram": "</s>"}  # fmt: skip
@@ -141,10 +143,34 @@ def test_chatml_and_plain_by_hand() -> None:
     assert (neox.decode(prompt), neox.decode(chosen)) == (
         "Be kind.\n\nHuman: hi\n\nAssistant:", " yes<|endoftext|>",
     )  # fmt: skip
-    assert set(named_templates()) == {"chatml", "gemma", "llama3", "mistral", "plain", "zephyr"}
+    assert set(named_templates()) == set(NAMED)
 
 
-@pytest.mark.parametrize("name", ["chatml", "gemma", "llama3", "mistral", "plain", "zephyr"])
+def test_hermes_by_hand() -> None:
+    qwen = tokenizer_of("qwen")
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    system, result = {"role": "system", "content": "Be kind."}, {"role": "tool", "content": "blue"}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"prompt": [system, user("look"), calling, result], "chosen": [says("blue")], "rejected": [calling]}
+    prompt, chosen, rejected = map(
+        qwen.decode, parts(encode(qwen, row | {"tools": [tool]}, template="hermes"))
+    )
+    called = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
+    assert prompt == (
+        "<|im_start|>system\nBe kind.\n\nThese functions can be called:\n<tools>\n"
+        '{"type": "function", "function": {"name": "look", "parameters": {}}}\n</tools>\n'
+        "A call is written as:\n"
+        '<tool_call>\n{"name": NAME, "arguments": OBJECT}\n</tool_call><|im_end|>\n'
+        f"<|im_start|>user\nlook<|im_end|>\n<|im_start|>assistant\n{called}\n"
+        "<|im_start|>tool\n<tool_response>\nblue\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (chosen, rejected) == ("blue<|im_end|>", called)
+    without, chatml = (encode(qwen, pair([user("a")], "b"), template=name) for name in ("hermes", "chatml"))
+    assert without.tokens.tolist() == chatml.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_named_template_goes_with_every_tokenizer(name: str, family: str) -> None:
     tokenizer = tokenizer_of(family)
@@ -231,11 +257,14 @@ def test_thoughts_belong_to_the_response_unless_the_prompt_closes_them() -> None
         ("gemma", pair([{"role": "system", "content": "s"}, user("q")], "a"), "System role not supported"),
         ("mistral", pair([user("q"), user("r")], "a"), "roles have to alternate"),
         ("gemma", pair([user("q")], "a") | {"chosen": [CALL]}, "the template leaves out the tool calls"),
+        ("zephyr", pair([user("q")], "a") | {"tools": [{"name": "f"}]}, "the template leaves out the tools"),
     ],
 )  # fmt: skip
 def test_what_a_template_refuses_is_a_bad_row(family: str, row: dict[str, Any], reason: str) -> None:
     [(number, why)] = encode(tokenizer_of(family), row).tally.bad
     assert number == "1" and reason in why
+    [other] = re.findall(r"data\.template=(\w+)", why)  # what the message names works
+    assert not encode(tokenizer_of(family), row, template=other).tally.bad
 
 
 def write(folder: Path, text: str) -> str:
