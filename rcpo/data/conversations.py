@@ -19,6 +19,7 @@ _ROLES = {  # the names of ShareGPT, Open Assistant, Gemini, and other formats
     "ai": "assistant", "prompter": "user", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",
 }  # fmt: skip
+_PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text", "parts")  # `parts` are Gemini's
 _TURN_KEYS = (("user", "assistant"), ("human", "assistant"), ("input", "output"), ("question", "answer"),
@@ -36,8 +37,20 @@ def as_messages(value: Any, name: str) -> list[Message]:
         raise BadRow(f"field {name!r} is not a list of messages")
     if not value:
         raise BadRow(f"field {name!r} has no message")
+    if all(map(_is_plain, value)):
+        return list(value)
     turns = [(place, part) for place, message in enumerate(value) for part in _split_turn(message)]
     return [_message(message, name, place) for place, message in turns]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a message has this form already, and nothing but a role and text."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"role", "content"}
+        and value["role"] in _PLAIN_ROLES
+        and isinstance(value["content"], str)
+    )
 
 
 def speaker(message: Any) -> str | None:
@@ -216,7 +229,7 @@ def split_conversations(
 
 def has_turns(text: str) -> bool:
     """Whether a text has HH-RLHF's turns."""
-    return _TURNS.search(text) is not None
+    return ("Human:" in text or TURN in text) and _TURNS.search(text) is not None
 
 
 def without_prompt(prompt: str, *responses: str) -> list[str]:
@@ -241,8 +254,8 @@ def parse_prompt(text: str) -> list[Message]:
 
     Raises BadRow for such a prompt with text before its first turn.
     """
-    pieces = _TURNS.split(text)
-    if len(pieces) < 3 or not is_open(text):
+    pieces = _TURNS.split(text) if is_open(text) else []
+    if len(pieces) < 3:
         return [{"role": "user", "content": text}]
     if pieces[0].strip() or len(pieces) < 5 or pieces[-1].strip():
         raise BadRow(f"the prompt is not turns from 'Human:' to {TURN!r}")
