@@ -237,22 +237,28 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> FastBackend | SlowBackend:
 
 
 class FastBackend:
-    """The Rust tokenizer alone: it needs no transformers in a worker, and gives up on characters' offsets."""
+    """The Rust tokenizer alone: it needs no transformers in a worker, and gives up on characters' offsets.
+
+    It is the tokenizer's own, for a copy of a large vocabulary takes half a second. transformers sets what it
+    needs before each of its calls, and so does this.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = bool(tokenizer.split_special_tokens)
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._split = bool(tokenizer.split_special_tokens)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._set().encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def description(self) -> str:
-        return f"{self._tokenizer.encode_special_tokens} {self._tokenizer.to_str()}"
+        return f"{self._split} {self._set().to_str()}"
+
+    def _set(self) -> Any:
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = self._split
+        return self._tokenizer
 
 
 class SlowBackend:

@@ -209,3 +209,14 @@ def test_many_pairs_keep_their_order() -> None:
     examples = encode(CHARACTERS, *pairs)
     assert [example.id for example in examples] == [pair.id for pair in pairs]
     assert CHARACTERS.decode(examples[1234].prompt[1:]) == "1234"
+
+
+def test_calls_of_the_tokenizer_itself_change_nothing() -> None:
+    """The Rust tokenizer is shared with transformers, whose calls may pad and cut."""
+    tokenizer = byte_level()
+    tokeniser = PairTokeniser(tokenizer)
+    described, ids = tokeniser.description(), tokeniser.ids(["what is it", "the sum"])
+    tokenizer(["a", "what is the sum"], padding=True, truncation=True, max_length=2)
+    assert tokeniser.ids(["what is it", "the sum"]) == ids and tokeniser.description() == described
+    padded = tokenizer(["a", "what is the sum"], padding=True)["input_ids"]
+    assert len(padded[0]) == len(padded[1]) > len(tokeniser.ids(["a"])[0])
