@@ -53,8 +53,13 @@ MODULES: dict[str, list[str]] = {
     "method/incentives": ["method/test_incentives.py", "method/test_theory.py"],
     "method/geometry": ["method/test_geometry.py", "method/test_theory.py", "method/test_calibration.py"],
     "method/averages": ["method/test_averages.py", "method/test_calibration.py"],
-    "method/samples": ["method/test_samples.py"],
-    "method/band": ["method/test_samples.py", "method/test_rules.py", "method/test_calibration.py"],
+    "method/samples": ["method/test_samples.py", "method/test_band.py"],
+    "method/band": [
+        "method/test_band.py",
+        "method/test_samples.py",
+        "method/test_rules.py",
+        "method/test_calibration.py",
+    ],
     "method/rules": ["method/test_rules.py", "method/test_loop.py", "method/test_calibration.py"],
     "method/loop": ["method/test_loop.py", "method/test_rules.py"],
     "method/calibration": [
@@ -63,7 +68,7 @@ MODULES: dict[str, list[str]] = {
         "method/test_samples.py",
         "method/test_loop.py",
     ],
-    "method/logps": ["method/test_logps.py"],
+    "method/logps": ["method/test_logps.py", "method/test_tokens.py"],
     "reference/keys": ["reference"],
     "reference/entry": ["reference"],
     "reference/cache": ["reference"],
@@ -94,7 +99,7 @@ MODULES: dict[str, list[str]] = {
         "data/test_fuzz.py",
     ],
     "data/forms": ["data/test_forms.py", "data/test_formats.py", "data/test_row_fields.py"],
-    "data/frames": ["data/test_frames.py", "data/test_formats.py"],
+    "data/frames": ["data/test_frames.py", "data/test_frame_parts.py", "data/test_formats.py"],
     "data/values": ["data/test_values.py", "data/test_formats.py", "data/test_row_fields.py"],
 }
 
