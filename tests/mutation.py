@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import contextlib
 import copy
 import gc
@@ -24,13 +25,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -260,34 +259,63 @@ def first_line(node: ast.AST) -> str:
 # --- tests in forked processes -------------------------------------------------------------------------
 
 
-class Recorder:
-    """A pytest plugin that notes seconds of each test, and the lines of some files that it reaches."""
+def recording(module: str, source: str) -> str:
+    """A module that adds what it runs to the set `builtins.reached`, where there is one: (module, line)."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = {str(file): Baseline() for file in files}
-        self.current: dict[str, set[int]] = {}
+    def visit(node: ast.AST, inside: bool) -> None:
+        for name in ("body", "orelse", "finalbody"):
+            statements = getattr(node, name, None)
+            if not isinstance(statements, list):
+                continue
+            for statement in statements:
+                visit(statement, inside or isinstance(statement, ast.FunctionDef))
+            if inside:
+                setattr(node, name, [part for one in statements for part in (*_mark(module, one), one)])
+        for part in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+            visit(part, inside)
+
+    tree = ast.parse(source)
+    visit(tree, False)
+    # after the docstring and imports from __future__
+    first = next(place for place, node in enumerate(tree.body) if not _comes_first(node))
+    tree.body[first:first] = ast.parse("import builtins\n_reached = getattr(builtins, 'reached', set())").body
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _comes_first(node: ast.stmt) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "__future__"
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _mark(module: str, node: ast.stmt) -> list[ast.stmt]:
+    """What records a statement's lines, or those of its head; nothing for a docstring."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return []
+    body = getattr(node, "body", None)
+    last = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno
+    lines = {(module, line) for line in range(node.lineno, last + 1)}
+    return ast.parse(f"_reached.update({lines})").body
+
+
+class Recorder:
+    """A pytest plugin that notes seconds of each test, and the lines of some modules that it reaches."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.baselines = {module: Baseline() for module in modules}
+        self.reached: set[tuple[str, int]] = set()
+        builtins.reached = self.reached  # type: ignore[attr-defined]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        self.current, start = {file: set() for file in self.files}, time.monotonic()
-        threading.settrace(self.calls)  # of those that the test starts
-        sys.settrace(self.calls)
+        self.reached.clear()
+        start = time.monotonic()
         try:
             return (yield)
         finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
-            seconds = time.monotonic() - start
-            for file, baseline in self.files.items():
-                baseline.seconds[item.nodeid] = seconds
-                baseline.lines[item.nodeid] = self.current[file]
-
-    def calls(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self.reached if frame.f_code.co_filename in self.files else None
-
-    def reached(self, frame: FrameType, event: str, argument: Any) -> Any:
-        self.current[frame.f_code.co_filename].add(frame.f_lineno)
-        return self.reached
+            for module, baseline in self.baselines.items():
+                baseline.seconds[item.nodeid] = time.monotonic() - start
+                baseline.lines[item.nodeid] = {line for of, line in self.reached if of == module}
 
 
 class Chosen:
@@ -361,18 +389,25 @@ def of_tests(tests: Sequence[str]) -> list[str]:
 def measured(modules: Sequence[str], tree: Path, folder: Path) -> dict[str, Baseline]:
     """The baselines of modules that have the same tests; raises SystemExit where those fail as they are."""
     kept, tests = folder / "baselines", files(modules[0])
-    paths = {module: tree / "rcpo" / f"{module}.py" for module in modules}
+    sources = {tree / "rcpo" / f"{module}.py": module for module in modules}
+    originals = {path: path.read_text(encoding="utf-8") for path in sources}
 
     def work() -> int:
-        recorder = Recorder(list(paths.values()))
+        recorder = Recorder(modules)
         code = run_pytest(tests, recorder)
-        found = {module: recorder.files[str(path)] for module, path in paths.items()}
-        kept.write_bytes(pickle.dumps({module: (b.seconds, b.lines) for module, b in found.items()}))
+        found = {module: (one.seconds, one.lines) for module, one in recorder.baselines.items()}
+        kept.write_bytes(pickle.dumps(found))
         return code
 
     output = tree.with_name("output")
     output.unlink(missing_ok=True)
-    code = forked(tree, work, 1800)
+    try:
+        for path, source in originals.items():
+            put_source(path, recording(sources[path], source))
+        code = forked(tree, work, 1800)
+    finally:
+        for path, source in originals.items():
+            put_source(path, source)
     if code != 0:
         print(output.read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
         raise SystemExit(f"mutation: these fail as they are: run pytest {' '.join(tests)}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+from typing import Any
+
 import pytest
-from mutation import MODULES, ROOT, Baseline, Mutant, mutants
+from mutation import MODULES, ROOT, Baseline, Mutant, mutants, recording
 
 
 def bodies(source: str) -> list[str]:
@@ -63,3 +66,35 @@ def test_only_the_tests_that_reach_a_line_run_the_fastest_first() -> None:
 def test_every_module_and_its_tests_exist(module: str) -> None:
     assert (ROOT / "rcpo" / f"{module}.py").is_file()
     assert all((ROOT / "tests" / name).exists() for name in MODULES[module])
+
+
+def test_a_recording_module_does_the_same_and_tells_which_lines_it_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = (
+        '"""Docstring."""\n'  # line 1
+        "from __future__ import annotations\n"
+        "def f(x):\n"
+        '    """Docstring."""\n'
+        "    if x:\n"  # 5
+        "        return [x,\n"
+        "                x + 1]\n"
+        "    elif x == 0:\n"
+        "        return None\n"
+        "    try:\n"  # 10
+        "        g()\n"
+        "    except NameError:\n"
+        "        return 'none'\n"
+    )
+    reached: set[tuple[str, int]] = set()
+    monkeypatch.setattr(builtins, "reached", reached, raising=False)
+    names: dict[str, Any] = {}
+    exec(recording("m", source), names)
+    assert names["__doc__"] == names["f"].__doc__ == "Docstring." and not reached
+    for value, expected, lines in [
+        (1, [1, 2], {5, 6, 7}),
+        (0, None, {5, 8, 9}),
+        ("", "none", {5, 8, 10, 11, 13}),
+    ]:
+        reached.clear()
+        assert names["f"](value) == expected and reached == {("m", line) for line in lines}
