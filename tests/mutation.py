@@ -60,8 +60,9 @@ MODULES: dict[str, list[str]] = {
         "method/test_calibration.py",
     ],
     "method/rules": ["method/test_rules.py", "method/test_loop.py", "method/test_calibration.py"],
-    "method/loop": ["method/test_loop.py", "method/test_rules.py"],
+    "method/loop": ["method/test_loop.py", "method/test_rules.py", "method/test_statistics.py"],
     "method/calibration": [
+        "method/test_statistics.py",
         "method/test_calibration.py",
         "method/test_rules.py",
         "method/test_samples.py",
