@@ -44,6 +44,7 @@ LIBRARIES = [
 MODULES: dict[str, list[str]] = {
     "method/losses": ["method/test_objectives.py", "method/test_incentives.py", "method/test_mixtures.py"],
     "method/objectives": [
+        "method/test_objective_parts.py",
         "method/test_objectives.py",
         "method/test_mixtures.py",
         "training/test_options.py",

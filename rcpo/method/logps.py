@@ -218,7 +218,7 @@ def log_squares(
     head, size = shape or HeadShape(), (passes or passes_on(hidden.device)).tokens(len(weight))
     with torch.no_grad():
         parts = [log_squares_of(head.logits(part, weight, bias)) for part in hidden.split(size)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts)
 
 
 def log_squares_of(logits: Tensor) -> Tensor:
