@@ -6,7 +6,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,27 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn what a command refuses, or fails with, into one line on standard error and its exit code."""
+    from rcpo.errors import ConfigError, RunError
+    from rcpo.launch.outcomes import FAILED
+    from rcpo.launch.run import failed, refused
+    from rcpo.system.text import is_about_a_file, os_message
+
+    try:
+        yield
+    except ConfigError as error:
+        raise typer.Exit(refused(error)) from error
+    except RunError as error:
+        typer.echo(f"rcpo: {error}", err=True)
+        raise typer.Exit(FAILED) from error
+    except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
+        about_a_file = is_about_a_file(error)
+        code = refused(ConfigError(os_message(error))) if about_a_file else failed(error)
+        raise typer.Exit(code) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -81,9 +103,12 @@ def _root(
     from rcpo.commands import shells
 
     if install_completion:
-        _finish(shells.install)
+        with exit_codes():
+            raise typer.Exit(shells.install())
     if show_completion is not None:
-        _finish(lambda: print(shells.script(show_completion), end="") or 0)
+        with exit_codes():
+            print(shells.script(show_completion), end="")
+            raise typer.Exit
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -125,7 +150,8 @@ def train(ctx: typer.Context) -> None:
     """
     from rcpo.commands.train import train as run
 
-    _finish(run, ctx.args)
+    with exit_codes():
+        raise typer.Exit(run(ctx.args))
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -145,7 +171,8 @@ def evaluate(ctx: typer.Context) -> None:
     """
     from rcpo.commands.evaluate import evaluate as run
 
-    _finish(run, ctx.args)
+    with exit_codes():
+        raise typer.Exit(run(ctx.args))
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -170,7 +197,8 @@ def sample(ctx: typer.Context) -> None:
     """
     from rcpo.commands.sample import sample as make
 
-    _finish(make, ctx.args)
+    with exit_codes():
+        raise typer.Exit(make(ctx.args))
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -189,7 +217,8 @@ def iterate(ctx: typer.Context) -> None:
     """
     from rcpo.commands.iterate import iterate as go_through
 
-    _finish(go_through, ctx.args)
+    with exit_codes():
+        raise typer.Exit(go_through(ctx.args))
 
 
 @app.command(name="data", context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -205,7 +234,8 @@ def show_data(ctx: typer.Context) -> None:
     """
     from rcpo.commands.data import preview
 
-    _finish(preview, ctx.args)
+    with exit_codes():
+        raise typer.Exit(preview(ctx.args))
 
 
 class FigureFormat(StrEnum):
@@ -243,7 +273,8 @@ def report_runs(
     from rcpo.commands.report import Request, run
 
     request = Request(folders, output, markdown, None if figures is None else figures.value)
-    _finish(run, request, every if watch else None)
+    with exit_codes():
+        raise typer.Exit(run(request, every if watch else None))
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -268,7 +299,8 @@ def sweep(ctx: typer.Context) -> None:
     """
     from rcpo.commands.sweep import sweep as run
 
-    _finish(run, ctx.args)
+    with exit_codes():
+        raise typer.Exit(run(ctx.args))
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -287,7 +319,8 @@ def plan(ctx: typer.Context) -> None:
     """
     from rcpo.commands.plan import plan as make_plan
 
-    _finish(make_plan, ctx.args)
+    with exit_codes():
+        raise typer.Exit(make_plan(ctx.args))
 
 
 class Submittable(StrEnum):
@@ -329,12 +362,12 @@ def submit(
     from rcpo.commands.submit import submit as submit_job
     from rcpo.slurm.status import report_status
 
-    if command is Submittable.STATUS:
-        _finish(report_status, ctx.args)
-    elif command is Submittable.ITERATE:
-        _finish(lambda: submit_chain(ctx.args, dry_run=dry_run))
-    else:
-        _finish(lambda: submit_job(command.value, ctx.args, dry_run=dry_run))
+    with exit_codes():
+        if command is Submittable.STATUS:
+            raise typer.Exit(report_status(ctx.args))
+        if command is Submittable.ITERATE:
+            raise typer.Exit(submit_chain(ctx.args, dry_run=dry_run))
+        raise typer.Exit(submit_job(command.value, ctx.args, dry_run=dry_run))
 
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
@@ -353,7 +386,8 @@ def push(
     """
     from rcpo.commands.push import push as upload
 
-    _finish(lambda: upload(ctx.args, dry_run=dry_run))
+    with exit_codes():
+        raise typer.Exit(upload(ctx.args, dry_run=dry_run))
 
 
 @app.command()
@@ -365,7 +399,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or em
     """
     from rcpo.commands.init import init as make
 
-    _finish(make, folder)
+    with exit_codes():
+        raise typer.Exit(make(folder))
 
 
 @app.command(name="list")
@@ -385,7 +420,8 @@ def list_names(
     """
     from rcpo.commands.listing import show_topic
 
-    _finish(lambda: show_topic(topic, config_dir, markdown=markdown))
+    with exit_codes():
+        raise typer.Exit(show_topic(topic, config_dir, markdown=markdown))
 
 
 @app.command()
@@ -393,26 +429,8 @@ def doctor() -> None:
     """Show what this machine has and what would fail; exit code 1 where `rcpo train` could not run."""
     from rcpo.commands.doctor import examine
 
-    raise typer.Exit(examine())
-
-
-def _finish(command: Callable[..., int], *arguments: Any) -> None:
-    """Run a command to its exit code; what the user has to change is one line, without a traceback."""
-    from rcpo.errors import ConfigError, RunError
-    from rcpo.launch.outcomes import FAILED
-    from rcpo.launch.run import failed, refused
-    from rcpo.system.text import is_about_a_file, os_message
-
-    try:
-        code = command(*arguments)
-    except ConfigError as error:
-        code = refused(error)
-    except RunError as error:
-        typer.echo(f"rcpo: {error}", err=True)
-        code = FAILED
-    except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
-        code = refused(ConfigError(os_message(error))) if is_about_a_file(error) else failed(error)
-    raise typer.Exit(code)
+    with exit_codes():
+        raise typer.Exit(examine())
 
 
 def main() -> None:

@@ -7,19 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rcpo.commands.compose import show, shows
-from rcpo.commands.iterate import ITERATE_NODES, PRIMARY_ROUNDS
-from rcpo.commands.sample import fetch_scorer, with_folder
-from rcpo.config.composition import compose_with, hydra_session, resolved_dir, split_arguments, user_part
-from rcpo.config.nodes import refuse_command_keys
-from rcpo.config.onpolicy import iterate_config, onpolicy_config
-from rcpo.config.parsing import parse
+from rcpo.commands.compose import command
+from rcpo.commands.iterate import ALONE, ITERATE_NODES, PRIMARY_ROUNDS, iteration_of
+from rcpo.commands.sample import fetch_scorer
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
 from rcpo.launch.outcomes import DONE
 from rcpo.onpolicy.rounds import EVALUATE, SAMPLE, TRAIN, Iteration, Step
-from rcpo.onpolicy.settings import dated
-from rcpo.report.rounds import SETTINGS_FILE
 from rcpo.runs.environment import git_state, redact
 from rcpo.slurm.queue import ACTIVE, Queued, Submitted, job_id, now, queue, read_submitted, sbatch
 from rcpo.slurm.script import BatchJob, render
@@ -34,20 +28,13 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
 
     Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
     """
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY_ROUNDS
-    overrides = with_folder(flags.overrides, "iterate")
-    refuse_command_keys(overrides, (*ITERATE_NODES, "slurm"))
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, overrides)
-        cfg = compose_with(hydra, name, overrides)
-        slurm = slurm_config(cfg)
-        config = parse(user_part(cfg))
-        rounds, settings = iterate_config(cfg)
-        folder = resolved_dir(cfg, None).absolute()
-        dated(config, folder / SETTINGS_FILE)
-        iteration = Iteration(config, onpolicy_config(cfg, config), settings, rounds, folder)
+    nodes = (*ITERATE_NODES, "slurm")
+    with command(arguments, nodes=nodes, alone=ALONE, folder="iterate", primary=PRIMARY_ROUNDS) as call:
+        if call.shown:
+            return DONE
+        cfg = call.compose()
+        slurm, iteration = slurm_config(cfg), iteration_of(cfg)
+    config, folder = iteration.config, iteration.folder
     _ready(iteration, slurm)
     left = [step for step in iteration.steps() if not step.done]
     if not left:

@@ -16,10 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.commands.compose import show, shows
-from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
-from rcpo.config.nodes import refuse_command_keys
-from rcpo.config.parsing import parse
+from rcpo.commands.compose import command
 from rcpo.config.schema import RunConfig
 from rcpo.data.cache import Say
 from rcpo.data.dataset import Datasets, load_datasets
@@ -27,6 +24,7 @@ from rcpo.data.diagnosis import ches_lines, ches_of, responses, sampled
 from rcpo.data.records import PAIRS, Example
 from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
+from rcpo.launch.outcomes import DONE
 from rcpo.method.types import PAIR
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
@@ -45,21 +43,14 @@ STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red", "gold": "yellow
 
 def preview(arguments: Sequence[str]) -> int:
     """`rcpo data ARGUMENTS`: returns the exit code; raises ConfigError for what cannot be used."""
-    flags = split_arguments(arguments)
-    wanted = [word for word in flags.overrides if word == SHOW or word.startswith(f"{SHOW}=")]
-    overrides = [override for override in flags.overrides if override not in wanted]
-    if flags.multirun:
-        raise ConfigError("command line: data takes one dataset at a time, without -m")
-    refuse_command_keys(overrides)
-    name = flags.config_name or PRIMARY
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, overrides)
-        config = parse(user_part(compose_with(hydra, name, overrides)))
+    words = [f"{SHOW}={SHOWN}" if word == SHOW else word for word in arguments]
+    with command(words, own=(SHOW,), alone="data takes one dataset at a time, without -m") as call:
+        if call.shown:
+            return DONE
+        config = call.config()
     logging.basicConfig(level=logging.WARNING)
-    numbers = [word.removeprefix(f"{SHOW}=") for word in wanted if word != SHOW]
-    _show(config, _number(numbers[0]) if numbers else SHOWN, diagnose=bool(wanted))
-    return 0
+    _show(config, _number(call.own.get(SHOW, str(SHOWN))), diagnose=SHOW in call.own)
+    return DONE
 
 
 def _number(text: str) -> int:

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rcpo.commands.compose import show, shows
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    over_run,
-    resolved_dir,
-    split_arguments,
-    user_part,
-)
-from rcpo.config.nodes import refuse_command_keys
-from rcpo.config.parsing import parse, read_tree, save_run_config, structure, to_container
+from rcpo.commands.compose import command
+from rcpo.config.composition import resolved_dir, user_part
+from rcpo.config.parsing import parse, save_run_config
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
+from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import external_ranks, world_size
 from rcpo.launch.run import launch
 from rcpo.runs.folder import CONFIG_FILE, EVALUATION, METRICS_FILE
@@ -30,24 +22,16 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     Returns the exit code; raises ConfigError for what is refused beforehand.
     """
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY
-    runs = [override.removeprefix("run=") for override in flags.overrides if override.startswith("run=")]
-    overrides = [override for override in flags.overrides if not override.startswith("run=")]
-    if flags.multirun:
-        raise ConfigError("command line: evaluate takes one model at a time, without -m")
-    refuse_command_keys(overrides)
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, overrides)
-        if runs:
-            run_dir = Path(runs[0])
+    with command(arguments, own=("run",), alone="evaluate takes one model at a time, without -m") as call:
+        if call.shown:
+            return DONE
+        if "run" in call.own:
+            run_dir = Path(call.own["run"])
             if (run_dir / CONFIG_FILE).exists() and not (run_dir / METRICS_FILE).exists():
                 raise ConfigError(f"run={run_dir} was never trained: it has no metrics.jsonl")
-            base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
-            config = parse(over_run(hydra, base, overrides))
+            config = call.config_of(run_dir)
         else:
-            cfg = compose_with(hydra, name, overrides)
+            cfg = call.compose()
             config, run_dir = parse(user_part(cfg)), resolved_dir(cfg, "evaluation")
     # nothing is trained, so the global batch need not fit this number of processes
     config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)

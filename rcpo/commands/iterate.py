@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from rcpo.commands.compose import show, shows
-from rcpo.commands.sample import NODES, fetch_scorer, with_folder
-from rcpo.config.composition import compose_with, hydra_session, resolved_dir, split_arguments, user_part
-from rcpo.config.nodes import refuse_command_keys
+from omegaconf import DictConfig
+
+from rcpo.commands.compose import command
+from rcpo.commands.sample import NODES, fetch_scorer
+from rcpo.config.composition import resolved_dir, user_part
 from rcpo.config.onpolicy import iterate_config, onpolicy_config
 from rcpo.config.parsing import parse
 from rcpo.errors import ConfigError
@@ -27,35 +28,37 @@ from rcpo.system.signals import STOPPED
 
 PRIMARY_ROUNDS = "rounds"  # conf/rounds.yaml
 ITERATE_NODES = (*NODES, "iterate", "rounds")
+ALONE = "iterate goes through its rounds, without -m; give rounds=N"
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def iterate(arguments: Sequence[str]) -> int:
     """`rcpo iterate ARGUMENTS`: returns the exit code; raises ConfigError for what is refused beforehand."""
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY_ROUNDS
-    if flags.multirun:
-        raise ConfigError("command line: iterate goes through its rounds, without -m; give rounds=N")
-    overrides = with_folder(flags.overrides, "iterate")
-    refuse_command_keys(overrides, ITERATE_NODES)
     if external_ranks() is not None:
         raise ConfigError(
             "rcpo iterate starts processes of its own; leave the outer launcher out, and give "
             "launch.processes=N, or use `rcpo submit iterate`"
         )
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, overrides)
-        cfg = compose_with(hydra, name, overrides)
-        config = parse(user_part(cfg))
-        rounds, settings = iterate_config(cfg)
-        folder = resolved_dir(cfg, None).absolute()
-        dated(config, folder / SETTINGS_FILE)
-        iteration = Iteration(config, onpolicy_config(cfg, config), settings, rounds, folder)
-    ready(iteration, config.launch.processes)
-    print(f"iterate: {os.path.relpath(folder)}", flush=True)
-    iteration.write(config.launch.processes)
+    with command(
+        arguments, nodes=ITERATE_NODES, alone=ALONE, folder="iterate", primary=PRIMARY_ROUNDS
+    ) as call:
+        if call.shown:
+            return DONE
+        iteration = iteration_of(call.compose())
+    processes = iteration.config.launch.processes
+    ready(iteration, processes)
+    print(f"iterate: {os.path.relpath(iteration.folder)}", flush=True)
+    iteration.write(processes)
     return run(iteration)
+
+
+def iteration_of(cfg: DictConfig) -> Iteration:
+    """The validated iteration of a composed configuration; raises ConfigError."""
+    config = parse(user_part(cfg))
+    rounds, settings = iterate_config(cfg)
+    folder = resolved_dir(cfg, None).absolute()
+    dated(config, folder / SETTINGS_FILE)
+    return Iteration(config, onpolicy_config(cfg, config), settings, rounds, folder)
 
 
 def ready(iteration: Iteration, processes: int) -> None:

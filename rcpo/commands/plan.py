@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from rcpo.commands.compose import show as show_configuration
-from rcpo.commands.compose import shows
-from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
-from rcpo.config.nodes import refuse_command_keys
+from rcpo.commands.compose import Call, command
+from rcpo.config.composition import user_part
 from rcpo.config.parsing import parse
 from rcpo.config.refusals import refusals_explained
 from rcpo.errors import ConfigError
@@ -22,8 +20,6 @@ from rcpo.launch.outcomes import DONE, FAILED
 from rcpo.planner.settings import plan_config
 
 if TYPE_CHECKING:
-    from hydra._internal.hydra import Hydra
-
     from rcpo.planner.plan import Plan, Planner
 
 
@@ -33,15 +29,12 @@ def plan(arguments: Sequence[str]) -> int:
     With -m, one line for each combination of values; then 1 where nothing near one of them fits. Raises
     ConfigError for what is refused, and where the numbers do not say enough.
     """
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY
-    refuse_command_keys(flags.overrides, allowed=("plan", "gpu"))
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show_configuration(hydra, name, flags, flags.overrides)
-        if flags.multirun:
-            return _many(hydra, name, flags.overrides)
-        cfg = compose_with(hydra, name, flags.overrides)
+    with command(arguments, nodes=("plan", "gpu")) as call:
+        if call.shown:
+            return DONE
+        if call.flags.multirun:
+            return _many(call)
+        cfg = call.compose()
     from rcpo.planner.advice import nearest
     from rcpo.planner.show import show
 
@@ -65,15 +58,15 @@ def _plan(cfg: DictConfig, planners: dict[str, Planner]) -> tuple[Planner, Plan]
     return planner, planner.plan(config, ranks)
 
 
-def _many(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
+def _many(call: Call) -> int:
     """A table of plans; of one that does not fit, the nearest that does."""
     from rcpo.planner.advice import nearest
     from rcpo.planner.show import Line, lines
 
     planners: dict[str, Planner] = {}
     rows: list[Line] = []
-    for values, chosen in _combinations(hydra, name, overrides):
-        planner, found = _plan(compose_with(hydra, name, chosen), planners)
+    for values, chosen in _combinations(call):
+        planner, found = _plan(call.compose(chosen), planners)
         if found.gpu is None:
             raise ConfigError("rcpo plan -m compares plans for a GPU: add gpu=h100-80gb, for example")
         rows.append(Line(values, found, None if found.fits else nearest(planner, found)))
@@ -81,15 +74,13 @@ def _many(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
     return DONE if all(row.plan.fits or row.advice is not None for row in rows) else FAILED
 
 
-def _combinations(
-    hydra: Hydra, name: str, overrides: Sequence[str]
-) -> Iterator[tuple[dict[str, str], list[str]]]:
+def _combinations(call: Call) -> Iterator[tuple[dict[str, str], list[str]]]:
     """The values of what varies, and the overrides that say so."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parser = OverridesParser.create(config_loader=hydra.config_loader)
-    with refusals_explained(hydra, name, overrides):
-        parsed = parser.parse_overrides(list(overrides))
+    parser = OverridesParser.create(config_loader=call.hydra.config_loader)
+    with refusals_explained(call.hydra, call.name, call.overrides):
+        parsed = parser.parse_overrides(call.overrides)
     fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     varied = {o.get_key_element(): list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
     for values in product(*varied.values()):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rcpo.commands.compose import show, shows
-from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments
+from rcpo.commands.compose import command
 from rcpo.config.model import holds_adapter
-from rcpo.config.nodes import read_node, refuse_command_keys
+from rcpo.config.nodes import node_of, read_node
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE
 from rcpo.models.hub import check_weights
@@ -22,25 +21,19 @@ NODE = "push"
 
 def push(arguments: Sequence[str], *, dry_run: bool = False) -> int:
     """`rcpo push ARGUMENTS`: returns the exit code; raises ConfigError for what is refused."""
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY
-    given = dict(word.split("=", 1) for word in flags.overrides if word.startswith(("run=", "repo=")))
-    overrides = [word for word in flags.overrides if not word.startswith(("run=", "repo="))]
-    if flags.multirun:
-        raise ConfigError("command line: push sends one run at a time, without -m")
-    refuse_command_keys(overrides, allowed=(NODE,))
-    for word in overrides:
-        if not word.lstrip("+~").startswith((f"{NODE}.", f"{NODE}=")):
-            raise ConfigError(f"{word}: rcpo push reads run=, repo=, and the keys of push.* alone")
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, overrides)
-        settings = read_node(compose_with(hydra, name, overrides), NODE, PushConfig())
+    alone = "push sends one run at a time, without -m"
+    with command(arguments, nodes=(NODE,), own=("run", "repo"), alone=alone) as call:
+        if call.shown:
+            return DONE
+        for word in call.overrides:
+            if node_of(word) != NODE:
+                raise ConfigError(f"{word}: rcpo push reads run=, repo=, and the keys of push.* alone")
+        settings = read_node(call.compose(), NODE, PushConfig())
     for key, what in (("run", "DIR"), ("repo", "OWNER/NAME")):
-        if not given.get(key):
+        if not call.own.get(key):
             raise ConfigError(f"rcpo push needs {key}={what}: rcpo push run=DIR repo=OWNER/NAME")
     settings.dry_run |= dry_run
-    _push(Path(given["run"]).expanduser(), given["repo"], settings)
+    _push(Path(call.own["run"]).expanduser(), call.own["repo"], settings)
     return DONE
 
 

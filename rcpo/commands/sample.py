@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rcpo.commands.compose import show, shows
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    over_run,
-    resolved_dir,
-    split_arguments,
-    user_part,
-)
-from rcpo.config.nodes import refuse_command_keys
+from rcpo.commands.compose import Call, command
+from rcpo.config.composition import resolved_dir, user_part
+from rcpo.config.nodes import node_of
 from rcpo.config.onpolicy import ScoreConfig, onpolicy_config
-from rcpo.config.parsing import parse, read_tree, structure, to_container
+from rcpo.config.parsing import parse
 from rcpo.config.schema import RunConfig
-from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
+from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import external_ranks, world_size
 from rcpo.models import hub
 from rcpo.onpolicy.settings import SETTINGS_FILE, Settings, dated
 from rcpo.onpolicy.start import start
-from rcpo.runs.folder import CONFIG_FILE, refuse_locked
-
-if TYPE_CHECKING:
-    from hydra._internal.hydra import Hydra
+from rcpo.runs.folder import refuse_locked
 
 NODES = ("sample", "score", "pairing")
 _OWN = (*NODES, "hydra")
@@ -40,17 +28,11 @@ _OWN = (*NODES, "hydra")
 
 def sample(arguments: Sequence[str]) -> int:
     """`rcpo sample ARGUMENTS`: returns the exit code; raises ConfigError for what is refused beforehand."""
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY
-    if flags.multirun:
-        raise ConfigError("command line: sample makes one set of pairs at a time, without -m")
-    runs = [override.removeprefix("run=") for override in flags.overrides if override.startswith("run=")]
-    overrides = with_folder([one for one in flags.overrides if not one.startswith("run=")], "sample")
-    refuse_command_keys(overrides, NODES)
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, overrides)
-        settings, folder = _settings(hydra, name, overrides, Path(runs[0]) if runs else None)
+    alone = "sample makes one set of pairs at a time, without -m"
+    with command(arguments, nodes=NODES, own=("run",), alone=alone, folder="sample") as call:
+        if call.shown:
+            return DONE
+        settings, folder = _settings(call)
     ready(settings)
     dated(settings.config, folder / SETTINGS_FILE)
     ranks = external_ranks()
@@ -62,21 +44,14 @@ def sample(arguments: Sequence[str]) -> int:
     return start(settings, folder if main_rank else None)
 
 
-def with_folder(overrides: Sequence[str], what: str) -> list[str]:
-    """The overrides with a folder of the command's own, where none is given."""
-    if any(override.startswith("hydra.run.dir=") for override in overrides):
-        return list(overrides)
-    return [*overrides, f"hydra.run.dir='outputs/${{now:%Y-%m-%d_%H-%M-%S-%f}}_{what}'"]
-
-
-def _settings(hydra: Hydra, name: str, overrides: Sequence[str], run: Path | None) -> tuple[Settings, Path]:
-    if run is None:
-        cfg = compose_with(hydra, name, overrides)
+def _settings(call: Call) -> tuple[Settings, Path]:
+    if "run" not in call.own:
+        cfg = call.compose()
         return settings_of(cfg, parse(user_part(cfg)), None), resolved_dir(cfg, None)
-    own = [one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] in _OWN]
-    base = to_container(structure(read_tree(run / CONFIG_FILE)))
-    config = parse(over_run(hydra, base, [one for one in overrides if one not in own]))
-    cfg = compose_with(hydra, name, own)
+    run = Path(call.own["run"])
+    own = [one for one in call.overrides if node_of(one) in _OWN]
+    config = call.config_of(run, [one for one in call.overrides if one not in own])
+    cfg = call.compose(own)
     return settings_of(cfg, config, run.resolve()), resolved_dir(cfg, None)
 
 

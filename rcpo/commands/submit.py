@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rcpo.commands.compose import show, shows
+from rcpo.commands.compose import Call, command
 from rcpo.commands.sweep import combinations
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    over_run,
-    resolved_dir,
-    split_arguments,
-    user_part,
-)
-from rcpo.config.nodes import refuse_command_keys
-from rcpo.config.parsing import parse, read_tree, save_run_config, structure, to_container
+from rcpo.config.composition import resolved_dir, user_part
+from rcpo.config.nodes import node_of
+from rcpo.config.parsing import parse, save_run_config
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
@@ -38,9 +28,6 @@ from rcpo.slurm.snapshot import PACKAGE, snapshot
 from rcpo.sweeps.multirun import compose_many, is_complete
 from rcpo.system.files import write_privately
 
-if TYPE_CHECKING:
-    from hydra._internal.hydra import Hydra
-
 
 @dataclass
 class Submission:
@@ -52,19 +39,16 @@ class Submission:
     refused: dict[Path, Outcome] = field(default_factory=dict)
 
 
-def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
-    """`rcpo submit COMMAND ARGUMENTS`: submits it, or with `dry_run` shows the script and touches nothing.
+def submit(what: str, arguments: Sequence[str], *, dry_run: bool) -> int:
+    """`rcpo submit WHAT ARGUMENTS`: submits it, or with `dry_run` shows the script and touches nothing.
 
     Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
     """
-    flags = split_arguments(arguments)
-    allowed = ("slurm", "sweep", "study") if command == "sweep" else ("slurm",)
-    refuse_command_keys(flags.overrides, allowed)
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            composed = [override for override in flags.overrides if not override.startswith("run=")]
-            return show(hydra, flags.config_name or PRIMARY, flags, composed)
-        plan = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[command](hydra, flags)
+    nodes = ("slurm", "sweep", "study") if what == "sweep" else ("slurm",)
+    with command(arguments, nodes=nodes, own=("run",) if what == "evaluate" else ()) as call:
+        if call.shown:
+            return DONE
+        plan = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[what](call)
     for folder, outcome in plan.refused.items():
         print(f"rcpo: {folder.name}: {outcome.reason}", file=sys.stderr)
     if plan.job.runs is not None and not plan.job.runs:
@@ -84,7 +68,7 @@ def submit(command: str, arguments: Sequence[str], *, dry_run: bool) -> int:
         job=sbatch(plan.job.script),
         runs=[str(folder) for folder in plan.job.runs or (plan.job.folder,)],
         array=plan.job.runs is not None,
-        command=[command, *map(_without_secrets, arguments)],
+        command=[what, *map(_without_secrets, arguments)],
         git=git_state(PACKAGE / "__init__.py"),
         time=now(),
     )
@@ -98,23 +82,22 @@ def _without_secrets(argument: str) -> str:
     return f"{key}=***" if key.lstrip("+").startswith("slurm.env") else redact(argument)
 
 
-def _train(hydra: Hydra, flags: argparse.Namespace) -> Submission:
-    if flags.multirun:
+def _train(call: Call) -> Submission:
+    if call.flags.multirun:
         raise ConfigError("-m: several runs are one array, `rcpo submit sweep`")
-    cfg = compose_with(hydra, flags.config_name or PRIMARY, flags.overrides)
+    cfg = call.compose()
     slurm = slurm_config(cfg)
     run_dir = resolved_dir(cfg, None).absolute()
     job = BatchJob(run_dir, "train", run_dir / CODE, Path.cwd(), _training(slurm))
     return Submission(job, slurm, {run_dir: _checked(cfg, slurm, run_dir)})
 
 
-def _sweep(hydra: Hydra, flags: argparse.Namespace) -> Submission:
-    name = flags.config_name or PRIMARY
-    cfg = compose_many(hydra, name, flags.overrides)
+def _sweep(call: Call) -> Submission:
+    cfg = compose_many(call.hydra, call.name, call.overrides)
     slurm, sweep_dir = slurm_config(cfg), Path(cfg.hydra.sweep.dir).absolute()
     configs: dict[Path, RunConfig] = {}
     refused: dict[Path, Outcome] = {}
-    for run_dir, each in combinations(hydra, name, cfg, flags.overrides):
+    for run_dir, each in combinations(call.hydra, call.name, cfg, call.overrides):
         try:
             config = _checked(each, slurm, run_dir.absolute())
         except ConfigError as error:
@@ -126,31 +109,28 @@ def _sweep(hydra: Hydra, flags: argparse.Namespace) -> Submission:
     return Submission(job, slurm, configs, refused)
 
 
-def _evaluate(hydra: Hydra, flags: argparse.Namespace) -> Submission:
-    runs = [o.partition("=")[2] for o in flags.overrides if o.startswith("run=")]
-    if flags.multirun:
+def _evaluate(call: Call) -> Submission:
+    run = call.own.get("run")
+    if call.flags.multirun:
         raise ConfigError("-m: submit evaluate takes one run at a time")
-    if not runs or not runs[0]:
+    if not run:
         raise ConfigError("submit evaluate needs a run, which may still be waiting: run=DIR")
-    own = [override for override in flags.overrides if not override.startswith(("run=", "slurm"))]
-    asked = [override for override in flags.overrides if override.startswith("slurm")]
-    slurm = slurm_config(compose_with(hydra, flags.config_name or PRIMARY, asked))
-    run_dir = Path(runs[0]).absolute()
+    asked = [override for override in call.overrides if node_of(override) == "slurm"]
+    own = [override for override in call.overrides if override not in asked]
+    slurm = slurm_config(call.compose(asked))
+    run_dir = Path(run).absolute()
     if not run_dir.is_dir():
         raise ConfigError(f"run={run_dir} is not a folder; give one that was trained, or submitted")
-    _check_evaluation(hydra, run_dir, own, slurm)
-    place = [f"--config-dir={Path(flags.config_dir).absolute()}"] if flags.config_dir else []
-    command = ["rcpo.cli", "evaluate", f"run={run_dir}", *own, *place]
-    return Submission(
-        BatchJob(run_dir, "evaluate", run_dir / "code-evaluate", Path.cwd(), command), slurm, {}
-    )
+    _check_evaluation(call, run_dir, own, slurm)
+    own_options = call.flags.config_dir
+    place = [f"--config-dir={Path(own_options).absolute()}"] if own_options else []
+    words = ["rcpo.cli", "evaluate", f"run={run_dir}", *own, *place]
+    return Submission(BatchJob(run_dir, "evaluate", run_dir / "code-evaluate", Path.cwd(), words), slurm, {})
 
 
-def _check_evaluation(hydra: Hydra, run_dir: Path, own: list[str], slurm: SlurmConfig) -> None:
+def _check_evaluation(call: Call, run_dir: Path, own: list[str], slurm: SlurmConfig) -> None:
     """Raise ConfigError for what the evaluation would refuse when it starts, hours later."""
-    refuse_command_keys(own)
-    base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
-    config = parse(over_run(hydra, base, own), files=slurm.after is None)
+    config = call.config_of(run_dir, own, files=slurm.after is None)
     if slurm.after is None and not (run_dir / FINAL).is_dir() and not _is_submitted(run_dir):
         raise ConfigError(f"run={run_dir} has no final/ and no job that is to write it; finish it first")
     if not (config.eval.preferences or config.eval.tasks or config.eval.judge):

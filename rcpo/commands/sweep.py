@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from rcpo.commands.compose import show, shows
-from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments
-from rcpo.config.nodes import refuse_command_keys
+from rcpo.commands.compose import command
+from rcpo.config.composition import compose_with
 from rcpo.config.refusals import refusals_explained
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE
@@ -33,19 +32,15 @@ def sweep(arguments: Sequence[str]) -> int:
     `compare=DIR` starts nothing. Returns the exit code of the runs; raises ConfigError for what is refused
     beforehand.
     """
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY
-    refuse_command_keys(flags.overrides, allowed=("sweep", "study"))
-    finished = [override.partition("=")[2] for override in flags.overrides if override.startswith("compare=")]
-    if finished:
-        if len(flags.overrides) > 1:
-            raise ConfigError("compare=DIR stands alone: it starts no run")
-        conclude(Path(finished[0]))
-        return DONE
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, flags.overrides)
-        return _sweep(hydra, name, flags.overrides)
+    with command(arguments, nodes=("sweep", "study"), own=("compare",)) as call:
+        if call.shown:
+            return DONE
+        if "compare" in call.own:
+            if call.overrides:
+                raise ConfigError("compare=DIR stands alone: it starts no run")
+            conclude(Path(call.own["compare"]))
+            return DONE
+        return _sweep(call.hydra, call.name, call.overrides)
 
 
 def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:

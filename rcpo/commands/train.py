@@ -4,58 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rcpo.commands.compose import show, shows, wants_multirun
-from rcpo.config.composition import (
-    PRIMARY,
-    compose_with,
-    hydra_session,
-    job_dir,
-    over_run,
-    resolved_dir,
-    split_arguments,
-    user_part,
-)
+from rcpo.commands.compose import Call, command
+from rcpo.config.composition import job_dir, resolved_dir, user_part
 from rcpo.config.nodes import refuse_command_keys
-from rcpo.config.parsing import parse, read_tree, save_run_config, structure, to_container
+from rcpo.config.parsing import parse, save_run_config
 from rcpo.config.refusals import refusals_explained
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
 from rcpo.launch.folder import refuse_other
 from rcpo.launch.logs import configure_log
+from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import external_ranks, world_size
 from rcpo.launch.run import launch
 from rcpo.runs.folder import CONFIG_FILE
 from rcpo.sweeps.multirun import train_many
 
-if TYPE_CHECKING:
-    from hydra._internal.hydra import Hydra
-
 
 def train(arguments: Sequence[str]) -> int:
     """`rcpo train ARGUMENTS`: returns the exit code; raises ConfigError for what is refused beforehand."""
-    flags = split_arguments(arguments)
-    name = flags.config_name or PRIMARY
-    with hydra_session(flags.config_dir, flags.config_path) as hydra:
-        if shows(flags):
-            return show(hydra, name, flags, flags.overrides)
-        folder = _folder_to_resume(flags.overrides)
-        several = flags.multirun or wants_multirun(hydra, name, flags.overrides)
-        refuse_command_keys(flags.overrides, allowed=("sweep",) if several else ())
-        if several:
+    with command(arguments, nodes=("sweep",)) as call:
+        if call.shown:
+            return DONE
+        folder = _folder_to_resume(call.overrides)
+        if call.flags.multirun or _wants_multirun(call):
             if folder is not None:
                 raise ConfigError("-m starts runs of their own folders: resume=auto continues each of them")
-            return train_many(hydra, name, flags.overrides)
-        if folder is not None:
-            return _continue(hydra, folder, flags.overrides)
-        return _single(hydra, name, flags.overrides)
+            return train_many(call.hydra, call.name, call.overrides)
+        refuse_command_keys(call.overrides)
+        return _single(call) if folder is None else _continue(call, folder)
 
 
-def _single(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
-    cfg = compose_with(hydra, name, overrides)
+def _wants_multirun(call: Call) -> bool:
+    """Whether `hydra.mode` asks for several runs."""
+    from hydra.types import RunMode
+
+    return bool(call.hydra.get_mode(call.name, call.overrides) == RunMode.MULTIRUN)
+
+
+def _single(call: Call) -> int:
+    cfg = call.compose()
     config = parse(user_part(cfg))
     check(config, world_size(config))
     ranks = external_ranks()
@@ -63,8 +53,8 @@ def _single(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
         configure_log(Path("."), file=False)
         return launch(config, None)
     refuse_other(resolved_dir(cfg, None), config)
-    with refusals_explained(hydra, name, overrides):
-        job = hydra.run(name, _train_job, [*overrides, "hydra.mode=RUN"])
+    with refusals_explained(call.hydra, call.name, call.overrides):
+        job = call.hydra.run(call.name, _train_job, [*call.overrides, "hydra.mode=RUN"])
     return int(job.return_value)
 
 
@@ -74,13 +64,12 @@ def _folder_to_resume(overrides: Sequence[str]) -> Path | None:
     return None if not values or values[0] in ("null", "auto") else Path(values[0])
 
 
-def _continue(hydra: Hydra, run_dir: Path, overrides: Sequence[str]) -> int:
+def _continue(call: Call, run_dir: Path) -> int:
     """`resume=DIR`: the run's own configuration with overrides applied, in its folder."""
-    given = [override for override in overrides if override.startswith("hydra.")]
+    given = [override for override in call.overrides if override.startswith("hydra.")]
     if given:
         raise ConfigError(f"{given[0]}: resume={run_dir} continues in that folder, as it was started")
-    base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
-    config = parse(over_run(hydra, base, overrides))
+    config = call.config_of(run_dir)
     check(config, world_size(config))
     ranks = external_ranks()
     main_rank = ranks is None or ranks.rank == 0

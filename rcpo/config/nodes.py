@@ -47,9 +47,14 @@ def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
     return config
 
 
+def node_of(override: str) -> str:
+    """The node, or top-level key, that an override changes: `slurm` of `+slurm.env.A=1`."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0]
+
+
 def refuse_command_keys(overrides: Sequence[str], allowed: Sequence[str] = ()) -> None:
     """Raise ConfigError for keys that the command at hand does not read."""
     for override in overrides:
-        node = override.lstrip("+~").partition("=")[0].partition(".")[0]
+        node = node_of(override)
         if node in COMMAND_NODES and node not in allowed:
             raise ConfigError(f"{override}: {node} is read by {COMMAND_NODES[node]} alone")

@@ -98,6 +98,14 @@ def test_what_a_job_before_has_yet_to_write_is_not_missed(slurm: Path) -> None:
     assert read_submitted(Path("second"), "evaluate") is not None
 
 
+def test_an_evaluation_s_job_takes_variables_of_the_environment(slurm: Path) -> None:
+    submit("train", ["hydra.run.dir=mine"], dry_run=False)
+    assert submit("evaluate", ["run=mine", "slurm.env.A=b", "eval.max_examples=8"], dry_run=False) == 0
+    sent = (slurm / "sent").read_text()
+    assert "export A=b\n" in sent
+    assert f"-m rcpo.cli evaluate run={Path('mine').absolute()} eval.max_examples=8 &" in sent
+
+
 def test_the_user_s_objective_is_in_the_snapshot(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("conf/objective").mkdir(parents=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import forked
 import pytest
 from tiny import tiny_llama
 
-from rcpo.commands.chain import needs
+from rcpo.commands.chain import needs, submit_chain
 from rcpo.config.onpolicy import IterateConfig, OnPolicyConfig
 from rcpo.config.parsing import load_run_config
 from rcpo.config.schema import RunConfig
@@ -257,8 +258,6 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_chain_is_shown_and_touches_nothing(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rcpo.commands.chain import submit_chain
-
     words = ["rounds=2", "hydra.run.dir=it", "slurm.nodes=2", "train.micro_batch_size=8"]
     assert submit_chain(words, dry_run=True) == 0
     said = capsys.readouterr().out
@@ -272,8 +271,9 @@ def test_a_chain_is_shown_and_touches_nothing(outputs: Path, capsys: pytest.Capt
 def test_several_runs_and_outer_launchers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from rcpo.commands.iterate import iterate
 
-    with pytest.raises(ConfigError, match="without -m"):
-        iterate(["-m", "seed=1,2"])
+    for go in (iterate, partial(submit_chain, dry_run=True)):
+        with pytest.raises(ConfigError, match="without -m"):
+            go(["-m", "seed=1"])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="rcpo submit iterate"):
