@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rcpo.commands.compose import command
 from rcpo.config.composition import resolved_dir, user_part
-from rcpo.config.parsing import parse, save_run_config
+from rcpo.config.parsing import parse
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
-from rcpo.launch.logs import configure_log
+from rcpo.launch.folder import ready_folder
 from rcpo.launch.outcomes import DONE
-from rcpo.launch.ranks import external_ranks, world_size
+from rcpo.launch.ranks import world_size
 from rcpo.launch.run import launch
 from rcpo.runs.folder import CONFIG_FILE, EVALUATION, METRICS_FILE
 
@@ -36,10 +36,4 @@ def evaluate(arguments: Sequence[str]) -> int:
     # nothing is trained, so the global batch need not fit this number of processes
     config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)
     check(config, world_size(config))
-    ranks = external_ranks()
-    main_rank = ranks is None or ranks.rank == 0
-    if main_rank:
-        (run_dir / EVALUATION).mkdir(parents=True, exist_ok=True)
-        save_run_config(config, run_dir / EVALUATION / CONFIG_FILE)
-    configure_log(run_dir, file=main_rank)
-    return launch(config, run_dir if main_rank else None, "evaluate")
+    return launch(config, ready_folder(config, run_dir, EVALUATION), "evaluate")

@@ -16,7 +16,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
 from rcpo.launch.outcomes import DONE
-from rcpo.launch.ranks import external_ranks, world_size
+from rcpo.launch.ranks import is_first, world_size
 from rcpo.models import hub
 from rcpo.onpolicy.settings import SETTINGS_FILE, Settings, dated
 from rcpo.onpolicy.start import start
@@ -35,13 +35,11 @@ def sample(arguments: Sequence[str]) -> int:
         settings, folder = _settings(call)
     ready(settings)
     dated(settings.config, folder / SETTINGS_FILE)
-    ranks = external_ranks()
-    main_rank = ranks is None or ranks.rank == 0
-    if main_rank:
+    if is_first():
         refuse_locked(folder)
         settings.write(folder)
-    configure_log(folder, file=main_rank)
-    return start(settings, folder if main_rank else None)
+    configure_log(folder, file=is_first())
+    return start(settings, folder if is_first() else None)
 
 
 def _settings(call: Call) -> tuple[Settings, Path]:

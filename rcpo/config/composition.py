@@ -40,7 +40,7 @@ _TELLING = {
     "engine": "stage",
 }
 # Hydra settings that not every kind of run follows: values that ask for nothing, and the remedy
-_UNUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+_UNUSED_SETTINGS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "hydra.job.chdir": (
         (None, False),
         "a run stays in the folder where rcpo was started; hydra.run.dir=DIR chooses where its files go",
@@ -52,6 +52,18 @@ _UNUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "hydra.job.env_set": (
         (None, {}),
         "set environment variables in the shell, or in slurm.env for a job",
+    ),
+    "hydra.callbacks": (
+        (None, {}),
+        "a run calls none of Hydra's; start rcpo from a program that does what they would",
+    ),
+    "hydra.verbose": (
+        (None, False),
+        "rcpo.log in the run's folder has all messages",
+    ),
+    "hydra.job_logging": (
+        None,  # conf/config.yaml has values
+        "rcpo.log in the run's folder has all messages, and warnings are printed",
     ),
 }
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -235,12 +247,13 @@ def _refuse_unused_settings(cfg: DictConfig) -> None:
     """Raise ConfigError for settings of Hydra's that some runs would not follow."""
     # unresolved: ${rcpo_run_name:…} is known in a job alone
     texts = cast("list[str]", OmegaConf.to_container(cfg.hydra.overrides.hydra, resolve=False))
-    given = {text.partition("=")[0].lstrip("+") for text in texts}
+    given = [text.partition("=")[0].lstrip("+").replace("/", ".") for text in texts]
     for key, (harmless, remedy) in _UNUSED_SETTINGS.items():
         value = OmegaConf.select(cfg, key)
-        if value not in harmless or (key in given and value):
-            shown = str(value).lower() if isinstance(value, bool) else value
-            raise ConfigError(f"{key}={shown} is not supported: {remedy}")
+        asked = any(f"{each}.".startswith(f"{key}.") for each in given)
+        if (asked and value) or (harmless is not None and value not in harmless):
+            shown = "" if harmless is None else f"={str(value).lower() if isinstance(value, bool) else value}"
+            raise ConfigError(f"{key}{shown} is not supported: {remedy}")
 
 
 def _refuse_nameless(cfg: DictConfig) -> None:
@@ -287,13 +300,6 @@ def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> Di
         changes.append(override)
     ConfigStore.instance().store(name="finished_run", node=base)
     return user_part(compose_with(hydra, "finished_run", changes))
-
-
-def job_dir() -> Path:
-    """The folder that Hydra made for the job it is running."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:

@@ -13,7 +13,7 @@ from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
 from rcpo.launch.outcomes import REFUSED
-from rcpo.launch.ranks import external_ranks, world_size
+from rcpo.launch.ranks import is_first, world_size
 from rcpo.launch.run import TASKS, failed, launch, refused
 from rcpo.runs.folder import CONFIG_FILE
 from rcpo.system import terminal
@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
     run_dir = Path(arguments[0])
     try:
         config = load_run_config(run_dir / TASKS[task][1] / CONFIG_FILE)
-        ranks = external_ranks()
-        configure_log(run_dir, file=ranks is None or ranks.rank == 0)
+        configure_log(run_dir, file=is_first())
         check(config, world_size(config))
     except ConfigError as error:
         return refused(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rcpo.config.model import check_folder
 from rcpo.config.schema import BITSANDBYTES, RunConfig
 from rcpo.errors import ConfigError
-from rcpo.launch.ranks import external_ranks
+from rcpo.launch.ranks import is_first
 from rcpo.models import hub
 from rcpo.runs.backends import check_installed
 
@@ -62,8 +62,7 @@ def check_run(config: RunConfig, world_size: int, *, models: bool = True) -> Non
 def _fetch_models(config: RunConfig) -> None:
     """Download what the run needs of the hub, so that no rank has to, and look at the folders."""
     model = config.model
-    ranks = external_ranks()
-    if ranks is not None and ranks.rank > 0:
+    if not is_first():
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()  # rank 0 shows them

@@ -1,4 +1,4 @@
-"""The folder of a run: which one Hydra means, and whether a run may start in it."""
+"""The folder of a run: whether a run may start in it, and what it holds when the run starts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import os
 from pathlib import Path
 
 from rcpo.config.changes import refuse_other_run
+from rcpo.config.parsing import save_run_config
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-from rcpo.launch.ranks import world_size
-from rcpo.runs.folder import CHECKPOINTS, METRICS_FILE, finished_state, refuse_locked, stored_state
+from rcpo.launch.logs import configure_log
+from rcpo.launch.ranks import is_first, world_size
+from rcpo.runs.folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    finished_state,
+    refuse_locked,
+    stored_state,
+)
 from rcpo.runs.inputs import read_inputs, refuse_other_training, standing
 from rcpo.system.text import os_message
 
@@ -43,6 +52,18 @@ def refuse_other(run_dir: Path, config: RunConfig, processes: int | None = None)
         refuse_other_training(run_dir, found, config)
     if before is not None and (finished is None or found.trained):
         refuse_other_run(before, str(run_dir), config, processes or world_size(config))
+
+
+def ready_folder(config: RunConfig, run_dir: Path, record: str = ".") -> Path | None:
+    """Make the folder of a run, with its log and, in `record`, its resolved configuration.
+
+    Returns it to rank 0, and None to the other ranks of an outer launcher.
+    """
+    if is_first():
+        (run_dir / record).mkdir(parents=True, exist_ok=True)
+        save_run_config(config, run_dir / record / CONFIG_FILE)
+    configure_log(run_dir, file=is_first())
+    return run_dir if is_first() else None
 
 
 def make_folder(folder: Path, key: str) -> None:

@@ -49,6 +49,12 @@ def external_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     return None
 
 
+def is_first() -> bool:
+    """Whether this process, as rank 0 or without an outer launcher, writes the run's files."""
+    ranks = external_ranks()
+    return ranks is None or ranks.rank == 0
+
+
 def _number(environment: Mapping[str, str], name: str) -> int | None:
     """A variable's whole number; None where it is not set, or empty. Raises ConfigError for anything else."""
     text = environment.get(name, "").strip()

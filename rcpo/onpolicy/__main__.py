@@ -8,7 +8,7 @@ from pathlib import Path
 from rcpo.errors import ConfigError
 from rcpo.launch.logs import configure_log
 from rcpo.launch.outcomes import REFUSED
-from rcpo.launch.ranks import external_ranks
+from rcpo.launch.ranks import is_first
 from rcpo.launch.run import refused
 from rcpo.onpolicy.settings import Settings
 from rcpo.onpolicy.start import start
@@ -24,8 +24,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     try:
         settings = Settings.read(folder)
-        ranks = external_ranks()
-        configure_log(folder, file=ranks is None or ranks.rank == 0)
+        configure_log(folder, file=is_first())
     except ConfigError as error:
         return refused(error)
     return start(settings, folder)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rcpo.config.composition import compose_with, job_dir, user_part
+from rcpo.config.composition import compose_with, user_part
 from rcpo.config.parsing import parse, save_run_config
 from rcpo.config.refusals import refusals_explained
 from rcpo.config.schema import RunConfig
@@ -120,7 +120,8 @@ def planned_job(cfg: DictConfig) -> Planned:
         config = parse(user_part(cfg))
     except ConfigError as error:
         config = error
-    return Planned(job_dir(), " ".join(map(str, HydraConfig.get().overrides.task)), config)
+    job = HydraConfig.get()
+    return Planned(Path(job.runtime.output_dir), " ".join(map(str, job.overrides.task)), config)
 
 
 def local_job(pool: Pool, planned: Planned) -> RunJob:

@@ -303,7 +303,6 @@ def test_evaluate_takes_a_runs_configuration_with_overrides(
         evaluate(["run=mine"])
     Path("mine", "metrics.jsonl").touch()
     seen: list[tuple[RunConfig, Path]] = []
-    monkeypatch.setattr("rcpo.commands.evaluate.configure_log", lambda *_, **__: None)
     monkeypatch.setattr(
         "rcpo.commands.evaluate.launch", lambda config, run_dir, task: seen.append((config, run_dir)) or 0
     )

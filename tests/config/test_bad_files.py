@@ -121,6 +121,8 @@ def test_a_primary_configuration_that_cannot_be_used_is_named(mine: Path) -> Non
         ("hydra.output_subdir=.hydra", "config.yaml"),
         ("hydra.output_subdir=notes", "config.yaml"),
         ("++hydra.job.env_set.SEED=1", "slurm.env"),
+        ("++hydra.callbacks.mine._target_=my.Callback", "a program that does"),
+        ("hydra.verbose=true", "rcpo.log"),
     ],
 )
 def test_settings_of_hydra_that_rcpo_does_not_follow_are_refused(
@@ -128,12 +130,21 @@ def test_settings_of_hydra_that_rcpo_does_not_follow_are_refused(
 ) -> None:
     key, _, value = override.lstrip("+").partition("=")
     message = refused(override)
-    assert key.removesuffix(".SEED") in message and remedy in message and "\n" not in message
+    assert (
+        key.removesuffix(".SEED").removesuffix(".mine._target_") in message
+        and remedy in message
+        and "\n" not in message
+    )
     lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(key.split("."))]
     (mine / "study").mkdir()
     (mine / "study" / "moved.yaml").write_text("\n".join(["# @package _global_", *lines]) + f" {value}\n")
     if value != ".hydra":  # in a file, Hydra's own default cannot be told from a choice
         assert refused(f"--config-dir={mine}", "study=moved") == message
+
+
+def test_the_log_of_a_run_is_not_hydra_s() -> None:
+    for override in ("hydra/job_logging=disabled", "hydra.job_logging.root.level=DEBUG"):
+        assert "hydra.job_logging is not supported: rcpo.log" in refused(override)
 
 
 def test_settings_of_hydra_that_ask_for_nothing_are_accepted() -> None:
