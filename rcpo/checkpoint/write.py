@@ -12,7 +12,8 @@ import logging
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock, Thread
@@ -199,6 +200,16 @@ class CheckpointWriter:
             self._pending = None
             raise
         self._pending = None
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Finish the checkpoint that is being written, whatever ends the block."""
+        try:
+            yield
+            self.finish()
+        except BaseException:
+            self.rescue()
+            raise
 
     def rescue(self) -> None:
         """Finish a pending checkpoint after a failure, which other ranks may not have had. Not collective."""

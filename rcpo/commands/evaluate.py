@@ -13,8 +13,8 @@ from rcpo.launch.checks import check
 from rcpo.launch.folder import ready_folder
 from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import world_size
-from rcpo.launch.run import launch
-from rcpo.runs.folder import CONFIG_FILE, EVALUATION, METRICS_FILE
+from rcpo.launch.run import TASKS, launch
+from rcpo.runs.folder import CONFIG_FILE, METRICS_FILE
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -36,4 +36,5 @@ def evaluate(arguments: Sequence[str]) -> int:
     # nothing is trained, so the global batch need not fit this number of processes
     config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)
     check(config, world_size(config))
-    return launch(config, ready_folder(config, run_dir, EVALUATION), "evaluate")
+    task = TASKS["evaluate"]
+    return launch(config, ready_folder(config, run_dir, task.record), task)

@@ -33,6 +33,7 @@ from rcpo.runs.folder import (
 from rcpo.runs.inputs import JUDGE, PAIRS, TASKS, write_evaluation_settings
 from rcpo.runs.jsonl import clean_row, write_lines
 from rcpo.system import distributed
+from rcpo.system.distributed import say
 from rcpo.training.session import Session
 
 
@@ -166,9 +167,3 @@ def show(record: dict[str, Any]) -> None:
         console = Console()
         console.print(summary_table(record))
         console.print(describe(record))
-
-
-def say(line: str) -> None:
-    """A line for the user, from the main rank."""
-    if distributed.is_main():
-        print(line, flush=True)

@@ -28,14 +28,14 @@ def main(arguments: list[str]) -> int:
         return REFUSED
     run_dir = Path(arguments[0])
     try:
-        config = load_run_config(run_dir / TASKS[task][1] / CONFIG_FILE)
+        config = load_run_config(run_dir / TASKS[task].record / CONFIG_FILE)
         configure_log(run_dir, file=is_first())
         check(config, world_size(config))
     except ConfigError as error:
         return refused(error)
     except OSError as error:
         return failed(error)
-    return launch(config, run_dir, task)
+    return launch(config, run_dir, TASKS[task])
 
 
 if __name__ == "__main__":

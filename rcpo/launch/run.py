@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,15 @@ if TYPE_CHECKING:
     from rcpo.training.session import Session
 
 log = logging.getLogger(__name__)
-Task = Callable[[RunConfig, Path], int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process does in a run's folder, to its exit code; `command` starts a local rank that does it."""
+
+    run: Callable[[RunConfig, Path], int]
+    command: Callable[[Path], list[str]]
+    record: str = "."  # where in the folder the resolved config.yaml is
 
 
 def train(config: RunConfig, run_dir: Path) -> int:
@@ -68,19 +78,48 @@ def _renew_card(run_dir: Path) -> None:
         renew_card(run_dir, print)
 
 
-# what a process does with a run's folder, and the folder in it that holds the resolved config.yaml
-TASKS: dict[str, tuple[Task, str]] = {"train": (train, "."), "evaluate": (evaluate, EVALUATION)}
+# what a process may do in a run's folder, by the names that `python -m rcpo.launch` takes
+TASKS = {
+    "train": Task(train, run_command),
+    "evaluate": Task(evaluate, partial(run_command, task="evaluate"), EVALUATION),
+}
 
 
-def launch(config: RunConfig, run_dir: Path | None, task: str = "train") -> int:
-    """Run a task and return its exit code: 0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved.
+def launch(config: RunConfig, run_dir: Path | None, task: Task = TASKS["train"]) -> int:
+    """Run a task, as this process's rank or in local ranks, and return its exit code.
 
-    `run_dir` holds the resolved config.yaml; ranks other than 0 pass None and get rank 0's.
+    0 done, 1 failed, 2 refused, 75 stopped with a checkpoint saved; failures go to the log and to standard
+    error. `run_dir` holds the resolved config.yaml; ranks other than 0 pass None and get rank 0's.
     """
     if external_ranks() is None and config.launch.processes > 1:
         assert run_dir is not None
-        return launch_workers(config.launch.processes, run_command(run_dir, task))
-    return run_here(TASKS[task][0], config, run_dir)
+        return launch_workers(config.launch.processes, task.command(run_dir))
+    name, heartbeat = task.run.__name__, Heartbeat(config.launch.lost_after)
+    try:
+        from rcpo.system import distributed
+
+        _join(config, heartbeat)
+        folder = meeting.share_folder(run_dir)
+        if distributed.is_main():
+            print(f"{name}: {folder}", flush=True)
+            log.info("%s: %s", name, to_container(config))
+        code = task.run(config, folder)
+        _leave(heartbeat)
+        return code
+    except ConfigError as error:  # of all ranks alike
+        report_refusal(error)
+        _leave(heartbeat)
+        return REFUSED
+    except (RunError, OSError) as error:
+        # the message says what happened (a full disk, a number that is not finite); the log has where
+        log.info("%s failed", name, exc_info=True)
+        report_failure(error)
+        return FAILED
+    except Exception as error:
+        # the process ends here: the log keeps the traceback, the caller gets a code
+        log.exception("%s failed", name)
+        tell_agent(error)
+        return FAILED
 
 
 def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
@@ -126,33 +165,3 @@ def refused(error: ConfigError) -> int:
         log.info("the other ranks were not told: %s", unreachable)
     report_refusal(error)
     return REFUSED
-
-
-def run_here(task: Task, config: RunConfig, run_dir: Path | None) -> int:
-    """Run `task` as this process's rank, in rank 0's folder; failures go to log and exit code."""
-    heartbeat = Heartbeat(config.launch.lost_after)
-    try:
-        from rcpo.system import distributed
-
-        _join(config, heartbeat)
-        folder = meeting.share_folder(run_dir)
-        if distributed.is_main():
-            print(f"{task.__name__}: {folder}", flush=True)
-            log.info("%s: %s", task.__name__, to_container(config))
-        code = task(config, folder)
-        _leave(heartbeat)
-        return code
-    except ConfigError as error:  # of all ranks alike
-        report_refusal(error)
-        _leave(heartbeat)
-        return REFUSED
-    except (RunError, OSError) as error:
-        # the message says what happened (a full disk, a number that is not finite); the log has where
-        log.info("%s failed", task.__name__, exc_info=True)
-        report_failure(error)
-        return FAILED
-    except Exception as error:
-        # the process ends here: the log keeps the traceback, the caller gets a code
-        log.exception("%s failed", task.__name__)
-        tell_agent(error)
-        return FAILED

@@ -24,6 +24,7 @@ from rcpo.onpolicy.settings import Settings
 from rcpo.runs.environment import git_state
 from rcpo.runs.folder import FINAL, read_object
 from rcpo.system import distributed
+from rcpo.system.distributed import say
 from rcpo.system.files import cache_folder, replace_text
 from rcpo.system.signals import STOPPED, Stopped, StopRequest
 from rcpo.training.trainer import alone_in
@@ -43,7 +44,7 @@ def make(settings: Settings, folder: Path) -> int:
         try:
             _make(settings, folder, stop.__bool__)
         except Stopped as stopped:
-            _say(str(stopped))
+            say(str(stopped))
             return STOPPED
     return 0
 
@@ -59,7 +60,7 @@ def _make(settings: Settings, folder: Path, stop: Callable[[], bool]) -> None:
         answers.refuse_cut(wanted_prompts)
         endpoint = Endpoint(nodes.sample, "sample")
         on_main_or_refused(endpoint.check)
-    score = scores.prepare(config, nodes.score, wanted_prompts, source, folder, _say, stop)
+    score = scores.prepare(config, nodes.score, wanted_prompts, source, folder, say, stop)
     provenance = _provenance(settings, source, prompts)
     on_main_or_refused(lambda: _refuse_other(folder / answers.FOLDER, provenance["asked"]))
     leave_if_asked(stop)
@@ -67,7 +68,7 @@ def _make(settings: Settings, folder: Path, stop: Callable[[], bool]) -> None:
     if endpoint is None:
         answers.answer_here(config, nodes.sample, source, tokenizer, prompts, wanted, folder, stop)
     else:
-        answers.answer_by_endpoint(config, nodes.sample, endpoint, prompts, wanted, folder, _say, stop)
+        answers.answer_by_endpoint(config, nodes.sample, endpoint, prompts, wanted, folder, say, stop)
     found = answers.read_answers(folder, wanted)
     scored = score(usable(found))
     leave_if_asked(stop)
@@ -148,14 +149,9 @@ def _conclude(
     made = make_pairs(prompts, found, scored, settings.nodes, settings.config.seed)
     about = write_pairs(folder, made, provenance)
     for line in lines(about):
-        _say(line)
+        say(line)
     if not made.rows:
         raise RunError(
             f"no prompt gave a pair; {folder / 'pairs.json'} counts why. More answers (sample.n), a higher "
             "sample.temperature, or a longer sample.max_new_tokens may give some"
         )
-
-
-def _say(line: str) -> None:
-    if distributed.is_main():
-        print(line, flush=True)

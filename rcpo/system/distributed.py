@@ -121,6 +121,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(line: str) -> None:
+    """Print a line for the user, from the main rank."""
+    if is_main():
+        print(line, flush=True)
+
+
 def reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, on the device it came from."""
     return _reduce(tensor, dist.ReduceOp.SUM)

@@ -43,6 +43,7 @@ from rcpo.runs.folder import (
 from rcpo.runs.inputs import INPUTS
 from rcpo.runs.tracker import Tracker
 from rcpo.system import distributed
+from rcpo.system.distributed import say
 from rcpo.system.files import replace_text
 from rcpo.system.signals import STOPPED, Stopped, StopRequest
 from rcpo.system.text import first_line
@@ -179,40 +180,33 @@ class Trainer:
         At the end `final/` is written before anything that can fail: evaluation, the last probe, `best/`.
         Whatever ends the run, a checkpoint that is being written is finished.
         """
-        try:
-            self._run(tracker, evaluate, observe)
-            self.checkpoints.finish()
-        except BaseException:
-            self.checkpoints.rescue()
-            raise
-
-    def _run(self, tracker: Tracker, evaluate: Evaluate | None, observe: Observe | None) -> None:
-        if observe is not None and self.step == 0:
-            observe(0, tracker)
         every = self.config.eval.every
         row = None
-        gc.freeze()  # what was loaded stays
-        gc.set_threshold(*USUAL_COLLECTIONS)
-        self.checkpoints.clock.start()
-        while not self.finished and not self.stopping:
-            row = self.train_step()
-            if (ahead := self.outlook.after(row, self.session.total_steps - self.step)) is not None:
-                tracker.message(ahead)
-            for line in self.divergence.look(row):
-                tracker.warning(line)
+        with self.checkpoints.finishing():
+            if observe is not None and self.step == 0:
+                observe(0, tracker)
+            gc.freeze()  # what was loaded stays
+            gc.set_threshold(*USUAL_COLLECTIONS)
+            self.checkpoints.clock.start()
+            while not self.finished and not self.stopping:
+                row = self.train_step()
+                if (ahead := self.outlook.after(row, self.session.total_steps - self.step)) is not None:
+                    tracker.message(ahead)
+                for line in self.divergence.look(row):
+                    tracker.warning(line)
+                if self.finished:
+                    break
+                improved = bool(every and self.step % every == 0) and self._evaluate(tracker, evaluate)
+                if (self.step - 1) % self.config.log.every == 0:
+                    tracker.log(row)
+                if observe is not None:
+                    observe(self.step, tracker)
+                if self.votes["written"] == distributed.world_size():
+                    self.checkpoints.finish()
+                if improved or self._save_due():
+                    self.save(tracker)
             if self.finished:
-                break
-            improved = bool(every and self.step % every == 0) and self._evaluate(tracker, evaluate)
-            if (self.step - 1) % self.config.log.every == 0:
-                tracker.log(row)
-            if observe is not None:
-                observe(self.step, tracker)
-            if self.votes["written"] == distributed.world_size():
-                self.checkpoints.finish()
-            if improved or self._save_due():
-                self.save(tracker)
-        if self.finished:
-            self._conclude(row, tracker, evaluate, observe)
+                self._conclude(row, tracker, evaluate, observe)
 
     def _evaluate(self, tracker: Tracker, evaluate: Evaluate | None) -> bool:
         """A held-out evaluation after this step; returns whether it is the best so far."""
@@ -311,13 +305,13 @@ class Trainer:
         save_model(self.session, FINAL)
         self._write_finished(evaluated=False)
 
-    def _save_best(self, say: Callable[[str], None]) -> None:
+    def _save_best(self, tell: Callable[[str], None]) -> None:
         """`best/`, where `checkpoint.best` is set. Collective."""
         if self.best.step is not None:
             taken = save_best(
                 self.session, self.checkpoints.place(self.best.step), self.best.step == self.step
             )
-            say(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
+            tell(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
 
     def _write_finished(self, *, evaluated: bool) -> None:
         state = {**self.state_dict(), INPUTS: self.inputs}  # on all ranks: it may have to be gathered
@@ -360,21 +354,14 @@ def train(
         checkpoint = find_checkpoint(config, run_dir)
         if finished is not None and distributed.is_main():  # another run from here on
             (run_dir / FINISHED_FILE).unlink(missing_ok=True)
-        session = Session(config, run_dir, training=True)
-        log.info("hashed now, for a checkpoint may be in a hurry: %s", session.contents)
-        if checkpoint is not None:
-            refuse_other_contents(
-                checkpoint, session.contents, config, couples_batch=session.objective.spec.couples_batch
-            )
-        if distributed.is_main():
-            write_environment(run_dir / ENVIRONMENT_FILE, resumed=checkpoint is not None)
-            report = json.dumps(session.datasets.report.as_dict(), indent=2)
-            replace_text(run_dir / DATA_FILE, report + "\n")
-        resume_step = None if checkpoint is None else checkpoint.step
-        is_main, total = distributed.is_main(), session.total_steps
-        with Tracker(run_dir, config, total, is_main, resume_step=resume_step) as tracker:
+        session = _load(config, run_dir, checkpoint)
+        step, is_main = None if checkpoint is None else checkpoint.step, distributed.is_main()
+        with Tracker(run_dir, config, session.total_steps, is_main, resume_step=step) as tracker:
             try:
-                _train(session, checkpoint, tracker, evaluate, make_observer, stop)
+                trainer, observe = _prepare(session, checkpoint, tracker, make_observer, stop)
+                trainer.run(tracker, evaluate, observe)
+                if not trainer.finished:
+                    raise Stopped(f"stopped after step {trainer.step}; resume={run_dir} continues")
             except Stopped as stopped:
                 tracker.message(str(stopped))
                 tracker.close(STOPPED)
@@ -385,15 +372,15 @@ def train(
 def _complete(config: RunConfig, run_dir: Path, differences: list[str], evaluate: Evaluate | None) -> None:
     """A run whose training is over: evaluates its weights where that failed or was done otherwise."""
     if not differences or evaluate is None:
-        _say(f"the run in {run_dir} is complete: there is nothing to continue")
+        say(f"the run in {run_dir} is complete: there is nothing to continue")
         return
-    _say(f"the run in {run_dir} is trained; its weights are evaluated again: {'; '.join(differences)}")
+    say(f"the run in {run_dir} is trained; its weights are evaluated again: {'; '.join(differences)}")
     state = distributed.broadcast_object(finished_state(run_dir))
     state |= {"config": to_container(config), INPUTS: shared_inputs(config)}
     write_finished(run_dir, state, evaluated=False)
     try:
         session = Session(config, run_dir, training=False, final=run_dir / FINAL)
-        session.prepare_reference(_say)
+        session.prepare_reference(say)
         if session.objective.state is not None and state["objective"] is not None:
             session.objective.state.load_state_dict(state["objective"])
         evaluate(session)
@@ -402,15 +389,29 @@ def _complete(config: RunConfig, run_dir: Path, differences: list[str], evaluate
     write_finished(run_dir, state, evaluated=True)
 
 
-def _train(
+def _load(config: RunConfig, run_dir: Path, checkpoint: Checkpoint | None) -> Session:
+    """Load data and models, and record both and the environment; raise ConfigError for another run's."""
+    session = Session(config, run_dir, training=True)
+    log.info("hashed now, for a checkpoint may be in a hurry: %s", session.contents)
+    if checkpoint is not None:
+        refuse_other_contents(
+            checkpoint, session.contents, config, couples_batch=session.objective.spec.couples_batch
+        )
+    if distributed.is_main():
+        write_environment(run_dir / ENVIRONMENT_FILE, resumed=checkpoint is not None)
+        report = json.dumps(session.datasets.report.as_dict(), indent=2)
+        replace_text(run_dir / DATA_FILE, report + "\n")
+    return session
+
+
+def _prepare(
     session: Session,
     checkpoint: Checkpoint | None,
     tracker: Tracker,
-    evaluate: Evaluate | None,
     make_observer: MakeObserver | None,
     stop: StopRequest,
-) -> None:
-    """From a loaded session to `final/`; raises Stopped, saying where, on all ranks."""
+) -> tuple[Trainer, Observe | None]:
+    """Compute the reference and restore the checkpoint; raise Stopped on all ranks where one is asked to."""
     for line in session.datasets.report.lines():
         tracker.message(line)
     if session.config.train.micro_batch_size is None:
@@ -431,9 +432,7 @@ def _train(
     batches, train = session.batches, session.datasets.train
     size, steps = session.config.train.batch_size, session.total_steps
     tracker.message(opening(train.lengths, size, steps, batches.steps_per_epoch))
-    trainer.run(tracker, evaluate, observe)
-    if not trainer.finished:
-        raise Stopped(f"stopped after step {trainer.step}; resume={session.run_dir} continues")
+    return trainer, observe
 
 
 @contextmanager
@@ -450,8 +449,3 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         if problem is not None:
             raise ConfigError(problem)
         yield
-
-
-def _say(line: str) -> None:
-    if distributed.is_main():
-        print(line, flush=True)

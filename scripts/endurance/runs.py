@@ -128,7 +128,8 @@ def _rank(
     config: RunConfig, run_dir: Path, place: tuple[int, int, int], log: Path, before: Callable[[], None]
 ) -> int:
     """A forked rank, to its exit code."""
-    from rcpo.launch.run import run_here
+    from rcpo.launch.local import run_command
+    from rcpo.launch.run import Task, launch
     from rcpo.training.trainer import train
 
     rank, ranks, port = place
@@ -137,7 +138,7 @@ def _rank(
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     before()
-    code = run_here(train, config, run_dir)
+    code = launch(config, run_dir, Task(train, run_command))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     return code

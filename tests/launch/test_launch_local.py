@@ -30,13 +30,13 @@ def ranks_that(run_dir: Path, body: str, processes: int = 2, before: str = "") -
     """
     worker = run_dir / "worker.py"
     worker.write_text(
-        "import os, signal, sys, time\nfrom pathlib import Path\nfrom rcpo.launch.run import run_here\n"
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom rcpo.launch.run import Task, launch\n"
         "from rcpo.errors import ConfigError; from rcpo.config.parsing import load_run_config\n"
         "def task(config, run_dir):\n    rank = int(os.environ['RANK'])\n"
         + textwrap.indent(textwrap.dedent(body), "    ")
         + f"\nfolder = Path({str(run_dir)!r})\nconfig = load_run_config(folder)\n{before}"
         "own = folder if os.environ['RANK'] == '0' else None\n"
-        "sys.exit(run_here(task, config, own))\n"
+        "sys.exit(launch(config, own, Task(task, lambda folder: [])))\n"
     )
     command = [sys.executable, str(worker)]
     call = f"launch_workers({processes}, {command!r})"
