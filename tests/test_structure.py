@@ -152,6 +152,11 @@ def test_the_method_needs_torch_alone() -> None:
     assert {name.split(".")[0] for name in found} <= allowed
 
 
+def test_models_are_loaded_from_their_own_nodes_of_the_configuration() -> None:
+    found = {name for path in (PACKAGE / "models").rglob("*.py") for name in imports(path)}
+    assert "rcpo.config.schema.ModelConfig" in found and "rcpo.config.schema.RunConfig" not in found
+
+
 def test_nobody_imports_the_command_line() -> None:
     users = {module_of(path) for path in sources() for name in imports(path) if name.startswith("rcpo.cli")}
     assert users <= {"__main__"}

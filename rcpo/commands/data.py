@@ -28,7 +28,7 @@ from rcpo.launch.outcomes import DONE
 from rcpo.method.types import PAIR
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
-from rcpo.models.loading import load_config, load_model, load_tokenizer, model_folder
+from rcpo.models.loading import load_config, load_tokenizer, load_whole, model_folder
 from rcpo.system import distributed
 from rcpo.system.text import visible
 from rcpo.training.limits import refuse_rows_beyond
@@ -132,11 +132,7 @@ def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: 
     start = _start(config)
     settings, sides = load_config(start.base, config.model), scored_sides(objective, dataset)
     refuse_rows_beyond("the policy", settings, dataset, sides)
-    model = load_model(start.base, config, init=start.init)
-    if start.adapter is not None:
-        from rcpo.models.adapters import merge_adapter  # peft takes seconds to import
-
-        model = merge_adapter(model, start.adapter)
+    model = load_whole(start, config.model, config.train.dtype, config.seed)
     policy = Policy(model.eval())
     policy.examine()
     if not policy.fused:

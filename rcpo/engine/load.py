@@ -15,7 +15,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.engine.zero import deepspeed_config
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
-from rcpo.models.loading import load_model, load_tokenizer, model_folder, refuse_other_weights
+from rcpo.models.loading import load_model, load_tokenizer, load_whole, model_folder, refuse_other_weights
 from rcpo.models.policy import Policy
 from rcpo.runs.folder import START
 from rcpo.system import distributed
@@ -88,12 +88,19 @@ def read_model(source: ModelSource, config: RunConfig) -> PreTrainedModel:
 
     No rank then holds the whole model. Fresh weights are made whole on each.
     """
-    bits = config.adapter.quantization
-    load = partial(load_model, source.base, config, init=source.init, quantization=bits)
+    load = partial(
+        load_model,
+        source.base,
+        config.model,
+        config.train.dtype,
+        init=source.init,
+        seed=config.seed,
+        quantization=config.adapter.quantization,
+    )
     if config.engine.stage != 3 or source.init == "random":
         model = load()
     else:
-        refuse_other_weights(source.base, config)
+        refuse_other_weights(source.base, config.model)
         # kept here, as transformers refers to it weakly
         alive = HfDeepSpeedConfig(deepspeed_config(config, training=False))
         try:
@@ -121,10 +128,7 @@ def honour_umask(folder: Path) -> None:
 
 def write_merged(source: ModelSource, target: Path, config: RunConfig) -> None:
     """Write a model with its adapter added to its weights, in training's precision, and its tokenizer."""
-    from rcpo.models.adapters import merge_adapter
-
-    assert source.adapter is not None
-    merge_adapter(load_model(source.base, config), source.adapter).save_pretrained(target)
+    load_whole(source, config.model, config.train.dtype, config.seed).save_pretrained(target)
     load_tokenizer(source.tokenizer, config.model).save_pretrained(target)
 
 
@@ -134,13 +138,3 @@ def policy_source(config: RunConfig, run_dir: Path, final: Path | None) -> Model
     if final is None:
         return start
     return ModelSource(start.base, adapter=final) if holds_adapter(final) else ModelSource(final)
-
-
-def load_whole(config: RunConfig, source: ModelSource) -> PreTrainedModel:
-    """The model in training's precision, its adapter added to its weights."""
-    model = load_model(source.base, config, init=source.init)
-    if source.adapter is None:
-        return model
-    from rcpo.models.adapters import merge_adapter
-
-    return merge_adapter(model, source.adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rcpo.checkpoint.read import checkpoint_weights
 from rcpo.config.model import holds_adapter
 from rcpo.config.schema import RunConfig
-from rcpo.engine.load import load_whole, policy_source
+from rcpo.engine.load import policy_source
 from rcpo.errors import ConfigError
 from rcpo.evaluation.harness import Harness, flat_record, write_results
 from rcpo.evaluation.heldout import MERGED, evaluate, merge_record
@@ -20,7 +21,7 @@ from rcpo.evaluation.judge.inputs import Judging
 from rcpo.evaluation.judge.record import judge_pairs
 from rcpo.evaluation.judge.winrate import PREFIX as JUDGED
 from rcpo.evaluation.summary import describe, judge_table, summary_table, task_table
-from rcpo.models.loading import load_tokenizer
+from rcpo.models.loading import load_tokenizer, load_whole
 from rcpo.runs.folder import (
     CHECKPOINT_RECORDS,
     EVALUATION,
@@ -96,7 +97,8 @@ def evaluate_tasks(harness: Harness, run_dir: Path, final: Path | None) -> None:
     config = harness.config
     source = policy_source(config, run_dir, final)
     tokenizer = load_tokenizer(source.tokenizer, config.model)
-    results = harness.run(source, tokenizer, lambda: load_whole(config, source))
+    load = partial(load_whole, source, config.model, config.train.dtype, config.seed)
+    results = harness.run(source, tokenizer, load)
     for spec, reason in harness.skipped.items():
         say(f"left out: {spec} ({reason})")
     record = flat_record(results)

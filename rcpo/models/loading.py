@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from rcpo.config.schema import ModelConfig, RunConfig
+from rcpo.config.schema import ModelConfig
 from rcpo.errors import ConfigError
 from rcpo.models import hub
+from rcpo.models.hub import ModelSource
 from rcpo.system import distributed
 from rcpo.system.text import first_line
 
@@ -71,10 +72,10 @@ def load_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
     return found
 
 
-def refuse_quantized(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError where the weights to be trained, all of them, are quantised in their file."""
-    settings = getattr(load_config(folder, config.model), "quantization_config", None)
-    if settings is None or config.adapter.name != "none":
+def refuse_quantized(folder: Path, config: ModelConfig) -> None:
+    """Raise ConfigError where the weights, all of which are to be trained, are quantised in their file."""
+    settings = getattr(load_config(folder, config), "quantization_config", None)
+    if settings is None:
         return
     kind = settings if isinstance(settings, dict) else settings.to_dict()
     raise ConfigError(
@@ -84,30 +85,34 @@ def refuse_quantized(folder: Path, config: RunConfig) -> None:
 
 
 def load_model(
-    folder: Path, config: RunConfig, *, init: str = "pretrained", quantization: str | None = None
+    folder: Path,
+    config: ModelConfig,
+    dtype: str = "fp32",
+    *,
+    init: str = "pretrained",
+    seed: int = 0,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """The causal language model in a folder, with every dropout off, so that a policy equals itself.
 
-    `init` is `pretrained`, or `random` for fresh weights from the run's seed in the folder's architecture.
-    With `quantization` nf4 the weights of all linear layers but the head are held in 4 bits.
-    Raises ConfigError for weights that are missing, not of this model or not to be read, and for a model that
-    is not known.
+    `dtype` is one of `DTYPES`. `init` is `pretrained`, or `random` for fresh weights from the seed in the
+    folder's architecture. With `quantization` nf4 the weights of all linear layers but the head are held in
+    4 bits. Raises ConfigError for weights that are missing, not of this model or not to be read, and for a
+    model that is not known.
     """
-    settings = config.model
     from transformers import AutoModelForCausalLM  # takes seconds to import, and reading data needs no model
 
-    architecture = load_config(folder, settings)
+    architecture, numbers = load_config(folder, config), DTYPES[dtype]
     _turn_off_dropout(architecture)
-    dtype = DTYPES[config.train.dtype]
     try:
         if init == "pretrained":
-            hub.check_weights("the model", folder, pickle=settings.allow_pickle)
-            bits = {} if quantization is None else _in_four_bits(quantization, dtype)
-            model = _read(folder, architecture, config, bits | {"dtype": dtype})
+            hub.check_weights("the model", folder, pickle=config.allow_pickle)
+            bits = {} if quantization is None else _in_four_bits(quantization, numbers)
+            model = _read(folder, architecture, config, bits | {"dtype": numbers})
         else:
-            torch.manual_seed(config.seed)
+            torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, trust_remote_code=settings.trust_remote_code
+                architecture, dtype=numbers, trust_remote_code=config.trust_remote_code
             )
     except ConfigError:
         raise
@@ -131,17 +136,27 @@ def load_model(
     return model
 
 
-def refuse_other_weights(folder: Path, config: RunConfig) -> None:
+def load_whole(source: ModelSource, config: ModelConfig, dtype: str, seed: int) -> PreTrainedModel:
+    """A model with its adapter added to its weights; raises ConfigError as `load_model` does."""
+    model = load_model(source.base, config, dtype, init=source.init, seed=seed)
+    if source.adapter is None:
+        return model
+    from rcpo.models.adapters import merge_adapter  # peft takes seconds to import
+
+    return merge_adapter(model, source.adapter)
+
+
+def refuse_other_weights(folder: Path, config: ModelConfig) -> None:
     """Raise ConfigError where weights in a folder are not those of its model, from names and shapes alone.
 
     For ZeRO-3, under which transformers does not look at weights that the model has no place for.
     """
-    hub.check_weights("the model", folder, pickle=config.model.allow_pickle)
-    _read(folder, load_config(folder, config.model), config, {"device_map": "meta"})
+    hub.check_weights("the model", folder, pickle=config.allow_pickle)
+    _read(folder, load_config(folder, config), config, {"device_map": "meta"})
 
 
 def _read(
-    folder: Path, architecture: PreTrainedConfig, config: RunConfig, settings: dict[str, Any]
+    folder: Path, architecture: PreTrainedConfig, config: ModelConfig, settings: dict[str, Any]
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
@@ -149,8 +164,8 @@ def _read(
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=architecture,
-            trust_remote_code=config.model.trust_remote_code,
-            use_safetensors=None if config.model.allow_pickle else True,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
             **settings,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.config.onpolicy import SampleConfig
 from rcpo.config.schema import RunConfig
-from rcpo.engine.load import load_whole
 from rcpo.errors import ConfigError
 from rcpo.evaluation.answers import own_stop_ids
 from rcpo.evaluation.asking import Asking, Request
 from rcpo.evaluation.endpoint import CHAT, TEXT, Endpoint, Reply
 from rcpo.evaluation.generation import Decoding, generate
 from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_whole
 from rcpo.onpolicy.kept import Kept, Row
 from rcpo.onpolicy.progress import Progress
 from rcpo.onpolicy.prompts import Prompt, Prompts
@@ -87,7 +87,7 @@ def answer_here(
     kept = Kept(folder / FOLDER)
     if nothing_lacks(kept, wanted):
         return
-    model = load_whole(config, source).to(distributed.device())
+    model = load_whole(source, config.model, config.train.dtype, config.seed).to(distributed.device())
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
     decoding = Decoding(

@@ -16,11 +16,10 @@ from rcpo.config.onpolicy import ScoreConfig
 from rcpo.config.schema import RunConfig
 from rcpo.data.conversations import parse_prompt
 from rcpo.data.dataset import make_encoder
-from rcpo.engine.load import load_whole
 from rcpo.errors import ConfigError
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
-from rcpo.models.loading import DTYPES, load_tokenizer
+from rcpo.models.loading import DTYPES, load_tokenizer, load_whole
 from rcpo.onpolicy.prompts import Prompt
 from rcpo.system import distributed
 
@@ -132,7 +131,9 @@ class Likelihood:
         return before + answer
 
     def load(self) -> None:
-        self._model = load_whole(self._config, self._source).to(distributed.device()).eval()
+        config = self._config
+        model = load_whole(self._source, config.model, config.train.dtype, config.seed)
+        self._model = model.to(distributed.device()).eval()
 
     def release(self) -> None:
         del self._model

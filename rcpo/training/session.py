@@ -146,8 +146,8 @@ class Session:
     def _refuse_what_does_not_fit(self, final: Path | None) -> None:
         """Raise ConfigError, before weights load, where the data are not for the policy or its reference."""
         config = self.config
-        if self._training:
-            refuse_quantized(self.start.base, config)
+        if self._training and config.adapter.name == "none":
+            refuse_quantized(self.start.base, config.model)
         models = [("the policy", self.start.base if final is None or holds_adapter(final) else final)]
         reference = reference_source(config)
         if reference is not None:

@@ -51,7 +51,7 @@ from rcpo.engine.zero import Engine
 from rcpo.models.policy import Policy; from rcpo.models.loading import load_model
 
 distributed.initialize()
-Engine(Policy(load_model(Path(sys.argv[1]), RunConfig())), RunConfig(), total_steps=1)
+Engine(Policy(load_model(Path(sys.argv[1]), RunConfig().model)), RunConfig(), total_steps=1)
 """
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,9 +24,8 @@ from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.evaluation.harness import Harness, TaskSpec, flat_record, write_results
 from rcpo.evaluation.heldout import merge_record
-from rcpo.evaluation.run import load_whole
 from rcpo.models.hub import ModelSource
-from rcpo.models.loading import load_model, load_tokenizer
+from rcpo.models.loading import load_model, load_tokenizer, load_whole
 from rcpo.system import distributed
 
 LM_EVAL = [f"lm_eval.{name}" for name in ("__main__", "evaluator", "tasks", "models.huggingface")]
@@ -61,7 +61,8 @@ def config(tasks: tuple[str, str], tmp_path: Path) -> RunConfig:
 def results(config: RunConfig, load: Callable[[], Any] | None = None, folder: str = TOKENIZER) -> Any:
     tokenizer = load_tokenizer(Path(folder), config.model)
     found = Harness.prepare(config)
-    return found.run(ModelSource(Path(folder)), tokenizer, load or (lambda: load_model(Path(folder), config)))
+    load = load or partial(load_model, Path(folder), config.model)
+    return found.run(ModelSource(Path(folder)), tokenizer, load)
 
 
 def never() -> NoReturn:
@@ -215,8 +216,8 @@ def test_an_adapter_is_added_to_the_weights(tmp_path: Path) -> None:
     settings = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     adapted.save_pretrained(tmp_path / "final")
-    merged = load_whole(config, ModelSource(Path(base), adapter=tmp_path / "final"))
-    plain = load_whole(config, ModelSource(Path(base)))
+    merged = load_whole(ModelSource(Path(base), adapter=tmp_path / "final"), config.model, "fp32", 0)
+    plain = load_whole(ModelSource(Path(base)), config.model, "fp32", 0)
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         found, expected, without = (model(ids).logits for model in (merged, adapted, plain))

@@ -50,32 +50,30 @@ def test_a_model_in_training_mode_equals_itself(folder: Path, tmp_path: Path) ->
         GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16)
     ).save_pretrained(modules)
     for name in (folder, modules):
-        model = load_model(name, RunConfig()).train()
+        model = load_model(name, ModelConfig()).train()
         assert torch.equal(logits(model), logits(model))
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_attention_is_the_one_asked_for(folder: Path, name: str) -> None:
-    config = RunConfig(model=ModelConfig(attention=name))
-    assert load_config(folder, config.model)._attn_implementation == name
+    config = ModelConfig(attention=name)
+    assert load_config(folder, config)._attn_implementation == name
     assert load_model(folder, config).config._attn_implementation == name
     assert load_model(folder, config, init="random").config._attn_implementation == name
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_dtype_is_that_of_training(folder: Path, name: str, dtype: torch.dtype) -> None:
-    config = RunConfig()
-    config.train.dtype = name
-    assert {parameter.dtype for parameter in load_model(folder, config).parameters()} == {dtype}
+    model = load_model(folder, ModelConfig(), name)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_fresh_weights_come_from_the_seed(folder: Path) -> None:
-    config = RunConfig(seed=3)
-    first = load_model(folder, config, init="random")
+    config = ModelConfig()
+    first = load_model(folder, config, init="random", seed=3)
     torch.rand(7)
-    assert torch.equal(logits(load_model(folder, config, init="random")), logits(first))
-    config.seed = 4
-    assert not torch.equal(logits(load_model(folder, config, init="random")), logits(first))
+    assert torch.equal(logits(load_model(folder, config, init="random", seed=3)), logits(first))
+    assert not torch.equal(logits(load_model(folder, config, init="random", seed=4)), logits(first))
     assert not torch.equal(logits(load_model(folder, config)), logits(first))
 
 
@@ -92,12 +90,12 @@ def test_a_missing_padding_token_adds_no_token(folder: Path) -> None:
 
 
 def test_pickled_weights_are_read_where_they_are_allowed(folder: Path) -> None:
-    expected = logits(load_model(folder, RunConfig()))
-    torch.save(load_model(folder, RunConfig()).state_dict(), folder / "pytorch_model.bin")
+    expected = logits(load_model(folder, ModelConfig()))
+    torch.save(load_model(folder, ModelConfig()).state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model\.allow_pickle=true"):
-        load_model(folder, RunConfig())
-    allowed = RunConfig(model=ModelConfig(allow_pickle=True))
+        load_model(folder, ModelConfig())
+    allowed = ModelConfig(allow_pickle=True)
     assert torch.equal(logits(load_model(folder, allowed)), expected)
 
 
@@ -115,14 +113,14 @@ class OwnForCausalLM(LlamaForCausalLM):
 def test_a_repository_s_own_code_runs_only_where_it_is_trusted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = logits(load_model(folder, RunConfig()))
+    expected = logits(load_model(folder, ModelConfig()))
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     change(folder / "config.json", model_type="own", auto_map=classes)
     (folder / "own.py").write_text(CODE)
     with pytest.raises(ConfigError, match=r"if you trust it: model\.trust_remote_code=true"):
-        load_model(folder, RunConfig())
+        load_model(folder, ModelConfig())
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    trusting = RunConfig(model=ModelConfig(trust_remote_code=True))
+    trusting = ModelConfig(trust_remote_code=True)
     model = load_model(folder, trusting)
     assert type(model).__name__ == "OwnForCausalLM" and torch.equal(logits(model), expected)
 
@@ -178,7 +176,7 @@ def lacking(weights: Weights, part: str) -> Weights:
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_that_only_look_different_are_read(tmp_path: Path, tied: bool) -> None:
     folder = Path(tiny_llama(tmp_path / "model", tied=tied))
-    expected, whole = logits(load_model(folder, RunConfig())), load_file(folder / "model.safetensors")
+    expected, whole = logits(load_model(folder, ModelConfig())), load_file(folder / "model.safetensors")
     for alter in (
         lambda w: {
             name.removeprefix("model."): value for name, value in w.items()
@@ -189,14 +187,14 @@ def test_weights_that_only_look_different_are_read(tmp_path: Path, tied: bool) -
         lambda w: w | {"lm_head.weight": w.get("lm_head.weight", w["model.embed_tokens.weight"]).clone()},
     ):
         save_file(alter(whole), folder / "model.safetensors", {"format": "pt"})
-        assert torch.equal(logits(load_model(folder, RunConfig())), expected)
+        assert torch.equal(logits(load_model(folder, ModelConfig())), expected)
 
 
 def test_a_head_of_its_own_is_kept_whatever_the_configuration_says_of_ties(tmp_path: Path) -> None:
     folder = Path(tiny_llama(tmp_path / "model"))
-    expected = logits(load_model(folder, RunConfig()))
+    expected = logits(load_model(folder, ModelConfig()))
     change(folder / "config.json", tie_word_embeddings=True)
-    assert torch.equal(logits(load_model(folder, RunConfig())), expected)
+    assert torch.equal(logits(load_model(folder, ModelConfig())), expected)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
@@ -209,7 +207,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     for name, model in (("reward", reward), ("bart", BartForConditionalGeneration(BartConfig(**sizes)))):
         model.save_pretrained(tmp_path / name)
         with pytest.raises(ConfigError, match=r"are not those that config\.json"):
-            load_model(tmp_path / name, RunConfig())
+            load_model(tmp_path / name, ModelConfig())
 
 
 DROPPING = """
@@ -237,7 +235,7 @@ def test_dropout_that_no_configuration_names_is_off_too(
     renamed = {name.replace("embed_tokens.weight", "embed_tokens.0.weight"): v for name, v in whole.items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = load_model(folder, RunConfig(model=ModelConfig(trust_remote_code=True))).train()
+    model = load_model(folder, ModelConfig(trust_remote_code=True)).train()
     assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.0]
     assert torch.equal(logits(model), logits(model))
 

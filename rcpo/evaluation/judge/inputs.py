@@ -17,7 +17,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.data.dataset import load_datasets, make_encoder
 from rcpo.data.identity import example_id
 from rcpo.data.records import SFT, BadRow, Example, Row
-from rcpo.engine.load import load_whole, policy_source, reference_source
+from rcpo.engine.load import policy_source, reference_source
 from rcpo.errors import ConfigError
 from rcpo.evaluation.answers import longest_answer, own_stop_ids, turn_ends
 from rcpo.evaluation.endpoint import Endpoint
@@ -26,7 +26,7 @@ from rcpo.evaluation.judge.prompts import Prompt, read_answers, read_prompts
 from rcpo.evaluation.judge.verdicts import Pair
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
-from rcpo.models.loading import load_tokenizer
+from rcpo.models.loading import load_tokenizer, load_whole
 from rcpo.runs.folder import CONFIG_FILE, FINAL
 from rcpo.system import distributed
 from rcpo.training.session import refuse_other_split
@@ -138,7 +138,7 @@ class Judging:
     ) -> dict[str, str]:
         """A model's greedy answers by prompt; each rank holds the whole model and answers its share."""
         config = self.config
-        model = load_whole(config, source).to(distributed.device())
+        model = load_whole(source, config.model, config.train.dtype, config.seed).to(distributed.device())
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int)
         rows = list(asked.tokens.values())
