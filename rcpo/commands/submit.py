@@ -21,11 +21,12 @@ from rcpo.launch.folder import make_folder, refuse_other
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
 from rcpo.runs.environment import git_state, redact
 from rcpo.runs.folder import CODE, CONFIG_FILE, EVALUATION, FINAL, OUTCOME_FILE
+from rcpo.runs.inputs import completed
 from rcpo.slurm.queue import ACTIVE, Submitted, job_id, now, queue, read_submitted, sbatch
 from rcpo.slurm.script import BatchJob, render
 from rcpo.slurm.settings import SlurmConfig, slurm_config
 from rcpo.slurm.snapshot import PACKAGE, snapshot
-from rcpo.sweeps.multirun import compose_many, is_complete
+from rcpo.sweeps.multirun import compose_many
 from rcpo.system.files import write_privately
 
 
@@ -103,7 +104,7 @@ def _sweep(call: Call) -> Submission:
         except ConfigError as error:
             refused[run_dir.absolute()] = Outcome(REFUSED, str(error))
             continue
-        if not is_complete(run_dir, config):
+        if not completed(run_dir, config):
             configs[run_dir.absolute()] = config
     job = BatchJob(sweep_dir, "sweep", sweep_dir / CODE, Path.cwd(), _training(slurm), runs=list(configs))
     return Submission(job, slurm, configs, refused)

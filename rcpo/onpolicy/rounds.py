@@ -26,7 +26,8 @@ from rcpo.onpolicy.pairs import PAIRS, finished_pairs
 from rcpo.onpolicy.settings import Settings
 from rcpo.onpolicy.start import sample_command
 from rcpo.report.rounds import SETTINGS_FILE
-from rcpo.runs.folder import CONFIG_FILE, EVALUATION, EVALUATION_FILE, FINAL, FINISHED_FILE
+from rcpo.runs.folder import CONFIG_FILE, EVALUATION, EVALUATION_FILE, FINAL
+from rcpo.runs.inputs import completed
 from rcpo.system.files import replace_text
 
 SAMPLE, TRAIN, EVALUATE = "sample", "train", "evaluate"
@@ -65,7 +66,7 @@ class Step:
     def done(self) -> bool:
         if self.kind == SAMPLE:
             return finished_pairs(self.folder) is not None
-        return (self.folder / (FINISHED_FILE if self.kind == TRAIN else EVALUATION_FILE)).is_file()
+        return completed(self.folder) if self.kind == TRAIN else (self.folder / EVALUATION_FILE).is_file()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rcpo.errors import ConfigError
 from rcpo.models import hub
 from rcpo.models.contents import source_hash, tokenizer_hash
 from rcpo.models.hub import ModelSource
-from rcpo.runs.folder import EVALUATED, FINISHED_FILE, checkpoint_folders, read_object
+from rcpo.runs.folder import EVALUATED, FINISHED_FILE, checkpoint_folders, finished_state, read_object
 from rcpo.system.files import cache_folder, replace_text
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,14 @@ def standing(run_dir: Path, state: Mapping[str, Any], config: RunConfig, inputs:
     if not state.get(EVALUATED, True):
         evaluated.append("the evaluation at the end of training did not succeed")
     return Standing(trained, evaluated)
+
+
+def completed(run_dir: Path, config: RunConfig | None = None) -> bool:
+    """Whether the run in a folder is trained and evaluated, as `config` says; raises ConfigError."""
+    state = finished_state(run_dir)
+    if state is None or config is None:
+        return state is not None and bool(state.get(EVALUATED, True))
+    return standing(run_dir, state, config, read_inputs(config)).complete
 
 
 def _other_contents(before: Mapping[str, str], now: Inputs) -> list[str]:

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE, read_outcome
-from rcpo.runs.folder import EVALUATION, FINISHED_FILE, JOB_FILE, METRICS_FILE
+from rcpo.runs.folder import EVALUATION, JOB_FILE, METRICS_FILE
+from rcpo.runs.inputs import completed
 from rcpo.slurm.queue import Queued, Submitted, queue, read_submitted
 
 _TAIL_BYTES = 1 << 16
@@ -85,7 +86,7 @@ def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -
 def left_behind(run_dir: Path) -> str:
     """What a run's folder says of its end."""
     outcome = read_outcome(run_dir)
-    if any((run_dir / name).exists() for name in (FINISHED_FILE, PAIRS_FILE)):
+    if completed(run_dir) or (run_dir / PAIRS_FILE).exists():
         return "DONE"
     if outcome is None or outcome.code == DONE:
         return "GONE"

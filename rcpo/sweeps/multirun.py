@@ -24,8 +24,8 @@ from rcpo.launch.logs import close_log
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
 from rcpo.launch.pool import Pool, run_process, slots
 from rcpo.launch.ranks import external_ranks
-from rcpo.runs.folder import CONFIG_FILE, LOG_FILE, finished_state, sweeping
-from rcpo.runs.inputs import read_inputs, standing
+from rcpo.runs.folder import CONFIG_FILE, LOG_FILE, sweeping
+from rcpo.runs.inputs import completed
 from rcpo.sweeps.naming import refuse_shared_folders
 from rcpo.sweeps.settings import sweep_config
 from rcpo.system.signals import STOPPED
@@ -154,7 +154,7 @@ def start(run_dir: Path, config: RunConfig | ConfigError, begin: Callable[[], St
     try:
         if isinstance(config, ConfigError):
             raise config
-        if is_complete(run_dir, config):
+        if config.resume is not None and completed(run_dir, config):
             print(f"rcpo: {run_dir.name}: complete before", flush=True)
             return Outcome(DONE)
         refuse_other(run_dir, config)
@@ -165,12 +165,6 @@ def start(run_dir: Path, config: RunConfig | ConfigError, begin: Callable[[], St
         return outcome
     save_run_config(config, run_dir / CONFIG_FILE)
     return begin()
-
-
-def is_complete(run_dir: Path, config: RunConfig) -> bool:
-    """Whether the folder holds this very run, at its end, with this evaluation, and it is to be continued."""
-    state = None if config.resume is None else finished_state(run_dir)
-    return state is not None and standing(run_dir, state, config, read_inputs(config)).complete
 
 
 def report(run_dir: Path, outcome: Outcome) -> None:

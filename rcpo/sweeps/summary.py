@@ -33,7 +33,8 @@ from rcpo.runs.comparison import (
     spread,
     summarise_run,
 )
-from rcpo.runs.folder import EVALUATED, finished_state, read_object, stored_state, taking_turns
+from rcpo.runs.folder import read_object, stored_state, taking_turns
+from rcpo.runs.inputs import completed
 from rcpo.system.files import write_atomically
 
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"
@@ -82,16 +83,11 @@ def compare(sweep_dir: Path) -> Comparison:
     folders = [path for path in inside if any((path / name).exists() for name in _RUN_FILES)]
     if not folders:
         raise ConfigError(f"{sweep_dir} holds no runs: it is not the folder of a sweep")
-    complete = [folder for folder in folders if _is_complete(folder)]
+    complete = [folder for folder in folders if completed(folder)]
     runs = [summarise_run(folder) for folder in complete]
     found = conditions(runs)
     rest = {folder.name: _why_incomplete(folder) for folder in folders if folder not in complete}
     return Comparison(runs, rest, found, contrasts(found))
-
-
-def _is_complete(folder: Path) -> bool:
-    state = finished_state(folder)
-    return state is not None and bool(state.get(EVALUATED, True))
 
 
 def conclude(sweep_dir: Path, search: Mapping[str, Any] | None = None) -> Comparison:

@@ -327,6 +327,9 @@ def test_a_job_that_slurm_forgot_is_what_its_folder_says(slurm: Path) -> None:
     Path("mine/finished.json").write_text("{}")
     assert [line.state for line in lines(submitted, {})] == ["DONE"]
     assert [line.state for line in lines(submitted, {"41": Queued("RUNNING", "", "")})] == ["RUNNING"]
+    Path("mine/finished.json").write_text('{"evaluated": false}')  # trained, and its evaluation failed
+    Outcome(1, "the harness failed").write(Path("mine"))
+    assert [line.state for line in lines(submitted, {})] == ["exit code 1: the harness failed"]
 
 
 def test_the_last_whole_row_counts(tmp_path: Path) -> None:
