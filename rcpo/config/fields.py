@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -146,6 +147,14 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{name}={value} is not one of {', '.join(known)}{hint}")
+
+
+def check_pattern(name: str, pattern: str | None) -> None:
+    """Raise ConfigError where a text, if there is one, is not a regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ConfigError(f"{name}={pattern} is not a regular expression: {error}") from error
 
 
 def shown(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rcpo.config.fields import check_keys
 from rcpo.config.parsing import describe
 from rcpo.config.validation import unknown_key
 from rcpo.errors import ConfigError
@@ -33,7 +34,10 @@ COMMAND_NODES = {
 
 
 def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
-    """A node's dataclass; a primary configuration of the user's own may lack the node. Raises ConfigError."""
+    """A node's dataclass, its keys checked; raises ConfigError.
+
+    A primary configuration of the user's own may lack the node.
+    """
     given = OmegaConf.select(cfg, name, default={})
     known = {f"{name}.{field.name}" for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     for key in given:
@@ -44,6 +48,7 @@ def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}.{describe(error)}") from error
     assert isinstance(config, type(default))
+    check_keys(config, f"{name}.")
     return config
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from rcpo.config.data import DataConfig
-from rcpo.config.fields import Key, check_keys, key
+from rcpo.config.fields import Key, check_pattern, key
 from rcpo.config.judge import COMPARED, RATED, EndpointConfig, check_endpoint, read_template
 from rcpo.config.nodes import read_node
 from rcpo.config.schema import RunConfig
@@ -93,8 +92,6 @@ def onpolicy_config(cfg: DictConfig, run: RunConfig) -> OnPolicyConfig:
         score=read_node(cfg, "score", ScoreConfig()),
         pairing=read_node(cfg, "pairing", PairingConfig()),
     )
-    for name in ("sample", "score", "pairing"):
-        check_keys(getattr(config, name), f"{name}.")
     _check_sample(config.sample, run.data)
     _check_score(config.score, run)
     return config
@@ -103,7 +100,6 @@ def onpolicy_config(cfg: DictConfig, run: RunConfig) -> OnPolicyConfig:
 def iterate_config(cfg: DictConfig) -> tuple[int, IterateConfig]:
     """`rounds` and the validated `iterate` node; raises ConfigError."""
     config = read_node(cfg, "iterate", IterateConfig())
-    check_keys(config, "iterate.")
     rounds = OmegaConf.select(cfg, "rounds", default=1)
     if isinstance(rounds, bool) or not isinstance(rounds, int):
         raise ConfigError(f"rounds={rounds} is not a whole number")
@@ -131,10 +127,7 @@ def _check_score(score: ScoreConfig, run: RunConfig) -> None:
             f"score={score.name} and score.pattern={score.pattern}: score=pattern goes with a regular "
             "expression, whose first group is the answer"
         )
-    try:
-        re.compile(score.pattern or "")
-    except re.error as error:
-        raise ConfigError(f"score.pattern={score.pattern} is not a regular expression: {error}") from error
+    check_pattern("score.pattern", score.pattern)
     if score.name == "reward_model" and score.path is None:
         raise ConfigError(
             "score=reward_model needs a model: score.path=DIR, or score.path=OWNER/NAME on the hub"

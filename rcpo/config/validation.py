@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from rcpo.config.data import check_data
-from rcpo.config.fields import check_keys
+from rcpo.config.fields import check_keys, check_pattern
 from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
@@ -159,11 +159,8 @@ def _check_optim(config: RunConfig) -> None:
         raise ConfigError(
             "optim.schedule=cosine_with_min_lr needs its lowest rate: optim.min_lr_ratio=0.1, say"
         )
-    for pattern in optim.no_decay:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"optim.no_decay: {pattern!r} is not a regular expression: {error}") from error
+    for place, pattern in enumerate(optim.no_decay):
+        check_pattern(f"optim.no_decay[{place}]", pattern)
     if config.train.max_steps is not None:
         optim.warmup(config.train.max_steps)
 
@@ -199,10 +196,7 @@ def _check_scorer(config: RunConfig) -> None:
             f"eval.scorer={scorer} and eval.answer_pattern={pattern}: eval.scorer=pattern goes with a "
             "regular expression, whose first group is the answer"
         )
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise ConfigError(f"eval.answer_pattern={pattern} is not a regular expression: {error}") from error
+    check_pattern("eval.answer_pattern", pattern)
 
 
 def _check_files(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from rcpo.config.fields import check_keys, key
+from rcpo.config.fields import key
 from rcpo.config.nodes import read_node
 
 
@@ -48,9 +48,6 @@ class GpuConfig:
 def plan_config(cfg: DictConfig) -> tuple[PlanConfig, GpuConfig | None]:
     """The validated `plan` and `gpu` nodes, None where no GPU is chosen; raises ConfigError."""
     config = read_node(cfg, "plan", PlanConfig())
-    check_keys(config, "plan.")
     if OmegaConf.select(cfg, "gpu") is None:
         return config, None
-    gpu = read_node(cfg, "gpu", GpuConfig())
-    check_keys(gpu, "gpu.")
-    return config, gpu
+    return config, read_node(cfg, "gpu", GpuConfig())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from rcpo.config.fields import check_keys, key
+from rcpo.config.fields import key
 from rcpo.config.nodes import read_node
 from rcpo.errors import ConfigError
 
@@ -70,7 +70,6 @@ SLURM_TIMES = (
 def slurm_config(cfg: DictConfig) -> SlurmConfig:
     """The validated `slurm` node of a composed configuration; raises ConfigError with key, value, remedy."""
     config = read_node(cfg, "slurm", SlurmConfig())
-    check_keys(config, "slurm.")
     if config.gpus_per_node and config.ranks > config.gpus_per_node:
         raise ConfigError(
             f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "

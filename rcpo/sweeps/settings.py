@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rcpo.config.fields import check_keys, key
+from rcpo.config.fields import key
 from rcpo.config.nodes import read_node
 
 
@@ -28,6 +28,4 @@ class SweepConfig:
 
 def sweep_config(cfg: DictConfig) -> SweepConfig:
     """The validated `sweep` node of a composed configuration; raises ConfigError with key, value, remedy."""
-    config = read_node(cfg, "sweep", SweepConfig())
-    check_keys(config, "sweep.")
-    return config
+    return read_node(cfg, "sweep", SweepConfig())

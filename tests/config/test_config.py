@@ -325,7 +325,7 @@ def test_the_values_of_a_key_are_shown_in_a_few_characters(allowed: Key, text: s
         ),
         (["optim.schedule=cosine_with_min_lr"], "needs its lowest rate: optim.min_lr_ratio=0.1"),
         (["optim.schedule=wsdd"], "did you mean wsd?"),
-        (["optim.no_decay=['(']"], "optim.no_decay: '(' is not a regular expression"),
+        (["optim.no_decay=['(']"], "optim.no_decay[0]=( is not a regular expression"),
         (["optim.betas=[0.9]"], "does not have two values"),
         (["optim=adamw_8bit", "engine=zero2_offload"], "both save the same memory; choose optim=adamw"),
     ],
