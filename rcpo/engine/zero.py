@@ -366,7 +366,7 @@ class Engine:
         self._engine.destroy()
         forget_releases()
 
-    def score(
+    def forward(
         self, batch: TokenBatch, sketch: Sketch | None = None, *, squares: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the response tokens: log-probs (N,), hidden states (N, D), sketched scores (N, k) or (0,), and

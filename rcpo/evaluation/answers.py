@@ -117,7 +117,7 @@ def answer_logps(
 
 def policy_logps(session: Session) -> Reference:
     """The policy's token log-probs of a batch."""
-    return lambda batch: session.engine.score(batch)[0].detach()
+    return lambda batch: session.engine.forward(batch)[0].detach()
 
 
 def text_of(session: Session, tokens: Sequence[list[int]]) -> list[str]:

@@ -42,16 +42,16 @@ class HeldOutDynamics:
         """The context for the forward pass: gradients only where all parameters' are asked for."""
         return torch.enable_grad() if self._by_parameters else torch.no_grad()
 
-    def observe(self, scored: PairOutput) -> tuple[Tensor, Tensor] | None:
+    def observe(self, output: PairOutput) -> tuple[Tensor, Tensor] | None:
         """Add a batch; return its pairs' incentives (N,) and (N,), or None where nothing is measured."""
         if not self._meters:
             return None
-        none = scored.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
-        d = incentives(self._objective, scored.pairs) if scored.count else (none, none)
+        none = output.pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
+        d = incentives(self._objective, output.pairs) if output.count else (none, none)
         for name, meter in self._meters.items():
             by_head = name == "dynamics"
-            scores = scored.head_scores() if by_head else scored.parameter_scores(self._engine.trainable)
-            weights = scored.pairs.pair_weights
+            scores = output.head_scores() if by_head else output.parameter_scores(self._engine.trainable)
+            weights = output.pairs.pair_weights
             meter.observe(d, scores, (weights, weights))
         return d
 

@@ -97,10 +97,10 @@ def score_preferences(session: Session, dataset: PairDataset, dynamics: HeldOutD
     parts = []
     for batch in session.eval_batches(dataset, session.config.eval.max_examples):
         with dynamics.forward_mode():
-            scored = session.heldout(batch, dynamics.sketch)
-        incentives = dynamics.observe(scored)
-        if scored.count:
-            parts.append(_columns(session, dataset, scored, incentives))
+            output = session.heldout(batch, dynamics.sketch)
+        incentives = dynamics.observe(output)
+        if output.count:
+            parts.append(_columns(session, dataset, output, incentives))
     gathered = [part for rank in distributed.gather_objects(parts) for part in rank]
     return PreferenceScores.gather(gathered)
 
@@ -108,15 +108,15 @@ def score_preferences(session: Session, dataset: PairDataset, dynamics: HeldOutD
 def _columns(
     session: Session,
     dataset: PairDataset,
-    scored: PairOutput,
+    output: PairOutput,
     incentives: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> PreferenceScores:
     objective, tracked = session.objective, session.tracked_positions
-    batch, pairs = scored.batch, scored.pairs
+    batch, pairs = output.batch, output.pairs
     real = (batch.on_host.weights > 0).tolist()
     indices = batch.on_host.indices[batch.on_host.weights > 0].numpy()
     chosen, rejected = objective.rewards(pairs)
-    token_logps, token_logratios = scored.token_means()
+    token_logps, token_logratios = output.token_means()
     per_pair = not (objective.spec.couples_batch or objective.spec.token_weighted)
 
     def array(values: torch.Tensor | None) -> Any:
@@ -164,8 +164,8 @@ def answer_prompts(session: Session, dataset: PairDataset) -> dict[str, dict[str
     Empty where nothing can tell right from wrong. An answer is compared with its prompt's first chosen one.
     """
     config = session.config.eval
-    scorer = checker_of(config, session.datasets.checker)
-    if scorer is None or config.generate_examples == 0:
+    check = checker_of(config, session.datasets.checker)
+    if check is None or config.generate_examples == 0:
         return {}
     chosen = {tuple(example.prompt): example.chosen for example in reversed(dataset) if example.chosen}
     prompts = distinct_prompts(dataset, config.generate_examples)
@@ -177,7 +177,7 @@ def answer_prompts(session: Session, dataset: PairDataset) -> dict[str, dict[str
         text_of(session, [found.tokens for found in answers]),
         strict=True,
     )
-    return {prompt: {"answer": text, "correct": scorer(prompt, right, text)} for prompt, right, text in texts}
+    return {prompt: {"answer": text, "correct": check(prompt, right, text)} for prompt, right, text in texts}
 
 
 def _answers_by_id(

@@ -50,7 +50,7 @@ class Probe:
         held_out = session.datasets.evaluation
         self._dataset = session.datasets.train if held_out is None else held_out
         self._split = "train" if held_out is None else "held out"
-        self._scorer = session.scorer if held_out is None else session.heldout
+        self._forward = session.forward if held_out is None else session.heldout
         self._positions = probe_positions(session, self._dataset, self._config.size)
         self._examples = [self._dataset[position] for position in self._positions]
         self._ids = [example_id(example) for example in self._examples]
@@ -86,16 +86,16 @@ class Probe:
         found: dict[int, Row] = {}
         for batch in self._session.batches_at(self._dataset, np.asarray(self._positions)):
             with torch.no_grad():
-                scored = self._scorer(batch)
-            found |= self._columns(scored)
+                output = self._forward(batch)
+            found |= self._columns(output)
         return {place: row for part in distributed.gather_objects(found) for place, row in part.items()}
 
-    def _columns(self, scored: PairOutput) -> dict[int, Row]:
-        batch, pairs = scored.batch, scored.pairs
-        if not scored.count:
+    def _columns(self, output: PairOutput) -> dict[int, Row]:
+        batch, pairs = output.batch, output.pairs
+        if not output.count:
             return {}
-        ones = torch.ones_like(scored.logps, dtype=torch.float64)
-        mass = sequence_logps(scored.logps, ones, batch.sequences, len(batch.lengths)).view(
+        ones = torch.ones_like(output.logps, dtype=torch.float64)
+        mass = sequence_logps(output.logps, ones, batch.sequences, len(batch.lengths)).view(
             len(batch.sides), -1
         )
         both = pairs.rejected is not None
@@ -172,7 +172,7 @@ class Probe:
         self, step: int, kinds: Sequence[tuple[str, Sequence[Answer]]], shown: range
     ) -> list[Row]:
         session = self._session
-        scorer = checker_of(session.config.eval, session.datasets.checker)
+        check = checker_of(session.config.eval, session.datasets.checker)
         rows: list[Row] = []
         for place in shown:
             example = self._examples[place]
@@ -183,8 +183,8 @@ class Probe:
                 row: Row = {"step": step, "example_id": self._ids[place], "kind": kind, "prompt": prompt}
                 row |= {"text": text, "tokens": len(one.whole), "stopped": one.end is not None}
                 row["repetition"] = repetition(one.tokens)
-                if scorer is not None:
-                    row["correct"] = scorer(prompt, chosen, text)
+                if check is not None:
+                    row["correct"] = check(prompt, chosen, text)
                 rows.append({**row, "chosen": chosen, "rejected": rejected})
         return rows
 

@@ -51,7 +51,7 @@ Acting = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class ScoredData:
+class ReferenceData:
     """A dataset whose responses the reference scores: those on `sides` of each example in `positions`.
 
     `batches` yields this rank's share of them, as many batches on every rank; `positions` None is all.
@@ -86,7 +86,7 @@ class ReferencePass:
             self.other = start
         self._attention = str(policy.model.config._attn_implementation)
 
-    def prepare(self, engine: Engine, data: list[ScoredData], say: Say, stop: Stop) -> list[Reference]:
+    def prepare(self, engine: Engine, data: list[ReferenceData], say: Say, stop: Stop) -> list[Reference]:
         """The reference of each dataset. Collective; raises Stopped where `stop` says so on any rank.
 
         `engine` holds the policy with its starting weights: a resumed run loads its checkpoint only after
@@ -95,9 +95,9 @@ class ReferencePass:
         if self._config.reference.mode == "model":
             if self.other is not None:
                 self.held = Engine(self._load(), self._config)
-            return [_score(self.held or engine, self._acting)] * len(data)
+            return [_token_logps(self.held or engine, self._acting)] * len(data)
         cache = Cache(cache_folder(self._config.reference.cache), say)
-        scorer = _Scorer(engine, self._acting, None if self.other is None else self._load)
+        model = _ReferenceEngine(engine, self._acting, None if self.other is None else self._load)
         own = self._own_ingredients(cache)
         references: list[Reference] = []
         for part in data:
@@ -108,12 +108,12 @@ class ReferencePass:
                 "sides": ",".join(part.sides),
                 "layout": part.layout,
             }
-            fill = _Fill(part, rows, scorer, self._config, say, stop)
+            fill = _Fill(part, rows, model, self._config, say, stop)
             values, check = cache.fetch(
                 LogpRequest(f"reference log-probs ({part.name})", ingredients, rows.total), fill
             )
             references.append(StoredReference(rows, values, check))
-        scorer.close()
+        model.close()
         return references
 
     def _load(self) -> Policy:
@@ -142,7 +142,7 @@ class ReferencePass:
         return distributed.broadcast_object(ingredients)
 
 
-class _Scorer:
+class _ReferenceEngine:
     """The engine that scores: the policy's, acting as it has to, or one that `load` gets when needed."""
 
     def __init__(self, engine: Engine, acting: Acting, load: Callable[[], Policy] | None) -> None:
@@ -173,20 +173,26 @@ class _Fill:
     """Scores a dataset, each rank its share, and hands all values to rank 0's sink batch by batch."""
 
     def __init__(
-        self, data: ScoredData, rows: Rows, scorer: _Scorer, config: RunConfig, say: Say, stop: Stop
+        self,
+        data: ReferenceData,
+        rows: Rows,
+        model: _ReferenceEngine,
+        config: RunConfig,
+        say: Say,
+        stop: Stop,
     ) -> None:
         self._data = data
         self._rows = rows
-        self._scorer = scorer
+        self._model = model
         self._config = config
         self._say = say
         self._stop = stop
 
     def __call__(self, sink: Sink | None) -> None:
-        score = _score(self._scorer.engine(self._config), self._scorer.acting)
+        logps = _token_logps(self._model.engine(self._config), self._model.acting)
         done, spoken = 0, time.monotonic()
         for batch in self._data.batches():
-            own = list(self._rows.pieces(batch, score(batch)))
+            own = list(self._rows.pieces(batch, logps(batch)))
             gathered = distributed.gather_objects((self._stop(), own))
             if any(stop for stop, _ in gathered):
                 raise Stopped("stopped while the reference was computed, before the first step")
@@ -206,7 +212,7 @@ def check_start(engine: Engine, reference: Reference, batch: TokenBatch, dtype: 
     Token by token, |u| is 0 for a batch of the same rows; stored log-probs were computed with other padding,
     which moves them a little: `START_TOLERANCE`.
     """
-    difference = (_score(engine)(batch) - reference(batch)).abs().double()
+    difference = (_token_logps(engine)(batch) - reference(batch)).abs().double()
     real = batch.weights.double()[batch.sequences % batch.num_pairs]
     total, count = distributed.reduce_sum(torch.stack([(difference * real).sum(), real.sum()])).tolist()
     worst = float(distributed.reduce_max((difference * real).max()))
@@ -220,14 +226,14 @@ def check_start(engine: Engine, reference: Reference, batch: TokenBatch, dtype: 
         )
 
 
-def _score(engine: Engine, acting: Acting = nullcontext) -> Reference:
+def _token_logps(engine: Engine, acting: Acting = nullcontext) -> Reference:
     engine.eval()
 
-    def score(batch: TokenBatch) -> Tensor:
+    def logps(batch: TokenBatch) -> Tensor:
         with torch.no_grad(), acting():
-            return engine.score(batch)[0].detach()
+            return engine.forward(batch)[0].detach()
 
-    return score
+    return logps
 
 
 def _starting_adapters(model: PreTrainedModel) -> AbstractContextManager[None]:

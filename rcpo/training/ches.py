@@ -87,7 +87,7 @@ def ches_scores(
         }
 
     def fill(sink: Sink | None) -> None:
-        _score(dataset, config, start, pad, sink)
+        _ches(dataset, config, start, pad, sink)
 
     ingredients = distributed.broadcast_object(ingredients)
     request = LogpRequest("CHES of the training pairs", ingredients, len(dataset), "pairs")
@@ -97,7 +97,7 @@ def ches_scores(
     return np.array(values)
 
 
-def _score(dataset: PairDataset, config: RunConfig, start: ModelSource, pad: int, sink: Sink | None) -> None:
+def _ches(dataset: PairDataset, config: RunConfig, start: ModelSource, pad: int, sink: Sink | None) -> None:
     """Hand rank 0's sink the scores, each rank a block in turn. Collective."""
     model = read_model(start, config)
     model.requires_grad_(False)
@@ -114,7 +114,7 @@ def _score(dataset: PairDataset, config: RunConfig, start: ModelSource, pad: int
         block = list(range(start_of_block, min(start_of_block + BATCH, len(dataset))))
         batch = collate_indices(dataset, block or [FILLER], pad).to(engine.device)
         with torch.no_grad():
-            hidden = engine.score(batch)[1]
+            hidden = engine.forward(batch)[1]
         scores = ches(hidden, batch.sequences, batch.lengths).cpu().numpy()[: len(block)]
         for place, values in distributed.gather_objects((start_of_block, scores)):
             if sink is not None and len(values):

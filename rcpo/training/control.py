@@ -89,7 +89,7 @@ class ControlPairs:
         self._batches_at = batches_at
         self._at_once = min(len(pairs), max(FEWEST, config.train.batch_size // 2))
         self._every = config.rc.control.every
-        self._start = self._score(np.arange(len(pairs)))
+        self._start = self._token_means(np.arange(len(pairs)))
 
     def reading(self, step: int) -> Movement | None:
         """The movement at a step, counted from 0, before its update; None where no reading is due."""
@@ -97,17 +97,17 @@ class ControlPairs:
             return None
         number = step // self._every - 1
         places = (number * self._at_once + np.arange(self._at_once)) % len(self._pairs)
-        moved = self._score(places) - self._start
+        moved = self._token_means(places) - self._start
         winner, loser = moved[:, places].nanmean(1).tolist()
         return Movement(winner, loser, self._every)
 
-    def _score(self, places: np.ndarray) -> Tensor:
+    def _token_means(self, places: np.ndarray) -> Tensor:
         """Mean log-probs per token (2, n) of the pairs at `places`, NaN elsewhere; equal on all ranks."""
         sums = torch.zeros(2, 2, len(self._pairs), dtype=torch.float64, device=self._engine.device)
         self._engine.eval()
         for batch in self._batches_at(self._pairs, places):
             with torch.no_grad():
-                logps = self._engine.score(batch)[0]
+                logps = self._engine.forward(batch)[0]
             lengths = batch.lengths.view(len(batch.sides), -1)[:2].double()
             totals = sequence_logps(logps, torch.ones_like(logps), batch.sequences, len(batch.lengths))
             means = totals.view(len(batch.sides), -1)[:2] / lengths.clamp(min=1)

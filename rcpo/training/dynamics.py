@@ -100,25 +100,25 @@ class StepDynamics:
         """What the forward pass has to sketch in this step."""
         return self._sketch if self._measuring else None
 
-    def __call__(self, scored: PairOutput) -> PairLogps:
+    def __call__(self, output: PairOutput) -> PairLogps:
         """Observe a micro-batch; return the log-probs that the loss is to use."""
         if self._measuring:
-            d = self._observe(scored)
-            if self._pairwise is not None and scored.count:
-                return self._pairwise.calibrate(scored.pairs, d, scored.pair_geometry())
-        return scored.pairs if self.calibrator is None else self.calibrator.calibrate(scored.pairs)
+            d = self._observe(output)
+            if self._pairwise is not None and output.count:
+                return self._pairwise.calibrate(output.pairs, d, output.pair_geometry())
+        return output.pairs if self.calibrator is None else self.calibrator.calibrate(output.pairs)
 
-    def _observe(self, scored: PairOutput) -> tuple[Tensor, Tensor]:
+    def _observe(self, output: PairOutput) -> tuple[Tensor, Tensor]:
         """Add a micro-batch to the step's statistics; return its incentives."""
         by_head = self._sketch is not None
-        scores = scored.head_scores() if by_head else scored.parameter_scores(self.engine.trainable)
-        pairs = scored.pairs
+        scores = output.head_scores() if by_head else output.parameter_scores(self.engine.trainable)
+        pairs = output.pairs
         none = pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
-        d = incentives(self.objective, pairs) if scored.count else (none, none)
+        d = incentives(self.objective, pairs) if output.count else (none, none)
         weights = pairs.pair_weights, pairs.pair_weights
-        moved = scored.token_means()[1] if self._fresh else None
+        moved = output.token_means()[1] if self._fresh else None
         ratios = None if moved is None else (moved[0].detach(), moved[1].detach())
-        if scored.count:  # an unpaired example has one side only
+        if output.count:  # an unpaired example has one side only
             weights = weights[0] * pairs.has_chosen, weights[1] * pairs.has_rejected
         self._statistics.observe(d, scores, weights, ratios)
         return d

@@ -95,7 +95,7 @@ class PairForward:
         """`batch` is on the engine's device."""
         ref_logps = None if self.reference is None else self.reference(batch)
         objective, wanted = self.objective, self.objective.needs_likelihoods
-        logps, hidden, scores, squares = self.engine.score(batch, sketch, squares=wanted)
+        logps, hidden, scores, squares = self.engine.forward(batch, sketch, squares=wanted)
         weights = token_weights(logps, batch.sequences, batch.lengths, objective.reduction)
         if objective.length_alpha != 1:
             weights *= length_weights(batch.sequences, batch.lengths, batch.num_pairs, objective.length_alpha)

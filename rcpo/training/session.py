@@ -34,7 +34,7 @@ from rcpo.models.contents import source_hash
 from rcpo.models.loading import load_config, load_tokenizer, refuse_quantized
 from rcpo.models.policy import compile_layers
 from rcpo.reference.cache import Cache, Say
-from rcpo.reference.prepare import ReferencePass, ScoredData, Stop, check_start
+from rcpo.reference.prepare import ReferenceData, ReferencePass, Stop, check_start
 from rcpo.runs.folder import CONFIG_FILE, METRICS_FILE, stored_state
 from rcpo.system import distributed
 from rcpo.system.files import cache_folder
@@ -140,7 +140,7 @@ class Session:
         if training:
             check_geometry(config, self.objective, policy)
         self.held_reference: Engine | None = None
-        self.scorer = PairForward(self.engine, self.objective, None)
+        self.forward = PairForward(self.engine, self.objective, None)
         self.heldout = PairForward(self.engine, self.objective, None)
 
     def _refuse_what_does_not_fit(self, final: Path | None) -> None:
@@ -203,21 +203,21 @@ class Session:
         """
         if self._reference is None:
             return
-        data = self._scored_data()
+        data = self._reference_data()
         references = self._reference.prepare(self.engine, data, say, stop)
         self.held_reference = self._reference.held
         if self.config.reference.sync_every:
-            refuse_other_weights(self.config, self.engine, self.held_reference)
+            refuse_other_parameters(self.config, self.engine, self.held_reference)
         self._reference = None
         for part, reference in zip(data, references):
-            scorer = self.scorer if part.dataset is self.datasets.train else self.heldout
-            scorer.reference = reference
+            forward = self.forward if part.dataset is self.datasets.train else self.heldout
+            forward.reference = reference
         starts_equal = self.config.reference.path is None
-        if self._training and starts_equal and self.scorer.reference is not None:
+        if self._training and starts_equal and self.forward.reference is not None:
             batch = self.collate(self.datasets.train, self.rank_microbatches(0)[0])
-            check_start(self.engine, self.scorer.reference, batch, self.config.train.dtype)
+            check_start(self.engine, self.forward.reference, batch, self.config.train.dtype)
 
-    def _scored_data(self) -> list[ScoredData]:
+    def _reference_data(self) -> list[ReferenceData]:
         """What the reference scores: of each split the examples that this run uses."""
         data = []
         if self._training and self.tracking is Tracking.EVERYTHING:
@@ -225,14 +225,14 @@ class Session:
             if self.total_steps < self.batches.steps_per_epoch:
                 steps = map(self.batches.indices, range(self.total_steps))
                 visited = np.unique(np.fromiter(chain.from_iterable(steps), dtype=np.int64))
-            data.append(self._scored("train", self.datasets.train, visited))
+            data.append(self._data_of("train", self.datasets.train, visited))
         if self.datasets.evaluation is not None:
             dataset = self.datasets.evaluation
             count = self._held_out_count(dataset)
             positions = None if count == len(dataset) else np.arange(count)
             if self.tracked_positions is not None:
                 positions = np.array(sorted(self.tracked_positions))
-            data.append(self._scored("held out", dataset, positions))
+            data.append(self._data_of("held out", dataset, positions))
         return data
 
     def _held_out_count(self, dataset: PairDataset) -> int:
@@ -240,9 +240,9 @@ class Session:
         limit = self.config.eval.max_examples
         return len(dataset) if limit is None else min(limit, len(dataset))
 
-    def _scored(self, name: str, dataset: PairDataset, positions: np.ndarray | None) -> ScoredData:
+    def _data_of(self, name: str, dataset: PairDataset, positions: np.ndarray | None) -> ReferenceData:
         everything = np.arange(len(dataset)) if positions is None else positions
-        return ScoredData(
+        return ReferenceData(
             name,
             dataset,
             self._sides(dataset),
@@ -252,14 +252,15 @@ class Session:
             partial=self.tracking is Tracking.SOME,
         )
 
-    def collate(self, dataset: PairDataset, indices: list[int]) -> TokenBatch:
-        """A batch on the engine's device, with the sequences that the objective needs."""
-        return self._collate(dataset, indices, self.objective.sides)
-
-    def _collate(self, dataset: PairDataset, indices: list[int], sides: tuple[str, ...]) -> TokenBatch:
+    def collate(
+        self, dataset: PairDataset, indices: list[int], sides: tuple[str, ...] | None = None
+    ) -> TokenBatch:
+        """A batch on the engine's device, with these sides, or else with those that the objective needs."""
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        batch = collate_indices(dataset, indices, pad, sides=sides, layout=self.layout)
+        batch = collate_indices(
+            dataset, indices, pad, sides=sides or self.objective.sides, layout=self.layout
+        )
         return batch.to(self.engine.device)
 
     def rank_microbatches(self, step: int) -> list[list[int]]:
@@ -299,7 +300,7 @@ class Session:
         for start in range(0, len(positions), ranks * size):
             part = positions[start : start + ranks * size].tolist()
             for indices in split(part, distributed.rank(), ranks, min(size, math.ceil(len(part) / ranks))):
-                yield self._collate(dataset, indices, sides)
+                yield self.collate(dataset, indices, sides)
 
 
 def tracking(config: RunConfig, objective: Objective, datasets: Datasets, *, changes: bool) -> Tracking:
@@ -337,7 +338,7 @@ def record_date(run_dir: Path, day: str) -> None:
         save_run_config(config, path)
 
 
-def refuse_other_weights(config: RunConfig, engine: Engine, held: Engine | None) -> None:
+def refuse_other_parameters(config: RunConfig, engine: Engine, held: Engine | None) -> None:
     """Raise ConfigError for a reference that cannot follow the policy: it is of another shape."""
     if held is None or held.weight_shapes() != engine.weight_shapes():
         raise ConfigError(

@@ -52,13 +52,13 @@ def start_dynamics(
     for batch in batches:
         for first in range(0, len(batch), BATCH):
             part = batch[first : first + BATCH].tolist()
-            scored = _score(policy, objective, dataset, part, sketch, pad_id)
-            weights = scored.pairs.pair_weights, scored.pairs.pair_weights
-            meter.observe(incentives(objective, scored.pairs), scored.head_scores(), weights)
+            output = _output(policy, objective, dataset, part, sketch, pad_id)
+            weights = output.pairs.pair_weights, output.pairs.pair_weights
+            meter.observe(incentives(objective, output.pairs), output.head_scores(), weights)
         yield meter.collect()
 
 
-def _score(
+def _output(
     policy: Policy, objective: Objective, dataset: PairDataset, places: list[int], sketch: Sketch, pad_id: int
 ) -> PairOutput:
     batch = collate_indices(dataset, places, pad_id, sides=objective.sides)

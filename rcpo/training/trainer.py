@@ -146,18 +146,18 @@ class Trainer:
         return row | self.watch.metrics()
 
     def _micro_step(self, batch: TokenBatch, scale: float, last: bool, sums: StepSums) -> None:
-        scored = self.session.scorer(batch, self.dynamics.sketch)
+        output = self.session.forward(batch, self.dynamics.sketch)
         sums.computed(batch.num_tokens, batch.input_ids.numel())
-        pairs = self.dynamics(scored)
-        if scored.count:
+        pairs = self.dynamics(output)
+        if output.count:
             losses = self.objective(pairs) * self.objective.weights(pairs) * scale
-            values = pair_values(self.objective, scored.pairs)
-            self.objective.observe(scored.pairs)
-            self.watch.keep(batch, scored.pairs)
+            values = pair_values(self.objective, output.pairs)
+            self.objective.observe(output.pairs)
+            self.watch.keep(batch, output.pairs)
             # a step is left out where its gradient is not finite, so make it that on every rank
             loss = losses.sum() * sums.add(losses / distributed.world_size(), values)
         else:  # fillers alone: the ranks still take the same collective steps
-            loss = scored.logps.sum() * 0.0
+            loss = output.logps.sum() * 0.0
         self.engine.backward(loss, last=last)
 
     def _sync_reference(self) -> None:

@@ -82,7 +82,7 @@ def batch_means(session: Session, step: int) -> tuple[float, float]:
     sums, count = torch.zeros(2, dtype=torch.float64), 0
     for positions in session.rank_microbatches(step):
         with torch.no_grad():
-            pairs = session.scorer(session.collate(session.datasets.train, positions)).pairs
+            pairs = session.forward(session.collate(session.datasets.train, positions)).pairs
         sums += torch.stack([pairs.chosen.double().sum(), pairs.losers.double().sum()])
         count += len(pairs.chosen)
     winner, loser = (sums / count).tolist()

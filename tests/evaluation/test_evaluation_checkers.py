@@ -59,24 +59,24 @@ def test_what_has_no_value_is_no_number(text: str) -> None:
 
 
 def test_fractions_are_compared_by_value_and_not_by_their_denominator() -> None:
-    scorer = checker_of(EvalConfig(scorer="number"), None)
-    assert scorer is not None
-    assert scorer("", "#### 1/3", "it is 2/6") and not scorer("", "#### 1/2", "it is 3/2")
+    check = checker_of(EvalConfig(scorer="number"), None)
+    assert check is not None
+    assert check("", "#### 1/3", "it is 2/6") and not check("", "#### 1/2", "it is 3/2")
 
 
 def test_numbers_are_compared_by_value() -> None:
-    scorer = checker_of(EvalConfig(scorer="number"), None)
-    assert scorer is not None
-    assert scorer("", "work\n#### 72", "The answer is $72.00")
-    assert not scorer("", "work\n#### 72", "The answer is 7 2 1")
-    assert not scorer("", "none", "none") and last_number("none") is None
+    check = checker_of(EvalConfig(scorer="number"), None)
+    assert check is not None
+    assert check("", "work\n#### 72", "The answer is $72.00")
+    assert not check("", "work\n#### 72", "The answer is 7 2 1")
+    assert not check("", "none", "none") and last_number("none") is None
 
 
 def test_a_pattern_picks_the_answer() -> None:
-    scorer = checker_of(EvalConfig(scorer="pattern", answer_pattern=r"answer is \(?([A-D])"), None)
-    assert scorer is not None
-    assert scorer("", "The answer is (B).", "I first thought the answer is A, but the answer is B")
-    assert not scorer("", "The answer is (B).", "B")
+    check = checker_of(EvalConfig(scorer="pattern", answer_pattern=r"answer is \(?([A-D])"), None)
+    assert check is not None
+    assert check("", "The answer is (B).", "I first thought the answer is A, but the answer is B")
+    assert not check("", "The answer is (B).", "B")
 
 
 def test_text_and_the_tasks_own_check() -> None:

@@ -59,7 +59,7 @@ def test_some_held_out_pairs_show_whether_the_winner_fell(
     made = Session(config, tmp_path, training=True)
     assert made.tracking is Tracking.SOME
     made.prepare_reference()
-    assert made.scorer.reference is None  # training pays nothing
+    assert made.forward.reference is None  # training pays nothing
     evaluate(made)
     before = {row["id"]: row for row in examples(tmp_path)}
     compared = {name for name, row in before.items() if "logratios/chosen" in row}

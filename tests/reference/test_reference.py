@@ -92,7 +92,7 @@ def entries(config: RunConfig) -> list[Path]:
 
 def reference_logps(session: Session) -> np.ndarray:
     """Of all training pairs, in the batches of the pass: other padding moves a token by 1e-6."""
-    reference = session.scorer.reference
+    reference = session.forward.reference
     assert reference is not None
     batches = session.eval_batches(session.datasets.train)
     return torch.cat([reference(batch) for batch in batches]).numpy()
@@ -125,8 +125,8 @@ def test_the_log_probs_are_those_of_transformers(config: RunConfig, model: str) 
     session, _ = prepared(config)
     own = AutoModelForCausalLM.from_pretrained(model).eval()
     batch = session.collate(session.datasets.train, [7, -1, 3])
-    assert session.scorer.reference is not None
-    found = torch.split(session.scorer.reference(batch), batch.lengths.tolist())
+    assert session.forward.reference is not None
+    found = torch.split(session.forward.reference(batch), batch.lengths.tolist())
     for place, (index, side) in enumerate([(7, 0), (None, 0), (3, 0), (7, 1), (None, 1), (3, 1)]):
         if index is None:
             assert not found[place].any()  # a filler
@@ -148,7 +148,7 @@ def test_a_second_session_reads_and_its_values_are_mapped(alone: RunConfig) -> N
     (path,) = entries(alone)
     tokens = int(session.datasets.train.lengths[:, 1:].sum())
     assert path.stat().st_size == HEADER + 4 * tokens and f"({tokens:,} tokens)" in second[0]
-    reference = session.scorer.reference
+    reference = session.forward.reference
     assert isinstance(reference, StoredReference) and isinstance(reference._logps, np.memmap)
 
 
@@ -375,7 +375,7 @@ def test_numbers_of_another_policy_are_refused_at_the_start(
 ) -> None:
     config.train.dtype = dtype
     session, _ = prepared(config)
-    stored = session.scorer.reference
+    stored = session.forward.reference
     assert isinstance(stored, StoredReference)
     batch = session.collate(session.datasets.train, session.rank_microbatches(0)[0])
     wrong = StoredReference(stored._rows, np.array(stored._logps) + np.float32(shift))

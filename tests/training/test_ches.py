@@ -13,7 +13,7 @@ from tiny import sums_file, tiny_llama
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.errors import ConfigError
 from rcpo.system import distributed
-from rcpo.training.ches import _score, ches_scores, within_ches
+from rcpo.training.ches import _ches, ches_scores, within_ches
 from rcpo.training.session import Session, refuse_other_split
 from rcpo.training.trainer import write_finished
 
@@ -101,7 +101,7 @@ def test_two_ranks_score_as_one_does(
         )
         monkeypatch.setattr("rcpo.training.ches.distributed", group)
         before = set(taken)
-        _score(session.datasets.train, config, session.start, 0, taken)  # type: ignore[arg-type]
+        _ches(session.datasets.train, config, session.start, 0, taken)  # type: ignore[arg-type]
         assert len(set(taken) - before) == 2
     assert np.array_equal(np.concatenate([taken[place] for place in sorted(taken)]).astype("f4"), alone)
 

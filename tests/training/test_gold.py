@@ -48,7 +48,7 @@ def test_a_batch_holds_the_gold_answers_and_the_loss_reads_them(config: RunConfi
     session = Session(config, tmp_path / "run", training=True)
     batch = session.collate(session.datasets.train, [0, 1])
     assert batch.sides == ("chosen", "rejected", "gold")
-    scored = session.scorer(batch)
+    scored = session.forward(batch)
     losses = session.objective(scored.pairs)
     for place in range(2):
         example = session.datasets.train[place]
@@ -81,7 +81,7 @@ def test_held_out_pairs_are_evaluated_with_their_gold_answers(config: RunConfig,
     record = evaluate(session)
     dataset = session.datasets.evaluation
     assert dataset is not None
-    pairs = session.scorer(session.collate(dataset, list(range(len(dataset))))).pairs
+    pairs = session.forward(session.collate(dataset, list(range(len(dataset))))).pairs
     assert record["eval/loss"] == pytest.approx(session.objective(pairs).mean().item(), rel=1e-5)
 
 

@@ -113,7 +113,7 @@ def test_a_batch_is_scored_with_the_options(tmp_path: Path) -> None:
     config.objective = ObjectiveConfig(name="dpo", weighting="wpo", length_alpha=0.25)
     distributed.initialize()
     session = Session(config, tmp_path / "run", training=True)
-    found = session.scorer(session.collate(session.datasets.train, [0, 1, 2, 3])).pairs
+    found = session.forward(session.collate(session.datasets.train, [0, 1, 2, 3])).pairs
     for place, example in enumerate(session.datasets.train):
         shared = min(len(example.chosen), len(example.rejected))
         for z, likelihood, response in (
@@ -182,7 +182,7 @@ def test_options_compose_under_any_split(tmp_path: Path, case: str) -> None:
         runs.append([[row[name] for name in ("loss", "grad_norm", "rc/alpha")] for row in rows])
         assert rows[1]["loss"] != rows[0]["loss"]
         if wanted.get("sync"):  # the reference is half the policy: the winner's log-ratio halves with it
-            moved = session.scorer(session.collate(session.datasets.train, [0, 1, 2, 3])).pairs
+            moved = session.forward(session.collate(session.datasets.train, [0, 1, 2, 3])).pairs
             assert moved.chosen_logratios.abs().max() > 0
     for one, other in zip(*runs, strict=True):
         assert one == pytest.approx(other, rel=2e-4)

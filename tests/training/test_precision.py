@@ -78,14 +78,14 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:
 def true_gradient(trainer: Trainer) -> Tensor:
     """Each micro-batch's gradient by autograd, in the model's precision; their sum in fp64."""
     session, total = trainer.session, None
-    assert session.scorer.reference is not None
+    assert session.forward.reference is not None
     trainer.engine.train()
     parameters = dict(trainer.engine.policy.named_parameters())
     for positions in session.rank_microbatches(0):
         batch = session.collate(session.datasets.train, positions)
         logps = trainer.engine.policy(**policy_inputs(batch))[0]
         each = token_weights(logps, batch.sequences, batch.lengths, "sum")
-        pairs = pair_logps(batch, logps, each, session.scorer.reference(batch))
+        pairs = pair_logps(batch, logps, each, session.forward.reference(batch))
         loss = trainer.objective(pairs).sum() / 16
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
         flat = torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
@@ -197,7 +197,7 @@ def poison(config: RunConfig, folder: Path) -> tuple[Trainer, Poisoned]:
     trainer = start(config, folder)
     plain = trainer.session.objective
     poisoned = Poisoned(plain.spec, plain.reduction, plain.nll_coef, plain.hyperparameters)
-    trainer.objective = trainer.session.objective = trainer.session.scorer.objective = poisoned
+    trainer.objective = trainer.session.objective = trainer.session.forward.objective = poisoned
     return trainer, poisoned
 
 

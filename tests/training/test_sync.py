@@ -48,7 +48,7 @@ def test_the_reference_moves_every_few_steps_and_resumes_bit_for_bit(tmp_path: P
     assert any(not torch.equal(value, start[name]) for name, value in held.policy.named_parameters())
     # a mixup of 1 makes it the policy: all log-ratios are 0 again
     held.follow(session.engine, 1.0)
-    pairs = session.scorer(session.collate(session.datasets.train, [0, 1])).pairs
+    pairs = session.forward(session.collate(session.datasets.train, [0, 1])).pairs
     assert pairs.chosen_logratios.abs().max() < 1e-5 and pairs.rejected_logratios.abs().max() < 1e-5
 
 

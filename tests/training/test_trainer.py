@@ -108,7 +108,7 @@ def test_the_loss_is_the_weighted_mean_over_the_pairs(tmp_path: Path) -> None:
     session = Session(config, tmp_path / "other", training=True)
     total = weight = 0.0
     for n in range(8):
-        pairs = session.scorer(session.collate(session.datasets.train, [n])).pairs
+        pairs = session.forward(session.collate(session.datasets.train, [n])).pairs
         margin = 2 * (pairs.chosen - pairs.losers).item() - 1
         total += (0.1 + 0.3 * (n % 5)) * math.log1p(math.exp(-margin))
         weight += 0.1 + 0.3 * (n % 5)

@@ -92,7 +92,7 @@ def test_log_probs_are_those_of_the_answers_tokens(
     config.data.layout, config.objective.reduction = layout, reduction
     session = session_of(config, tmp_path / "run")
     question = session.tokenizer("=", add_special_tokens=False)["input_ids"][-1]
-    scored = session.scorer(session.collate(session.datasets.train, list(range(12))))
+    scored = session.forward(session.collate(session.datasets.train, list(range(12))))
     ref = {"chosen": scored.pairs.ref_chosen, "rejected": scored.pairs.ref_rejected}
     for place in range(12):
         example = session.datasets.train[place]
@@ -147,7 +147,7 @@ def test_the_last_answer_alone_is_other_data_to_every_cache(config: RunConfig, t
     assert [one.parts for one in every] == [one.parts for one in last]
     assert every.fingerprint != last.fingerprint
     assert len(list((tmp_path / "cache" / "reference").glob("*.logps"))) == 2
-    scored = session.scorer(session.collate(last, [0]))
+    scored = session.forward(session.collate(last, [0]))
     answer = session.tokenizer.decode(last[0].chosen).split("=")[-1]
     assert scored.pairs.chosen_lengths is not None
     assert scored.pairs.chosen_lengths[0] == len(

@@ -53,7 +53,7 @@ def start(config: RunConfig, folder: Path) -> tuple[Trainer, Poisoned]:
     session.prepare_reference()
     plain = session.objective
     poisoned = Poisoned(plain.spec, plain.reduction, plain.nll_coef, plain.hyperparameters)
-    session.objective = session.scorer.objective = poisoned
+    session.objective = session.forward.objective = poisoned
     return Trainer(session), poisoned
 
 

@@ -38,7 +38,7 @@ def record(config: RunConfig, cache: str, folder: Path) -> dict[str, object]:
     config.reference.mode = "model"
     held = Session(config, folder, training=True)
     held.prepare_reference()
-    stored, model = session.scorer.reference, held.scorer.reference
+    stored, model = session.forward.reference, held.forward.reference
     assert isinstance(stored, StoredReference) and model is not None
     worst, total = torch.zeros(1), torch.zeros(1)
     for batch in session.eval_batches(session.datasets.train):
