@@ -35,6 +35,7 @@ from rcpo.config.paths import conf_dir
 from rcpo.config.refusals import _in_quotes, _quoted
 from rcpo.config.schema import RunConfig, TrainConfig
 from rcpo.errors import ConfigError
+from rcpo.method.objectives import specification
 from rcpo.models.upload import PushConfig
 from rcpo.planner.settings import GpuConfig, PlanConfig, plan_config
 from rcpo.slurm.settings import SlurmConfig, slurm_config
@@ -347,6 +348,8 @@ def test_objectives_have_the_table_s_defaults() -> None:
         objective = composed(f"objective={name}").objective
         assert (objective.name, objective.reduction) == (name, reduction)
         assert objective.hyperparameters == hyperparameters
+        loss = specification(name)  # a loop of one's own takes the defaults of the function
+        assert name == "mix" or (loss.reduction, loss.hyperparameters) == (reduction, hyperparameters)
     assert "nll_coef" in compose(["objective=sft"]).objective
     assert "nll_coef" not in compose(["objective=tidpo"]).objective
 
