@@ -14,11 +14,11 @@ from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
 from rcpo.launch.outcomes import DONE
 from rcpo.onpolicy.rounds import EVALUATE, SAMPLE, TRAIN, Iteration, Step
-from rcpo.runs.environment import git_state, redact
-from rcpo.slurm.queue import ACTIVE, Queued, Submitted, job_id, now, queue, read_submitted, sbatch
+from rcpo.runs.environment import redact
+from rcpo.slurm.queue import job_id, refuse_queued, submit_job
 from rcpo.slurm.script import BatchJob, render
 from rcpo.slurm.settings import SlurmConfig, slurm_config
-from rcpo.slurm.snapshot import PACKAGE, snapshot
+from rcpo.slurm.snapshot import snapshot
 
 CODE = "code"
 
@@ -46,7 +46,8 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
             after = before if needed is None else f"JOB-OF-{needed.label}"
             print(script_of(step, iteration, slurm, after))
         return DONE
-    _refuse_queued(left)
+    for step in left:
+        refuse_queued(step.folder, step.kind)
     iteration.write(slurm.world_size)
     modules = {str(module) for module in [config.objective.module] if module is not None}
     snapshot(folder / CODE, modules, Path.cwd())
@@ -55,15 +56,8 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
         job = job_of(step, iteration)
         after = before if needed is None else jobs[needed]
         job.script.write_text(script_of(step, iteration, slurm, after), encoding="utf-8")
-        jobs[step] = sbatch(job.script)
-        Submitted(
-            job=jobs[step],
-            runs=[str(step.folder)],
-            array=False,
-            command=["iterate", *map(redact, arguments)],
-            git=git_state(PACKAGE / "__init__.py"),
-            time=now(),
-        ).write(step.folder, job.name)
+        words = ["iterate", *map(redact, arguments)]
+        jobs[step] = submit_job(job.script, job.name, [step.folder], words, array=False)
         print(f"rcpo: {step.name}: job {jobs[step]}", flush=True)
     where = os.path.relpath(folder)
     print(
@@ -111,17 +105,3 @@ def script_of(step: Step, iteration: Iteration, slurm: SlurmConfig, after: str |
     """The script of a step, named after its round; `after` is the job that it waits for."""
     named = replace(slurm, name=slurm.name or f"{step.label}-{iteration.folder.name}")
     return render(job_of(step, iteration), named, after)
-
-
-def _refuse_queued(steps: Sequence[Step]) -> None:
-    """Two jobs in one folder would only find it locked."""
-    known: dict[str, Queued] | None = None
-    for step in steps:
-        before = read_submitted(step.folder, step.kind)
-        if before is None:
-            continue
-        known = queue() if known is None else known
-        if before.job in known and known[before.job].state in ACTIVE:
-            raise ConfigError(
-                f"{step.name} is job {before.job} already; wait for it, or scancel {before.job}"
-            )

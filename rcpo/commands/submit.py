@@ -19,13 +19,13 @@ from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
 from rcpo.launch.folder import make_folder, refuse_other
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
-from rcpo.runs.environment import git_state, redact
+from rcpo.runs.environment import redact
 from rcpo.runs.folder import CODE, CONFIG_FILE, EVALUATION, FINAL, OUTCOME_FILE
 from rcpo.runs.inputs import completed
-from rcpo.slurm.queue import ACTIVE, Submitted, job_id, now, queue, read_submitted, sbatch
+from rcpo.slurm.queue import job_id, read_submitted, refuse_queued, submit_job
 from rcpo.slurm.script import BatchJob, render
 from rcpo.slurm.settings import SlurmConfig, slurm_config
-from rcpo.slurm.snapshot import PACKAGE, snapshot
+from rcpo.slurm.snapshot import snapshot
 from rcpo.sweeps.multirun import compose_many
 from rcpo.system.files import write_privately
 
@@ -63,18 +63,12 @@ def submit(what: str, arguments: Sequence[str], *, dry_run: bool) -> int:
         for folder in plan.job.runs or ():
             print(f"# {folder}")
         return REFUSED if plan.refused else DONE
-    _refuse_queued(plan.job)
+    refuse_queued(plan.job.folder, plan.job.name)
     _write(plan, script)
-    submitted = Submitted(
-        job=sbatch(plan.job.script),
-        runs=[str(folder) for folder in plan.job.runs or (plan.job.folder,)],
-        array=plan.job.runs is not None,
-        command=[what, *map(_without_secrets, arguments)],
-        git=git_state(PACKAGE / "__init__.py"),
-        time=now(),
-    )
-    submitted.write(plan.job.folder, plan.job.name)
-    print(f"rcpo: submitted {plan.job.script} as job {submitted.job}; rcpo submit status shows it")
+    runs, array = plan.job.runs or [plan.job.folder], plan.job.runs is not None
+    words = [what, *map(_without_secrets, arguments)]
+    job = submit_job(plan.job.script, plan.job.name, runs, words, array=array)
+    print(f"rcpo: submitted {plan.job.script} as job {job}; rcpo submit status shows it")
     return FAILED if plan.refused else DONE
 
 
@@ -162,17 +156,6 @@ def _checked(cfg: DictConfig, slurm: SlurmConfig, run_dir: Path) -> RunConfig:
     check_run(config, slurm.world_size, models=slurm.after is None)
     refuse_other(run_dir, config, slurm.world_size)
     return config
-
-
-def _refuse_queued(job: BatchJob) -> None:
-    """Two jobs in one folder would only find it locked."""
-    before = read_submitted(job.folder, job.name)
-    if before is None:
-        return
-    known = queue()
-    mine = {state for key, state in known.items() if key.partition("_")[0] == before.job}
-    if any(each.state in ACTIVE for each in mine):
-        raise ConfigError(f"{job.folder} is job {before.job} already; wait for it, or scancel {before.job}")
 
 
 def _write(plan: Submission, script: str) -> None:

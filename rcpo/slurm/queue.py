@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.errors import ConfigError, RunError
+from rcpo.runs.environment import git_state
 from rcpo.runs.folder import JOB_FILE, read_record
+from rcpo.slurm.snapshot import PACKAGE
 from rcpo.system.files import replace_text
 
 # states of a job that has not come to its end
@@ -54,10 +56,6 @@ def read_submitted(folder: Path, name: str) -> Submitted | None:
     return submitted
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def job_id(after: str) -> str:
     """The job that `slurm.after` means: an id as it stands, or that of a submitted run's folder."""
     if re.fullmatch(r"[0-9]+(_[0-9]+)?", after):
@@ -69,9 +67,25 @@ def job_id(after: str) -> str:
     raise ConfigError(f"slurm.after={after} is neither a job id nor the folder of a run that was submitted")
 
 
-def sbatch(script: Path) -> str:
-    """Submit a script and return the job's id; raise RunError with SLURM's own words where it refuses."""
-    return _ask("sbatch", ["--parsable", str(script)]).strip().partition(";")[0]
+def submit_job(script: Path, name: str, runs: Sequence[Path], command: list[str], *, array: bool) -> str:
+    """Submit the script in a folder, record the job there, and return its id.
+
+    Raises RunError with SLURM's own words where it refuses.
+    """
+    job = _ask("sbatch", ["--parsable", str(script)]).strip().partition(";")[0]
+    git, time = git_state(PACKAGE / "__init__.py"), datetime.now(UTC).isoformat(timespec="seconds")
+    Submitted(job, list(map(str, runs)), array, command, git, time).write(script.parent, name)
+    return job
+
+
+def refuse_queued(folder: Path, name: str) -> None:
+    """Raise ConfigError where such a job of the folder has not ended: two would only find it locked."""
+    before = read_submitted(folder, name)
+    if before is None:
+        return
+    mine = [queued for job, queued in queue().items() if job.partition("_")[0] == before.job]
+    if any(queued.state in ACTIVE for queued in mine):
+        raise ConfigError(f"{folder} is job {before.job} already; wait for it, or scancel {before.job}")
 
 
 @dataclass(frozen=True)
