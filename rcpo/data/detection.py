@@ -9,7 +9,7 @@ from typing import Any
 
 from rcpo.data.conversations import begins_with_answer
 from rcpo.data.formats import FIELDS
-from rcpo.data.forms import FORMATS, Custom, Fields, Form, FormOptions, Renamed, registered
+from rcpo.data.forms import FORMATS, Custom, Fields, Form, FormOptions, OtherAnswer, Renamed, registered
 from rcpo.data.judged import Comparisons, normal
 from rcpo.data.names import (
     ANSWERS,
@@ -17,6 +17,7 @@ from rcpo.data.names import (
     CONVERSATIONS,
     KNOWN_PAIRS,
     LABEL_WORDS,
+    OTHER_ANSWERS,
     SCORES,
     UNWANTED,
     WANTED,
@@ -96,7 +97,7 @@ class Labelled:
 def _preferences(sample: Sample, options: FormOptions, _: str) -> Form | None:
     pair = _pair(sample)
     if pair is None:
-        return None
+        return _other_answer(sample)
     chosen, rejected = pair
     asking, more, history = asked(sample)
     prompt = asking.get("prompt")
@@ -113,6 +114,16 @@ def _preferences(sample: Sample, options: FormOptions, _: str) -> Form | None:
     elif prompt == "instruction":
         kind = "Alpaca instructions with two answers"
     return Renamed(described(kind, names, more, history), names, more, history=history)
+
+
+def _other_answer(sample: Sample) -> Form | None:
+    """A conversation that ends with the better answer, and a column with the worse one."""
+    messages = next((name for name in CONVERSATIONS if is_answered(sample.example(name))), None)
+    rejected = sample.first(OTHER_ANSWERS)
+    if messages is None or rejected is None or "chosen" in sample.names:
+        return None
+    name = described("conversations with another answer", {"chosen": messages, "rejected": rejected})
+    return OtherAnswer(name, messages, rejected)
 
 
 def _pair(sample: Sample) -> tuple[str, str] | None:

@@ -26,6 +26,7 @@ from rcpo.data.conversations import (
     is_open,
     parse_prompt,
     parse_response,
+    speaker,
     split_conversations,
     split_texts,
     without_prompt,
@@ -131,7 +132,8 @@ def _implicit(chosen: Content, rejected: Content, row: Mapping[str, Any]) -> tup
 def _likely_prompt(row: Mapping[str, Any]) -> str:
     """Advice with the text column that may hold the prompt."""
     texts = [name for name, value in row.items() if isinstance(value, str) and name not in FIELDS]
-    named = [name for name in texts if _PROMPT_LIKE.search(name.lower())]
+    talks = [name for name, value in row.items() if name not in FIELDS and _is_question(value)]
+    named = [*talks, *(name for name in texts if _PROMPT_LIKE.search(name.lower()))]
     if named:
         return f"; name the column that holds it, such as data.columns.prompt={named[0]}"
     others = f"; the other columns of text are {', '.join(map(repr, texts))}" if texts else ""
@@ -139,6 +141,11 @@ def _likely_prompt(row: Mapping[str, Any]) -> str:
         f"{others}; name the column that holds it (data.columns.prompt), or take it out of another one with "
         "a Jinja template"
     )
+
+
+def _is_question(value: Any) -> bool:
+    """Whether a value is a conversation that the assistant has not answered."""
+    return isinstance(value, list) and bool(value) and speaker(value[-1]) not in (None, "assistant")
 
 
 def _explicit(
@@ -209,8 +216,24 @@ def _label(value: Any) -> bool:
 
 def _content(value: Any, name: str) -> Content:
     if isinstance(value, dict):  # one message
+        _refuse_object(value, name)
         value = [value]
+    elif isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        raise BadRow(
+            f"field {name!r} is a list of texts; say which one to take, as data.columns.{name}='COLUMN[0]'"
+        )
     return _text(value, name) if not isinstance(value, list) else as_messages(value, name)
+
+
+def _refuse_object(value: Mapping[str, Any], name: str) -> None:
+    """Raise BadRow for an object that is not a message, but has a part that may hold the text."""
+    if speaker(value) is None and not isinstance(value.get("messages"), list):
+        texts = [key for key, part in value.items() if isinstance(part, str)]
+        told = min(texts, key=lambda key: ("text" not in key, "content" not in key), default="KEY")
+        raise BadRow(
+            f"field {name!r} is an object without a role; name the part that holds the text, as "
+            f"data.columns.{name}=COLUMN.{told}"
+        )
 
 
 def _text(value: Any, name: str) -> str:

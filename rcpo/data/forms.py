@@ -82,6 +82,26 @@ class Renamed:
         return [found]
 
 
+@dataclass(frozen=True)
+class OtherAnswer:
+    """Conversations that end with the better answer; another one is text, messages, or the whole."""
+
+    name: str
+    messages: str
+    rejected: str
+
+    def rows(self, fields: Fields) -> list[Fields]:
+        found = {name: value for name, value in fields.items() if name not in (self.messages, self.rejected)}
+        messages, other = fields.get(self.messages), fields.get(self.rejected)
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise BadRow("messages do not end with an answer of the assistant")
+        if isinstance(other, str):
+            other = [{"role": "assistant", "content": other}]
+        if isinstance(other, list) and other and speaker(other[0]) != "assistant":
+            return [found | {"chosen": messages, "rejected": other}]
+        return [found | {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": other}]
+
+
 def with_input(instruction: Any, more: Any) -> Any:
     """Alpaca's prompt: the instruction, and on the next line its input where there is one."""
     if more is None or (isinstance(more, str) and not more.strip()):

@@ -28,6 +28,10 @@ KNOWN_PAIRS = (
     ("y_w", "y_l"),  # as the DPO paper calls them
     ("yw", "yl"),
 )
+OTHER_ANSWERS = (
+    "rejected_response",
+    "rejected_messages",
+)  # ms-swift's, beside a conversation with the better one
 SCORES = ("score", "rating", "reward", "avg_rating", "average_rating")
 NUMBERED = (("1", "2"), ("0", "1"), ("a", "b"), ("first", "second"), ("left", "right"))
 ANSWER_STEMS = (
@@ -60,21 +64,23 @@ MARKED = ("score", "rating", "reward", "rank")  # words of the columns that mark
 
 LABEL_WORDS = frozenset((
     "label", "labels", "kto", "acceptable", "accepted", "desirable", "like", "liked", "thumb", "thumbs",
-    "thumbsup", "thumbup", "good", "correct", "preferred", "feedback", "approved", "upvoted",
+    "thumbsup", "thumbup", "good", "correct", "preferred", "feedback", "approved", "upvoted", "safe",
+    "helpful", "harmless", "appropriate", "satisfactory",
 ))  # fmt: skip
 CONTRARY_WORDS = frozenset((
     "unacceptable", "undesirable", "dislike", "disliked", "dispreferred", "bad", "incorrect", "wrong",
-    "rejected", "downvoted", "not",
+    "rejected", "downvoted", "not", "unsafe", "unhelpful", "harmful", "toxic", "inappropriate", "offensive",
+    "hateful",
 ))  # fmt: skip
 WANTED = frozenset((
     "true", "1", "yes", "good", "positive", "desirable", "acceptable", "accepted", "accept", "like",
     "liked", "up", "thumbs up", "thumb up", "upvote", "+1", "win", "correct", "chosen", "helpful",
-    "preferred",
+    "preferred", "safe", "harmless", "appropriate",
 ))  # fmt: skip
 UNWANTED = frozenset((
     "false", "0", "no", "bad", "negative", "undesirable", "unacceptable", "rejected", "reject",
     "dislike", "disliked", "down", "thumbs down", "thumb down", "downvote", "-1", "lose", "incorrect",
-    "wrong", "unhelpful", "dispreferred",
+    "wrong", "unhelpful", "dispreferred", "unsafe", "harmful", "toxic", "inappropriate",
 ))  # fmt: skip
 MODELS = ("model", "response", "answer", "assistant", "output", "option", "choice", "candidate", "summary",
           "completion", "winner", "prefer")  # fmt: skip

@@ -195,9 +195,12 @@ def _winners(
     if tokens == ("1", "2") and not ("0" in numbers and "2" not in numbers):
         return meaning | {"0": TIE, "1.5": TIE}
     if numbers and (tokens != ("0", "1") or (counted and "0" not in numbers)):
+        low, high = min(numbers), max(numbers)
+        if low == high:  # the other one is not among the first rows
+            low, high = ("0", "1") if low in ("0", "1") else ("1", "2")
         raise ConfigError(
             f"{place} holds {', '.join(sorted(numbers))}, which may mean {first!r} or {second!r}; say which: "
-            f"data.labels={{'{min(numbers)}': first, '{max(numbers)}': second}}"
+            f"data.labels={{'{low}': first, '{high}': second}}, or the other way round"
         )
     return meaning
 

@@ -161,7 +161,7 @@ BAD_ROWS: dict[bytes, str] = {
     b'{"prompt": "p", "rejected": "r"}': "no field 'chosen'",
     b'{"prompt": "p", "chosen": "c"}': "no field 'rejected'",
     b'{"prompt": null, "chosen": "c", "rejected": "r"}': "field 'prompt' is not a string",
-    b'{"prompt": "p", "chosen": ["c"], "rejected": "r"}': "field 'chosen' holds a message that is not an",
+    b'{"prompt": "p", "chosen": ["c"], "rejected": "r"}': "field 'chosen' is a list of texts",
     b'{"prompt": "p", "chosen": [], "rejected": "r"}': "field 'chosen' has no message",
     b'{"prompt": "p", "chosen": "c", "rejected": 3}': "field 'rejected' is not a string",
     b'{"prompt": " ", "chosen": "c", "rejected": "r"}': "empty prompt",

@@ -353,6 +353,14 @@ PAIRS: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     ),
     "csv lists": ({"prompt": "q", "responses": '["b", "a"]', "scores": "[1, 2]"}, TEXT),
     "csv comparison": ({"prompt": "q", "answer1": "b", "answer2": "a", "label": "2"}, TEXT),
+    # the better answer in the conversation, the worse one beside it
+    "swift": ({"messages": [user("q"), says("a")], "rejected_response": "b"}, CHAT),
+    "swift, later": (
+        {"messages": [user("p"), says("x"), user("q"), says("a")], "rejected_response": "b"},
+        LATER,
+    ),
+    "swift, a message": ({"messages": [user("q"), says("a")], "rejected_response": [says("b")]}, CHAT),
+    "swift, whole": ({"messages": [user("q"), says("a")], "rejected_messages": [user("q"), says("b")]}, CHAT),
     "csv messages": ({"chosen": json.dumps(QA), "rejected": json.dumps(QB)}, CHAT),
 }
 
@@ -405,6 +413,19 @@ ONES: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"prompt": "q", "response": "a", "is_safe": True}, True),
+        ({"prompt": "q", "response": "a", "label": "unsafe"}, False),
+        ({"prompt": "q", "response": "a", "helpful": 0}, False),
+    ],
+)
+def test_safety_and_helpfulness_are_labels(row: dict[str, Any], wanted: bool) -> None:
+    [found] = read(row)
+    assert (found.chosen, found.rejected) == (("a", None) if wanted else (None, "a"))
+
+
 @pytest.mark.parametrize("name", ONES)
 def test_a_single_answer_is_read_rightly(name: str) -> None:
     row, wanted = ONES[name]
@@ -413,6 +434,22 @@ def test_a_single_answer_is_read_rightly(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a list of texts": (
+        {"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]},
+        r"data.columns.chosen='COLUMN\[0\]'",
+    ),
+    "an object with the prompt": (
+        {"question": {"id": "1", "full_text": "q"}, "chosen": "a", "rejected": "b"},
+        r"data.columns.prompt=COLUMN.full_text",
+    ),
+    "a conversation of another name": (
+        {"parent": "x", "trajectory": [human("q")], "chosen": "a", "rejected": "b"},
+        r"data.columns.prompt=trajectory",
+    ),
+    "harm": (
+        {"prompt": "q", "response": "a", "is_toxic": 1},
+        r"data.columns.label='is_toxic' \"data.labels=\{'1': false",
+    ),
     "a label that says the contrary": (
         {"prompt": "q", "completion": "a", "disliked": True},
         r"data.columns.label='disliked' \"data.labels=\{'true': false\}",
@@ -440,7 +477,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "numbers for a list of two": (
         {"prompt": "q", "answers": ["a", "b"], "label": 1},
-        "which may mean 'first' or 'second'",
+        r"which may mean 'first' or 'second'.*data.labels=\{'0': first, '1': second\}, or the other way",
     ),
     "an earlier turn without an answer": (
         {"instruction": "q", "output": "a", "history": [["p"]]},

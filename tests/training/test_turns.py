@@ -158,7 +158,10 @@ def test_the_last_answer_alone_is_other_data_to_every_cache(config: RunConfig, t
 def test_imitation_weighs_the_learned_tokens(config: RunConfig, tmp_path: Path) -> None:
     rows = [{"prompt": one["prompt"], "completion": one["chosen"]} for one in map(row, range(12))]
     Path(str(config.data.path)).write_text("".join(json.dumps(one) + "\n" for one in rows))
-    config.objective, config.rc.enabled = ObjectiveConfig(name="sft", hyperparameters={}), False
+    config.objective, config.rc.enabled = (
+        ObjectiveConfig(name="sft", reduction="mean", hyperparameters={}),
+        False,
+    )
     session = session_of(config, tmp_path / "run")
     question = session.tokenizer("=", add_special_tokens=False)["input_ids"][-1]
     model = session.engine.policy.model
