@@ -109,7 +109,7 @@ def test_what_all_ranks_have_in_common_is_not_one_node_s_fault() -> None:
 def test_ranks_that_do_not_come_are_counted_and_the_present_named() -> None:
     began = time.monotonic()
     told = met([rank(0), rank(2)], 4, seconds=1.0)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 45  # the default of launch.meeting_seconds is 50
     (message,) = {str(error) for error in told}
     assert all(isinstance(error, RunError) for error in told)
     assert "2 of 4 ranks did not come within 1 s: 1, 3; here are n0 (rank 0), n2 (rank 2)" in message
@@ -220,11 +220,11 @@ def heartbeats(lost: Callable[[str], None], seconds: float) -> tuple[Heartbeat, 
 
 def test_ranks_that_hear_from_each_other_lose_nobody() -> None:
     lost: list[str] = []
-    first, second, store = heartbeats(lost.append, 0.5)
+    first, second, store = heartbeats(lost.append, 2)  # no machine is so loaded that a thread waits as long
     second.begin(Ranks(1, 2, 1, "srun"), store)
-    time.sleep(1.5)
+    time.sleep(3)
     second.stop()  # one that leaves costs nothing
-    time.sleep(1.0)
+    time.sleep(2.5)
     first.stop()
     assert lost == []
 
@@ -257,7 +257,7 @@ def test_a_silent_rank_is_lost_by_name() -> None:
     first, _, store = heartbeats(lost.append, 0.5)
     with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as silent:
         silent.sendall(store["heartbeat token"].encode() + b" n7\n.")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not lost and time.monotonic() < end:
             time.sleep(0.05)
     first.stop()
@@ -273,7 +273,7 @@ def test_a_stranger_who_talks_ends_nothing(words: bytes) -> None:
         socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as stranger,
     ):
         stranger.sendall(words)
-        stranger.settimeout(20)
+        stranger.settimeout(120)
         assert stranger.recv(1) == b""  # turned away, however much was said
     time.sleep(0.5)
     first.stop()
@@ -307,7 +307,7 @@ def test_a_silent_rank_0_is_lost_to_the_others(monkeypatch: pytest.MonkeyPatch) 
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         beat = Heartbeat(0.5, lost.append)
         beat.begin(Ranks(1, 2, 0, "srun"), Store(heartbeat=str(deaf.getsockname()[1])))
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not lost and time.monotonic() < end:
             time.sleep(0.05)
         beat.stop()

@@ -85,14 +85,15 @@ def test_a_run_that_is_given_up_takes_no_other_along(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("program")
 def test_an_error_ends_what_is_under_way(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "(here / 'ready').touch(); time.sleep(60)")
+    folder = run(tmp_path / "run", "(here / 'ready').touch(); time.sleep(3600)")
     began = time.monotonic()
     with pytest.raises(SystemExit), Pool([{}]) as runs:
         future = runs.start(folder)
         while not (folder / "ready").exists():
             time.sleep(0.01)
         raise SystemExit
-    assert future.result().code == 1 and time.monotonic() - began < 30
+    # on a loaded machine too it takes far less than the run would
+    assert future.result().code == 1 and time.monotonic() - began < 240
 
 
 @pytest.mark.usefixtures("program")
