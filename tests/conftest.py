@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +25,24 @@ settings.register_profile(
 # `scripts/test --thorough`: other examples each time
 settings.register_profile("thorough", deadline=None, max_examples=1000, suppress_health_check=_LOADED)
 settings.load_profile("thorough" if os.environ.get("RCPO_TESTS") == "thorough" else "rcpo")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deals the files to pytest-xdist's two workers, those with slow tests first: both end together."""
+    if hasattr(config, "workerinput"):
+        files: dict[Path, list[pytest.Item]] = {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        slow = [any(item.get_closest_marker("slow") for item in file) for file in files.values()]
+        order = sorted(range(len(files)), key=lambda place: not slow[place])
+        queue = list(files.values())
+        items[:] = [item for place in (*order[::2], *order[1::2]) for item in queue[place]]
+
+
+def pytest_collection_finish() -> None:
+    """Takes what the tests' imports left out of garbage collections, which libraries ask for at each run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
