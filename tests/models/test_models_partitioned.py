@@ -45,7 +45,6 @@ def measure(folder: Path, stage: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
     large_llama(tmp_path / "large")
     tiny_llama(tmp_path / "small")

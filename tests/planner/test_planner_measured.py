@@ -26,7 +26,7 @@ def two_micro_batches(changes: Changes, ranks: int) -> Changes:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
+@pytest.mark.timeout(900)
 def test_tensors_and_messages_are_deepspeeds_to_the_byte(tmp_path: Path) -> None:
     groups = {ranks: [two_micro_batches(each, ranks) for each in GROUPS[ranks]] for ranks in GROUPS}
     seen = 0
@@ -41,7 +41,7 @@ def test_tensors_and_messages_are_deepspeeds_to_the_byte(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.serial
+@pytest.mark.timeout(900)
 def test_peak_memory_within_a_tenth(tmp_path: Path) -> None:
     # every stage on 1, 2 and 4 processes: python tests/footprints.py
     path, small = middling(tmp_path / "model"), nothing(tmp_path / "small")

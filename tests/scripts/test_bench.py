@@ -25,7 +25,6 @@ def bench(out: Path, only: str, imports: Sequence[str] = ()) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_five_variants_see_the_same_batches(tmp_path: Path) -> None:
     found = bench(tmp_path, "calibration")["calibration"]
     assert set(found) == {
@@ -55,7 +54,6 @@ def test_phases_fill_the_step_and_epochs_repeat_their_pairs(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install 'rcpo[bench]'"
 )

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 MAIN = Path(__file__).resolve().parents[2] / "scripts" / "accelerator" / "main.py"
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.timeout(900)
 def test_the_miniature_measures_and_checks_everything_but_a_gpus_memory(tmp_path: Path) -> None:
     command = [sys.executable, str(MAIN), "--device", "cpu", "--tiny", "--only", "correctness,speed,memory"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    done = forked.run([*command, "--out", str(tmp_path)], timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "results.json").read_text())
     assert [line.partition(":")[0] for line in found["skipped"]] == ["memory"], done.stdout
@@ -32,5 +31,5 @@ def test_the_miniature_measures_and_checks_everything_but_a_gpus_memory(tmp_path
 
 
 def test_a_machine_without_a_gpu_is_told_of_the_miniature() -> None:
-    done = subprocess.run([sys.executable, str(MAIN)], capture_output=True, text=True, timeout=120)
+    done = forked.run([sys.executable, str(MAIN)], timeout=120)
     assert done.returncode == 2 and "--device cpu --tiny" in done.stderr
