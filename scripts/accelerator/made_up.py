@@ -137,7 +137,9 @@ def make_trainer(shape: Shape, folder: Path, device: torch.device) -> Trainer:
     session: Any = SimpleNamespace(
         config=config, run_dir=folder, objective=objective, engine=engine, batches=batches, layout=layout,
         total_steps=config.train.max_steps, fresh_signals=True, control_pairs=lambda: None, contents={},
-        datasets=SimpleNamespace(train=SimpleNamespace(lengths=lengths, weights=np.ones(len(examples)))),
+        datasets=SimpleNamespace(
+            train=SimpleNamespace(lengths=lengths, learned=lengths, weights=np.ones(len(examples)))
+        ),
         scorer=PairForward(engine, objective, reference), held_reference=None, collate=collated,
         rank_microbatches=lambda step: split(
             batches.indices(step), distributed.rank(), 1, config.train.microbatch(1)
