@@ -28,7 +28,7 @@ EVIL = (
     json.dumps(
         {"prompt": "\x1b]0;owned\x07\x1b[2J1+1=", "chosen": "\x1b[31mred\x00", "rejected": "\u202eevil"}
     ),
-    json.dumps({"prompt": "9" * 3_000_000, "chosen": "1", "rejected": "2"}),
+    json.dumps({"prompt": "9" * 300_000, "chosen": "1", "rejected": "2"}),
     '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "chosen": "a", "rejected": "b"}',
     '{"\x1b[2Jprompt": 1}',
     "\x1b[2J no JSON",

@@ -31,10 +31,12 @@ from rcpo.system.signals import STOPPED
 
 
 def settings(**nodes: Any) -> Settings:
-    """16 prompts of the packaged task, 6 answers each, on the packaged model."""
+    """16 of 320 prompts of the packaged task, 6 answers each, on the packaged model."""
+    config = RunConfig()
+    config.data.train_examples = 320
     sample = {"n": 6, "prompts": 16, "batch_size": 8, **nodes.pop("sample", {})}
     given = OnPolicyConfig(sample=SampleConfig(**sample), **nodes)
-    return Settings(RunConfig(), given)
+    return Settings(config, given)
 
 
 def rows(folder: Path, name: str = "pairs.jsonl") -> list[dict[str, Any]]:
