@@ -140,7 +140,7 @@ def make_trainer(shape: Shape, folder: Path, device: torch.device) -> Trainer:
         datasets=SimpleNamespace(
             train=SimpleNamespace(lengths=lengths, learned=lengths, weights=np.ones(len(examples)))
         ),
-        scorer=PairForward(engine, objective, reference), held_reference=None, collate=collated,
+        forward=PairForward(engine, objective, reference), held_reference=None, collate=collated,
         rank_microbatches=lambda step: split(
             batches.indices(step), distributed.rank(), 1, config.train.microbatch(1)
         ),
