@@ -260,7 +260,7 @@ def _server(imports: tuple[str, ...]) -> Server:
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
-    """`subprocess.Popen` of a Python program, forked; `imports` are modules to import beside the usual."""
+    """`subprocess.Popen` of a Python program, forked; `imports` are modules or files to run beforehand."""
 
     def __init__(self, *given: Any, imports: Sequence[str] = (), **named: Any) -> None:
         self._imports = tuple(imports)
@@ -304,7 +304,7 @@ if __name__ == "__main__":
     del sys.path[0]  # the folder of this file
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # tests of what is not installed are skipped
-            importlib.import_module(name)
+            runpy.run_path(name) if name.endswith(".py") else importlib.import_module(name)
     gc.freeze()
     from_parent = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

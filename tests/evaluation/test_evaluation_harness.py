@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM
 from rcpo.config.paths import conf_dir
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-from rcpo.evaluation.harness import Harness, TaskSpec, flat_record, write_results
+from rcpo.evaluation.harness import Harness, TaskSpec, _task_manager, flat_record, write_results
 from rcpo.evaluation.heldout import merge_record
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_model, load_tokenizer, load_whole
 from rcpo.system import distributed
 
 LM_EVAL = [f"lm_eval.{name}" for name in ("__main__", "evaluator", "tasks", "models.huggingface")]
+LM_EVAL.append(str(Path(__file__).with_name("indexed.py")))
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'rcpo[eval]'")
 
 
@@ -180,10 +181,9 @@ def test_what_cannot_be_run_is_said_before_a_weight_is_read(tmp_path: Path, task
 @pytest.mark.slow
 def test_the_leaderboards_settings() -> None:
     """Each preset's tasks exist; the numbers of examples are the leaderboards', ours or the harness's own."""
-    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    manager = TaskManager()
+    manager = _task_manager()
     shots = {}
     for name in ("leaderboard", "leaderboard_v1", "leaderboard_v2"):
         preset = yaml.safe_load((conf_dir() / "eval" / f"{name}.yaml").read_text())

@@ -6,6 +6,7 @@ OUTPUT gets the log of each run: its name and, a step each, the values of NAMES.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ def runs(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     folder, output = map(Path, sys.argv[1:])
+    gc.freeze()  # each trainer collects garbage, and need not look through all that was imported
     found = {name: history(trainer, *NAMES) for name, trainer in runs(folder)}
     output.write_text(json.dumps({"version": trl.__version__, "runs": found}), encoding="utf-8")
 
