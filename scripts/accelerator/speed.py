@@ -21,7 +21,7 @@ from rcpo.training.dynamics import StepDynamics
 from rcpo.training.trainer import Trainer
 
 VARIANTS = {"rc=off": (False, "center", 0), "rc=on": (True, "center", 1), "rc=loop": (True, "loop", 1)}
-PHASES = {"data": "collate", "forward": "score", "backward": "backward", "optimizer": "step"}
+PHASES = {"data": "collate", "forward": "forward", "backward": "backward", "optimizer": "step"}
 
 
 def matrix_rate(device: torch.device, tiny: bool) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def watch_phases(phases: Phases, trainer: Any) -> None:
 
     phases.wrap(trainer.session, "collate", "data")
     phases.wrap(trainer.session, "rank_microbatches", "data")
-    phases.wrap(trainer.engine, "score", "forward")
+    phases.wrap(trainer.engine, "forward", "forward")
     phases.wrap(trainer.engine, "backward", "backward")
     phases.wrap(trainer.engine, "step", "optimizer")
     phases.wrap(rcpo.models.policy, "token_logps", "head")
