@@ -31,12 +31,10 @@ from rcpo.system.signals import STOPPED
 
 
 def settings(**nodes: Any) -> Settings:
-    """16 of 320 prompts of the packaged task, 6 answers each, on the packaged model."""
-    config = RunConfig()
-    config.data.train_examples = 320
+    """16 prompts of the packaged task, 6 answers each, on the packaged model."""
     sample = {"n": 6, "prompts": 16, "batch_size": 8, **nodes.pop("sample", {})}
     given = OnPolicyConfig(sample=SampleConfig(**sample), **nodes)
-    return Settings(config, given)
+    return Settings(RunConfig(), given)
 
 
 def rows(folder: Path, name: str = "pairs.jsonl") -> list[dict[str, Any]]:

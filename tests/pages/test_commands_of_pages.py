@@ -154,7 +154,8 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_the_command_runs(workspace: Path, command: str, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(workspace, folder)
+    # a submitted run has a copy of the code, which jobs alone read
+    shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("code"))
     words = small(shlex.split(command))
     for word in words:
         if word.startswith("hydra.sweep.dir="):  # what others read, this one makes
