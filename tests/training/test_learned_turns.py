@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from tiny import tiny_llama
+from workers import turns
 
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.data.records import Example
@@ -27,11 +29,11 @@ def row(n: int) -> dict[str, Any]:
     """One pair: two answers on the chosen side, up to three on the other, a question after each."""
 
     def talk(*answers: str) -> list[dict[str, str]]:
-        turns: list[dict[str, str]] = []
+        said: list[dict[str, str]] = []
         for number, answer in enumerate(answers):
-            turns.append({"role": "assistant", "content": answer})
-            turns.append({"role": "user", "content": f"{n + number}+{number}"})
-        return turns[:-1]
+            said.append({"role": "assistant", "content": answer})
+            said.append({"role": "user", "content": f"{n + number}+{number}"})
+        return said[:-1]
 
     rejected = ("9", "it is 8", "77")[: 1 + n % 3]
     return {
@@ -132,11 +134,17 @@ def test_splits_and_layouts_agree(config: RunConfig, tmp_path: Path) -> None:
     expected = steps(12, "separate")
     assert expected[-1]["rc/alpha"] != 1
     names = ("loss", "grad_norm", "dynamics/incentive_ratio", "rc/alpha", "logps/rejected", "rewards/margins")
-    for micro, layout in ((4, "shared"), (1, "separate")):
-        for found, base in zip(steps(micro, layout), expected, strict=True):
+    splits = {
+        f"{micro}, {layout}": steps(micro, layout) for micro, layout in ((4, "shared"), (1, "separate"))
+    }
+    config.train.micro_batch_size = 2
+    on_ranks(2, turns.take_steps, config, tmp_path / "run", tmp_path / "rows.json")
+    splits["2 ranks"] = json.loads((tmp_path / "rows.json").read_text())
+    for split, rows in splits.items():
+        for found, base in zip(rows, expected, strict=True):
             assert {name: found[name] for name in names} == pytest.approx(
                 {name: base[name] for name in names}, rel=1e-4
-            ), (micro, layout)
+            ), split
 
 
 def test_the_last_answer_alone_is_other_data_to_every_cache(config: RunConfig, tmp_path: Path) -> None:
