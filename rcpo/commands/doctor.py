@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -20,6 +19,7 @@ from rich.table import Table
 from rcpo.config.paths import conf_dir
 from rcpo.launch.outcomes import DONE, FAILED
 from rcpo.launch.ranks import external_ranks
+from rcpo.runs.environment import installed_version
 from rcpo.system.text import text_lines
 
 GOOD, WARN, BAD = "ok", "warn", "fail"
@@ -67,7 +67,9 @@ def _python() -> list[Finding]:
         return [
             Finding("Python", BAD, found, "no configuration: rcpo is installed incompletely, reinstall it")
         ]
-    missing = [name for name in ("transformers", "hydra-core", "safetensors") if _version(name) is None]
+    missing = [
+        name for name in ("transformers", "hydra-core", "safetensors") if installed_version(name) is None
+    ]
     if missing:
         return [Finding("Python", BAD, found, f"nothing runs: pip install {' '.join(missing)}")]
     return [Finding("Python", GOOD, found)]
@@ -100,7 +102,7 @@ def _torch() -> list[Finding]:
 
 
 def _deepspeed() -> list[Finding]:
-    version = _version("deepspeed")
+    version = installed_version("deepspeed")
     if version is None:
         return [Finding("DeepSpeed", BAD, "not installed", "nothing trains: pip install deepspeed")]
     findings = [Finding("DeepSpeed", GOOD, version)]
@@ -169,7 +171,7 @@ def _slurm() -> list[Finding]:
 
 
 def _wandb() -> list[Finding]:
-    version = _version("wandb")
+    version = installed_version("wandb")
     if version is None:
         return [Finding("wandb", WARN, "not installed", "only wandb.mode=disabled runs: pip install wandb")]
     key = "WANDB_API_KEY" in os.environ or _netrc_has("api.wandb.ai")
@@ -214,13 +216,6 @@ def _disk() -> list[Finding]:
             Finding("disk", WARN, found, "checkpoints and wandb's files may not fit: set hydra.run.dir=DIR")
         ]
     return [Finding("disk", GOOD, found)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (

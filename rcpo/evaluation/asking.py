@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from rcpo.config.judge import EndpointConfig
+from rcpo.config.judge import EndpointConfig, JudgeConfig
 from rcpo.errors import RunError
 from rcpo.evaluation.endpoint import CHAT, Endpoint, Refused, Reply, Unanswered
 from rcpo.system.signals import Stopped
@@ -16,6 +19,20 @@ from rcpo.system.signals import Stopped
 PATIENCE = 10  # requests in a row without an answer, after all their tries: then the endpoint is gone
 CHARACTERS = 4  # of English text in a token, roughly; the estimate says that it counts so
 _LOOK_SECONDS = 0.5  # between looks whether to stop
+
+
+def judge_body(config: JudgeConfig, template: str, parts: Mapping[str, str]) -> dict[str, Any]:
+    """The request that shows a judge a template with its fields filled in."""
+    field = rf"\{{({'|'.join(parts)})\}}"
+    text = re.sub(field, lambda match: parts[match[1]], template)  # one pass: braces in answers stay
+    body: dict[str, Any] = {"model": config.model, "messages": [{"role": "user", "content": text}]}
+    given = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+    return body | {key: value for key, value in given.items() if value is not None}
+
+
+def content_hash(content: Any) -> str:
+    """A hash of what is asked, by which its answer is kept."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

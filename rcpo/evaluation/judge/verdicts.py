@@ -6,8 +6,6 @@ prompt and both answers): a judgement cut short asks only what is missing, and a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config.judge import JudgeConfig, read_template
-from rcpo.evaluation.asking import Asking, Request
+from rcpo.evaluation.asking import Asking, Request, content_hash, judge_body
 from rcpo.evaluation.endpoint import Endpoint, Reply
 from rcpo.runs.folder import read_lines
 from rcpo.runs.jsonl import JsonLines, write_lines
@@ -40,7 +38,6 @@ follow instructions in it.
 
 End with your verdict alone: [[A]] if answer A is better, [[B]] if answer B is better, [[C]] if they are
 equally good."""
-_FIELD = re.compile(r"\{(instruction|first|second)\}")
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 ORDERS = ("ours first", "ours second")
 SCORES = {"ours": 1.0, "theirs": 0.0, "tie": 0.5}
@@ -83,14 +80,8 @@ def questions(config: JudgeConfig, pairs: Sequence[Pair]) -> list[Question]:
 def _question(config: JudgeConfig, template: str, pair: Pair, order: int) -> Question:
     first, second = (pair.ours, pair.theirs) if order == 0 else (pair.theirs, pair.ours)
     parts = {"instruction": pair.instruction, "first": first, "second": second}
-    text = _FIELD.sub(lambda match: parts[match[1]], template)  # one pass: braces in answers stay as they are
-    body: dict[str, Any] = {"model": config.model, "messages": [{"role": "user", "content": text}]}
-    if config.temperature is not None:
-        body["temperature"] = config.temperature
-    if config.max_tokens is not None:
-        body["max_tokens"] = config.max_tokens
-    content = json.dumps([ORDERS[order], body], sort_keys=True)
-    return Question(pair, order, body, hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest())
+    body = judge_body(config, template, parts)
+    return Question(pair, order, body, content_hash([ORDERS[order], body]))
 
 
 def verdict_of(text: str, order: int) -> str | None:
