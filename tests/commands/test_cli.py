@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 import typer
+from hydra._internal.hydra import Hydra
 from typer.testing import CliRunner
 
 from rcpo import launch
@@ -197,6 +199,24 @@ def test_a_run_has_a_folder_with_its_resolved_configuration(runs: list[tuple[Run
     assert load_run_config(run_dir) == config
     assert (config.objective.name, config.rc.enabled, config.seed) == ("simpo", True, 5)
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "rcpo.log"]
+
+
+def test_a_run_is_composed_once(runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[Any] = []
+    original = Hydra.compose_config
+
+    def compose(hydra: Hydra, *values: Any, **named: Any) -> Any:
+        composed.append(values)
+        return original(hydra, *values, **named)
+
+    monkeypatch.setattr(Hydra, "compose_config", compose)
+    assert train(["seed=5", "hydra.run.dir=mine"]) == 0
+    assert len(runs) == len(composed) == 1
+
+
+def test_hydra_s_mode_asks_for_several_runs(runs: list[tuple[RunConfig, Path]]) -> None:
+    assert train(["hydra.mode=MULTIRUN", "seed=1,2"]) == 0
+    assert [config.seed for config, _ in runs] == [1, 2]
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(runs: list[tuple[RunConfig, Path]]) -> None:
