@@ -137,7 +137,8 @@ def test_a_frame_by_hand() -> None:
         ends_of_turns=("<end>", "<pad>"),
         tail="<end>\n<assistant>",
     )
-    assert Frame() == NO_FRAME and (QUESTION["role"], OTHER["role"], ANSWER["role"]) == (
+    assert Frame("", "", "", False, (), "", "", "", "") == NO_FRAME
+    assert (QUESTION["role"], OTHER["role"], ANSWER["role"]) == (
         "user",
         "user",
         "assistant",
