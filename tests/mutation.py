@@ -48,7 +48,6 @@ MODULES: dict[str, list[str]] = {
         "method/test_objectives.py",
         "method/test_mixtures.py",
         "training/test_options.py",
-        "config/test_config.py",
     ],
     "method/incentives": ["method/test_incentives.py", "method/test_theory.py"],
     "method/geometry": ["method/test_geometry.py", "method/test_theory.py", "method/test_calibration.py"],
