@@ -50,7 +50,12 @@ MODULES: dict[str, list[str]] = {
         "training/test_options.py",
     ],
     "method/incentives": ["method/test_incentives.py", "method/test_theory.py"],
-    "method/geometry": ["method/test_geometry.py", "method/test_theory.py", "method/test_calibration.py"],
+    "method/geometry": [
+        "method/test_geometry.py",
+        "method/test_passes.py",
+        "method/test_theory.py",
+        "method/test_calibration.py",
+    ],
     "method/averages": ["method/test_averages.py", "method/test_calibration.py"],
     "method/samples": ["method/test_samples.py", "method/test_band.py"],
     "method/band": [

@@ -426,24 +426,32 @@ def test_a_part_that_failed_is_not_rescued(
     assert steps(tmp_path) == [".step-1.new"]
 
 
-def test_a_rescue_waits_two_minutes_for_the_other_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("grows_until", "ends"), [(0.0, 20.0), (30.0, 50.0)])
+def test_a_rescue_waits_twenty_seconds_for_a_part_that_does_not_grow(
+    grows_until: float,
+    ends: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = writer(tmp_path)
     found.save(ENGINE, {"step": 1})
     found._pending.part.join()  # type: ignore[union-attr]
-    now = 0.0
+    now, other = 0.0, tmp_path / "checkpoints" / ".step-1.new" / "tensors" / "00001-of-00002.safetensors"
 
     def sleep(seconds: float) -> None:
         nonlocal now
         assert seconds <= 0.5  # it looks often
         now += seconds
+        if now <= grows_until:
+            with other.open("ab") as file:
+                file.write(b"x")
 
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(saving.time, "monotonic", lambda: now)
     monkeypatch.setattr(saving.time, "sleep", sleep)
     found.rescue()
-    assert 120 <= now < 121
+    assert ends - 0.3 <= now <= ends + 0.3
     assert caplog.messages[-1] == "the checkpoint of step 1 could not be finished: a rank's part is missing"
 
 
