@@ -172,6 +172,11 @@ def _labelled(sample: Sample, options: FormOptions, place: str) -> Form | None:
         _refuse_contrary(sample, place)
         return None
     names, more, history = said
+    if options.learn == "all" and "messages" in names:
+        raise ConfigError(
+            f"data.learn=all: {place} has a label for each conversation, which is that of its last answer; leave "
+            "data.learn out"
+        )
     names = names | {"label": label}
     name = described("completions with labels", names, more, history)
     fields = Renamed("", names, more, history=history)

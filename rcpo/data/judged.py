@@ -78,7 +78,11 @@ class Comparisons:
                 continue
             vote = self.meaning.get(normal(one))
             if vote is None:
-                raise BadRow(f"column {judge!r} holds a judgment that is not explained; see data.labels")
+                raise BadRow(
+                    f"column {judge!r} holds a judgment that is not explained: data.labels={{VALUE: first}} "
+                    "explains a value, and a template turns numbers into words, as "
+                    f'"data.columns.judgment=\'{{{{ \\"first\\" if {judge} < 1.5 else \\"second\\" }}}}\'"'
+                )
             yield vote
 
 
@@ -233,7 +237,10 @@ def number(value: Any) -> float | None:
 
 TEXTS = ("text", "content", "response", "answer", "output", "completion", "body", "value")
 REPLIES = ("replies", "children", "responses")
-MARKS = ("score", "rating", "reward", "overall_score", "rank", "ranking")
+MARKS = (
+    "score", "rating", "reward", "overall_score", "pm_score", "elo", "votes", "vote", "upvotes",
+    "rank", "ranking",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

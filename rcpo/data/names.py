@@ -53,10 +53,11 @@ SEVERAL = re.compile(
 )  # annotator1, rater_2_label, label_3, preference_annotator_1
 LISTS = (
     "answers", "responses", "completions", "candidates", "outputs", "generations", "replies", "summaries",
-    "options", "choices", "samples",
+    "options", "choices", "samples", "answer_list", "response_list",
 )  # fmt: skip
 SCORE_LISTS = (
-    "scores", "ratings", "rewards", "score", "rating", "reward", "overall_scores", "reward_scores",
+    "scores", "ratings", "rewards", "score", "rating", "reward", "overall_scores", "reward_scores", "elo",
+    "elos", "votes", "upvotes",
 )  # fmt: skip
 RANK_LISTS = ("ranks", "rankings", "rank")
 STRUCTURED = frozenset((*LISTS, *SCORE_LISTS, *RANK_LISTS, "history", "tree"))  # JSON in cells of CSV

@@ -353,6 +353,11 @@ PAIRS: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     ),
     "csv lists": ({"prompt": "q", "responses": '["b", "a"]', "scores": "[1, 2]"}, TEXT),
     "csv comparison": ({"prompt": "q", "answer1": "b", "answer2": "a", "label": "2"}, TEXT),
+    "votes": (
+        {"question": "q", "answer_list": [{"answer": "b", "vote": 2}, {"answer": "a", "vote": 5}]},
+        TEXT,
+    ),
+    "elo": ({"prompt": "q", "responses": ["b", "a"], "elo": [1000, 1200]}, TEXT),
     # the better answer in the conversation, the worse one beside it
     "swift": ({"messages": [user("q"), says("a")], "rejected_response": "b"}, CHAT),
     "swift, later": (
@@ -446,6 +451,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parent": "x", "trajectory": [human("q")], "chosen": "a", "rejected": "b"},
         r"data.columns.prompt=trajectory",
     ),
+    "a judgment between the numbers": (
+        {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.37},
+        r"\"data.columns.judgment='\{\{ \\\"first\\\" if preference < 1.5 else \\\"second\\\" \}\}'\"",
+    ),
     "harm": (
         {"prompt": "q", "response": "a", "is_toxic": 1},
         r"data.columns.label='is_toxic' \"data.labels=\{'1': false",
@@ -484,6 +493,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "not a question and its answer",
     ),
 }
+
+
+def test_every_answer_of_a_labelled_conversation_has_no_label_to_learn_by() -> None:
+    row = {"messages": [user("p"), says("x"), user("q"), says("a")], "label": True}
+    assert [told(one.chosen) for one in read(row)] == ["assistant: a"]
+    with pytest.raises(ConfigError, match=r"data.learn=all: x.jsonl has a label for each conversation"):
+        read(row, learn="all")
 
 
 @pytest.mark.parametrize("name", REFUSED)
