@@ -174,8 +174,8 @@ def _labelled(sample: Sample, options: FormOptions, place: str) -> Form | None:
     names, more, history = said
     if options.learn == "all" and "messages" in names:
         raise ConfigError(
-            f"data.learn=all: {place} has a label for each conversation, which is that of its last answer; leave "
-            "data.learn out"
+            f"data.learn=all: {place} has a label for each conversation, which is that of its last answer; "
+            "leave data.learn out"
         )
     names = names | {"label": label}
     name = described("completions with labels", names, more, history)
