@@ -20,6 +20,7 @@ from rcpo.data.names import (
     OTHER_ANSWERS,
     SCORES,
     UNWANTED,
+    VERDICT_WORDS,
     WANTED,
     WORDS,
     words,
@@ -170,6 +171,7 @@ def _labelled(sample: Sample, options: FormOptions, place: str) -> Form | None:
         return None
     if label is None:
         _refuse_contrary(sample, place)
+        _refuse_unexplained(sample, place)
         return None
     names, more, history = said
     if options.learn == "all" and "messages" in names:
@@ -231,6 +233,19 @@ def _refuse_contrary(sample: Sample, place: str) -> None:
             raise ConfigError(
                 f"{place}: column {name!r} seems to tell which answers are not wanted; if so, write "
                 f'data.columns.label={name!r} "data.labels={{{told}}}"; else data.format=supervised'
+            )
+
+
+def _refuse_unexplained(sample: Sample, place: str) -> None:
+    """Raise ConfigError for a column that is a label by its name, with values that nobody has explained."""
+    for name in sample.names:
+        if VERDICT_WORDS & {*words(name)}:
+            values = sorted({normal(value) for value in sample.values(name)})[:4]
+            told = ", ".join(f"'{value}': true" for value in values)
+            raise ConfigError(
+                f"{place}: column {name!r} seems to tell which answers are wanted; explain its values: "
+                f'data.columns.label={name!r} "data.labels={{{told}}}", with false for those that are not; '
+                "else data.format=supervised"
             )
 
 

@@ -68,6 +68,9 @@ LABEL_WORDS = frozenset((
     "thumbsup", "thumbup", "good", "correct", "preferred", "feedback", "approved", "upvoted", "safe",
     "helpful", "harmless", "appropriate", "satisfactory",
 ))  # fmt: skip
+VERDICT_WORDS = frozenset((  # of columns that can only be labels, whatever their values
+    "kto", "acceptable", "desirable", "liked", "thumb", "thumbs", "thumbsup", "thumbup", "approved", "upvoted",
+))  # fmt: skip
 CONTRARY_WORDS = frozenset((
     "unacceptable", "undesirable", "dislike", "disliked", "dispreferred", "bad", "incorrect", "wrong",
     "rejected", "downvoted", "not", "unsafe", "unhelpful", "harmful", "toxic", "inappropriate", "offensive",

@@ -46,6 +46,8 @@ def find_comparisons(sample: Sample, options: FormOptions, place: str) -> Form |
     listed = None if answers else _two_in_a_list(sample)
     flags = {} if answers is None else _flags(sample, answers)
     judges = () if flags else find_judges(sample)
+    stated = {} if answers is None or flags or judges else _stated(sample, answers)
+    judges = judges or tuple(stated)
     if (answers is None and listed is None) or not (judges or flags):
         return None
     first, second, tokens = answers or ("first", "second", ("0", "1"))
@@ -63,8 +65,8 @@ def find_comparisons(sample: Sample, options: FormOptions, place: str) -> Form |
     }
     if listed is not None and "2" in values and "0" not in values:
         tokens = ("1", "2")
-    meaning: dict[str, str] = {}
-    if not flags:
+    meaning: dict[str, str] = next(iter(stated.values()), {})
+    if judges and not stated:
         where = f"{place}: column {judges[0]!r}"
         meaning = _winners(first, second, tokens, values, options.labels, where, listed is not None)
     read_from = described("", asking, more, history).strip(" ()")
@@ -141,6 +143,22 @@ def _flags(sample: Sample, answers: tuple[str, str, tuple[str, str]]) -> dict[st
     meaning = {one: FIRST, two: SECOND} | dict.fromkeys(TIES, TIE)
     found = {name: meaning[last] for name in flags if (last := (words(name) or ("",))[-1]) in meaning}
     return found if {FIRST, SECOND} <= set(found.values()) else {}
+
+
+def _stated(sample: Sample, answers: tuple[str, str, tuple[str, str]]) -> dict[str, dict[str, str]]:
+    """The one column such as `is_a_better`, which is true or false, and what its values say."""
+    winners = dict(zip(answers[2], ((FIRST, SECOND), (SECOND, FIRST)), strict=True))
+    found: dict[str, dict[str, str]] = {}
+    for name in sample.names:
+        named = [winners[word] for word in words(name) if word in winners]
+        values = {normal(value) for value in sample.values(name)}
+        if len(named) == 1 and _BETTER & {*words(name)} and values <= {"true", "false", "0", "1"}:
+            [(yes, no)] = named
+            found[name] = {"true": yes, "1": yes, "false": no, "0": no}
+    return found if len(found) == 1 else {}
+
+
+_BETTER = frozenset(("better", "wins", "win", "won", "winner", "preferred", "best"))
 
 
 def _said_of(token: str) -> list[str]:

@@ -353,6 +353,16 @@ PAIRS: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     ),
     "csv lists": ({"prompt": "q", "responses": '["b", "a"]', "scores": "[1, 2]"}, TEXT),
     "csv comparison": ({"prompt": "q", "answer1": "b", "answer2": "a", "label": "2"}, TEXT),
+    "one flag": ({"prompt": "q", "response_a": "b", "response_b": "a", "is_a_better": False}, TEXT),
+    "a flag of the second": ({"prompt": "q", "answer_1": "b", "answer_2": "a", "answer_2_wins": 1}, TEXT),
+    "Cohere's roles": (
+        {
+            "messages": [{"role": "User", "content": "q"}],
+            "chosen": {"role": "Chatbot", "content": "a"},
+            "rejected": {"role": "Chatbot", "content": "b"},
+        },
+        CHAT,
+    ),
     "votes": (
         {"question": "q", "answer_list": [{"answer": "b", "vote": 2}, {"answer": "a", "vote": 5}]},
         TEXT,
@@ -454,6 +464,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a judgment between the numbers": (
         {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.37},
         r"\"data.columns.judgment='\{\{ \\\"first\\\" if preference < 1.5 else \\\"second\\\" \}\}'\"",
+    ),
+    "a verdict in other words": (
+        {"question": "q", "response": "a", "acceptable?": "2/3"},
+        r"data.columns.label='acceptable\?' \"data.labels=\{'2/3': true\}\", with false",
     ),
     "harm": (
         {"prompt": "q", "response": "a", "is_toxic": 1},
