@@ -16,8 +16,8 @@ _JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(role|from|content|value)"\s*:')
 _PYTHON_LIST = re.compile(r"\s*(array\()?\[?\s*\{\s*'(role|from|content|value)'\s*:")
 _ROLES = {  # the names of ShareGPT, Open Assistant, Gemini, and other formats
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "chatbot": "assistant", "ai": "assistant", "prompter": "user", "observation": "tool", "function_response": "tool",
-    "function_call": "assistant",
+    "chatbot": "assistant", "ai": "assistant", "prompter": "user", "observation": "tool",
+    "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _ROLE_KEYS = ("role", "from", "speaker")

@@ -69,7 +69,8 @@ LABEL_WORDS = frozenset((
     "helpful", "harmless", "appropriate", "satisfactory",
 ))  # fmt: skip
 VERDICT_WORDS = frozenset((  # of columns that can only be labels, whatever their values
-    "kto", "acceptable", "desirable", "liked", "thumb", "thumbs", "thumbsup", "thumbup", "approved", "upvoted",
+    "kto", "acceptable", "desirable", "liked", "thumb", "thumbs", "thumbsup", "thumbup", "approved",
+    "upvoted",
 ))  # fmt: skip
 CONTRARY_WORDS = frozenset((
     "unacceptable", "undesirable", "dislike", "disliked", "dispreferred", "bad", "incorrect", "wrong",
