@@ -270,9 +270,9 @@ def report_runs(
       rcpo report OUTPUT_DIR                            of TRL, LLaMA-Factory, or HALOs: what its log tells
       rcpo report outputs/DIR --watch                   a page that follows training
     """
-    from rcpo.commands.report import Request, run
+    from rcpo.commands.report import ReportRequest, run
 
-    request = Request(folders, output, markdown, None if figures is None else figures.value)
+    request = ReportRequest(folders, output, markdown, None if figures is None else figures.value)
     with exit_codes():
         raise typer.Exit(run(request, every if watch else None))
 

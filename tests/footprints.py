@@ -23,10 +23,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from rcpo.config.schema import RunConfig
 from rcpo.planner import communication, states
 from rcpo.planner.gathers import Gathers, gathers, module_order
-from rcpo.planner.memory import Step
+from rcpo.planner.memory import StepMemory
 from rcpo.planner.model import architecture, depth, few_layers, owned, parameters
 from rcpo.planner.states import Parameter
-from rcpo.planner.trace import Rows, trace
+from rcpo.planner.trace import BatchShape, trace
 
 WORKER = str(Path(__file__).parent / "workers" / "footprint.py")
 # freed memory goes back at once, so that a process's size is that of its tensors
@@ -108,7 +108,7 @@ class Footprint:
             return None
         limits = {LIMITS[key[5:]]: value for key, value in self.changes.items() if key.startswith("zero.")}
         layers = few_layers(self.architecture, self.config)
-        order = module_order(layers, Rows(1, 8, 4, True), depth(self.architecture))
+        order = module_order(layers, BatchShape(1, 8, 4, True), depth(self.architecture))
         numels = {p.name: p.numel for p in self.parameters}
         return gathers(order, owned(self.architecture, self.config), numels, **limits)
 
@@ -136,10 +136,10 @@ class Footprint:
         """Planned bytes at the worst moment of training; evaluations are not measured."""
         layers = depth(self.architecture)
         policy = few_layers(self.architecture, self.config)
-        rows = Rows(*max(self.measured["shapes"], key=lambda shape: shape[0] * shape[1]))
+        rows = BatchShape(*max(self.measured["shapes"], key=lambda shape: shape[0] * shape[1]))
         training = trace(policy, rows, self.sketch, training=True, depth=layers)
         scoring = trace(policy, rows, None, training=False, depth=layers)
-        step = Step(
+        step = StepMemory(
             self.config, self.parameters, self.ranks, self.microbatches, training, scoring, self.gathers,
             self.scores, on_gpu=False, rank=self.rank,
         )  # fmt: skip

@@ -61,15 +61,15 @@ def _plan(cfg: DictConfig, planners: dict[str, Planner]) -> tuple[Planner, Plan]
 def _many(call: Call) -> int:
     """A table of plans; of one that does not fit, the nearest that does."""
     from rcpo.planner.advice import nearest
-    from rcpo.planner.show import Line, lines
+    from rcpo.planner.show import PlanLine, lines
 
     planners: dict[str, Planner] = {}
-    rows: list[Line] = []
+    rows: list[PlanLine] = []
     for values, chosen in _combinations(call):
         planner, found = _plan(call.compose(chosen), planners)
         if found.gpu is None:
             raise ConfigError("rcpo plan -m compares plans for a GPU: add gpu=h100-80gb, for example")
-        rows.append(Line(values, found, None if found.fits else nearest(planner, found)))
+        rows.append(PlanLine(values, found, None if found.fits else nearest(planner, found)))
     print("\n".join(lines(rows)))
     return DONE if all(row.plan.fits or row.advice is not None for row in rows) else FAILED
 

@@ -46,7 +46,7 @@ QUIET = 120.0  # seconds: longer than the next run of a sweep takes to log its f
 
 
 @dataclass(frozen=True)
-class Request:
+class ReportRequest:
     """What is wanted: `folders` of runs or sweeps, the HTML file `output` (None: in the folder itself).
 
     `markdown` writes report.md with PNG figures too, `figures` the figures in another format.
@@ -58,7 +58,7 @@ class Request:
     figures: str | None = None
 
 
-def run(request: Request, every: float | None) -> int:
+def run(request: ReportRequest, every: float | None) -> int:
     """The command: reports once, or every so many seconds until training ends; returns the exit code."""
     if every is None:
         page = report(request)
@@ -72,13 +72,13 @@ def run(request: Request, every: float | None) -> int:
     return 0
 
 
-def report(request: Request) -> Path:
+def report(request: ReportRequest) -> Path:
     """Write the report and return the HTML file; raise ConfigError where there is no run to report on."""
     page, _ = _write(request, None)
     return page
 
 
-def watch(request: Request, seconds: float, quiet: float = QUIET) -> Path:
+def watch(request: ReportRequest, seconds: float, quiet: float = QUIET) -> Path:
     """Rewrite the report whenever a run's files change, until training is over.
 
     The page reloads itself every `seconds`; the last one written does not. Waits for a first run. A run is
@@ -105,7 +105,7 @@ def _is_over(folders: Sequence[Path], runs: Sequence[Run], calm: bool) -> bool:
     return calm and not waiting and not any(is_locked(run.folder) for run in runs)
 
 
-def _write(request: Request, refresh: float | None) -> tuple[Path, list[Run]]:
+def _write(request: ReportRequest, refresh: float | None) -> tuple[Path, list[Run]]:
     runs = read_runs(request.folders)
     page = _page(request)
     with theme.applied():
@@ -121,7 +121,7 @@ def _write(request: Request, refresh: float | None) -> tuple[Path, list[Run]]:
     return page, runs
 
 
-def _write_beside(document: Document, page: Path, request: Request) -> None:
+def _write_beside(document: Document, page: Path, request: ReportRequest) -> None:
     """Figures and Markdown, as far as they are wanted."""
     kind = request.figures or ("png" if request.markdown else None)
     if kind is None:
@@ -135,7 +135,7 @@ def _write_beside(document: Document, page: Path, request: Request) -> None:
         replace_text(page.with_suffix(".md"), to_markdown(document, names))
 
 
-def _page(request: Request) -> Path:
+def _page(request: ReportRequest) -> Path:
     """The file that was asked for, else report.html in the folder, or in the nearest one that holds all."""
     common = os.path.commonpath([folder.resolve() for folder in request.folders])
     return request.output or Path(common) / "report.html"

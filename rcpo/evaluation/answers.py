@@ -16,7 +16,7 @@ from rcpo.data.batches import FILLER, split
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
-from rcpo.evaluation.generation import Answer, Decoding, generate
+from rcpo.evaluation.generation import Decoding, Generated, generate
 from rcpo.reference.rows import Reference
 from rcpo.system import distributed
 from rcpo.training.session import Session
@@ -68,7 +68,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, dataset: PairDataset) -> set[i
 
 def answer(
     session: Session, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int | None]
-) -> list[Answer]:
+) -> list[Generated]:
     """The policy's answers, all of them on every rank. Collective."""
     ranks, rank = distributed.world_size(), distributed.rank()
     own = generate(

@@ -32,7 +32,7 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """Generated tokens without the stop token; `end` is that token, None where the answer was cut off."""
 
     tokens: list[int]
@@ -53,7 +53,7 @@ def generate(
     batch_size: int,
     seeds: Sequence[int | None] | None = None,
     synced_gpus: bool = False,
-) -> list[Answer]:
+) -> list[Generated]:
     """An answer to each prompt: the most probable tokens, or with a seed tokens drawn from it.
 
     Prompts are token ids (with BOS where the template has one). A prompt's draws depend on its own seed
@@ -68,7 +68,7 @@ def generate(
             f"prompt {empty} has no tokens: nothing to continue (does the tokenizer have a BOS?)"
         )
     wanted = [None] * len(prompts) if seeds is None else list(seeds)
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Generated] = {}
     device = model.get_input_embeddings().weight.device
     pad = decoding.pad_id
     with evaluation_mode(model), _own_generation_config(model, _greedy(decoding)) as config:
@@ -138,12 +138,12 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
     return ids, mask
 
 
-def until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> Answer:
+def until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> Generated:
     """The tokens before the first stop token, and that one."""
     for position, token in enumerate(tokens):
         if token in stop_ids:
-            return Answer(list(tokens[:position]), token)
-    return Answer(list(tokens), None)
+            return Generated(list(tokens[:position]), token)
+    return Generated(list(tokens), None)
 
 
 def repetition(tokens: Sequence[int], size: int = 4) -> float | None:

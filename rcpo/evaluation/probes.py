@@ -21,7 +21,7 @@ from rcpo.data.identity import example_id, smallest_ids
 from rcpo.data.store import PairDataset
 from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_logps, text_of
 from rcpo.evaluation.checkers import checker_of
-from rcpo.evaluation.generation import Answer, repetition
+from rcpo.evaluation.generation import Generated, repetition
 from rcpo.evaluation.kl import seed_of
 from rcpo.evaluation.probe_file import ProbeFile
 from rcpo.method.incentives import incentives
@@ -148,7 +148,7 @@ class Probe:
                 log.info("sample: %s", json.dumps(row))  # escaped: a row of data must not steer a terminal
             tracker.samples(step, rows)
 
-    def _answers(self) -> tuple[list[Answer], list[Answer]]:
+    def _answers(self) -> tuple[list[Generated], list[Generated]]:
         """The policy's greedy answers to the probe prompts and a sample for each."""
         session, prompts = self._session, self._prompts
         greedy: list[int | None] = [None] * len(prompts)
@@ -156,7 +156,7 @@ class Probe:
         answers = answer(session, [*prompts, *prompts], self._decoding, [*greedy, *drawn])
         return answers[: len(prompts)], answers[len(prompts) :]
 
-    def _masses(self, followed: Sequence[Sequence[Answer]]) -> list[list[float]]:
+    def _masses(self, followed: Sequence[Sequence[Generated]]) -> list[list[float]]:
         """The policy's log-prob of each whole answer, for each set of answers to the probe prompts."""
         pairs = [
             (prompt, one.whole)
@@ -169,7 +169,7 @@ class Probe:
         return [masses[start : start + size] for start in range(0, len(masses), size)]
 
     def _sample_rows(
-        self, step: int, kinds: Sequence[tuple[str, Sequence[Answer]]], shown: range
+        self, step: int, kinds: Sequence[tuple[str, Sequence[Generated]]], shown: range
     ) -> list[Row]:
         session = self._session
         check = checker_of(session.config.eval, session.datasets.checker)

@@ -23,7 +23,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Two answers to a prompt; the chosen one has the higher score."""
 
     chosen: Scored
@@ -34,13 +34,13 @@ class Pair:
         return self.chosen.score - self.rejected.score
 
 
-def pair_up(answers: Sequence[Scored], config: PairingConfig, seed: str) -> list[Pair]:
+def pair_up(answers: Sequence[Scored], config: PairingConfig, seed: str) -> list[AnswerPair]:
     """The pairs of one prompt's answers, whose texts all differ, in the order of preference of `config`.
 
     Of equal margins the answers that were drawn first come first: they are as probable as any.
     """
     pairs = [
-        Pair(*sorted(two, key=lambda one: -one.score))
+        AnswerPair(*sorted(two, key=lambda one: -one.score))
         for two in combinations(answers, 2)
         if two[0].score != two[1].score
     ]

@@ -120,7 +120,7 @@ def compare(
     for answer in answers:
         by_prompt[answer.prompt.id].append(answer)
     pairs = [
-        judge.Pair(f"{one.key} {other.key}", instruction_of(one.prompt), one.text, other.text)
+        judge.Duel(f"{one.key} {other.key}", instruction_of(one.prompt), one.text, other.text)
         for group in by_prompt.values()
         for one, other in combinations(group, 2)
     ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rcpo.models.policy import Policy, decoder_layers
-from rcpo.planner.trace import Rows, fake_weights, inputs
+from rcpo.planner.trace import BatchShape, fake_weights, inputs
 
 # DeepSpeed's own limits, in elements: fetched ahead, whole at a time, until a weight is used again
 PREFETCH, MAX_LIVE, MAX_REUSE = 50_000_000, 1_000_000_000, 1_000_000_000
@@ -77,7 +77,7 @@ class _Ends(torch.autograd.Function):
         return gradient, None, None
 
 
-def module_order(policy: Policy, rows: Rows, depth: int) -> list[Event]:
+def module_order(policy: Policy, rows: BatchShape, depth: int) -> list[Event]:
     """The order of modules in a training micro-batch of a policy of a few layers, for `depth` layers."""
     events: list[Event] = []
     with ExitStack() as stack:

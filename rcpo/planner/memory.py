@@ -42,7 +42,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMemory:
     """A rank's optimizer step of several micro-batches, and the traces that its memory follows from.
 
     `scoring` is the trace of a reference's or an evaluation's batch. `gathered` are ZeRO-3's gathers.

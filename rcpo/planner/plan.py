@@ -18,12 +18,12 @@ from rcpo.models.attention import choose_layout
 from rcpo.models.policy import Policy
 from rcpo.planner.communication import Message, messages, own_messages
 from rcpo.planner.gathers import Gathers, gathers, module_order
-from rcpo.planner.memory import Phase, Step
+from rcpo.planner.memory import Phase, StepMemory
 from rcpo.planner.model import architecture, depth, few_layers, owned, parameters
 from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.states import Parameter
 from rcpo.planner.timing import Machine, Times, times
-from rcpo.planner.trace import Rows, Trace, Work, trace
+from rcpo.planner.trace import BatchShape, Trace, Work, trace
 from rcpo.planner.workload import Workload, training_data, workload
 from rcpo.training.objective import build_objective
 
@@ -40,7 +40,7 @@ class Plan:
     ranks: int
     parameters: list[Parameter]
     workload: Workload
-    step: Step
+    step: StepMemory
     work: Work
     scoring_flops: float
     deepspeed: list[Message]
@@ -123,7 +123,7 @@ class Planner:
         computed = usual.forward_work + usual.backward_work
         if config.reference.mode == "model" and objective.needs_reference:
             computed += usual.forward_work
-        step = Step(
+        step = StepMemory(
             config, weights, ranks, microbatches, largest, scored, whole, scores, self.gpu is not None
         )
         return Plan(
@@ -162,7 +162,7 @@ class Planner:
 
         return self._once(key, make)
 
-    def _trace(self, config: RunConfig, rows: Rows, sketch: int | None, *, training: bool) -> Trace:
+    def _trace(self, config: RunConfig, rows: BatchShape, sketch: int | None, *, training: bool) -> Trace:
         def make() -> Trace:
             layers = depth(self._architecture(config))
             return trace(self._policy(config), rows, sketch, training=training, depth=layers)
@@ -178,7 +178,7 @@ class Planner:
 
         return self._once(key, lambda: workload(config, self.settings, objective, layout, ranks, data))
 
-    def _gathers(self, config: RunConfig, rows: Rows) -> Gathers:
+    def _gathers(self, config: RunConfig, rows: BatchShape) -> Gathers:
         def make() -> Gathers:
             found = self._architecture(config)
             order = module_order(self._policy(config), rows, depth(found))

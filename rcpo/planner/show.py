@@ -136,7 +136,7 @@ def _duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanLine:
     """One of many plans: the values that make it, and where it does not fit the nearest one that does."""
 
     values: dict[str, str]
@@ -144,7 +144,7 @@ class Line:
     advice: Advice | None
 
 
-def lines(rows: list[Line]) -> list[str]:
+def lines(rows: list[PlanLine]) -> list[str]:
     """A Markdown table of plans."""
     columns = ["changed so that it fits", "peak GB", "GB sent a step", "s a step", "bottleneck", "GPU-hours"]
     names = [*rows[0].values, *columns]

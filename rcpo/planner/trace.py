@@ -73,7 +73,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchShape:
     """A micro-batch's shape: (R, L) tokens with N response tokens; `shared` rows hold several sequences."""
 
     rows: int
@@ -199,7 +199,7 @@ class _Recorder:
         self.bytes += parameter.grad.untyped_storage().nbytes()
 
 
-def trace(policy: Policy, rows: Rows, sketch: int | None, *, training: bool, depth: int) -> Trace:
+def trace(policy: Policy, rows: BatchShape, sketch: int | None, *, training: bool, depth: int) -> Trace:
     """Run a micro-batch through a policy of a few layers, for a model of `depth` layers.
 
     `sketch` is the vocabulary sketch's size; None where no scores are measured. Without `training` there is
@@ -232,7 +232,7 @@ def trace(policy: Policy, rows: Rows, sketch: int | None, *, training: bool, dep
     return replace(forward, backward=backward, kept=kept)
 
 
-def inputs(rows: Rows) -> dict[str, Any]:
+def inputs(rows: BatchShape) -> dict[str, Any]:
     """The policy's arguments for a micro-batch of this shape, all zeros."""
 
     def tokens(*shape: int) -> Tensor:

@@ -20,7 +20,7 @@ from rcpo.method.objectives import Objective
 from rcpo.models.hub import own_folder
 from rcpo.models.loading import load_tokenizer, model_folder
 from rcpo.planner.settings import PlanConfig
-from rcpo.planner.trace import Rows
+from rcpo.planner.trace import BatchShape
 from rcpo.training.objective import scored_sides
 
 
@@ -37,9 +37,9 @@ class Workload:
     steps: int
     microbatches: int
     tokens: int
-    largest: Rows
-    usual: Rows
-    scored: Rows
+    largest: BatchShape
+    usual: BatchShape
+    scored: BatchShape
     source: str
 
     @property
@@ -106,10 +106,10 @@ def _from_means(config: RunConfig, settings: PlanConfig, sides: int, layout: str
     )
 
 
-def _alike(pairs: int, prompt: int, response: int, sides: int, layout: str) -> Rows:
+def _alike(pairs: int, prompt: int, response: int, sides: int, layout: str) -> BatchShape:
     if layout == "shared":
-        return Rows(pairs, prompt + sides * response, pairs * sides * response, True)
-    return Rows(pairs * sides, prompt + response, pairs * sides * response, False)
+        return BatchShape(pairs, prompt + sides * response, pairs * sides * response, True)
+    return BatchShape(pairs * sides, prompt + response, pairs * sides * response, False)
 
 
 def _from_data(
@@ -144,7 +144,7 @@ def _unscored(config: RunConfig) -> str:
 def _microbatches(
     config: RunConfig, objective: Objective, data: PairDataset, batches: GlobalBatches, steps: int,
     layout: str, ranks: int,
-) -> Iterator[Rows]:  # fmt: skip
+) -> Iterator[BatchShape]:  # fmt: skip
     """The micro-batches of all ranks in the first `steps`, as a session deals them."""
     size, sides = config.train.microbatch(ranks), objective.sides
     lengths = row_lengths(data.lengths[:, 0], data.response_lengths(sides), layout)
@@ -157,12 +157,12 @@ def _microbatches(
                 yield _shape(data, piece, sides, layout)
 
 
-def _shape(data: PairDataset, positions: list[int], sides: tuple[str, ...], layout: str) -> Rows:
+def _shape(data: PairDataset, positions: list[int], sides: tuple[str, ...], layout: str) -> BatchShape:
     places = np.array([data.shortest if position < 0 else position for position in positions])
     prompts, responses = data.lengths[places, 0], data.response_lengths(sides)[places]
     tokens = int(responses.sum())
     if layout == "separate":
-        return Rows(len(places) * len(sides), int((prompts[:, None] + responses).max()), tokens, False)
+        return BatchShape(len(places) * len(sides), int((prompts[:, None] + responses).max()), tokens, False)
     totals = prompts + responses.sum(axis=1)
     longest = int(totals.max())
-    return Rows(max(pack(totals, longest)[0]) + 1, longest, tokens, True)
+    return BatchShape(max(pack(totals, longest)[0]) + 1, longest, tokens, True)

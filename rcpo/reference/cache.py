@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rcpo.reference.entry import SUFFIX, VALUES, Damaged, Sink, Stored, remove_unfinished
+from rcpo.reference.entry import SUFFIX, VALUES, DamagedEntry, Sink, Stored, remove_unfinished
 from rcpo.reference.keys import entry_key
 from rcpo.system import distributed
 from rcpo.system.files import Lock
@@ -91,7 +91,7 @@ class Cache:
             return Stored(path, wanted.key, wanted.total)
         except FileNotFoundError:
             return None
-        except (Damaged, OSError) as error:
+        except (DamagedEntry, OSError) as error:
             if told:
                 self._say(f"{wanted}: {path} is not used, {error}; they are computed again")
             return None
@@ -139,7 +139,7 @@ class Cache:
     ) -> Values:
         """The values on every rank, from rank 0's file or memory: mapped by those that see the file too."""
         if path is not None and not distributed.is_main():
-            with contextlib.suppress(Damaged, OSError):  # another machine's folder: they are sent
+            with contextlib.suppress(DamagedEntry, OSError):  # another machine's folder: they are sent
                 stored = Stored(path, wanted.key, wanted.total)
         if not all(distributed.gather_objects(stored is not None)):
             source = memory if stored is None else stored.values

@@ -24,7 +24,7 @@ VALUES = np.dtype("<f4")
 _BLOCK = 1 << 20
 
 
-class Damaged(Exception):
+class DamagedEntry(Exception):
     """A file of the cache that is not what its name says; the message says how it was found out."""
 
 
@@ -38,7 +38,7 @@ class Stored:
         try:
             self._state = self._status()
             _verify(self._file.fileno(), key, total)
-        except Damaged:
+        except DamagedEntry:
             self._file.close()
             raise
         mapped = np.memmap(self._file, VALUES, "r", offset=HEADER, shape=(total,)) if total else None
@@ -157,12 +157,12 @@ def _verify(descriptor: int, key: str, total: int) -> None:
     """Raise Damaged; read the file once, a block at a time."""
     size, wanted = os.fstat(descriptor).st_size, HEADER + total * VALUES.itemsize
     if size != wanted:
-        raise Damaged(f"it has {size} bytes instead of {wanted}")
+        raise DamagedEntry(f"it has {size} bytes instead of {wanted}")
     try:
         fields: Any = json.loads(os.pread(descriptor, HEADER, 0))
     except ValueError as error:
-        raise Damaged("its header is not readable") from error
+        raise DamagedEntry("its header is not readable") from error
     if not isinstance(fields, dict) or (fields.get("key"), fields.get("values")) != (key, total):
-        raise Damaged("its header is that of something else")
+        raise DamagedEntry("its header is that of something else")
     if fields.get("sha256") != _values_hash(descriptor):
-        raise Damaged("its checksum is wrong")
+        raise DamagedEntry("its checksum is wrong")

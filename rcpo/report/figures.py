@@ -13,7 +13,7 @@ from rcpo.report import panels, theme
 from rcpo.report.panels import Panel, dots
 from rcpo.report.probes import MASSES, Probes, crossed_share, fan, mean_over_pairs, pooled
 from rcpo.report.runs import Run
-from rcpo.report.series import Line, mean_line, stretch
+from rcpo.report.series import Curve, mean_line, stretch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,10 +164,10 @@ def masses(columns: Sequence[tuple[str, Sequence[Probes]]]) -> Figure:
     return figure
 
 
-def _known(steps: np.ndarray, values: np.ndarray) -> Line:
+def _known(steps: np.ndarray, values: np.ndarray) -> Curve:
     """Means over pairs (S, E) at the steps that have any."""
     present = ~np.isnan(values).all(axis=1)
-    return Line(steps[present], np.nanmean(values[present], axis=1))
+    return Curve(steps[present], np.nanmean(values[present], axis=1))
 
 
 def new_figure(height: float) -> Figure:

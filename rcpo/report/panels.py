@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from rcpo.report import theme
 from rcpo.report.dynamics import margin, predict_margin
 from rcpo.report.runs import Column, Run
-from rcpo.report.series import Line, binned, mean_line, of_runs
+from rcpo.report.series import Curve, binned, mean_line, of_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def ratio(axes: Axes, runs: Sequence[Run], width: int) -> None:
     _curves(axes, calibrated, width, theme.CALIBRATED, "α² r", geometric=True)
 
 
-def _band(axes: Axes, centre: Line, cosine: Line, others: Sequence[Line]) -> None:
+def _band(axes: Axes, centre: Curve, cosine: Curve, others: Sequence[Curve]) -> None:
     """ρ r* to r*/ρ; open to the edge of the panel where ρ ≤ 0."""
     rho = np.interp(centre.steps, cosine.steps, cosine.values)
     known = np.concatenate([centre.values, *(line.values for line in others)])
@@ -207,16 +207,16 @@ def in_band(axes: Axes, runs: Sequence[Run], width: int) -> None:
 
 def _lines(
     runs: Sequence[Run], key: str, width: int, *, geometric: bool = False, scale: float = 1.0
-) -> list[Line]:
+) -> list[Curve]:
     return of_runs(runs, lambda run: run.column(key) * scale, width, geometric=geometric)
 
 
-def _mean_of(runs: Sequence[Run], key: str, width: int, *, geometric: bool = False) -> Line:
+def _mean_of(runs: Sequence[Run], key: str, width: int, *, geometric: bool = False) -> Curve:
     return mean_line(_lines(runs, key, width, geometric=geometric), width, geometric=geometric)
 
 
 def _curves(
-    axes: Axes, lines: Sequence[Line], width: int, colour: str, label: str, *, geometric: bool = False
+    axes: Axes, lines: Sequence[Curve], width: int, colour: str, label: str, *, geometric: bool = False
 ) -> None:
     """The runs thin, their mean in bold; one run alone in bold."""
     if not lines:
@@ -227,12 +227,12 @@ def _curves(
     _draw(axes, mean_line(lines, width, geometric=geometric), colour, label, linewidth=1.8)
 
 
-def _draw_before(axes: Axes, line: Line, label: str, after: Sequence[Line]) -> None:
+def _draw_before(axes: Axes, line: Curve, label: str, after: Sequence[Curve]) -> None:
     """What was there before calibration: dashed where there is something after it."""
     _draw(axes, line, theme.INK, label, linewidth=1.4, linestyle=(0, (4, 2)) if after else "-")
 
 
-def _draw(axes: Axes, line: Line, colour: str, label: str, **style: Any) -> None:
+def _draw(axes: Axes, line: Curve, colour: str, label: str, **style: Any) -> None:
     axes.plot(line.steps, line.values, color=colour, label=label, **style, **dots(line.values))
 
 

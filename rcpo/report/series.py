@@ -15,7 +15,7 @@ POINTS = 50  # a line of more is noise at the width of a page
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """Points of a curve: mean steps and mean values of its stretches, each (P,), NaN where unknown."""
 
     steps: Column
@@ -27,17 +27,17 @@ def stretch(runs: Sequence[Run]) -> int:
     return nice_stride(max((run.last_step for run in runs), default=1), POINTS)
 
 
-def binned(steps: Column, values: Column, width: int, *, geometric: bool = False) -> Line:
+def binned(steps: Column, values: Column, width: int, *, geometric: bool = False) -> Curve:
     """Means of `values` (N,) over stretches of `width` steps; NaN is left out.
 
     `geometric` averages logarithms, for ratios; what is not positive is left out there.
     """
     if not len(steps):
-        return Line(steps, values)
+        return Curve(steps, values)
     if geometric:
         positive = np.where(values > 0, values, np.nan)
         logs = binned(steps, np.log(positive), width)
-        return Line(logs.steps, np.exp(logs.values))
+        return Curve(logs.steps, np.exp(logs.values))
     index = ((steps - 1) // width).astype(np.int64)
     index -= index.min()
     known = ~np.isnan(values)
@@ -48,18 +48,18 @@ def binned(steps: Column, values: Column, width: int, *, geometric: bool = False
     with np.errstate(invalid="ignore"):
         means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     centres = np.bincount(index, steps)[present] / rows[present]
-    return Line(centres, means[present])
+    return Curve(centres, means[present])
 
 
 def of_runs(
     runs: Sequence[Run], column: Callable[[Run], Column], width: int, *, geometric: bool = False
-) -> list[Line]:
+) -> list[Curve]:
     """A line of each run that has one."""
     lines = [binned(run.steps, column(run), width, geometric=geometric) for run in runs]
     return [line for line in lines if not np.isnan(line.values).all()]
 
 
-def mean_line(lines: Sequence[Line], width: int = 1, *, geometric: bool = False) -> Line:
+def mean_line(lines: Sequence[Curve], width: int = 1, *, geometric: bool = False) -> Curve:
     """The mean over runs in each stretch of `width` steps, of the runs that came so far."""
     if len(lines) == 1:
         return lines[0]
@@ -73,4 +73,4 @@ def mean_line(lines: Sequence[Line], width: int = 1, *, geometric: bool = False)
         warnings.simplefilter("ignore", RuntimeWarning)  # a stretch that no run knows stays NaN
         steps, values = np.nanmean(table[0], axis=0), table[1]
         means = np.exp(np.nanmean(np.log(values), axis=0)) if geometric else np.nanmean(values, axis=0)
-    return Line(steps, means)
+    return Curve(steps, means)

@@ -28,7 +28,7 @@ METRICS = {"loss": "loss", "winner": "logratios/chosen", "loser": "logratios/rej
 
 
 @dataclass(frozen=True)
-class Line:
+class JobLine:
     """A run of a job."""
 
     job: str
@@ -70,7 +70,7 @@ def _submitted(folder: Path) -> Iterator[tuple[str, Submitted]]:
             yield name, submitted
 
 
-def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -> list[Line]:
+def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -> list[JobLine]:
     """A line for each run of a job (train, sweep, evaluate); `known` is what SLURM has of it."""
     found = []
     for index, folder in enumerate(map(Path, submitted.runs)):
@@ -79,7 +79,7 @@ def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -
         queued = known.get(job)
         if queued is None:  # SLURM forgets a job minutes after its end
             queued = Queued(evaluated(folder) if name == "evaluate" else left_behind(folder), "", "")
-        found.append(Line(job, queued.state, queued.elapsed, queued.where, folder, row, age))
+        found.append(JobLine(job, queued.state, queued.elapsed, queued.where, folder, row, age))
     return found
 
 
@@ -120,7 +120,7 @@ def last_row(path: Path) -> tuple[dict[str, Any], float | None]:
     return {}, age
 
 
-def cells(line: Line) -> list[str]:
+def cells(line: JobLine) -> list[str]:
     """A line as text; what is not known stays empty."""
     values = [line.row.get(name) for name in METRICS.values()]
     shown = [f"{value:.4g}" if isinstance(value, int | float) else "" for value in values]

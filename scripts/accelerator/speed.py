@@ -14,9 +14,9 @@ import torch
 from made_up import Shape, architecture, make_pairs, make_trainer, run_config
 
 from rcpo.method.geometry import passes_on
-from rcpo.planner.memory import Step
+from rcpo.planner.memory import StepMemory
 from rcpo.planner.model import depth, few_layers, parameters
-from rcpo.planner.trace import Rows, trace
+from rcpo.planner.trace import BatchShape, trace
 from rcpo.training.dynamics import StepDynamics
 from rcpo.training.trainer import Trainer
 
@@ -96,7 +96,7 @@ def model_flops(shape: Shape, folder: Path, trainer: Trainer) -> float:
     total = 0.0
     for positions in trainer.session.rank_microbatches(trainer.step):
         batch = trainer.session.collate(None, positions)
-        rows = Rows(*batch.input_ids.shape, len(batch.labels), batch.segments is not None)
+        rows = BatchShape(*batch.input_ids.shape, len(batch.labels), batch.segments is not None)
         traced = trace(policy, rows, None, training=True, depth=depth(settings))
         total += traced.forward_work.flops + traced.backward_work.flops
     return total
@@ -179,7 +179,7 @@ def memory(shape: Shape, folder: Path, device: torch.device) -> dict[str, Any]:
         for positions in trainer.session.rank_microbatches(step)
     ]
     largest = max(batches, key=lambda batch: batch.input_ids.numel())
-    rows = Rows(*largest.input_ids.shape, len(largest.labels), largest.segments is not None)
+    rows = BatchShape(*largest.input_ids.shape, len(largest.labels), largest.segments is not None)
     policy = few_layers(settings, config)
     policy.passes = passes_on(device)
     sketch = config.rc.sketch
@@ -187,7 +187,7 @@ def memory(shape: Shape, folder: Path, device: torch.device) -> dict[str, Any]:
     scoring = trace(policy, rows, None, training=False, depth=depth(settings))
     scores = 2 * (sketch or settings.vocab_size) * settings.hidden_size
     weights, micro = parameters(settings, config), len(batches) // 2
-    step = Step(config, weights, 1, micro, training, scoring, None, scores, on_gpu=True)
+    step = StepMemory(config, weights, 1, micro, training, scoring, None, scores, on_gpu=True)
     planned = step.worst.device_bytes
     trainer.engine.close()
     more = 100 * (planned / measured - 1)

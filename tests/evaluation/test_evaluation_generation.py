@@ -15,8 +15,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rcpo.evaluation.generation import (
-    Answer,
     Decoding,
+    Generated,
     SeededDraws,
     generate,
     left_pad,
@@ -131,8 +131,8 @@ def test_padding_is_on_the_left() -> None:
 
 def test_an_answer_knows_how_it_ended() -> None:
     stopped, cut = until_stop([4, 5, 2, 6], [2, 3]), until_stop([4, 5], [])
-    assert stopped == Answer([4, 5], 2) and stopped.whole == [4, 5, 2]
-    assert cut == Answer([4, 5], None) and cut.whole == [4, 5]
+    assert stopped == Generated([4, 5], 2) and stopped.whole == [4, 5, 2]
+    assert cut == Generated([4, 5], None) and cut.whole == [4, 5]
 
 
 def test_repetition_counts_what_was_said_before() -> None:

@@ -27,7 +27,7 @@ from rcpo.errors import ConfigError, RunError
 from rcpo.evaluation.endpoint import Endpoint
 from rcpo.evaluation.judge.prompts import read_answers, read_prompts
 from rcpo.evaluation.judge.record import judge_pairs
-from rcpo.evaluation.judge.verdicts import Pair, asking, questions, request_of, verdict_of
+from rcpo.evaluation.judge.verdicts import Duel, asking, questions, request_of, verdict_of
 from rcpo.evaluation.run import evaluate_run
 from rcpo.system import distributed
 
@@ -44,15 +44,15 @@ def settings(server: JudgeServer, **more: Any) -> JudgeConfig:
     return JudgeConfig(base_url=server.url, model="judge-1", **quick)
 
 
-def pairs_of(ours: Sequence[str], theirs: Sequence[str], labels: Sequence[float | None] = ()) -> list[Pair]:
+def pairs_of(ours: Sequence[str], theirs: Sequence[str], labels: Sequence[float | None] = ()) -> list[Duel]:
     given = labels or [None] * len(ours)
     return [
-        Pair(str(number), f"question {number}", mine, other, label)
+        Duel(str(number), f"question {number}", mine, other, label)
         for number, (mine, other, label) in enumerate(zip(ours, theirs, given, strict=True))
     ]
 
 
-def record_of(server: JudgeServer, pairs: list[Pair], folder: Path, **more: Any) -> dict[str, Any]:
+def record_of(server: JudgeServer, pairs: list[Duel], folder: Path, **more: Any) -> dict[str, Any]:
     config = RunConfig(judge=settings(server, **more))
     return judge_pairs(config, Endpoint(config.judge), pairs, folder, lambda line: None)
 
@@ -169,7 +169,7 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
             judge_pairs(run, Endpoint(config), pairs, tmp_path, lambda line: None)
             assert len(server.requests) == new, change
         server.requests.clear()
-        changed = [*pairs[:2], Pair("2", "question 2", "* new", "**")]
+        changed = [*pairs[:2], Duel("2", "question 2", "* new", "**")]
         record_of(server, changed, tmp_path)
         assert len(server.requests) == 2
 
@@ -208,7 +208,7 @@ def test_an_endpoint_that_dies_ends_the_run_with_what_it_said(tmp_path: Path) ->
 def test_a_template_of_one_s_own_and_answers_with_braces(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("{instruction}|{first}|{second}")
     config = JudgeConfig(model="m", template=str(tmp_path / "mine.txt"))
-    one, other = questions(config, [Pair("0", "{first}", "{second} \\1", "{x}")])
+    one, other = questions(config, [Duel("0", "{first}", "{second} \\1", "{x}")])
     assert one.body["messages"][0]["content"] == "{first}|{second} \\1|{x}"
     assert other.body["messages"][0]["content"] == "{first}|{x}|{second} \\1"
     assert one.key != other.key
@@ -224,7 +224,7 @@ def test_verdicts_are_read_off_the_end() -> None:
 
 def test_the_estimate_by_hand() -> None:
     config = JudgeConfig(model="m", price_in=2.0, price_out=10.0, max_tokens=50)
-    asked = questions(config, [Pair("0", "i" * 4000, "o" * 2000, "t" * 2000)])
+    asked = questions(config, [Duel("0", "i" * 4000, "o" * 2000, "t" * 2000)])
     tokens = round(sum(len(one.body["messages"][0]["content"]) for one in asked) / 4)
     config.base_url = "http://127.0.0.1:1/v1"
     put = asking(config, Endpoint(config), {}, lambda line: None)

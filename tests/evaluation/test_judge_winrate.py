@@ -10,7 +10,7 @@ import pytest
 
 from rcpo.evaluation.judge.winrate import (
     RIDGE,
-    Judged,
+    JudgedPairs,
     cohens_kappa,
     judge_metrics,
     length_controlled_win_rates,
@@ -19,10 +19,10 @@ from rcpo.evaluation.judge.winrate import (
 
 def judged(
     verdicts: Any, longer: Any = None, labels: Any = None, asked: Any = None, prompts: Any = None
-) -> Judged:
+) -> JudgedPairs:
     verdicts = np.asarray(verdicts, np.float64)
     count = len(verdicts)
-    return Judged(
+    return JudgedPairs(
         ids=[str(number) for number in range(count)],
         verdicts=verdicts,
         asked=np.ones(count, bool) if asked is None else np.array(asked),

@@ -35,7 +35,12 @@ def test_each_way_by_hand() -> None:
 
 
 def test_of_equal_scores_the_first_drawn_are_taken_and_equal_scores_are_no_pair() -> None:
-    answers = [Scored("wrong 1", 0.0), Scored("right 1", 1.0), Scored("right 2", 1.0), Scored("wrong 2", 0.0)]
+    answers = [
+        Scored("wrong 1", 0.0),
+        Scored("right 1", 1.0),
+        Scored("right 2", 1.0),
+        Scored("wrong 2", 0.0),
+    ]
     assert shown(answers) == ["right 1wrong 1"]
     assert shown([answers[0], answers[3]]) == [] == shown([answers[0]])
 
@@ -48,12 +53,20 @@ def test_a_random_pair_is_the_prompt_s_own_and_all_are_drawn() -> None:
 
 
 def test_equal_texts_count_once() -> None:
-    answers = [Scored("x ", 1.0), Scored("y", 0.0), Scored("x", 0.5), Scored("y\n", 0.0)]
+    answers = [
+        Scored("x ", 1.0),
+        Scored("y", 0.0),
+        Scored("x", 0.5),
+        Scored("y\n", 0.0),
+    ]
     assert distinct(answers) == answers[:2]
 
 
 def test_why_a_prompt_has_no_pair() -> None:
-    right, wrong = [Scored("a", 1.0), Scored("b", 1.0)], [Scored("a", 0.0), Scored("b", 0.0)]
+    right, wrong = (
+        [Scored("a", 1.0), Scored("b", 1.0)],
+        [Scored("a", 0.0), Scored("b", 0.0)],
+    )
     assert why_none(right, verifiable=True) == "all_right" and why_none(wrong, verifiable=True) == "all_wrong"
     assert why_none(right, verifiable=False) == "equal_scores"
     assert why_none(right[:1], verifiable=True) == why_none([], verifiable=True) == "one_answer"

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from rcpo.config.schema import RunConfig
 from rcpo.method.geometry import ON_GPU
 from rcpo.planner.model import few_layers
-from rcpo.planner.trace import Rows, Work, _Live, trace
+from rcpo.planner.trace import BatchShape, Work, _Live, trace
 
 SHAPE = LlamaConfig(
     vocab_size=4000,
@@ -18,7 +18,7 @@ SHAPE = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-ROWS = Rows(2, 24, 30, shared=True)
+ROWS = BatchShape(2, 24, 30, shared=True)
 
 
 def of_llama(*, sketch: int | None = None, dtype: str = "bf16") -> dict[str, Work]:

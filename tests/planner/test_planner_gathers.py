@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from rcpo.config.schema import RunConfig
 from rcpo.planner.gathers import Event, Gathers, gathers, module_order
 from rcpo.planner.model import few_layers, owned
-from rcpo.planner.trace import Rows
+from rcpo.planner.trace import BatchShape
 
 # forward a, b, c, then backward c, b, a; each has one parameter of its name
 ORDER = [Event(module, enters) for module in "abc" for enters in (True, False)]
@@ -58,7 +58,7 @@ def test_the_order_of_four_layers_stands_for_that_of_six(checkpointing: bool) ->
     deep = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2
     )
-    rows = Rows(1, 8, 4, False)
+    rows = BatchShape(1, 8, 4, False)
     short = module_order(few_layers(deep, config), rows, depth=6)
     whole = module_order(few_layers(deep, config, layers=6), rows, depth=6)
     assert short == whole

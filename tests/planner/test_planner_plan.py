@@ -16,7 +16,7 @@ from rcpo.errors import ConfigError
 from rcpo.planner.advice import nearest
 from rcpo.planner.plan import Planner
 from rcpo.planner.settings import GpuConfig, PlanConfig
-from rcpo.planner.trace import Rows
+from rcpo.planner.trace import BatchShape
 from rcpo.system import distributed
 from rcpo.training.session import Session
 
@@ -50,9 +50,9 @@ def test_data_are_counted_as_a_session_deals_them(tmp_path: Path) -> None:
     sizes = [batch.input_ids.numel() for batch in batches]
     assert work.tokens == sum(sizes) // 2
     largest = batches[sizes.index(max(sizes))]
-    assert work.largest == Rows(*largest.input_ids.shape, len(largest.labels), shared=True)
+    assert work.largest == BatchShape(*largest.input_ids.shape, len(largest.labels), shared=True)
     scored = max(session.eval_batches(session.datasets.train), key=lambda batch: batch.input_ids.numel())
-    assert work.scored == Rows(*scored.input_ids.shape, len(scored.labels), shared=True)
+    assert work.scored == BatchShape(*scored.input_ids.shape, len(scored.labels), shared=True)
 
 
 def test_means_stand_for_data_that_are_not_read(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_means_stand_for_data_that_are_not_read(tmp_path: Path) -> None:
     config.data.max_length, config.data.max_prompt_length = 64, 40
     work = Planner(MEANS, None).plan(config, 4).workload
     assert work.steps == 2 * 63  # 1000 pairs in batches of 16
-    assert work.usual == Rows(4, 16 + 8 + 8, 4 * 2 * 8, shared=True)
-    assert work.largest == Rows(4, 40 + 24 + 24, 4 * 2 * 24, shared=True)
+    assert work.usual == BatchShape(4, 16 + 8 + 8, 4 * 2 * 8, shared=True)
+    assert work.largest == BatchShape(4, 40 + 24 + 24, 4 * 2 * 24, shared=True)
     assert work.tokens == 4 * 4 * 32
     with pytest.raises(ConfigError, match="give both"):
         Planner(PlanConfig(prompt_tokens=16), None).plan(config, 4)

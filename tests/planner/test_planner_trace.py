@@ -8,9 +8,9 @@ from transformers import LlamaConfig
 
 from rcpo.config.schema import RunConfig
 from rcpo.planner.model import few_layers
-from rcpo.planner.trace import Rows, Trace, trace
+from rcpo.planner.trace import BatchShape, Trace, trace
 
-ROWS = Rows(rows=2, length=24, responses=20, shared=True)
+ROWS = BatchShape(rows=2, length=24, responses=20, shared=True)
 HIDDEN, INNER, VOCABULARY, KEYS = 32, 48, 101, 16  # KEYS: 1 of 2 heads
 
 
@@ -99,6 +99,6 @@ def test_nothing_is_allocated() -> None:
         num_attention_heads=64, num_key_value_heads=8,
     )  # fmt: skip
     config.train.dtype = "bf16"
-    found = trace(few_layers(huge, config), Rows(1, 4096, 2048, True), 2048, training=True, depth=80)
+    found = trace(few_layers(huge, config), BatchShape(1, 4096, 2048, True), 2048, training=True, depth=80)
     assert found.activations > 40e9  # more than this test may take
     assert torch.empty(1).item() is not None

@@ -19,7 +19,7 @@ from rcpo.errors import RunError
 from rcpo.reference import cache as fetching
 from rcpo.reference import entry as entries
 from rcpo.reference.cache import Cache, LogpRequest, _try
-from rcpo.reference.entry import Damaged, Sink, Stored, remove_unfinished
+from rcpo.reference.entry import DamagedEntry, Sink, Stored, remove_unfinished
 from rcpo.reference.keys import entry_key
 from rcpo.system import distributed
 from rcpo.system.files import Lock
@@ -165,7 +165,7 @@ def test_damage_is_found_out_and_the_file_closed(damage: Any, reason: str, tmp_p
     path.unlink()
     path.write_bytes(damage(content))
     opened = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Damaged) as damaged:
+    with pytest.raises(DamagedEntry) as damaged:
         Stored(path, "a", 3)
     assert str(damaged.value) == reason
     assert len(os.listdir("/proc/self/fd")) == opened  # though the exception is still held

@@ -27,7 +27,7 @@ from tiny import tiny_llama
 from rcpo.models.contents import source_hash, tokenizer_hash
 from rcpo.models.hub import ModelSource
 from rcpo.reference.cache import Cache, Fill, LogpRequest, _try
-from rcpo.reference.entry import HEADER, Damaged, Sink, Stored
+from rcpo.reference.entry import HEADER, DamagedEntry, Sink, Stored
 from rcpo.reference.keys import entry_key, positions_hash
 from rcpo.system import files as caching
 from rcpo.system.files import Lock, cache_folder
@@ -113,7 +113,7 @@ def test_a_truncated_file_is_found(tmp_path: Path, cut: int) -> None:
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content[:-cut])
-    with pytest.raises(Damaged, match=f"{len(content) - cut} bytes instead of {len(content)}"):
+    with pytest.raises(DamagedEntry, match=f"{len(content) - cut} bytes instead of {len(content)}"):
         Stored(path, "a", 100)
 
 
@@ -130,25 +130,25 @@ def test_every_flipped_bit_of_the_values_is_found_and_no_flip_elsewhere_changes_
             flipped[place] ^= 1 << bit
             path.write_bytes(flipped)
             if place >= HEADER:
-                with pytest.raises(Damaged, match="checksum"):
+                with pytest.raises(DamagedEntry, match="checksum"):
                     Stored(path, "a", 7)
                 continue
             try:
                 stored = Stored(path, "a", 7)
-            except Damaged:
+            except DamagedEntry:
                 continue
             assert stored.values.tolist() == values.tolist()
 
 
 def test_an_entry_of_another_key_or_length_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.logps", "a", np.ones(4, np.float32))
-    with pytest.raises(Damaged, match="something else"):
+    with pytest.raises(DamagedEntry, match="something else"):
         Stored(tmp_path / "a.logps", "b", 4)
-    with pytest.raises(Damaged, match="bytes"):
+    with pytest.raises(DamagedEntry, match="bytes"):
         Stored(tmp_path / "a.logps", "a", 5)
     (tmp_path / "a.logps").unlink()
     (tmp_path / "a.logps").write_bytes(b"\xff" * (HEADER + 16))
-    with pytest.raises(Damaged, match="not readable"):
+    with pytest.raises(DamagedEntry, match="not readable"):
         Stored(tmp_path / "a.logps", "a", 4)
 
 

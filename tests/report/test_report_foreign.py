@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from report_folders import evaluation, rows, settings, write_run
 
-from rcpo.commands.report import Request, report
+from rcpo.commands.report import ReportRequest, report
 from rcpo.report import foreign_sections
 from rcpo.report.foreign import HALOS, LLAMA_FACTORY, TRANSFORMERS, has_reference, origin_of
 from rcpo.report.foreign_sections import headline, unknowns
@@ -127,10 +127,10 @@ def test_one_page_shows_runs_of_several_tools(tmp_path: Path) -> None:
     state(tmp_path / "trl", dpo(4), max_steps=4)
     halos(tmp_path / "halos")
     write_run(tmp_path / "own", settings(), rows(3), evaluation(-0.1, -0.5))
-    page = report(Request([tmp_path])).read_text()
+    page = report(ReportRequest([tmp_path])).read_text()
     for text in ("trl: TRL or another Trainer", "halos: HALOs", "Margin of the rewards", "Held out"):
         assert text in page
-    alone = report(Request([tmp_path / "trl"])).read_text()
+    alone = report(ReportRequest([tmp_path / "trl"])).read_text()
     assert "What this log cannot tell" in alone and "training.png" not in alone
 
 

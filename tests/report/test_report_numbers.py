@@ -14,7 +14,7 @@ from report_folders import rows, settings, write_run
 from rcpo.report.dynamics import margin, margin_rate, predict_margin
 from rcpo.report.probes import Crossings, crossed_share, crossings, fan, first_and_last, pooled, read_probes
 from rcpo.report.runs import Run, read_run
-from rcpo.report.series import Line, binned, mean_line, stretch
+from rcpo.report.series import Curve, binned, mean_line, stretch
 
 NAN = float("nan")
 
@@ -41,16 +41,16 @@ def test_a_resumed_log_with_gaps_keeps_its_steps() -> None:
 
 
 def test_the_mean_over_runs_goes_on_where_one_has_ended() -> None:
-    lines = [Line(np.array([1.0, 2.0]), np.array([1.0, 3.0])), Line(np.array([1.0]), np.array([5.0]))]
+    lines = [Curve(np.array([1.0, 2.0]), np.array([1.0, 3.0])), Curve(np.array([1.0]), np.array([5.0]))]
     mean = mean_line(lines)
     assert mean.steps.tolist() == [1, 2] and mean.values.tolist() == [3, 3]
-    lines = [Line(np.array([1.0]), np.array([value])) for value in (2.0, 8.0)]
+    lines = [Curve(np.array([1.0]), np.array([value])) for value in (2.0, 8.0)]
     assert mean_line(lines, geometric=True).values.tolist() == pytest.approx([4.0])
     assert mean_line([]).values.tolist() == []
 
 
 def test_a_stretch_that_a_run_has_only_begun_is_the_same_stretch() -> None:
-    full, begun = Line(np.array([3.0, 8.0]), np.array([1.0, 2.0])), Line(np.array([1.0]), np.array([3.0]))
+    full, begun = Curve(np.array([3.0, 8.0]), np.array([1.0, 2.0])), Curve(np.array([1.0]), np.array([3.0]))
     mean = mean_line([full, begun], 5)
     assert mean.steps.tolist() == [2.0, 8.0] and mean.values.tolist() == [2.0, 2.0]
 

@@ -18,7 +18,7 @@ import pytest
 from report_folders import evaluation, rows, settings, write_run, write_sweep
 from test_report_numbers import LOSERS, WINNERS, probes
 
-from rcpo.commands.report import Request, report, watch
+from rcpo.commands.report import ReportRequest, report, watch
 from rcpo.errors import ConfigError
 
 EVIL = "<script>alert('x')</script>\"|$\\frac{1}{2}$`&amp;"
@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
 
 def page_of(*folders: Path) -> tuple[str, Page]:
-    text = report(Request(folders)).read_text()
+    text = report(ReportRequest(folders)).read_text()
     return text, Page(text)
 
 
@@ -132,7 +132,7 @@ def test_what_comes_from_data_is_text(tmp_path: Path) -> None:
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     write_run(tmp_path / "<b>bold</b> other", settings(objective="simpo"), rows(3))
     for folders in ([folder], [tmp_path]):
-        text = report(Request(folders, markdown=True)).read_text()
+        text = report(ReportRequest(folders, markdown=True)).read_text()
         assert "<script" not in text and "<b>" not in text
         assert EVIL in Page(text).words
         markdown = (folders[0] / "report.md").read_text()
@@ -171,7 +171,7 @@ def test_any_run_gives_a_page_alone_and_among_others(tmp_path: Path) -> None:
 def test_figures_of_like_labels_have_names_of_their_own(tmp_path: Path) -> None:
     for index, objective in enumerate(("a/b", "a?b", "a_" + 300 * "b", "a_" + 300 * "b" + "c") * 2):
         write_run(tmp_path / str(index), settings(objective, rc=index > 3), rows(2))
-    report(Request([tmp_path], figures="svg"))
+    report(ReportRequest([tmp_path], figures="svg"))
     files = [path.name for path in (tmp_path / "report_figures").glob("training-*")]
     assert len(files) == 4 and max(map(len, files)) < 100
     assert max(Page((tmp_path / "report.html").read_text()).ids.values()) == 1
@@ -180,7 +180,7 @@ def test_figures_of_like_labels_have_names_of_their_own(tmp_path: Path) -> None:
 def test_two_runs_are_shown_beside_each_other_in_the_folder_that_holds_both(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", settings(), rows(5))
     second = write_run(tmp_path / "second", settings("simpo"), rows(5))
-    page = report(Request([first, second]))
+    page = report(ReportRequest([first, second]))
     assert page == tmp_path / "report.html"
     assert (
         Page(page.read_text()).counts["svg"] == 2
@@ -189,25 +189,25 @@ def test_two_runs_are_shown_beside_each_other_in_the_folder_that_holds_both(tmp_
 
 def test_markdown_and_figures_are_written_on_request(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", settings(), rows(5), evaluation(-0.5, -0.6))
-    page = report(Request([run], tmp_path / "out" / "dpo.html", markdown=True, figures="pdf"))
+    page = report(ReportRequest([run], tmp_path / "out" / "dpo.html", markdown=True, figures="pdf"))
     figures = tmp_path / "out" / "dpo_figures"
     assert page.exists() and [path.name for path in figures.iterdir()] == ["training.pdf"]
     assert (figures / "training.pdf").read_bytes()[:4] == b"%PDF"
     markdown = (tmp_path / "out" / "dpo.md").read_text()
     assert "![training](dpo_figures/training.pdf)" in markdown
     assert markdown.startswith("# On average the winner fell with the loser: likelihood displacement")
-    report(Request([run], tmp_path / "out" / "dpo.html", figures="png"))
+    report(ReportRequest([run], tmp_path / "out" / "dpo.html", figures="png"))
     assert (figures / "training.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", settings(), rows(5))
     first = (
-        report(Request([run], figures="svg")).read_bytes(),
+        report(ReportRequest([run], figures="svg")).read_bytes(),
         (run / "report_figures/training.svg").read_bytes(),
     )
     again = (
-        report(Request([run], figures="svg")).read_bytes(),
+        report(ReportRequest([run], figures="svg")).read_bytes(),
         (run / "report_figures/training.svg").read_bytes(),
     )
     assert first == again
@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_names_the_remedy(tmp_path: Path) -> Non
     run = write_run(tmp_path / "run", settings(), rows(2))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="use --output"):
-        report(Request([run], tmp_path / "file" / "report.html"))
+        report(ReportRequest([run], tmp_path / "file" / "report.html"))
 
 
 def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) ->
     page = run / "report.html"
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        watching = threading.Thread(target=watch, args=(Request([run]), 0.2), daemon=True)
+        watching = threading.Thread(target=watch, args=(ReportRequest([run]), 0.2), daemon=True)
         watching.start()
         _wait_for(page, "step 1 of 3")
         assert "location.reload()" in page.read_text() and Page(page.read_text()).counts["script"] == 1
@@ -241,7 +241,7 @@ def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) ->
 def test_a_watched_sweep_ends_when_nothing_more_comes(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0", settings(), rows(2))
     watching = threading.Thread(
-        target=watch, args=(Request([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 3}, daemon=True
+        target=watch, args=(ReportRequest([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 3}, daemon=True
     )
     watching.start()
     _wait_for(tmp_path / "sweep" / "report.html", "Finished after 2 steps")

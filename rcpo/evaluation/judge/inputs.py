@@ -22,8 +22,8 @@ from rcpo.errors import ConfigError
 from rcpo.evaluation.answers import longest_answer, own_stop_ids, turn_ends
 from rcpo.evaluation.endpoint import Endpoint
 from rcpo.evaluation.generation import Decoding, generate
-from rcpo.evaluation.judge.prompts import Prompt, read_answers, read_prompts
-from rcpo.evaluation.judge.verdicts import Pair
+from rcpo.evaluation.judge.prompts import Instruction, read_answers, read_prompts
+from rcpo.evaluation.judge.verdicts import Duel
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_tokenizer, load_whole
@@ -40,7 +40,7 @@ LONGEST = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class TokenPrompts:
     """Prompts as tokens of one model; `ends` are tokens that end an answer besides the model's own."""
 
     tokens: dict[str, list[int]]
@@ -55,8 +55,8 @@ class Judging:
     config: RunConfig
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
-    asked: Asked
+    prompts: list[Instruction]
+    asked: TokenPrompts
     given: dict[str, str]
     endpoint: Endpoint
 
@@ -86,7 +86,7 @@ class Judging:
             endpoint.check()
         return Judging(config, source, tokenizer, prompts, asked, given, endpoint)
 
-    def pairs(self, run_dir: Path) -> list[Pair]:
+    def pairs(self, run_dir: Path) -> list[Duel]:
         """Our answer and the other to each prompt, on every rank; models answer one after the other.
 
         Collective. Raises ConfigError where the other model does not see the same prompts.
@@ -97,7 +97,7 @@ class Judging:
         if not ours:
             ours = self._answers(self.source, self.tokenizer, self.asked)
         return [
-            Pair(one.id, one.instruction, str(ours[one.id]), theirs[one.id], one.label) for one in prompts
+            Duel(one.id, one.instruction, str(ours[one.id]), theirs[one.id], one.label) for one in prompts
         ]
 
     def _others(self, run_dir: Path) -> dict[str, str]:
@@ -134,7 +134,7 @@ class Judging:
         return {own.id: answers[other.id] for own, other in zip(self.prompts, prompts)}
 
     def _answers(
-        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, asked: Asked
+        self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, asked: TokenPrompts
     ) -> dict[str, str]:
         """A model's greedy answers by prompt; each rank holds the whole model and answers its share."""
         config = self.config
@@ -162,19 +162,19 @@ class Judging:
 
 def _prompts(
     config: RunConfig, run_dir: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], Asked]:
+) -> tuple[list[Instruction], TokenPrompts]:
     judge = config.judge
     if judge.prompts is None:
         return _held_out(config, run_dir, data, tokenizer)
     prompts = read_prompts(Path(judge.prompts).expanduser(), judge.max_examples)
     if all(prompt.ours is not None for prompt in prompts):
-        return prompts, Asked({}, set(), LONGEST)
+        return prompts, TokenPrompts({}, set(), LONGEST)
     return prompts, _tokenised(prompts, data, tokenizer)
 
 
 def _held_out(
     config: RunConfig, run_dir: Path, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], Asked]:
+) -> tuple[list[Instruction], TokenPrompts]:
     """The held-out prompts, each once, with their first chosen response."""
     datasets = load_datasets(data, tokenizer, config.seed)
     refuse_other_split(config, run_dir, datasets)
@@ -195,14 +195,16 @@ def _held_out(
     instructions = decode([example.prompt for example in kept], skip_special_tokens=True)
     chosen = decode([example.chosen for example in kept], skip_special_tokens=True)
     prompts = [
-        Prompt(example_id(example), example.id, instruction.strip(), theirs.strip())
+        Instruction(example_id(example), example.id, instruction.strip(), theirs.strip())
         for example, instruction, theirs in zip(kept, instructions, chosen, strict=True)
     ]
     tokens = {prompt.id: example.prompt for prompt, example in zip(prompts, kept, strict=True)}
-    return prompts, Asked(tokens, turn_ends(tokenizer, dataset), longest_answer(dataset))
+    return prompts, TokenPrompts(tokens, turn_ends(tokenizer, dataset), longest_answer(dataset))
 
 
-def _tokenised(prompts: Sequence[Prompt], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Asked:
+def _tokenised(
+    prompts: Sequence[Instruction], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> TokenPrompts:
     """Instructions as one turn of the template where there is one, else as they are."""
     encoder = make_encoder(replace(data, columns={}), tokenizer)
     template = encoder.template
@@ -219,4 +221,4 @@ def _tokenised(prompts: Sequence[Prompt], data: DataConfig, tokenizer: PreTraine
     ends = set()
     if template is not None:
         ends.add(template.end_id(tokenizer))
-    return Asked(tokens, ends, LONGEST)
+    return TokenPrompts(tokens, ends, LONGEST)

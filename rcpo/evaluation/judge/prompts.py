@@ -16,7 +16,7 @@ from rcpo.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Instruction:
     """An instruction with what its source says about it.
 
     `id` depends on the contents alone, `place` is where it stands in its source, by which models of different
@@ -32,13 +32,13 @@ class Prompt:
     label: float | None = None
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+def read_prompts(path: Path, limit: int | None = None) -> list[Instruction]:
     """The prompts of a file in AlpacaEval's formats; raises ConfigError with the row that cannot be used.
 
     Rows have an `instruction` (or `prompt`), and what to compare with as `output`; or both answers, ours as
     `output_2` and the other as `output_1`, maybe with a `preference` from 1 (the first) to 2 (the second).
     """
-    prompts: list[Prompt] = []
+    prompts: list[Instruction] = []
     seen: Counter[str] = Counter()
     for place, row in _rows(path):
         if len(prompts) == limit:
@@ -50,7 +50,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         theirs = row.get("output_1", row.get("output"))
         ours = row.get("output_2")
         prompts.append(
-            Prompt(
+            Instruction(
                 name,
                 place,
                 instruction,
@@ -66,7 +66,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def read_answers(path: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
+def read_answers(path: Path, prompts: Sequence[Instruction]) -> dict[str, str]:
     """The answers of a file (`instruction`, `output`) to the prompts; raises ConfigError where one lacks."""
     answers: dict[str, str] = {}
     for place, row in _rows(path):

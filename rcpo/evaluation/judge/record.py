@@ -12,14 +12,14 @@ import numpy as np
 from rcpo.config.schema import RunConfig
 from rcpo.errors import RunError
 from rcpo.evaluation.endpoint import Endpoint
-from rcpo.evaluation.judge.verdicts import ORDERS, SCORES, Pair, Question, judge, questions
-from rcpo.evaluation.judge.winrate import PREFIX, Judged, judge_metrics
+from rcpo.evaluation.judge.verdicts import ORDERS, SCORES, Duel, Question, judge, questions
+from rcpo.evaluation.judge.winrate import PREFIX, JudgedPairs, judge_metrics
 from rcpo.runs.folder import ANNOTATIONS_FILE, JUDGE_FILE, VERDICTS_FILE
 from rcpo.system.files import replace_text
 
 
 def judge_pairs(
-    config: RunConfig, endpoint: Endpoint, pairs: Sequence[Pair], folder: Path, say: Callable[[str], None]
+    config: RunConfig, endpoint: Endpoint, pairs: Sequence[Duel], folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The record of a judgement; its files go to `folder`: verdicts, the pairs, who judged what.
 
@@ -62,14 +62,14 @@ def judge_pairs(
     return {**judge_metrics(found, config.seed), f"{PREFIX}failed": failed}
 
 
-def judged(pairs: Sequence[Pair], asked: Sequence[Question], verdicts: Mapping[str, str]) -> Judged:
+def judged(pairs: Sequence[Duel], asked: Sequence[Question], verdicts: Mapping[str, str]) -> JudgedPairs:
     """The pairs with both verdicts, or with equal answers, as arrays."""
     found: dict[str, list[float]] = {}
     for question in asked:
         if question.key in verdicts:
             found.setdefault(question.pair.id, []).append(SCORES[verdicts[question.key]])
     kept = [pair for pair in pairs if pair.ours == pair.theirs or len(found.get(pair.id, [])) == 2]
-    return Judged(
+    return JudgedPairs(
         ids=[pair.id for pair in kept],
         verdicts=np.array([found.get(pair.id, [0.5, 0.5]) for pair in kept]).reshape(-1, 2),
         asked=np.array([pair.ours != pair.theirs for pair in kept], dtype=bool),

@@ -46,7 +46,7 @@ _MEANING = ({"A": "ours", "B": "theirs", "C": "tie"}, {"A": "theirs", "B": "ours
 
 
 @dataclass(frozen=True)
-class Pair:
+class Duel:
     """Our answer to an instruction and the other; `label` is a person's preference for ours, 0 to 1."""
 
     id: str
@@ -60,13 +60,13 @@ class Pair:
 class Question:
     """One pair in one order: what is asked, and the hash that its verdict is kept under."""
 
-    pair: Pair
+    pair: Duel
     order: int
     body: Mapping[str, Any]
     key: str
 
 
-def questions(config: JudgeConfig, pairs: Sequence[Pair]) -> list[Question]:
+def questions(config: JudgeConfig, pairs: Sequence[Duel]) -> list[Question]:
     """Both orders of each pair whose answers differ; equal answers are a tie without asking."""
     template = TEMPLATE if config.template is None else read_template(config.template)
     return [
@@ -77,7 +77,7 @@ def questions(config: JudgeConfig, pairs: Sequence[Pair]) -> list[Question]:
     ]
 
 
-def _question(config: JudgeConfig, template: str, pair: Pair, order: int) -> Question:
+def _question(config: JudgeConfig, template: str, pair: Duel, order: int) -> Question:
     first, second = (pair.ours, pair.theirs) if order == 0 else (pair.theirs, pair.ours)
     parts = {"instruction": pair.instruction, "first": first, "second": second}
     body = judge_body(config, template, parts)

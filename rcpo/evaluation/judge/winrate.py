@@ -33,7 +33,7 @@ _HALVINGS = 40
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedPairs:
     """B pairs of answers with their verdicts.
 
     `verdicts` (B, 2): ours first, ours second; `asked` (B,) is false where both answers are the same, a tie
@@ -60,7 +60,7 @@ class Judged:
         return cast(Floats, self.verdicts.mean(axis=1))
 
 
-def judge_metrics(judged: Judged, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
+def judge_metrics(judged: JudgedPairs, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
     """The record of a judgement; what is not defined is left out.
 
     `win_rate` and `length_controlled_win_rate` with 95 % bootstrap intervals over prompts, from the same
@@ -113,7 +113,7 @@ def cohens_kappa(one: NDArray[np.int64], other: NDArray[np.int64]) -> float | No
     return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def _length_controlled(judged: Judged, seed: int, resamples: int) -> dict[str, float]:
+def _length_controlled(judged: JudgedPairs, seed: int, resamples: int) -> dict[str, float]:
     preferences, longer = judged.preferences, judged.longer
     groups = prompt_groups(len(preferences), judged.prompts)
     name = f"{PREFIX}length_controlled_win_rate"
