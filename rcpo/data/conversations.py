@@ -100,7 +100,9 @@ def _message(value: Any, name: str, place: int) -> Message:
     if role == "function_call":
         message["tool_calls"] = _calls(message.pop("content", None), name)
     if message.get("loss_weight") in (0, 1):
-        del message["loss_weight"]  # LLaMA-Factory's mark of what is learned: prompts are not, responses are
+        weight = message.pop("loss_weight")  # LLaMA-Factory's mark of what is learned
+        if weight == 0 and message["role"] == "assistant":
+            message["train"] = False
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise BadRow(f"field {name!r} holds a message without content")

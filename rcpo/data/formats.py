@@ -78,7 +78,8 @@ def read_row(row: dict[str, Any]) -> Row:
             f"no field 'chosen', 'completion', 'messages' or 'text'; the columns are {known}: say what is in "
             "them with data.columns"
         )
-    prompt, chosen, rejected, gold = _alike(_with_system(prompt, fields), chosen, rejected, gold)
+    prompt = _with_system(_unmarked(prompt), fields)
+    prompt, chosen, rejected, gold = _alike(prompt, chosen, rejected, gold)
     numbers = read_values(fields)
     found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields), gold, **numbers)
     _refuse_unusable(found, needs_prompt=not fields.keys().isdisjoint(_ANSWERS))
@@ -127,6 +128,13 @@ def _implicit(chosen: Content, rejected: Content, row: Mapping[str, Any]) -> tup
     if has_turns(chosen) or has_turns(rejected):
         return split_texts(chosen, rejected)
     raise BadRow(f"no field 'prompt'{_likely_prompt(row)}")
+
+
+def _unmarked(prompt: Content) -> Content:
+    """A prompt without marks of answers that are not to be learned, as nothing of a prompt is."""
+    if isinstance(prompt, str) or not any(message.get("train") is False for message in prompt):
+        return prompt
+    return [{key: part for key, part in message.items() if key != "train"} for message in prompt]
 
 
 def _likely_prompt(row: Mapping[str, Any]) -> str:

@@ -267,3 +267,18 @@ def test_an_implicit_prompt_loses_no_character(shared: str, chosen: str, rejecte
         return
     assert isinstance(row.prompt, str) and isinstance(row.chosen, str) and isinstance(row.rejected, str)
     assert (row.prompt + row.chosen, row.prompt + row.rejected) == (begin + chosen, begin + rejected)
+
+
+def test_marks_of_what_is_learned_are_not_part_of_a_prompt() -> None:
+    turns = [
+        {"role": "user", "content": "p", "loss_weight": 0.0},
+        {"role": "assistant", "content": "x", "loss_weight": 0.0},
+        {"role": "user", "content": "q", "loss_weight": 0.0},
+    ]
+    sides = {
+        side: [*turns, {"role": "assistant", "content": text, "loss_weight": 1.0}]
+        for side, text in (("chosen", "a"), ("rejected", "b"))
+    }
+    row = read_row(sides)
+    plain = [{name: message[name] for name in ("role", "content")} for message in turns]
+    assert row.prompt == plain and row.chosen == [{"role": "assistant", "content": "a"}]

@@ -143,7 +143,7 @@ def test_reasoning_that_the_template_leaves_out_of_an_earlier_answer_is_refused_
         assert not encoded_of(row, template=template, **choice).tally.bad  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss_weight": 0.0}])
 def test_an_answer_that_the_file_marks_is_read_alone(mark: dict[str, Any]) -> None:
     row = {"prompt": PROMPT, "chosen": [CHOSEN[0] | mark, *CHOSEN[1:]], "rejected": REJECTED}
     chosen, _ = shown(encoded_of(row))
