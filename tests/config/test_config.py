@@ -147,6 +147,7 @@ def test_the_defaults_of_conf_are_those_of_the_dataclasses() -> None:
     assert composed() == RunConfig(train=TrainConfig(max_steps=200))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_parses(
     group: str, option: str, tmp_path: Path, model_folder: Path
@@ -379,6 +380,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
     assert composed("rc=on", "rc.ema=0.5").rc.decay == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [

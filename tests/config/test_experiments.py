@@ -121,6 +121,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
         assert found == value, (key, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OWN)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_some_hyper_parameters_are_the_same_for_all_models(name: str, objective: str) -> None:
@@ -129,6 +130,7 @@ def test_some_hyper_parameters_are_the_same_for_all_models(name: str, objective:
         assert config.objective.hyperparameters[key] == value, source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "mix"])  # it has none of its own
 def test_every_objective_takes_them(name: str) -> None:
     config = composed("experiment=pythia-410m", f"objective={name}")
@@ -198,6 +200,7 @@ def stand_in(name: str, tmp_path: Path, *overrides: str) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_all_start_on_a_small_stand_in(name: str, tmp_path: Path) -> None:
     if name in QUANTIZED and importlib.util.find_spec("bitsandbytes") is None:

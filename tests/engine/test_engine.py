@@ -193,6 +193,7 @@ def test_decay_shrinks_matrices_and_leaves_norms_and_biases(name: str) -> None:
         torch.testing.assert_close(value, factor * before[key])
 
 
+@pytest.mark.slow
 def test_starting_compiles_nothing(tmp_path: Path) -> None:
     model, extensions = tiny_llama(tmp_path / "model"), tmp_path / "extensions"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions)}

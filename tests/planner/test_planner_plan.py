@@ -122,6 +122,7 @@ BIG = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*BIG, "engine=zero3") == 0
     shown = capsys.readouterr().out
@@ -148,6 +149,7 @@ sys.exit(ended or "deepspeed" in sys.modules)"""
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_many_plans_are_lines_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("-m", *BIG, "engine=zero1,zero3") == 0
     header, _, first, second = capsys.readouterr().out.strip().splitlines()

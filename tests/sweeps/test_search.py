@@ -53,6 +53,7 @@ def test_spaces_are_hydra_s() -> None:
         assert [space(override) for override in parser.parse_overrides(list(lines))] == list(lines.values())
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_peak_and_goes_on_when_called_again(runs: Runs) -> None:
     runs.value = peak_at_a_thousandth
     space = "optim.lr=tag(log,interval(1e-5,1e-1))"
