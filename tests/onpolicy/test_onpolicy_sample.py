@@ -31,10 +31,12 @@ from rcpo.system.signals import STOPPED
 
 
 def settings(**nodes: Any) -> Settings:
-    """16 prompts of the packaged task, 6 answers each, on the packaged model."""
+    """16 of 640 prompts of the packaged task, 6 answers each, on the packaged model."""
+    config = RunConfig()
+    config.data.train_examples = 640
     sample = {"n": 6, "prompts": 16, "batch_size": 8, **nodes.pop("sample", {})}
     given = OnPolicyConfig(sample=SampleConfig(**sample), **nodes)
-    return Settings(RunConfig(), given)
+    return Settings(config, given)
 
 
 def rows(folder: Path, name: str = "pairs.jsonl") -> list[dict[str, Any]]:
@@ -66,7 +68,16 @@ def test_pairs_are_right_and_wrong_answers_that_the_data_pipeline_reads(
     assert 2 <= len(made) == about(unbroken)["pairs"]
     for row in made:
         total = str(sum(map(int, row["prompt"].rstrip("=").split("+"))))
-        assert row["chosen"].endswith(total) and not row["rejected"].endswith(total)
+        said = (
+            "",
+            "= ",
+            "it is ",
+            "that is ",
+            "the sum is ",
+            "the answer is ",
+        )  # how the packaged task answers
+        right = {f"{words}{total}" for words in said}
+        assert row["chosen"] in right and row["rejected"] not in right  # "the is 145" is not an answer
         assert (row["score_chosen"], row["score_rejected"]) == (1.0, 0.0)
     config = RunConfig()
     config.data.name, config.data.path, config.data.eval_fraction = (
