@@ -68,16 +68,10 @@ def test_pairs_are_right_and_wrong_answers_that_the_data_pipeline_reads(
     assert 2 <= len(made) == about(unbroken)["pairs"]
     for row in made:
         total = str(sum(map(int, row["prompt"].rstrip("=").split("+"))))
-        said = (
-            "",
-            "= ",
-            "it is ",
-            "that is ",
-            "the sum is ",
-            "the answer is ",
-        )  # how the packaged task answers
+        # how the packaged task answers; "the is 145" is not an answer
+        said = ("", "= ", "it is ", "that is ", "the sum is ", "the answer is ")
         right = {f"{words}{total}" for words in said}
-        assert row["chosen"] in right and row["rejected"] not in right  # "the is 145" is not an answer
+        assert row["chosen"] in right and row["rejected"] not in right
         assert (row["score_chosen"], row["score_rejected"]) == (1.0, 0.0)
     config = RunConfig()
     config.data.name, config.data.path, config.data.eval_fraction = (
@@ -386,7 +380,9 @@ def test_scores_are_kept_and_a_kill_among_them_changes_nothing(
 
     def given() -> Settings:
         score = ScoreConfig(name="reward_model", path=path, batch_size=5)
-        return settings(score=score, sample={"n": 4, "prompts": 24})
+        made = settings(score=score, sample={"n": 4, "prompts": 24})
+        made.config.data.train_examples = 6400  # to whose first 24 prompts some answers end in 9, others not
+        return made
 
     assert work.make(given(), tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
