@@ -12,7 +12,7 @@ from tiny import held_out, sums_file, tiny_llama
 PROGRAM = """
 import dataclasses, functools, os, sys
 from rcpo.cli import main
-from rcpo.method import registry
+from rcpo.method import losses, registry
 spec = registry.specification("dpo")
 @functools.wraps(spec.loss)
 def loss(*values, **named):
