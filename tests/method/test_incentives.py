@@ -13,7 +13,7 @@ from torch import Tensor
 from rcpo.method.calibration import RewardCalibrator
 from rcpo.method.incentives import incentives
 from rcpo.method.logps import sequence_logps, token_weights
-from rcpo.method.objectives import Objective, get_objective, names, specification
+from rcpo.method.objectives import Objective, Specification, get_objective, names, specification
 from rcpo.method.types import PairLogps
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "objectives.json").read_text())
@@ -287,3 +287,17 @@ def test_a_side_that_the_loss_ignores_has_no_incentive() -> None:
     logps = PairLogps(vector(-1.0), vector(-2.0), vector(-1.0), vector(-2.0))
     assert incentives(get_objective("sft"), logps)[1].tolist() == [0.0]
     assert incentives(get_objective("sft"), logps.replace(rejected=None))[1].tolist() == [0.0]
+
+
+def test_the_chosen_mean_moves_with_z_from_where_it_is() -> None:
+    # the loss m² − m of a mean m = −3 that is not z / length = −4 / 2: (2m − 1) ∂m/∂z = −7 · ½
+    def squared(logps: PairLogps) -> Tensor:
+        assert logps.chosen_means is not None
+        return logps.chosen_means.square()
+
+    spec = Specification("squared", squared, "sum", needs_reference=False)
+    objective = Objective(spec, "sum", 1.0, {})
+    z = torch.tensor([-4.0])
+    logps = PairLogps(z, z, chosen_lengths=torch.tensor([2]), chosen_means=torch.tensor([-3.0]))
+    d_w, d_l = incentives(objective, logps)
+    assert (d_w.item(), d_l.item()) == (3.5, 0.0)
