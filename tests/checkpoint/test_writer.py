@@ -482,3 +482,20 @@ def test_a_checkpoint_that_two_threads_finish_is_moved_once(tmp_path: Path) -> N
     found._move(pending)
     found._move(pending)  # the second has nothing left to move, and does not fail
     assert not found.pending and steps(tmp_path) == ["latest", "step-1"]
+
+
+def test_a_block_ends_with_its_checkpoint_finished(gate: Gate, tmp_path: Path) -> None:
+    found = writer(tmp_path)
+    threading.Timer(0.2, gate.opened.set).start()
+    with found.finishing():
+        found.save(ENGINE, {"step": 1})
+    assert not found.pending and steps(tmp_path) == ["latest", "step-1"]
+
+
+def test_a_block_that_fails_ends_with_its_checkpoint_rescued(gate: Gate, tmp_path: Path) -> None:
+    found = writer(tmp_path)
+    threading.Timer(0.2, gate.opened.set).start()
+    with pytest.raises(KeyboardInterrupt), found.finishing():
+        found.save(ENGINE, {"step": 1})
+        raise KeyboardInterrupt
+    assert not found.pending and steps(tmp_path) == ["latest", "step-1"]

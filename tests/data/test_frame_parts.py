@@ -165,6 +165,4 @@ def test_words_that_a_finished_turn_lacks_are_refused(generation: str, answer: s
     assert str(problem.value).startswith(
         "renders an answer elsewhere than where generation would begin: after "
     )
-    assert str(problem.value).endswith(
-        "set what it reads in data.template_options (as enable_thinking: false), or give another template"
-    )
+    assert "data.template_options" in str(problem.value)

@@ -40,3 +40,11 @@ def test_a_restored_average_continues_with_the_same_bits() -> None:
 def test_a_memory_out_of_range_is_refused(memory: float) -> None:
     with pytest.raises(ValueError, match="memory"):
         Average(memory)
+
+
+def test_a_value_that_comes_steps_later_has_let_the_others_fade() -> None:
+    average = Average(memory=0.5)
+    average.add(4.0)
+    # three steps later the first has weight ½ · ⅛ = 1/16, the new one 1 − ⅛ = 7/8
+    assert average.add(1.0, steps=3) == (4 / 16 + 7 / 8) / (1 / 16 + 7 / 8)
+    assert average.state_dict() == [4 / 16 + 7 / 8, 1 / 16 + 7 / 8]

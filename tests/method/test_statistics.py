@@ -22,6 +22,7 @@ from rcpo.method.calibration import (
 )
 from rcpo.method.geometry import ScoreGeometry
 from rcpo.method.loop import LoopRule
+from rcpo.method.samples import CrossSamples
 from rcpo.method.types import PairLogps
 
 LIMIT = math.log(10)
@@ -74,6 +75,19 @@ def test_a_batch_of_one_side_has_no_movement_and_divides_by_nothing_else() -> No
     found = meter.collect()
     assert (found.incentive_chosen, found.incentive_rejected) == (0, 0)
     assert found.scores == ScoreGeometry(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("counts", [(0, 2), (2, 0), (4, 2)])
+def test_samples_get_means_per_response_of_a_side_also_where_one_is_empty(counts: tuple[int, int]) -> None:
+    samples = CrossSamples()
+    meter = DynamicsMeter(samples)
+    sides = [torch.ones(count, dtype=torch.float64) for count in counts]
+    totals = [8.0 if count else 0.0 for count in counts]
+    meter.observe((sides[0], sides[1]), torch.tensor(totals).view(2, 1, 1))
+    meter.collect()
+    assert samples.previous is not None
+    means = [8 / count if count else 0 for count in counts]
+    assert samples.previous.flatten().tolist() == means
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
