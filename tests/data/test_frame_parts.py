@@ -19,6 +19,7 @@ from rcpo.data.frames import (
     _opening,
     _shared,
     find_frame,
+    generation_start,
 )
 from rcpo.data.records import BadRow, Message
 
@@ -166,3 +167,21 @@ def test_words_that_a_finished_turn_lacks_are_refused(generation: str, answer: s
         "renders an answer elsewhere than where generation would begin: after "
     )
     assert "data.template_options" in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "finished", "frame", "expected"),
+    [
+        ("QA:", "QA: x", NO_FRAME, 3),
+        ("QA: ", "QA:x", Frame(surplus=" "), 3),
+        ("QA(", "QAx", Frame(opening="("), 2),
+        ("QA<a></a>", "QAx", NO_FRAME, 2),  # a closed block
+        ("QA<think>", "QAx", NO_FRAME, 2),  # an open one
+        ("QAw", "QAx", NO_FRAME, None),
+        ("QAw<think>", "QAx", NO_FRAME, None),
+    ],
+)
+def test_where_an_answer_begins_after_a_prompt(
+    prompt: str, finished: str, frame: Frame, expected: int | None
+) -> None:
+    assert generation_start(prompt, finished, frame) == expected
