@@ -35,6 +35,7 @@ from rcpo.sweeps import multirun
 TINY_RUN = (
     "objective=sft",
     "model.init=random",
+    "data.train_examples=64",
     "train.max_steps=1",
     "train.batch_size=4",
     "train.micro_batch_size=4",

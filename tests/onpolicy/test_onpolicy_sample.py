@@ -427,7 +427,7 @@ def test_log_likelihoods_are_the_model_s_own(tmp_path: Path) -> None:
             answer = [*tokenizer(row[side], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             ids = torch.tensor([prompt + answer])
             labels = torch.tensor([[-100] * len(prompt) + answer])
-            assert row[f"score_{side}"] == pytest.approx(-float(model(ids, labels=labels).loss), abs=1e-5)
+            assert row[f"score_{side}"] == pytest.approx(-model(ids, labels=labels).loss.item(), abs=1e-5)
             checked += 1
     assert checked >= 8
 
