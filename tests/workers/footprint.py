@@ -127,7 +127,7 @@ def measure(config: RunConfig, folder: Path) -> dict[str, Any]:
         return step()
 
     session.engine.step = watched  # type: ignore[method-assign]
-    for name in ("score", "backward", "step"):
+    for name in ("forward", "backward", "step"):
         setattr(session.engine, name, peak_of(getattr(session.engine, name), name, peaks, baseline))
     shapes: list[Any] = []
     own: list[int] = []
