@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from tiny import TOKENIZER, sums_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
@@ -150,15 +151,21 @@ class Footprint:
         return int(max(self.measured["peaks"].values()))
 
 
-def footprints(folder: Path, path: str, groups: dict[int, list[Changes]], *small: str) -> Iterator[Footprint]:
+def footprints(
+    folder: Path, path: str, groups: dict[int, list[Changes]], *small: str, forking: bool = False
+) -> Iterator[Footprint]:
     """Runs the model at `path` with each of the changes on each number of ranks; then all that was found.
 
-    A `small` model comes before each run, so that no program text counts as the model's.
+    A `small` model comes before each run, so that no program text counts as the model's. A process that is
+    forked measures no peak of its own.
     """
     pairs, output = sums_file(folder / "pairs.jsonl", 24), folder / "measured"
     command = [sys.executable, WORKER, path, pairs, str(output), json.dumps(list(groups.items())), *small]
     environment = {**os.environ, **RETURNS_MEMORY}
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if forking:
+        ended = forked.run(command, env=environment)
+    else:
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for ranks, wanted in groups.items():
         for rank in range(ranks):
