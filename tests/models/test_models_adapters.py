@@ -241,10 +241,12 @@ def test_what_is_saved_loads_with_transformers_and_merged(
     assert AutoTokenizer.from_pretrained(folder / "final").pad_token_id == 0
     adapted = AutoModelForCausalLM.from_pretrained(folder / "final")
     merged = AutoModelForCausalLM.from_pretrained(folder / "final" / "merged")
-    assert type(merged) is type(load_model(base, config))
+    assert type(merged) is type(load_model(base, config.model))
     assert difference(logits(adapted), expected) == 0.0
     assert difference(logits(merged), expected) < 1e-4
-    assert difference(logits(merge_adapter(load_model(base, config), folder / "final")), expected) < 1e-4
+    assert (
+        difference(logits(merge_adapter(load_model(base, config.model), folder / "final")), expected) < 1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -267,7 +269,7 @@ def test_an_adapter_s_own_dropout_is_off(tmp_path: Path, base: Path, tuned: Path
         (folder / file.name).write_bytes(file.read_bytes())
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 0.5}))
-    model = load_model(base, RunConfig())
+    model = load_model(base, RunConfig().model)
     plain = logits(model)
     read_adapter(model, folder)
     tuned_logits = logits(model.train())
@@ -296,7 +298,7 @@ def test_other_adapters_are_refused(
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(ConfigError, match=part):
-        read_adapter(load_model(base, RunConfig()), tmp_path)
+        read_adapter(load_model(base, RunConfig().model), tmp_path)
 
 
 def tuned_by_peft(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
@@ -319,12 +321,12 @@ def test_adapters_that_changed_their_base_are_merged_and_else_refused(
 ) -> None:
     expected = tuned_by_peft(base, tmp_path / "tuned", init_lora_weights=init)
     with pytest.raises(ConfigError, match=r"initialisation changed.*adapter\.merge=true"):
-        read_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
-    merged = merge_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+        read_adapter(load_model(base, RunConfig().model), tmp_path / "tuned")
+    merged = merge_adapter(load_model(base, RunConfig().model), tmp_path / "tuned")
     assert (
         difference(logits(merged), expected)
         < 1e-3
-        < difference(logits(load_model(base, RunConfig())), expected)
+        < difference(logits(load_model(base, RunConfig().model)), expected)
     )
 
 
@@ -338,7 +340,7 @@ def test_adapters_on_a_base_that_cannot_be_made_again_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": init}))
     for use in (read_adapter, merge_adapter):
         with pytest.raises(ConfigError, match=init):
-            use(load_model(base, RunConfig()), tmp_path)
+            use(load_model(base, RunConfig().model), tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -356,7 +358,7 @@ def test_adapters_of_embeddings_and_heads_are_read_again_and_merged(
     assert difference(logits(base), expected) > 1e-2
     # the run's evaluation, another run that goes on, and the whole model are the policy that was trained
     assert difference(logits(finished(config, folder).engine.policy.model), expected) < 1e-5
-    again = load_model(Path(config.model.path), config)
+    again = load_model(Path(config.model.path), config.model)
     read_adapter(again, folder / "final")
     assert difference(logits(again), expected) < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(folder / "final" / "merged")
@@ -368,20 +370,20 @@ def test_an_adapter_with_a_trained_embedding_beside_is_refused(tmp_path: Path, b
     path = tmp_path / "tuned" / "adapter_model.safetensors"
     weights = load_file(path)
     (copied,) = [name for name in weights if "lora_" not in name]
-    read_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+    read_adapter(load_model(base, RunConfig().model), tmp_path / "tuned")
     save_file(weights | {copied: weights[copied] + 0.01}, path, {"format": "pt"})
     with pytest.raises(ConfigError, match=r"also holds model\.embed_tokens.*adapter\.merge=true"):
-        read_adapter(load_model(base, RunConfig()), tmp_path / "tuned")
+        read_adapter(load_model(base, RunConfig().model), tmp_path / "tuned")
 
 
 def test_all_linear_beside_another_name_is_both(base: Path) -> None:
-    names = target_names(load_model(base, RunConfig()), ["all-linear", "lm_head"])
+    names = target_names(load_model(base, RunConfig().model), ["all-linear", "lm_head"])
     linear = {f"model.layers.{n}.{part}" for n in range(2) for part in (
         *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
         *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     )}  # fmt: skip
     assert set(names) == linear | {"lm_head"}
-    model = load_model(base, RunConfig())
+    model = load_model(base, RunConfig().model)
     add_adapter(model, AdapterConfig(name="lora", target_modules=["lm_head", "all-linear"]), seed=1)
     adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert adapted == linear | {"lm_head"}
@@ -465,7 +467,7 @@ def test_four_bits_have_the_gradients_of_the_weights_they_stand_for(
 ) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason=NO_BITS)
     base = Path(tiny_llama(tmp_path / "base", hidden=64))
-    packed, plain = load_model(base, config, quantization="nf4"), load_model(base, config)
+    packed, plain = load_model(base, config.model, quantization="nf4"), load_model(base, config.model)
     layers = dict(plain.named_modules())
     for name, module in packed.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -509,7 +511,7 @@ def test_four_bits(config: RunConfig, tmp_path: Path, start: str) -> None:
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final" / "merged")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
     start_folder = base if start != "merged" else tmp_path / "run" / "start"
-    exact = merge_adapter(load_model(start_folder, config), tmp_path / "run" / "final")
+    exact = merge_adapter(load_model(start_folder, config.model), tmp_path / "run" / "final")
     assert difference(logits(merged), logits(exact)) == 0.0
 
 

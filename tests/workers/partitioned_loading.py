@@ -51,7 +51,7 @@ def main() -> None:
     distributed.initialize()
     config = RunConfig()
     config.engine.stage = stage
-    load_model(folder.parent / "small", config)  # so that modules and their code are in memory already
+    load_model(folder.parent / "small", config.model)  # so that modules and their code are in memory already
     peak = Peak()
     peak.start()
     model = read_model(ModelSource(folder), config)
