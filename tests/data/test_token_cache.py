@@ -226,13 +226,18 @@ def test_a_failure_leaves_neither_half_of_the_tokens_nor_a_lock(parts: Path, tmp
     assert list(lock.parent.iterdir()) == [lock] and Lock(lock).acquire()
 
 
-def test_another_process_that_makes_them_is_waited_for_and_told_once(tmp_path: Path) -> None:
+def test_another_process_that_makes_them_is_waited_for_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted, said = request(write(tmp_path / "x.jsonl", pairs(3))), list[str]()
     fetch(TokenCache(tmp_path / "elsewhere", lambda _: None), wanted)
     key = wanted.meta().key
     folder = tmp_path / "cache" / "tokens"
     other = Lock(folder / f"{key}.lock")
     assert other.acquire()
+    looks: list[Lock] = []
+    acquire = Lock.acquire
+    monkeypatch.setattr(Lock, "acquire", lambda self: (looks.append(self), acquire(self))[1])
 
     def makes() -> None:
         time.sleep(0.3)
@@ -242,6 +247,7 @@ def test_another_process_that_makes_them_is_waited_for_and_told_once(tmp_path: P
     thread = threading.Thread(target=makes)
     thread.start()
     assert len(fetch(TokenCache(tmp_path / "cache", said.append), wanted)) == 3
+    assert len(looks) < 20  # it sleeps between two
     thread.join()
     assert said[0] == f"{wanted.source.name}: another process is tokenising it; waiting for it"
     assert "read from the cache" in said[1] and len(said) == 2
