@@ -28,7 +28,12 @@ settings.load_profile("thorough" if os.environ.get("RCPO_TESTS") == "thorough" e
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deals the files to pytest-xdist's two workers, those with slow tests first: both end together."""
+    """Deals the files to pytest-xdist's two workers, those with slow tests first: both end together.
+
+    A test's name with an object's address would be another one in each process.
+    """
+    if named := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):
+        raise pytest.UsageError(f"{named}: give the parameters ids")
     if hasattr(config, "workerinput"):
         files: dict[Path, list[pytest.Item]] = {}
         for item in items:

@@ -473,7 +473,9 @@ def test_every_turn_is_taken_of_conversations_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "returned", [None, "x", 3, [{"a": 1}, None], ({"a": 1}, "x"), iter([{"a": 1}])], ids=str
+    "returned",
+    [None, "x", 3, [{"a": 1}, None], ({"a": 1}, "x"), iter([{"a": 1}])],
+    ids=lambda value: type(value).__name__,
 )
 def test_a_format_of_ones_own_returns_rows(returned: Any) -> None:
     register_format("own")(lambda row: returned)
