@@ -29,7 +29,13 @@ def sums_model(folder: Path) -> str:
 
 def sums(folder: Path, count: int) -> list[dict[str, Any]]:
     """Rows of prompt, chosen and rejected."""
-    lines = Path(sums_file(folder / "pairs.jsonl", count)).read_text(encoding="utf-8").splitlines()
+    sums_file(folder / "pairs.jsonl", count)
+    return written_sums(folder)
+
+
+def written_sums(folder: Path) -> list[dict[str, Any]]:
+    """The rows that `sums` wrote before: ranks that wrote them anew would read each other's half."""
+    lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainers import build, sums
+from trainers import build, written_sums
 
 from rcpo.integrations.trl import RewardCalibrationConfig
 
@@ -34,7 +34,7 @@ def main() -> None:
             "zero_force_ds_cpu_optimizer": False,
         }
     trainer = build(
-        Path(folder), sums(Path(folder), 32), RewardCalibrationConfig(sketch=None),
+        Path(folder), written_sums(Path(folder)), RewardCalibrationConfig(sketch=None),
         per_device_train_batch_size=4, **settings,
     )  # fmt: skip
     trainer.train()
