@@ -137,6 +137,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = small(["train", f"hydra.run.dir=outputs/{name}", *more])
         result = rcpo(folder, words)
         assert result.returncode == 0, result.stderr
+    shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / "start")
     for sweep in ("mine", "dpo", "simpo", "sums", "sums_1e-4"):
         shutil.copytree(folder / "outputs" / "my-run", folder / "outputs" / sweep / "0")
     submitted_runs(folder)
@@ -158,7 +159,7 @@ def test_the_command_runs(workspace: Path, command: str, tmp_path: Path) -> None
     shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("code"))
     words = small(shlex.split(command))
     for word in words:
-        if word.startswith("hydra.sweep.dir="):  # what others read, this one makes
+        if word.startswith(("hydra.sweep.dir=", "hydra.run.dir=")):  # what others read, this one makes
             shutil.rmtree(folder / word.partition("=")[2], ignore_errors=True)
     with JudgeServer().running() as judge:
         result = rcpo(folder, [word.replace("http://localhost:8000/v1", judge.url) for word in words])
