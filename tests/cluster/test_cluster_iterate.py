@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from slurm import Cluster
-from user import User
+from user import PATIENCE, User
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -15,7 +15,7 @@ SMALL = [
     *("rounds=2", "sample.prompts=64", "sample.n=4", "sample.batch_size=32", "train.batch_size=4"),
     *("train.micro_batch_size=2", "train.max_steps=2", "data.train_examples=128", "data.eval_fraction=0.01"),
     *("eval.generate_examples=8", "eval.kl_examples=0", "probe.size=0", "wandb.mode=disabled"),
-    "reference.cache=off",
+    *("reference.cache=off", f"launch.meeting_seconds={PATIENCE:g}"),
 ]
 SAME = [
     *("round-1/sample/pairs.jsonl", "round-2/sample/pairs.jsonl"),

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # that anything may take before it counts as hung: a loaded machine is not a failure
-PATIENCE = 280.0
+PATIENCE = 600.0
 CLOCK = {"tokens_per_second", "step_seconds", "peak_memory_bytes"}
 # a run of seconds on two ranks, whose weights go by every part: accumulation, calibration, ZeRO-3
 STEPS = 24
@@ -24,6 +24,7 @@ TWO_RANKS = [
     *("objective=simpo", "rc=on", "engine=zero3", "train.batch_size=8", "train.micro_batch_size=2"),
     *(f"train.max_steps={STEPS}", "data.train_examples=192", "checkpoint.every=4", "probe.size=0"),
     *("eval.max_examples=8", "eval.generate_examples=0", "wandb.mode=disabled"),
+    f"launch.meeting_seconds={PATIENCE:g}",
 ]
 ONE_STEP = [
     *("objective=sft", "model.init=random", "train.max_steps=1", "train.batch_size=4"),
