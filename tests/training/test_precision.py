@@ -52,6 +52,8 @@ def configuration(inputs: tuple[str, str], dtype: str, stage: int, micro: int = 
     config.data.name, config.data.path, config.data.eval_path = "pairs", inputs[1], held_out(inputs[1])
     config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 16, micro, 20
     config.train.dtype, config.engine.stage, config.train.max_grad_norm = dtype, stage, None
+    # DeepSpeed keeps engines of stage 3: many of its usual buckets take all addresses of a process
+    config.engine.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
     config.optim.name, config.optim.lr = "sgd", 1.0
     config.objective = ObjectiveConfig(name="dpo", reduction="sum", hyperparameters={"beta": 1.0})
     return config
