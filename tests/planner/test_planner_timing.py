@@ -39,33 +39,22 @@ def test_a_ring_through_nodes_takes_all_their_network_cards() -> None:
     )
 
 
+def of_a_step(config: RunConfig) -> Times:
+    """On one GPU, with three micro-batches and a billion weights."""
+    machine, work = Machine(GPU, SETTINGS, ranks=1), Work(2 * 10**12, 1000, 10**10)
+    return times(config, machine, work, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
+
+
 def test_a_step_by_hand() -> None:
     config = RunConfig()
     config.train.dtype, config.engine.stage = "bf16", 2
-    machine = Machine(GPU, SETTINGS, ranks=1)
-    found = times(
-        config,
-        machine,
-        work=Work(2 * 10**12, 1000, 10**10),
-        sent=[],
-        own_elements=10**9,
-        microbatches=3,
-        weights=10**9,
-    )
+    found = of_a_step(config)
     # 2e12 at half of 1e12; 1000 starts of 1e-5 s; 1e10 bytes at 1e11.
     # An element's gradient, weight and two moments read, three written, a bf16 weight
     assert found == Times(4.0, 0.01, 0.1, 0.0, 1e9 * (4 * 7 + 2) / 1e11, 0.0, overlaps=False)
     assert found.step == pytest.approx(4.3) and found.bottleneck == "products"
     config.engine.stage, config.engine.offload_optimizer, config.engine.offload_parameters = 3, True, True
-    found = times(
-        config,
-        machine,
-        work=Work(2 * 10**12, 1000, 10**10),
-        sent=[],
-        own_elements=10**9,
-        microbatches=3,
-        weights=10**9,
-    )
+    found = of_a_step(config)
     # the optimizer at the host's memory; gradients there and weights back, weights for two passes of three
     assert found == Times(4.0, 0.01, 0.1, 0.0, 3.0, 6.0 + 6.0, overlaps=True)
     assert found.bottleneck == "the host"
