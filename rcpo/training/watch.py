@@ -137,7 +137,7 @@ class DivergenceWatch:
         return {"in_a_row": self._in_a_row, "first_margin": self._first_margin, "said": sorted(self._said)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on: what was said is not said again, and what lasts has lasted as long."""
+        """Restore what was counted, and which warnings were issued: none of them is issued again."""
         self._in_a_row, self._first_margin = dict(state["in_a_row"]), state["first_margin"]
         self._said = set(state["said"])
 
