@@ -69,7 +69,7 @@ def read_tree(path: Path) -> DictConfig:
     """An OmegaConf mapping from a YAML file; raises ConfigError where there is none."""
     try:
         tree = OmegaConf.load(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path} does not exist: {path.parent} is not the folder of a run") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error

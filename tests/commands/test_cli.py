@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +42,6 @@ TINY_RUN = (
     "eval.generate_examples=0",
     "wandb.mode=disabled",
 )
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Hydra's and the runs' log handlers keep the streams and files of the test that they were made in."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def rcpo(*arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -374,7 +363,7 @@ def test_the_entry_point_is_a_typer_application() -> None:
         (["train", "hydra.run.dir=file"], "file is not a folder; choose another hydra.run.dir"),
         (["train", "hydra.run.dir=file/inside"], "file is not a folder; choose another hydra.run.dir"),
         (["sweep", "seed=1,2", "hydra.sweep.dir=file/inside"], "choose another hydra.sweep.dir"),
-        (["evaluate", "run=file"], "file"),
+        (["evaluate", "run=file"], "file is not the folder of a run"),
         (["report", "file"], "file"),
     ],
 )
