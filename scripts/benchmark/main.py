@@ -3,7 +3,8 @@
     scripts/bench [--pairs FILE] [--full] [--only peers,calibration,trl,vocabulary,…]
 
 peers        rcpo (rc=on) and TRL's DPOTrainer: same model, tokens, batches and order; reference precomputed
-calibration  a step without dynamics, with them, with rc=on, and calibrated the published way
+calibration  a step without dynamics, with them, with rc=on, with rc=loop, and calibrated the published way
+control      what rc=loop's readings of control pairs cost
 trl          TRL's DPOTrainer and CalibratedDPOTrainer: what calibration costs there
 vocabulary   peak memory from V = 8k to 128k, head frozen and trained
 lengths      sequence lengths and prompt shares, in both layouts of rows
@@ -135,6 +136,30 @@ class Bench:
             more = [f"{100 * (own[key] - 1):+.1f} %" for key in ("ratio", "cpu_ratio")]
             rows.append([name, f"{own['seconds']:.3f}", f"{own['cpu_seconds']:.3f}", *more])
         self.table("What calibration costs", ["", "step, s", "processor, s", "step", "processor"], rows)
+
+    def control(self) -> None:
+        """The closed loop on fresh pairs and on control pairs, with a batch of which the half is scored."""
+        from rcpo.config.schema import RunConfig
+
+        size = replace(self.size, pairs=16)
+        side = Side(self.inputs(size), size, variants=["loop", "control"], threads=1)
+        found = self.alternate(
+            {name: lambda step, name=name: side.step(step, name) for name in ("loop", "control")}
+        )
+        side.close()
+        fresh, control = (summary(found[name], found["loop"]) for name in ("loop", "control"))
+        every = RunConfig().rc.control.every
+        shares = [(control[key] - 1) / every for key in ("ratio", "cpu_ratio")]
+        self.results["control"] = {"fresh": fresh, "control": control, "every": every, "shares": shares}
+        rows = [
+            [name, f"{own['seconds']:.3f}", f"{own['cpu_seconds']:.3f}",
+             *(f"{100 * (own[key] - 1):+.1f} %" for key in ("ratio", "cpu_ratio"))]
+            for name, own in (("rc=loop, fresh pairs", fresh), ("with a reading of control pairs", control))
+        ]  # fmt: skip
+        rows.append(
+            [f"the same, one step in {every}", "", "", *(f"{100 * share:+.1f} %" for share in shares)]
+        )
+        self.table("What control pairs cost", ["", "step, s", "processor, s", "step", "processor"], rows)
 
     def trl(self) -> None:
         """TRL's own trainer with calibration and without, on the same batches."""
@@ -325,7 +350,7 @@ class Bench:
         (out / "results.md").write_text("\n".join([note, *self.tables]), encoding="utf-8")
 
 
-PARTS = ("peers", "calibration", "trl", "vocabulary", "lengths", "epochs", "phases", "products",
+PARTS = ("peers", "calibration", "control", "trl", "vocabulary", "lengths", "epochs", "phases", "products",
          "start")  # fmt: skip
 
 

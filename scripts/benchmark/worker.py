@@ -101,6 +101,7 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
     import rcpo.training.session
     from rcpo.config.schema import RunConfig
     from rcpo.system import distributed
+    from rcpo.training.control import ControlPairs
     from rcpo.training.dynamics import StepDynamics
     from rcpo.training.session import Session
     from rcpo.training.trainer import Trainer
@@ -136,11 +137,18 @@ def serve_rcpo(settings: Json, channel: Channel) -> None:
         watch_phases(phases, trainer)
     variants: dict[str, StepDynamics] = {}
     for name in settings.get("variants", ["rc"]):
-        config.rc.enabled = name in ("rc", "loop", "published")
-        config.rc.rule = "loop" if name == "loop" else "center"
+        config.rc.enabled = name in ("rc", "loop", "control", "published")
+        config.rc.rule = "loop" if name in ("loop", "control") else "center"
         config.dynamics.every = int(name == "dynamics")
-        kind = PublishedCalibration if name == "published" else StepDynamics
-        variants[name] = kind(config, session.objective, session.engine, session.batches, fresh_signals=True)
+        kind, signals = StepDynamics, {"fresh_signals": True}
+        if name == "published":
+            kind = PublishedCalibration
+        if name == "control":  # read at each step here
+            config.rc.control.every = 1
+            pairs = session.datasets.train
+            control = ControlPairs(config, session.engine, pairs, session.batches_at)
+            signals = {"fresh_signals": False, "control": control}
+        variants[name] = kind(config, session.objective, session.engine, session.batches, **signals)
     parameters = sum(p.numel() for p in session.engine.policy.parameters())
     channel.answer(ready=True, parameters=parameters, layout=session.layout,
                    reference_seconds=passed, **memory())  # fmt: skip

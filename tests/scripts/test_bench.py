@@ -26,7 +26,10 @@ def bench(out: Path, only: str, imports: Sequence[str] = ()) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_five_variants_see_the_same_batches(tmp_path: Path) -> None:
-    found = bench(tmp_path, "calibration")["calibration"]
+    results = bench(tmp_path, "calibration,control")
+    found, control = results["calibration"], results["control"]
+    assert control["every"] == 4 and control["fresh"]["ratio"] == 1
+    assert control["shares"][0] == pytest.approx((control["control"]["ratio"] - 1) / 4)
     assert set(found) == {
         "rc=off dynamics.every=0",
         "rc=off",
