@@ -7,6 +7,21 @@ import sys
 from pathlib import Path
 
 from rcpo.runs.folder import LOG_FILE
+from rcpo.system.text import os_message
+
+
+class LogFile(logging.FileHandler):
+    """Reports once, in one line, that its file cannot be written, as on a full disk; the run goes on."""
+
+    _reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._reported:
+            self._reported = True
+            print(f"rcpo: {self.baseFilename} misses lines: {os_message(error)}", file=sys.stderr)
 
 
 def close_log() -> None:
@@ -23,6 +38,6 @@ def configure_log(run_dir: Path, *, file: bool) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     handlers[0].setLevel(logging.WARNING)
     if file:
-        handlers.append(logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8"))
+        handlers.append(LogFile(run_dir / LOG_FILE, encoding="utf-8"))
     layout = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
     logging.basicConfig(level=logging.INFO, format=layout, handlers=handlers, force=True)
