@@ -85,7 +85,7 @@ def evaluate_pairs(
         if distributed.is_main():
             merge_record(run_dir, record, kept=MERGED)
             write_evaluation_settings(run_dir, config, PAIRS)
-        show(record)
+        show(record, config.objective.reduction)
     if saved:
         evaluate_checkpoints(session, saved, record)
     session.engine.close()
@@ -143,7 +143,7 @@ def evaluate_checkpoints(
             examples=f"examples-step-{step}.jsonl",
             parameters_geometry=session.config.eval.parameters_geometry,
         )
-        say(f"step {step}: {describe(record)}")
+        say(f"step {step}: {describe(record, session.config.objective.reduction)}")
         records.append({"step": step, **record})
     end = finished_state(run_dir)
     if final is not None and end is not None and end["step"] not in [record["step"] for record in records]:
@@ -163,9 +163,9 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return list(reversed(found))
 
 
-def show(record: dict[str, Any]) -> None:
+def show(record: dict[str, Any], reduction: str | None) -> None:
     """The record as a table and one plain sentence, on the main rank's terminal."""
     if record and distributed.is_main():
         console = Console()
         console.print(summary_table(record))
-        console.print(describe(record))
+        console.print(describe(record, reduction))

@@ -9,6 +9,12 @@ from enum import Enum
 from rich.table import Table
 
 NOTICEABLE = 0.1  # nats: e^0.1 is 10 % more probability, in the unit of the objective's reduction
+UNITS = {  # of log-probs and log-ratios, by `objective.reduction`
+    "mean": "nats per token",
+    "average": "nats per token",
+    "sum": "nats per response",
+    "importance": "nats, weighted tokens",
+}
 
 ROWS = (
     ("preference accuracy (rewards)", "rewards/accuracies", "percent"),
@@ -43,16 +49,24 @@ class Move(Enum):
     """Where a side's mean log-ratio went, as far as its interval tells; single pairs may differ."""
 
     FELL = "fell"
-    KEPT = f"moved by less than {NOTICEABLE} nats"
+    SLIPPED = f"fell, perhaps by less than {NOTICEABLE}"
+    KEPT = f"moved by less than {NOTICEABLE}"
+    GAINED = f"rose, perhaps by less than {NOTICEABLE}"
     ROSE = "rose"
-    OPEN = "moved too little, or too unevenly, to call"
+    OPEN = "moved too unevenly to call"
+
+    @property
+    def down(self) -> bool:
+        """Whether the mean fell, however far."""
+        return self in (Move.FELL, Move.SLIPPED)
 
 
 def move(low: float, high: float) -> Move:
     """What an interval of the mean log-ratio, in nats, says about a side.
 
-    The rule: within ±`NOTICEABLE` = 0.1 nats (a probability changed by less than 10 %) counts as kept. The
-    whole interval has to be below, inside or above that zone; one that lies across an edge leaves it open.
+    The rule: within ±`NOTICEABLE` = 0.1 nats (a probability changed by less than 10 %) counts as kept. An
+    interval below, inside, or above that zone is clear. One across an edge tells the direction, but not the
+    size, where it leaves out 0, and otherwise nothing.
     """
     if high < -NOTICEABLE:
         return Move.FELL
@@ -60,18 +74,21 @@ def move(low: float, high: float) -> Move:
         return Move.ROSE
     if low >= -NOTICEABLE and high <= NOTICEABLE:
         return Move.KEPT
-    return Move.OPEN
+    if high < 0:
+        return Move.SLIPPED
+    return Move.GAINED if low > 0 else Move.OPEN
 
 
-def describe(values: Mapping[str, float | None]) -> str:
+def describe(values: Mapping[str, float | None], reduction: str | None) -> str:
     """The sentence for a record of evaluation.json (`eval/NAME`, `…/low`, `…/high`).
 
-    Without log-ratios (no reference to compare with) it prints that and the log-probs instead.
+    `reduction` is the objective's, which gives log-ratios their unit. Without log-ratios (no reference to
+    compare with) the sentence has the log-probs instead.
     """
-    return _what_moved(values) + _how_good(values) + "."
+    return _what_moved(values, UNITS.get(reduction or "", "nats")) + _how_good(values) + "."
 
 
-def _what_moved(values: Mapping[str, float | None]) -> str:
+def _what_moved(values: Mapping[str, float | None], unit: str) -> str:
     winner, loser = _move_of(values, "logratios/chosen"), _move_of(values, "logratios/rejected")
     if winner is None:
         shown = " and ".join(
@@ -79,9 +96,10 @@ def _what_moved(values: Mapping[str, float | None]) -> str:
             for side, key in (("winner", "chosen"), ("loser", "rejected"))
             if _value(values, f"logps/{key}") is not None
         )
-        return f"There is no reference to compare with (mean log-probs: {shown or 'unknown'})"
-    won = f"mean log-ratio {interval(values, 'logratios/chosen')}{_of_how_many(values)}"
-    won += against_the_mean(_value(values, "winner_fell"), fell=winner is Move.FELL)
+        known = f"{shown} {unit}" if shown else "unknown"
+        return f"There is no reference to compare with (mean log-probs: {known})"
+    won = f"mean log-ratio {interval(values, 'logratios/chosen')} {unit}{_of_how_many(values)}"
+    won += against_the_mean(_value(values, "winner_fell"), fell=winner.down)
     if loser is None:
         return f"On average the winner {winner.value} ({won})"
     lost = interval(values, "logratios/rejected")
@@ -89,9 +107,9 @@ def _what_moved(values: Mapping[str, float | None]) -> str:
         return (
             f"On average the winner fell with the loser: likelihood displacement ({won}; the loser's {lost})"
         )
-    if winner is Move.FELL:
-        return f"On average the winner fell ({won}) although the loser {_did(loser)} ({lost})"
-    joint = "while" if loser in (Move.FELL, Move.OPEN) else "and"
+    if winner.down and not loser.down:
+        return f"On average the winner {winner.value} ({won}) although the loser {_did(loser)} ({lost})"
+    joint = "while" if loser.down or loser is Move.OPEN else "and"
     return f"On average the winner {winner.value} ({won}) {joint} the loser {loser.value} ({lost})"
 
 
@@ -109,7 +127,7 @@ def _of_how_many(values: Mapping[str, float | None]) -> str:
 
 
 def _did(loser: Move) -> str:
-    return {Move.KEPT: "did not", Move.ROSE: "rose"}.get(loser, loser.value)
+    return "did not" if loser is Move.KEPT else loser.value
 
 
 def _how_good(values: Mapping[str, float | None]) -> str:

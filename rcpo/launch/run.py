@@ -55,7 +55,7 @@ def train(config: RunConfig, run_dir: Path) -> int:
     except RunError:
         _renew_card(run_dir)  # of weights whose evaluation failed
         raise
-    show(last)
+    show(last, config.objective.reduction)
     _renew_card(run_dir)
     return code
 

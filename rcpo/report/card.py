@@ -141,7 +141,7 @@ def _facts(config: RunConfig, run: Run, *, curve: bool) -> dict[str, Any]:
         "calibrated": config.rc.enabled,
         "adapted": adapted,
         "merged": adapted and config.adapter.save_merged,
-        "headline": describe(run.evaluation) if sides else "",
+        "headline": describe(run.evaluation, config.objective.reduction) if sides else "",
         "curve": CURVE if curve else None,
         "training": _training(config, run),
         "measured": held_out_data(config, run.folder),

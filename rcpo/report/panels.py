@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
+from rcpo.evaluation.summary import UNITS
 from rcpo.report import theme
 from rcpo.report.dynamics import margin, predict_margin
 from rcpo.report.runs import Column, Run
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 Panel = Callable[["Axes", Sequence[Run], int], None]
 BEYOND = 6.0  # how far the ratio's axis reaches past its lines: where ρ is small the band is as good as open
 SMALL = 0.01  # nats: less than this is drawn as the nothing that it is
-UNITS = {
-    "mean": "nats a token",
-    "average": "nats a token",
-    "sum": "nats a response",
-    "importance": "nats, weighted tokens",
-}
 
 
 def unit_of(runs: Sequence[Run]) -> str:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcpo.evaluation.summary import NOTICEABLE, against_the_mean, describe, interval
+from rcpo.evaluation.summary import NOTICEABLE, UNITS, against_the_mean, describe, interval
 from rcpo.report.dynamics import Prediction
-from rcpo.report.panels import UNITS
 from rcpo.report.probes import CROSSED, Crossings
 from rcpo.report.runs import Run, Status
 from rcpo.runs.comparison import METRICS, Contrast, Metric, spread
@@ -39,7 +38,7 @@ def headline_of_run(run: Run) -> str:
         return f"Finished after {run.last_step:,} steps, and what came out has values that are not finite."
     said = _judged(run)
     if {"eval/logratios/chosen", "eval/logps/chosen"} & set(run.evaluation):
-        return f"{describe(run.evaluation)} {said}".strip()
+        return f"{describe(run.evaluation, _reduction(run))} {said}".strip()
     if said:
         return said
     return f"Finished after {run.last_step:,} steps, not evaluated; {_standing(run)}."
@@ -74,8 +73,11 @@ def _standing(run: Run) -> str:
         f"the {side} at {number(mean)}" for side, mean in zip(("winner", "loser"), means) if mean is not None
     ]
     kind = "log-ratios" if names == "logratios" else "log-probs"
-    unit = UNITS.get(str(run.settings.get("objective.reduction")), "nats")
-    return f"{' and '.join(parts)} ({kind}, {unit})"
+    return f"{' and '.join(parts)} ({kind}, {UNITS.get(_reduction(run), 'nats')})"
+
+
+def _reduction(run: Run) -> str:
+    return str(run.settings.get("objective.reduction"))
 
 
 def number(value: float) -> str:
@@ -114,8 +116,8 @@ def headline_of_contrasts(pairs: Sequence[Contrast]) -> str:
     said = f"{_verdict(first)}{_loser(first)} ({first.label}, {_seeds(first)})."
     if len(measured) == 1:
         return said
-    agree = f"{len(kept)} of {len(measured)} comparisons"
-    return f"{said} The mean winner fell without RC and not with it in {agree}."
+    agree = f"In {len(kept)} of {len(measured)} comparisons RC kept a mean winner that fell without it."
+    return f"{agree} The largest gain: {said[0].lower()}{said[1:]}"
 
 
 def sentence_of_contrast(pair: Contrast) -> str:
@@ -141,10 +143,15 @@ def _gain(pair: Contrast) -> float:
 
 
 def _kept_what_fell(pair: Contrast) -> bool:
-    """By the evaluation's rule: within ±0.1 nats a winner counts as kept."""
+    """By the evaluation's rule, within ±0.1 nats a winner counts as kept, and less is no change."""
     means = _means(pair)
     assert means is not None
-    return means[0] < -NOTICEABLE <= means[1]
+    base, calibrated = means
+    return base < -NOTICEABLE <= calibrated <= NOTICEABLE and not _alike(base, calibrated)
+
+
+def _alike(base: float, calibrated: float) -> bool:
+    return abs(calibrated - base) < NOTICEABLE
 
 
 def _verdict(pair: Contrast) -> str:
@@ -153,15 +160,25 @@ def _verdict(pair: Contrast) -> str:
     base, calibrated = means
     fell = _means(pair, FELL)
     share = None if fell is None else fell[1]
-    figures = f"{number(calibrated)} against {number(base)}"
+    figures = f"{number(calibrated)} against {number(base)} nats per token"
     figures += against_the_mean(share, fell=calibrated < -NOTICEABLE)
+    return f"On average {_what_rc_did(pair, base, calibrated)}: {figures}"
+
+
+def _what_rc_did(pair: Contrast, base: float, calibrated: float) -> str:
     if _kept_what_fell(pair):
-        return f"On average RC kept the winner: {figures}"
-    if calibrated >= -NOTICEABLE:
-        return f"On average the winner stayed with and without RC: {figures}"
+        return "RC kept the winner"
+    if max(abs(base), abs(calibrated)) <= NOTICEABLE:
+        return f"the winner stayed within {NOTICEABLE} with and without RC"
+    if _alike(base, calibrated):
+        return f"RC changed the winner by less than {NOTICEABLE}"
+    if min(base, calibrated) >= -NOTICEABLE:
+        return "the winner fell neither with nor without RC"
+    if calibrated > NOTICEABLE:
+        return "RC raised the winner"
     if calibrated > base:
-        return f"On average RC slowed the winner's fall, it did not stop it: {figures}"
-    return f"On average RC did not keep the winner: {figures}"
+        return "RC slowed the winner's fall, it did not stop it"
+    return "RC did not keep the winner"
 
 
 def _loser(pair: Contrast) -> str:

@@ -33,16 +33,21 @@ def pair(folder: Path, base: float, calibrated: float, seeds: int = 1) -> words.
 @pytest.mark.parametrize(
     ("base", "calibrated", "beginning"),
     [
-        (-0.51, -0.03, "On average RC kept the winner: −0.03 against −0.51"),
-        (-0.08, -0.03, "On average the winner stayed with and without RC: −0.03 against −0.08"),
-        (-0.51, -0.20, "On average RC slowed the winner's fall, it did not stop it: −0.20 against −0.51"),
-        (-0.20, -0.51, "On average RC did not keep the winner: −0.51 against −0.20"),
+        (-0.51, -0.03, "RC kept the winner: −0.03 against −0.51"),
+        (-0.08, -0.03, "the winner stayed within 0.1 with and without RC: −0.03 against −0.08"),
+        (-0.51, -0.20, "RC slowed the winner's fall, it did not stop it: −0.20 against −0.51"),
+        (-0.20, -0.51, "RC did not keep the winner: −0.51 against −0.20"),
+        (-0.12, -0.09, "RC changed the winner by less than 0.1: −0.09 against −0.12"),
+        (-0.51, -0.48, "RC changed the winner by less than 0.1: −0.48 against −0.51"),
+        (0.30, 0.05, "the winner fell neither with nor without RC: 0.05 against 0.30"),
+        (-0.30, 0.40, "RC raised the winner: 0.40 against −0.30"),
     ],
 )
 def test_a_contrast_says_whether_the_winner_was_kept(
     tmp_path: Path, base: float, calibrated: float, beginning: str
 ) -> None:
     found = pair(tmp_path, base, calibrated)
+    beginning = f"On average {beginning} nats per token"
     loser = "; the loser went to −0.60 against −0.60"
     assert words.headline_of_contrasts([found]) == f"{beginning}{loser} (dpo, 1 seed)."
     expected = f"dpo: {beginning}{loser}; exact match 90 % against 90 % (1 seed)."
@@ -55,7 +60,7 @@ def test_a_kept_mean_over_falling_winners_is_told(tmp_path: Path) -> None:
         write_run(tmp_path / str(rc), settings(rc=rc), [], values)
     found = contrasts(conditions([run.summary for run in read_runs([tmp_path])]))
     assert words.headline_of_contrasts(found).startswith(
-        "On average RC kept the winner: −0.03 against −0.50; the winner fell in 70 % of the pairs; the loser"
+        "On average RC kept the winner: −0.03 against −0.50 nats per token; the winner fell in 70 % of the "
     )
 
 
@@ -70,8 +75,9 @@ def test_several_seeds_are_said_to_be_clear_or_not(tmp_path: Path) -> None:
 def test_the_headline_counts_how_many_comparisons_agree(tmp_path: Path) -> None:
     found = contrasts(conditions([run.summary for run in read_runs([write_sweep(tmp_path / "sweep")])]))
     expected = (
-        "On average RC kept the winner: −0.01 against −0.48; the loser went to −0.60 against −0.60 "
-        "(dpo, 3 seeds). The mean winner fell without RC and not with it in 2 of 2 comparisons."
+        "In 2 of 2 comparisons RC kept a mean winner that fell without it. The largest gain: on average RC "
+        "kept the winner: −0.01 against −0.48 nats per token; the loser went to −0.60 against −0.60 (dpo, "
+        "3 seeds)."
     )
     assert words.headline_of_contrasts(found) == expected
 
@@ -79,12 +85,14 @@ def test_the_headline_counts_how_many_comparisons_agree(tmp_path: Path) -> None:
 def test_a_run_says_where_it_stands(tmp_path: Path) -> None:
     done = a_run(tmp_path / "done", metrics=rows(2), evaluation=evaluation(-0.5, -0.6))
     assert words.headline_of_run(done).startswith("On average the winner fell with the loser")
-    assert "(mean log-ratio −0.50 [−0.52, −0.48]; the loser's −0.60" in words.headline_of_run(done)
+    assert "(mean log-ratio −0.50 [−0.52, −0.48] nats per token; the loser's −0.60" in words.headline_of_run(
+        done
+    )
     silent = a_run(tmp_path / "silent", metrics=rows(2))
     # θ after one step is 0.1 · (0.2, −0.4), so the winner's mean over both rows is 0.01, the loser's −0.02
     expected = (
         "Finished after 2 steps, not evaluated; the winner at 0.01 and the loser at −0.02 "
-        "(log-ratios, nats a token)."
+        "(log-ratios, nats per token)."
     )
     assert words.headline_of_run(silent) == expected
 
