@@ -129,8 +129,7 @@ class CheckpointWriter:
         self.folder = run_dir / CHECKPOINTS
         self.clock = SaveClock(60 * settings.minutes)
         self._keep = settings.keep
-        roomy = not config.engine.offload_optimizer
-        self._background = roomy if settings.background is None else settings.background
+        self._background = config.saves_in_background
         self._pending: _Pending | None = None
         self._moving = Lock()  # the heartbeat's thread may end the run
         _writers.add(self)

@@ -433,6 +433,12 @@ class RunConfig:
         """
         return self.engine.stage if self.train.dtype == "fp32" else max(1, self.engine.stage)
 
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether training goes on while a checkpoint is written, from a copy in the host's memory."""
+        given = self.checkpoint.background
+        return not self.engine.offload_optimizer if given is None else given
+
     def groups_by_length(self, couples_batch: bool) -> bool:
         """Whether a step's pairs are dealt to micro-batches by length, so that little is padded.
 

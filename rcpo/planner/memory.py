@@ -72,6 +72,15 @@ class StepMemory:
         """The phase that takes most of the device's memory."""
         return max(self.phases(), key=lambda phase: phase.device_bytes)
 
+    @property
+    def checkpoint_copy(self) -> int:
+        """Bytes of the host's memory that a checkpoint takes while it is written beside training."""
+        if not self.config.saves_in_background:
+            return 0
+        if self._stage == 0:  # each rank writes its share of what all hold
+            return (MASTER * sum(self._trained) + self._states.optimizer) // self.ranks
+        return self._states.optimizer  # with the fp32 weights
+
     @cached_property
     def _states(self) -> States:
         return states(self.parameters, self.config, self.ranks, self.rank)

@@ -19,6 +19,12 @@ def show(plan: Plan, advice: Advice | None, console: Console) -> None:
         console.print(line, highlight=False)
     console.print(_memory(plan))
     console.print(_verdict(plan, advice), highlight=False)
+    if copy := plan.step.checkpoint_copy:
+        where = "beyond the peak" if plan.gpu is None else "of the host's memory on a rank"
+        console.print(
+            f"while a checkpoint is written: {_size(copy)} {where}; none with checkpoint.background=false",
+            highlight=False,
+        )
     if plan.deepspeed or plan.own:
         console.print(_communication(plan))
     for line in _time(plan):

@@ -128,6 +128,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "8,030,261,248 parameters" in shown and "fits:" in shown and "bottleneck: " in shown
     assert "67,108,960" in shown  # the calibration's bytes
+    assert (
+        "while a checkpoint is written: 12.0 GB of the host's memory" in shown
+    )  # 12 bytes a parameter, an eighth
     assert command("gpu=h100-80gb", "gpu.memory=6e7", *SMALL) == 1
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown and "train.micro_batch_size=16" in shown
@@ -150,6 +153,27 @@ sys.exit(ended or "deepspeed" in sys.modules)"""
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_copied_to_the_host_while_it_is_written(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    step = Planner(MEANS, None).plan(config, 1).step
+    numel, tensors = sum(p.numel for p in step.parameters), len(step.parameters)
+
+    def copied(ranks: int) -> int:
+        return dataclasses.replace(step, ranks=ranks).checkpoint_copy
+
+    # weights, two moments, and AdamW's count for each tensor
+    assert copied(1) == (4 + 8) * numel + 4 * tensors
+    assert copied(2) == copied(1) // 2  # all ranks hold everything, and each writes half
+    config.engine.stage = 1
+    assert copied(2) == (4 + 8) * -(-numel // 4) * 2 + 4  # half of one flat buffer, padded to quarters
+    config.engine.offload_optimizer = True  # already in the host's memory
+    assert copied(2) == 0
+    config.checkpoint.background = True
+    assert copied(2) > 0
+    config.engine.offload_optimizer, config.checkpoint.background = False, False
+    assert copied(2) == 0
+
+
 def test_many_plans_are_lines_of_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("-m", *BIG, "engine=zero1,zero3") == 0
     header, _, first, second = capsys.readouterr().out.strip().splitlines()
