@@ -38,9 +38,10 @@ class Outlook:
         if len(self._seconds) < LOOKED_AT or not remaining:
             return None
         each = median(self._seconds[1:])
+        steps = "step" if remaining == 1 else "steps"
         return (
-            f"{remaining:,} steps left: about {duration(each * remaining)} at {each:.3g} s per step, without "
-            f"evaluations; {memory(row['peak_memory_bytes'])}"
+            f"{remaining:,} {steps} left: about {duration(each * remaining)} at {each:.3g} s per step, "
+            f"without evaluations; {memory(row['peak_memory_bytes'])}"
         )
 
 
