@@ -153,3 +153,30 @@ def test_verdicts_on_unseen_text_are_judged_by_what_followed() -> None:
     }  # fmt: skip
     assert unseen.verdicts(moments, means, 5)["b"] == [(False, False)]
     assert unseen.shares([(True, True), (False, True)]) == [0.5, 1.0]
+
+
+def test_published_task_files_take_the_layout_of_the_harness(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'rcpo[eval]'")
+    tasks = script("tasks")
+    choices = [{"text": "ice", "label": "A"}, {"text": "steam", "label": "B"}]
+    asked = [
+        {"id": str(n), "question": {"stem": f"What {n}?", "choices": choices}, "answerKey": "B"}
+        for n in range(5)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in asked)
+    (tmp_path / "arc_challenge_test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    truth = [{"question": "Is it?", "mc1_targets": {}, "mc2_targets": {"Yes": 1, "No": 0, "Perhaps": 1}}]
+    (tmp_path / "truthfulqa_mc_task.json").write_text(json.dumps(truth))
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "one two"}\n')
+    counts = {name: tasks.write_task(name, tmp_path, tmp_path, 2) for name in tasks.TASKS}
+    assert counts == {"arc_challenge": 2, "truthfulqa_mc2": 1, "lambada_openai": 1}
+    documents = [json.loads(line) for line in (tmp_path / "arc_challenge.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in documents] == ["What 0?", "What 2?"]  # evenly through the five
+    assert documents[0]["choices"] == {"text": ["ice", "steam"], "label": ["A", "B"]}
+    assert json.loads((tmp_path / "truthfulqa_mc2.jsonl").read_text()) == {
+        "question": "Is it?", "mc2_targets": {"choices": ["Yes", "No", "Perhaps"], "labels": [1, 0, 1]},
+    }  # fmt: skip
+    for name, (inside, _, _, split) in tasks.TASKS.items():
+        definition = json.loads((tmp_path / f"{name}.yaml").read_text())
+        assert definition["include"].endswith(inside) and Path(definition["include"]).is_file()
+        assert definition["dataset_kwargs"]["data_files"] == {split: str(tmp_path / f"{name}.jsonl")}
