@@ -10,22 +10,36 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rcpo.config.data import DataConfig
 from rcpo.data.batches import GlobalBatches
 from rcpo.data.dataset import load_datasets
+from rcpo.data.detection import find_form
 from rcpo.data.formats import read_row
+from rcpo.data.forms import FormOptions
 from rcpo.data.readers import read_file
 from rcpo.data.records import BadRow
 
 SEED = 1
 END = "<end>"
+ROWS = 100  # of a file, by which its form is known
 
 
 @dataclass(frozen=True)
 class Size:
-    """A GPT-NeoX and its batches. The defaults are what the bars of speed and memory are about."""
+    """A model and its batches. The defaults are what the bars of speed and memory are about.
+
+    `model` is a folder in the hub's format, whose chat template makes the prompts; without it, a GPT-NeoX
+    with random weights.
+    """
 
     vocabulary: int = 50304
     hidden: int = 512
@@ -35,6 +49,14 @@ class Size:
     length: int = 512  # tokens of prompt and response, at most
     prompt_share: float = 0.7  # of a made-up pair: HH-RLHF has 474 characters before 180 and 223
     exact: bool = False  # made-up pairs all of `length` tokens; else of lengths spread like HH-RLHF's
+    model: str | None = None
+
+    @staticmethod
+    def of(model: Path, pairs: int, length: int) -> Size:
+        """That of a model in a folder."""
+        own = AutoConfig.from_pretrained(model)
+        shape = own.vocab_size, own.hidden_size, own.num_hidden_layers, own.num_attention_heads
+        return Size(*shape, pairs=pairs, length=length, model=str(model.resolve()))
 
 
 def prepare(folder: Path, size: Size, steps: int, source: Path | None) -> Path:
@@ -42,8 +64,13 @@ def prepare(folder: Path, size: Size, steps: int, source: Path | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     count = steps * size.pairs
     texts = made_up(count + 8, size) if source is None else read_texts(source)
-    tokenizer = word_tokenizer(size) if source is None else trained_tokenizer(texts, size)
-    save_model(folder / "model", size, tokenizer)
+    tokenizer: PreTrainedTokenizerBase
+    if size.model is None:
+        tokenizer = word_tokenizer(size) if source is None else trained_tokenizer(texts, size)
+        save_model(folder / "model", size, tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(size.model)
+        (folder / "model").symlink_to(size.model)
     write_lines(folder / "everything.jsonl", texts)
     # a first pass through rcpo's own reading leaves the usable pairs, cut as a run cuts them
     usable = load_datasets(data_config(folder / "everything.jsonl", size, on_bad="drop"), tokenizer, SEED)
@@ -72,16 +99,19 @@ def data_config(path: Path, size: Size, on_bad: str = "refuse") -> DataConfig:
     return DataConfig(
         name="pairs", path=str(path), eval_path=str(held_out) if held_out.exists() else str(path),
         max_length=size.length, max_prompt_length=prompt, on_bad=on_bad,
+        template=None if size.model is None else "tokenizer",
     )  # fmt: skip
 
 
 def read_texts(source: Path) -> list[dict[str, str]]:
     """A file's usable pairs, with the prompt made explicit."""
+    values = [value for piece in read_file(source) for _, value in piece.parsed()]
+    form = find_form(values[:ROWS], FormOptions(), source.name)
     texts = []
-    for _, value in (row for piece in read_file(source) for row in piece.parsed()):
+    for value in values:
         with contextlib.suppress(BadRow):  # not an object, or nothing to learn from
-            row = read_row(value)
-            texts.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
+            for row in map(read_row, form.rows(value)):
+                texts.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
     random.Random(SEED).shuffle(texts)
     return texts
 

@@ -1,6 +1,6 @@
 """Measures rcpo side by side with its peers; writes outputs/bench/results.json and results.md.
 
-    scripts/bench [--pairs FILE] [--full] [--only peers,calibration,trl,vocabulary,…]
+    scripts/bench [--pairs FILE [--model DIR]] [--full] [--only peers,calibration,trl,vocabulary,…]
 
 peers        rcpo (rc=on) and TRL's DPOTrainer: same model, tokens, batches and order; reference precomputed
 calibration  a step without dynamics, with them, with rc=on, with rc=loop, and calibrated the published way
@@ -44,8 +44,11 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.size = Size(arguments.vocabulary, arguments.hidden, arguments.layers, arguments.heads,
-                         length=arguments.length)  # fmt: skip
+        if arguments.model is None:
+            self.size = Size(arguments.vocabulary, arguments.hidden, arguments.layers, arguments.heads,
+                             arguments.batch, arguments.length)  # fmt: skip
+        else:
+            self.size = Size.of(Path(arguments.model), arguments.batch, arguments.length)
         self.work = Path(arguments.out) / "work"
         shutil.rmtree(self.work, ignore_errors=True)
         self.results: Json = {"machine": machine(), "size": asdict(self.size), "arguments": vars(arguments)}
@@ -357,6 +360,9 @@ PARTS = ("peers", "calibration", "control", "trl", "vocabulary", "lengths", "epo
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Speed and memory, side by side.")
     parser.add_argument("--pairs", metavar="FILE", help="preference pairs, JSONL[.gz]; default: made up")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a model in the hub's format, for --pairs; default: random"
+    )
     parser.add_argument("--full", action="store_true", help="all sizes")
     parser.add_argument("--only", default=",".join(PARTS), help="some of " + ",".join(PARTS))
     parser.add_argument("--steps", type=int, default=7, help="measured steps of each side")
@@ -365,7 +371,10 @@ def main() -> int:
     defaults = Size()
     for name in ("vocabulary", "hidden", "layers", "heads", "length"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
+    parser.add_argument("--batch", type=int, default=defaults.pairs, help="pairs of a step")
     arguments = parser.parse_args()
+    if arguments.model is not None and arguments.pairs is None:
+        parser.error("--model needs --pairs")
     chosen = arguments.only.split(",")
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: choose among {','.join(PARTS)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import forked
 import pytest
+from tiny import tiny_llama
+from transformers import AutoTokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ["--vocabulary", "300", "--hidden", "16", "--layers", "1", "--heads", "2", "--length", "48"]
@@ -66,3 +70,27 @@ def test_both_sides_compute_the_same_losses(tmp_path: Path) -> None:
     ours, theirs = (results["peers"][name]["losses"] for name in ("rcpo rc=on", "TRL"))
     assert ours == pytest.approx(theirs, abs=2e-3)
     assert results["trl"]["DPOTrainer"]["ratio"] == 1 and results["trl"]["CalibratedDPOTrainer"]["ratio"] > 0
+
+
+def test_a_real_model_is_fed_by_its_own_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmark"))
+    inputs = importlib.import_module("inputs")
+    model = Path(tiny_llama(tmp_path / "tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'user' %}={% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    rows = [
+        {"instruction": f"{n}+1", "input": "", "output": str(n + 1), "chosen": str(n + 1), "rejected": str(n)}
+        for n in range(10, 30)
+    ]
+    pairs = tmp_path / "alpaca.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = inputs.Size.of(model, 2, 48)
+    folder = inputs.prepare(tmp_path / "inputs", size, 3, pairs)
+    assert (folder / "model").resolve() == model.resolve() and size.vocabulary == len(tokenizer)
+    read = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.decode(row["prompt_ids"]) for row in read]
+    assert len(prompts) == 6 and all(re.fullmatch(r"\d\d\+1=", prompt) for prompt in prompts)
