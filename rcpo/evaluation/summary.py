@@ -184,8 +184,9 @@ def summary_table(values: Mapping[str, float | None]) -> Table:
 def task_table(values: Mapping[str, float | None]) -> Table:
     """The harness's metrics with their standard errors, from `eval/harness/TASK/METRIC`."""
     table = Table(title="lm-evaluation-harness", title_justify="left")
-    for title in ("task", "metric", "value"):
-        table.add_column(title, justify="right" if title == "value" else "left")
+    for title in ("task", "metric"):
+        table.add_column(title)
+    table.add_column("value ± standard error", justify="right")
     for name, value in values.items():
         if name.endswith("/stderr") or value is None:
             continue

@@ -145,7 +145,7 @@ def masses(columns: Sequence[tuple[str, Sequence[Probes]]]) -> Figure:
     grid = figure.subplots(1, len(columns), sharex=True, sharey="row", squeeze=False)
     for axes, (_, probes) in zip(grid[0], columns):
         axes.set_title("Log-prob of whole answers")
-        axes.set_ylabel("nats an answer" if axes is grid[0, 0] else "")
+        axes.set_ylabel("nats per answer" if axes is grid[0, 0] else "")
         for (key, label), colour, style in zip(MASSES.items(), MASS_COLOURS, MASS_STYLES):
             lines = [_known(each.steps, each.columns[key]) for each in probes if each.has(key)]
             if lines:

@@ -12,7 +12,7 @@ from rcpo.report.foreign_sections import of_foreign, sections_of
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
 from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
-from rcpo.runs.comparison import METRICS, STEPS_IN_BAND, Condition, conditions, contrasts, spread
+from rcpo.runs.comparison import METRICS, STEPS_IN_BAND, Condition, Metric, conditions, contrasts, spread
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 ACROSS = [BY_KEY["eval/token_logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
@@ -129,11 +129,16 @@ def _of_runs(runs: Sequence[Run], title: str) -> Document:
     return Document(
         title=title,
         status=_status(runs),
-        headline=words.headline_of_contrasts(pairs) if pairs else words.headline_of_runs(runs, _best(found)),
+        headline=_headline(runs, found),
         details=[words.sentence_of_contrast(pair) for pair in pairs],
         notes=[f"{run.name}: {note}" for run in runs for note in words.warnings_of_run(run)],
         sections=[part for part in parts if part.blocks],
     )
+
+
+def _headline(runs: Sequence[Run], found: Sequence[Condition]) -> str:
+    pairs = contrasts(found)
+    return words.headline_of_contrasts(pairs) if pairs else words.headline_of_runs(runs, extremes(found))
 
 
 @dataclass(frozen=True)
@@ -183,13 +188,25 @@ def _status(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs: " + ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def _best(found: Sequence[Condition]) -> words.Best | None:
-    """The condition with the highest mean of the first downstream score."""
+def extremes(found: Sequence[Condition]) -> words.Extremes | None:
+    """The conditions with the highest and the lowest mean of the first downstream score."""
     for metric in tables.downstream_of(found):
-        means = [(mean.mean, each.label) for each in found if (mean := spread(each.values(metric.key)))]
-        value, label = max(means)
-        return words.Best(label, metric, value)
+        known = [(mean, each) for each in found if (mean := spread(each.values(metric.key)))]
+        ends = [pick(known, key=lambda pair: pair[0].mean)[1] for pick in (max, min)]
+        highest, lowest = ((each.label, _with_spread(each, metric)) for each in ends)
+        return words.Extremes(metric, highest, lowest)
     return None
+
+
+def _with_spread(condition: Condition, metric: Metric) -> str:
+    """A mean over seeds ± their standard deviation; of a single run its own 95 % interval."""
+    values = [run.values for run in condition.runs if metric.key in run.values]
+    if len(values) == 1:
+        (own,) = values
+        low, high = (own.get(f"{metric.key}/{end}") for end in ("low", "high"))
+        if low is not None and high is not None:
+            return f"{metric.show(own[metric.key])} [{metric.show(low)}, {metric.show(high)}]"
+    return metric.show_spread(spread(condition.values(metric.key)))
 
 
 def _at_a_glance(found: Sequence[Condition]) -> list[Block]:

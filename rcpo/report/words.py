@@ -19,12 +19,12 @@ LAST = 10  # logged steps that stand for the end of training where nothing was e
 
 
 @dataclass(frozen=True)
-class Best:
-    """The condition whose mean of a score is highest."""
+class Extremes:
+    """The conditions whose means of a score are highest and lowest: labels and values with their spread."""
 
-    label: str
     metric: Metric
-    value: float
+    highest: tuple[str, str]
+    lowest: tuple[str, str]
 
 
 def headline_of_run(run: Run) -> str:
@@ -206,13 +206,19 @@ def _seeds(pair: Contrast) -> str:
     return f"{found.count} seeds{doubt}"
 
 
-def headline_of_runs(runs: Sequence[Run], best: Best | None) -> str:
-    """Several runs without a contrast: how many ended, and the best by a downstream score."""
+def headline_of_runs(runs: Sequence[Run], found: Extremes | None) -> str:
+    """Several runs without a contrast: how many ended, and from where to where a downstream score goes.
+
+    Both ends have their spread, so that the best of many noisy ones does not pass for better.
+    """
     done = sum(run.status in (Status.FINISHED, Status.EVALUATED) for run in runs)
     text = f"{done} of {len(runs)} runs are finished"
-    if best is None:
+    if found is None:
         return f"{text}."
-    return f"{text}; the highest {best.metric.title} is {best.metric.show(best.value)}, of {best.label}."
+    (low, least), (high, most) = found.lowest, found.highest
+    if low == high:
+        return f"{text}; {found.metric.title} {most} ({high})."
+    return f"{text}; {found.metric.title} goes from {least} ({low}) to {most} ({high})."
 
 
 def about_prediction(run: Run, found: Prediction | None) -> str:
@@ -236,8 +242,13 @@ def about_prediction(run: Run, found: Prediction | None) -> str:
 
 def about_crossings(label: str, found: Crossings) -> str:
     """Who crossed the start, in counts."""
-    return (
-        f"{label}: of {found.pairs} probe pairs, {found.winner_ever} winners were at some probe more than "
-        f"{CROSSED} nats below their start; {found.winner_returned} of these came back and "
-        f"{found.winner_ended} ended there. {found.loser_ended} losers ended above their start."
-    )
+    were = "was" if found.winner_ever == 1 else "were"
+    text = f"{label}: of {found.pairs} probe pairs, {_many(found.winner_ever, 'winner')} {were} "
+    text += f"at some probe more than {CROSSED} nats below the start"
+    if found.winner_ever:
+        text += f"; {found.winner_returned} came back and {found.winner_ended} ended there"
+    return f"{text}. {_many(found.loser_ended, 'loser').capitalize()} ended above the start."
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"

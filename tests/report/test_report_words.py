@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from report_folders import evaluation, rows, settings, write_run, write_sweep
 
-from rcpo.report import appendix, tables, words
+from rcpo.report import appendix, sections, tables, words
+from rcpo.report.probes import Crossings
 from rcpo.report.runs import Run, read_run, read_runs
 from rcpo.runs.comparison import conditions, contrasts
 
@@ -198,3 +199,37 @@ def test_samples_show_first_last_and_between(tmp_path: Path) -> None:
     assert table.header == ("prompt", "chosen", "rejected", "step 0", "step 20", "step 40", "step 60")
     assert list(table.rows) == [("1+1=", "2", "3", "at 0 ✗", "at 20 ✗", "at 40 ✓", "at 60 ✓")]
     assert appendix.samples_of_run(run) == []
+
+
+def test_the_best_of_several_runs_is_named_with_its_spread_and_the_worst(tmp_path: Path) -> None:
+    for name, accuracy in (("ipo", 0.58), ("simpo", 0.75)):
+        values = evaluation(-0.1, -0.6) | {
+            "eval/rewards/accuracies": accuracy,
+            "eval/rewards/accuracies/low": accuracy - 0.25,
+            "eval/rewards/accuracies/high": accuracy + 0.25,
+        }
+        del values["eval/exact_match"]
+        write_run(tmp_path / name, settings(name), [], values)
+
+    def headline() -> str:
+        runs = read_runs([tmp_path])
+        return words.headline_of_runs(runs, sections.extremes(conditions([run.summary for run in runs])))
+
+    assert headline() == (
+        "2 of 2 runs are finished; preference accuracy goes from 58 % [33 %, 83 %] (ipo) to "
+        "75 % [50 %, 100 %] (simpo)."
+    )
+    write_run(tmp_path / "seed2", settings("simpo", seed=2), [], values | {"eval/rewards/accuracies": 0.71})
+    assert headline().endswith("(ipo) to 73 % ± 3 (simpo).")
+
+
+def test_crossings_are_counted_in_words() -> None:
+    found = Crossings(pairs=8, winner_ever=0, winner_returned=0, winner_ended=0, loser_ended=1)
+    assert words.about_crossings("dpo", found) == (
+        "dpo: of 8 probe pairs, no winners were at some probe more than 0.01 nats below the start. 1 loser "
+        "ended above the start."
+    )
+    found = replace(found, winner_ever=1, winner_returned=1, loser_ended=0)
+    assert "1 winner was at some probe" in words.about_crossings("dpo", found)
+    ending = "1 came back and 0 ended there. No losers ended above the start."
+    assert words.about_crossings("dpo", found).endswith(ending)
