@@ -10,6 +10,7 @@ from rich.table import Table
 from rcpo.planner.advice import Advice
 from rcpo.planner.plan import Plan
 
+LIBRARIES = "0.7 GB"  # what a process holds before it loads a model: 0.6 to 0.8 measured
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -73,6 +74,7 @@ def _memory(plan: Plan) -> Table:
 def _verdict(plan: Plan, advice: Advice | None) -> str:
     peak = f"peak {_size(plan.worst.device_bytes)} ({plan.worst.name})"
     if plan.room is None:
+        peak += f" and {LIBRARIES} for Python and its libraries"
         return f"{peak}; choose a GPU to see whether it fits and how long it takes: gpu=h100-80gb"
     assert plan.gpu is not None
     room = f"{_size(plan.room)} of {_size(plan.gpu.memory)}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import sums_file, tiny_llama
 
 from rcpo.cli import main
@@ -16,6 +18,7 @@ from rcpo.errors import ConfigError
 from rcpo.planner.advice import nearest
 from rcpo.planner.plan import Planner
 from rcpo.planner.settings import GpuConfig, PlanConfig
+from rcpo.planner.show import show
 from rcpo.planner.trace import BatchShape
 from rcpo.system import distributed
 from rcpo.training.session import Session
@@ -155,7 +158,16 @@ sys.exit(ended or "deepspeed" in sys.modules)"""
 @pytest.mark.slow
 def test_a_checkpoint_is_copied_to_the_host_while_it_is_written(tmp_path: Path) -> None:
     config = configuration(tmp_path)
-    step = Planner(MEANS, None).plan(config, 1).step
+    plan = Planner(MEANS, None).plan(config, 1)
+    shown = Console(file=io.StringIO(), width=200)
+    show(plan, None, shown)
+    assert isinstance(shown.file, io.StringIO)
+    printed = shown.file.getvalue()
+    assert " and 0.7 GB for Python and its libraries; choose a GPU" in printed
+    step = plan.step
+    assert (
+        f"while a checkpoint is written: {step.checkpoint_copy / 1e3:.0f} kB beyond the peak; none" in printed
+    )
     numel, tensors = sum(p.numel for p in step.parameters), len(step.parameters)
 
     def copied(ranks: int) -> int:
