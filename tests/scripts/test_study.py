@@ -180,3 +180,21 @@ def test_published_task_files_take_the_layout_of_the_harness(tmp_path: Path) -> 
         definition = json.loads((tmp_path / f"{name}.yaml").read_text())
         assert definition["include"].endswith(inside) and Path(definition["include"]).is_file()
         assert definition["dataset_kwargs"]["data_files"] == {split: str(tmp_path / f"{name}.jsonl")}
+
+
+def test_differences_are_taken_document_by_document(tmp_path: Path) -> None:
+    downstream = script("downstream")
+
+    def answered(name: str, right: list[float]) -> Path:
+        folder = tmp_path / name / "evaluation" / "harness"
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"doc_hash": f"d{n}", "acc": value, "doc": {}}) for n, value in enumerate(right)]
+        (folder / "arc.jsonl").write_text("\n".join(reversed(lines) if name == "run" else lines) + "\n")
+        return tmp_path / name
+
+    start, run = answered("start", [1, 0, 0, 1]), answered("run", [1, 1, 0, 1])
+    # the start: deviation √(1/3), error √(1/12); the differences 0, 1, 0, 0: mean ¼, deviation ½, error ¼
+    expected = ["arc", "accuracy", "4", f"0.500 ± {1.96 / math.sqrt(12):.3f}", "+0.250 ± 0.490"]
+    assert downstream.rows(start, [run]) == [expected]
+    with pytest.raises(SystemExit, match="other documents"):
+        downstream.rows(start, [answered("short", [1, 0])])
