@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -20,7 +21,7 @@ from rcpo.commands.compose import command
 from rcpo.config.schema import RunConfig
 from rcpo.data.cache import Say
 from rcpo.data.dataset import Datasets, load_datasets
-from rcpo.data.diagnosis import ches_lines, ches_of, responses, sampled
+from rcpo.data.diagnosis import ches, ches_lines, ches_of, responses, sampled
 from rcpo.data.records import PAIRS, Example
 from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
@@ -33,6 +34,9 @@ from rcpo.system import distributed
 from rcpo.system.text import visible
 from rcpo.training.limits import refuse_rows_beyond
 from rcpo.training.objective import build_objective, refuse_numbers, scored_sides
+
+if TYPE_CHECKING:
+    from rcpo.training.forward import PairOutput
 
 SHOW = "show"  # the word that adds a diagnosis, with or without a number of examples
 SHOWN = 3  # examples, without `show=`
@@ -118,14 +122,15 @@ def _start(config: RunConfig) -> ModelSource:
     return ModelSource(model_folder(config.model), config.model.init, adapter=adapter)
 
 
-def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> list[str]:
+def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> Iterator[str]:
     """Lines on the pairs, and on what the model makes of them where its weights are on this machine."""
     dataset, objective = datasets.train, build_objective(config)
     refuse_numbers(objective, datasets)
-    lines = responses(dataset)
+    yield from responses(dataset)
     if not _is_here(config):
         where = f"model.path={config.model.path} is not a folder on this machine"
-        return [*lines, f"CHES and the band need the model: {where}"]
+        yield f"CHES and the band need the model: {where}"
+        return
     from rcpo.models.policy import Policy  # these take seconds to import
     from rcpo.training.start_band import band_lines
 
@@ -136,13 +141,26 @@ def _diagnosis(config: RunConfig, tokenizer: PreTrainedTokenizerBase, datasets: 
     policy = Policy(model.eval())
     policy.examine()
     if not policy.fused:
-        return [*lines, "CHES and the band need an output head that is W h + b with a known scale or cap"]
+        yield "CHES and the band need an output head that is W h + b with a known scale or cap"
+        return
     pad, places = tokenizer.pad_token_id, sampled(dataset)
     assert isinstance(pad, int)
-    lines += ches_lines(ches_of(policy, dataset, places, pad), places, dataset.id)
-    if objective.needs_rejected:
-        lines += band_lines(policy, objective, dataset, config, pad)
-    return lines
+    tokens = int(dataset.lengths[places][:, :3].sum())
+    purpose = "CHES and the band" if objective.needs_rejected else "CHES"
+    yield f"the model reads {len(places):,} pairs with {tokens:,} tokens for {purpose} …"
+    found: dict[int, float] = {}
+
+    def seen(part: Sequence[int], output: PairOutput) -> None:
+        if objective.sides == PAIR:
+            scores = ches(output.hidden, output.batch.sequences, output.batch.lengths)
+            found.update(zip(part, scores.tolist(), strict=True))
+
+    band = band_lines(policy, objective, dataset, config, pad, seen) if objective.needs_rejected else []
+    left = np.setdiff1d(places, np.fromiter(found, dtype=np.int64))
+    if len(left):  # a last batch that is not full; all pairs where the band takes other sides
+        found.update(zip(left.tolist(), ches_of(policy, dataset, left, pad).tolist(), strict=True))
+    yield from ches_lines(np.array([found[place] for place in places.tolist()]), places, dataset.id)
+    yield from band
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> str:

@@ -6,7 +6,7 @@ The starting policy is its own reference here, so that r is the one that trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,9 +25,16 @@ from rcpo.method.samples import FEWEST, CrossSamples
 from rcpo.models.policy import Policy, policy_inputs
 from rcpo.training.forward import PairOutput
 
+Seen = Callable[[Sequence[int], PairOutput], None]  # told of each forward pass: the pairs' places, its output
+
 
 def band_lines(
-    policy: Policy, objective: Objective, dataset: PairDataset, config: RunConfig, pad_id: int
+    policy: Policy,
+    objective: Objective,
+    dataset: PairDataset,
+    config: RunConfig,
+    pad_id: int,
+    seen: Seen | None = None,
 ) -> list[str]:
     """Lines on r and both bands, over batches of `train.batch_size` or as many pairs as there are."""
     places = np.random.default_rng(config.seed).permutation(sampled(dataset))
@@ -36,7 +43,7 @@ def band_lines(
         return [f"the band at the start needs {FEWEST + 1} pairs; {len(places)} are there"]
     batches = [places[first : first + size] for first in range(0, len(places) - size + 1, size)]
     sketch = Sketch(policy.vocabulary, config.rc.sketch, config.rc.sketch_seed)
-    return _in_words(list(start_dynamics(policy, objective, dataset, batches, sketch, pad_id)), size)
+    return _in_words(list(start_dynamics(policy, objective, dataset, batches, sketch, pad_id, seen)), size)
 
 
 def start_dynamics(
@@ -46,6 +53,7 @@ def start_dynamics(
     batches: Sequence[np.ndarray],
     sketch: Sketch,
     pad_id: int,
+    seen: Seen | None = None,
 ) -> Iterator[Dynamics]:
     """The dynamics of each batch in turn, with what is known across samples by then."""
     meter = DynamicsMeter(CrossSamples())
@@ -53,6 +61,8 @@ def start_dynamics(
         for first in range(0, len(batch), BATCH):
             part = batch[first : first + BATCH].tolist()
             output = _output(policy, objective, dataset, part, sketch, pad_id)
+            if seen is not None:
+                seen(part, output)
             weights = output.pairs.pair_weights, output.pairs.pair_weights
             meter.observe(incentives(objective, output.pairs), output.head_scores(), weights)
         yield meter.collect()

@@ -3,19 +3,28 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny import TOKENIZER
+from tiny import TOKENIZER, sums_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from rcpo.cli import app
+from rcpo.commands import data
 from rcpo.commands.data import histogram, length_table, tokens_as_text
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.data.dataset import load_datasets
+from rcpo.data.diagnosis import ches_lines, ches_of
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
+from rcpo.models.hub import ModelSource
+from rcpo.models.loading import load_tokenizer, load_whole
+from rcpo.models.policy import Policy
 from rcpo.system.text import visible
 
 RUNNER = CliRunner()
@@ -130,6 +139,38 @@ def test_lengths_by_hand() -> None:
     assert numbers["rejected"] == ["4", "2", "3", "4", "5", "14"]
     # longest sequences 3, 5, 7 and 9: the bars are one example each
     assert [line.split()[3] for line in text.splitlines() if "█" in line] == ["1"] * 4
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_the_model_reads_a_pair_once_for_a_diagnosis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    read: list[int] = []
+    forward = Policy.forward
+
+    def counted(self: Policy, *args: Any, **kwargs: Any) -> Any:
+        read.append(len(kwargs["input_ids"]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "forward", counted)
+    config = RunConfig()
+    config.data.name, config.data.eval_fraction = "pairs", 0.0
+    config.data.path = sums_file(tmp_path / "x.jsonl", 47)
+    config.objective = ObjectiveConfig(
+        name=objective, hyperparameters={"beta": 0.1} if objective == "dpo" else {}
+    )
+    config.train.batch_size = 6
+    tokenizer = load_tokenizer(Path(TOKENIZER), config.model)
+    datasets = load_datasets(config.data, tokenizer, config.seed)
+    lines = list(data._diagnosis(config, tokenizer, datasets))
+    assert "the model reads 47 pairs with " in lines[2]
+    assert sum(read[1:]) == 2 * 47  # sequences; the first pass is a look at the model itself
+    places = np.arange(47)
+    policy = Policy(load_whole(ModelSource(Path(TOKENIZER)), config.model, "fp32", 0))
+    policy.examine()
+    assert tokenizer.pad_token_id is not None
+    alone = ches_of(policy, datasets.train, places, tokenizer.pad_token_id)
+    assert lines[3:14] == ches_lines(alone, places, datasets.train.id)
 
 
 def test_a_diagnosis_by_the_model_and_pairs_too_much_alike(tmp_path: Path) -> None:
