@@ -98,6 +98,8 @@ def _what_moved(values: Mapping[str, float | None], unit: str) -> str:
         )
         known = f"{shown} {unit}" if shown else "unknown"
         return f"There is no reference to compare with (mean log-probs: {known})"
+    if _all_zero(values, "logratios/chosen") and _all_zero(values, "logratios/rejected"):
+        return "The policy gives the held-out pairs the same probabilities as the reference"
     won = f"mean log-ratio {interval(values, 'logratios/chosen')} {unit}{_of_how_many(values)}"
     won += against_the_mean(_value(values, "winner_fell"), fell=winner.down)
     if loser is None:
@@ -131,12 +133,18 @@ def _did(loser: Move) -> str:
 
 
 def _how_good(values: Mapping[str, float | None]) -> str:
+    named = [("held-out accuracy", "rewards/accuracies"), ("exact match", "exact_match")]
+    if _all_zero(values, "rewards/margins"):
+        named[0] = ("held-out accuracy by log-probs", "logps/accuracies")
     figures = [
-        f"{name} {_percent(value)}"
-        for name, key in (("held-out accuracy", "rewards/accuracies"), ("exact match", "exact_match"))
-        if (value := _value(values, key)) is not None
+        f"{name} {_percent(value)}" for name, key in named if (value := _value(values, key)) is not None
     ]
     return f"; {', '.join(figures)}" if figures else ""
+
+
+def _all_zero(values: Mapping[str, float | None], name: str) -> bool:
+    """Whether a metric is 0 for every pair, as a policy's rewards are that is its own reference."""
+    return all(_value(values, f"{name}{end}") == 0 for end in ("", "/low", "/high"))
 
 
 def _move_of(values: Mapping[str, float | None], name: str) -> Move | None:
@@ -153,6 +161,8 @@ def interval(values: Mapping[str, float | None], name: str, unit: str = "nats") 
     """`mean [low, high]` of a metric, in percent or with two decimals; a dash where it is missing."""
     form = _percent if unit == "percent" else _nats
     mean, low, high = (_value(values, f"{name}{end}") for end in ("", "/low", "/high"))
+    if name == "rewards/accuracies" and _all_zero(values, "rewards/margins"):
+        return "– (equal rewards)"
     if mean is None:
         return "–"
     return form(mean) if low is None or high is None else f"{form(mean)} [{form(low)}, {form(high)}]"

@@ -146,6 +146,19 @@ def test_without_a_reference_it_says_so() -> None:
     )
 
 
+def test_a_policy_that_is_its_own_reference_has_no_accuracy_by_rewards() -> None:
+    zero = (0.0, 0.0, 0.0)
+    record = values(zero, zero) | {"eval/rewards/accuracies": 0.0, "eval/logps/accuracies": 0.67}
+    for end in ("", "/low", "/high"):
+        record[f"eval/rewards/margins{end}"] = 0.0
+    assert describe(record, "mean") == (
+        "The policy gives the held-out pairs the same probabilities as the reference; held-out accuracy by "
+        "log-probs 67 %, exact match 98 %."
+    )
+    assert interval(record, "rewards/accuracies", "percent") == "– (equal rewards)"
+    assert interval(record | {"eval/rewards/margins/high": 0.01}, "rewards/accuracies", "percent") == "0 %"
+
+
 def test_missing_and_nan_figures_are_not_invented() -> None:
     assert describe({"eval/logratios/chosen": None, "eval/exact_match": float("nan")}, None) == (
         "There is no reference to compare with (mean log-probs: unknown)."
