@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from rcpo.config.changes import flatten
@@ -69,19 +70,21 @@ def environment(runs: Sequence[Run]) -> list[Table]:
 
 def samples_of_run(run: Run) -> list[Table]:
     """Answers to the fixed prompts, a column a step."""
-    answers = _answers(run)
+    alike = _beginning([run])
+    answers = _answers(run, alike)
     steps = sorted({step for texts in answers.values() for step in texts})
     if len(steps) > SHOWN_STEPS:
         places = [round(i * (len(steps) - 1) / (SHOWN_STEPS - 1)) for i in range(SHOWN_STEPS)]
         steps = [steps[place] for place in places]
     rows = [(*asked, *(texts.get(step, "–") for step in steps)) for asked, texts in answers.items()]
     header = ("prompt", "chosen", "rejected", *(f"step {step}" for step in steps))
-    return [Table(header, rows, texts=tuple(range(len(header))))] if rows else []
+    return [Table(header, rows, _without(alike), texts=tuple(range(len(header))))] if rows else []
 
 
 def samples_of_conditions(columns: Sequence[tuple[str, Run]]) -> list[Table]:
     """The last answers of each condition's first run beside each other."""
-    every = [_answers(run) for _, run in columns]
+    alike = _beginning([run for _, run in columns])
+    every = [_answers(run, alike) for _, run in columns]
     asked = list(dict.fromkeys(key for answers in every for key in answers))
     rows = [
         (*key, *(answers[key][max(answers[key])] if key in answers else "–" for answers in every))
@@ -93,7 +96,7 @@ def samples_of_conditions(columns: Sequence[tuple[str, Run]]) -> list[Table]:
             Table(
                 header,
                 rows,
-                "Last answers; of the first run of each condition.",
+                f"Last answers; of the first run of each condition. {_without(alike)}".strip(),
                 texts=tuple(range(len(header))),
             )
         ]
@@ -102,12 +105,26 @@ def samples_of_conditions(columns: Sequence[tuple[str, Run]]) -> list[Table]:
     )
 
 
-def _answers(run: Run) -> dict[tuple[str, str, str], dict[int, str]]:
-    """Greedy answers by what was asked (prompt, chosen, rejected) and step."""
+def _beginning(runs: Sequence[Run]) -> str:
+    """The lines that all prompts begin with, as a template's system message; "" where there are none."""
+    prompts = {str(sample.get("prompt") or "") for run in runs for sample in run.samples}
+    if len(prompts) < 2:
+        return ""
+    lines = zip(*(prompt.splitlines(keepends=True) for prompt in prompts), strict=False)
+    return "".join(first for first, *_ in takewhile(lambda line: len(set(line)) == 1, lines))
+
+
+def _without(alike: str) -> str:
+    return f"All prompts begin with: {' '.join(alike.split())}" if alike else ""
+
+
+def _answers(run: Run, alike: str) -> dict[tuple[str, str, str], dict[int, str]]:
+    """Greedy answers by what was asked (prompt without `alike`, chosen, rejected) and step."""
     found: dict[tuple[str, str, str], dict[int, str]] = {}
     for sample in run.samples:
         if sample.get("kind", "greedy") == "greedy" and isinstance(sample.get("step"), int):
-            asked = _cut(sample.get("prompt")), _cut(sample.get("chosen")), _cut(sample.get("rejected"))
+            prompt = str(sample.get("prompt") or "").removeprefix(alike)
+            asked = _cut(prompt), _cut(sample.get("chosen")), _cut(sample.get("rejected"))
             found.setdefault(asked, {})[sample["step"]] = _cut(sample.get("text")) + _mark(sample)
     return found
 

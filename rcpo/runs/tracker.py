@@ -19,7 +19,8 @@ from rcpo.runs.jsonl import JsonLines, Scalar, clean_row, truncate_after
 log = logging.getLogger(__name__)
 
 NOTHING_HELD_OUT = (
-    "nothing is held out, so nothing is evaluated: set data.eval_fraction above 0, or data.eval_path"
+    "nothing is held out, so training evaluates nothing: set data.eval_fraction above 0, or data.eval_path; "
+    "rcpo iterate evaluates after each round"
 )
 EVALUATION_LINE = (
     "loss",

@@ -223,6 +223,24 @@ def test_the_best_of_several_runs_is_named_with_its_spread_and_the_worst(tmp_pat
     assert headline().endswith("(ipo) to 73 % ± 3 (simpo).")
 
 
+def test_samples_leave_out_the_lines_that_all_prompts_begin_with(tmp_path: Path) -> None:
+    def sample(question: str, answer: str) -> dict[str, Any]:
+        prompt = f"system\nBe kind\nuser\n{question}\nassistant\n"
+        return {"step": 0, "kind": "greedy", "prompt": prompt, "chosen": "c", "rejected": "r", "text": answer}
+
+    run = replace(
+        a_run(tmp_path / "run", metrics=rows(1)),
+        samples=[sample("Who is it?", "me"), sample("Who else?", "you")],
+    )
+    [table] = appendix.samples_of_run(run)
+    assert table.caption == "All prompts begin with: system Be kind user"
+    assert table.rows == [
+        ("Who is it?\nassistant\n", "c", "r", "me"), ("Who else?\nassistant\n", "c", "r", "you"),
+    ]  # fmt: skip
+    [alone] = appendix.samples_of_run(replace(run, samples=run.samples[:1]))
+    assert alone.caption == "" and alone.rows[0][0].startswith("system\nBe kind")
+
+
 def test_crossings_are_counted_in_words() -> None:
     found = Crossings(pairs=8, winner_ever=0, winner_returned=0, winner_ended=0, loser_ended=1)
     assert words.about_crossings("dpo", found) == (
