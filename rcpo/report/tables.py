@@ -32,6 +32,15 @@ def downstream(values: Sequence[Mapping[str, float]]) -> list[Metric]:
     return scores
 
 
+OTHERS = {  # held-out means that have no row of their own in the evaluation's table
+    f"{name}/{side}": f"{who}'s {title}"
+    for side, who in (("chosen", "winner"), ("rejected", "loser"))
+    for name, title in (
+        ("rewards", "reward"),
+        ("token_logps", "log-prob, nats per token"),
+        ("token_logratios", "log-ratio, nats per token"),
+    )
+}
 SCORES = {"eval/exact_match", "eval/rewards/accuracies", *(metric.key for metric in JUDGED)}
 
 
@@ -45,7 +54,8 @@ def held_out(run: Run) -> list[Table]:
         if key.startswith("eval/") and not _OWN_TABLES.match(key) and not key.endswith(("/low", "/high"))
     )
     rows = [(title, interval(values, name, unit)) for title, name, unit in ROWS if f"eval/{name}" in values]
-    rows += [(name, interval(values, name, "other")) for name in others if name not in known | counts]
+    others = [name for name in others if name not in known | counts]
+    rows += [(OTHERS.get(name, name), interval(values, name, "other")) for name in others]
     count, compared = (values.get(f"eval/{name}") for name in ("examples", "logratios/examples"))
     caption = "" if count is None else f"{count:,.0f} held-out pairs; 95 % bootstrap intervals over prompts."
     if compared is not None:

@@ -241,6 +241,12 @@ def test_samples_leave_out_the_lines_that_all_prompts_begin_with(tmp_path: Path)
     assert alone.caption == "" and alone.rows[0][0].startswith("system\nBe kind")
 
 
+def test_held_out_means_have_names_that_a_reader_knows(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", metrics=rows(1), evaluation=evaluation(-0.5, -0.6) | {"eval/own": 1.0})
+    names = [row[0] for row in tables.held_out(run)[0].rows]
+    assert names[-3:] == ["own", "winner's log-ratio, nats per token", "loser's log-ratio, nats per token"]
+
+
 def test_crossings_are_counted_in_words() -> None:
     found = Crossings(pairs=8, winner_ever=0, winner_returned=0, winner_ended=0, loser_ended=1)
     assert words.about_crossings("dpo", found) == (
