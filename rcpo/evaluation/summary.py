@@ -134,12 +134,17 @@ def _did(loser: Move) -> str:
 
 def _how_good(values: Mapping[str, float | None]) -> str:
     named = [("held-out accuracy", "rewards/accuracies"), ("exact match", "exact_match")]
-    if _all_zero(values, "rewards/margins"):
+    if equal_rewards(values):
         named[0] = ("held-out accuracy by log-probs", "logps/accuracies")
     figures = [
         f"{name} {_percent(value)}" for name, key in named if (value := _value(values, key)) is not None
     ]
     return f"; {', '.join(figures)}" if figures else ""
+
+
+def equal_rewards(values: Mapping[str, float | None]) -> bool:
+    """Whether no reward prefers a side, so that an accuracy by rewards tells nothing."""
+    return _all_zero(values, "rewards/margins")
 
 
 def _all_zero(values: Mapping[str, float | None], name: str) -> bool:
@@ -161,7 +166,7 @@ def interval(values: Mapping[str, float | None], name: str, unit: str = "nats") 
     """`mean [low, high]` of a metric, in percent or with two decimals; a dash where it is missing."""
     form = _percent if unit == "percent" else _nats
     mean, low, high = (_value(values, f"{name}{end}") for end in ("", "/low", "/high"))
-    if name == "rewards/accuracies" and _all_zero(values, "rewards/margins"):
+    if name == "rewards/accuracies" and equal_rewards(values):
         return "– (equal rewards)"
     if mean is None:
         return "–"

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rcpo.evaluation.summary import equal_rewards
 from rcpo.report.document import Section
 from rcpo.report.document import Table as Cells
 from rcpo.runs.comparison import METRICS, Metric
@@ -62,7 +63,10 @@ def _values(place: Path) -> dict[str, float]:
         ]
         if values:
             found[f"{SAMPLES_BAND}{name}"] = fmean(values)
-    return {**found, **read_evaluation(place / "evaluate" / EVALUATION_FILE)}
+    evaluated = read_evaluation(place / "evaluate" / EVALUATION_FILE)
+    if equal_rewards(evaluated):  # round 0 is its own reference
+        evaluated.pop("eval/rewards/accuracies", None)
+    return {**found, **evaluated}
 
 
 def table(found: Sequence[Round]) -> tuple[list[str], list[list[str]]]:

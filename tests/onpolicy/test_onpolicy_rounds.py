@@ -133,6 +133,16 @@ def test_another_iteration_is_refused_and_more_rounds_are_not(tmp_path: Path) ->
         iteration(tmp_path, config=config).check()
 
 
+def test_the_model_before_the_rounds_has_no_accuracy_against_itself(tmp_path: Path) -> None:
+    for number, margin in ((0, 0.0), (1, 0.3)):
+        place = tmp_path / f"round-{number}" / "evaluate"
+        place.mkdir(parents=True)
+        values = {f"eval/rewards/margins{end}": margin for end in ("", "/low", "/high")}
+        accuracy = {"eval/rewards/accuracies": number * 0.9}
+        (place / "evaluation.json").write_text(json.dumps(values | accuracy))
+    assert table(rounds(tmp_path))[1] == [["0", "–"], ["1", "90 %"]]
+
+
 def test_the_table_shows_what_each_round_left(tmp_path: Path) -> None:
     start = tmp_path / "round-0" / "evaluate"
     sample, train, evaluate = (tmp_path / "round-1" / name for name in ("sample", "train", "evaluate"))
