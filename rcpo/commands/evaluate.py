@@ -32,7 +32,13 @@ def evaluate(arguments: Sequence[str]) -> int:
             config = call.config_of(run_dir)
         else:
             cfg = call.compose()
-            config, run_dir = parse(user_part(cfg)), resolved_dir(cfg, "evaluation")
+            given = any(word.startswith("hydra.run.dir=") for word in call.overrides)
+            config, run_dir = parse(user_part(cfg)), resolved_dir(cfg, None if given else "evaluation")
+            if (run_dir / METRICS_FILE).exists():
+                raise ConfigError(
+                    f"hydra.run.dir={run_dir} is a run's folder; evaluate the run with run={run_dir}, or "
+                    "name another folder for a model without a run"
+                )
     # nothing is trained, so the global batch need not fit this number of processes
     config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)
     check(config, world_size(config))

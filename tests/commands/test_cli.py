@@ -324,6 +324,22 @@ def test_evaluate_takes_a_runs_configuration_with_overrides(
     assert load_run_config(Path("mine")).eval.batch_size == 64
 
 
+def test_a_model_without_a_run_is_not_evaluated_into_a_run(
+    runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(
+        "rcpo.commands.evaluate.launch", lambda config, run_dir, task: seen.append(run_dir) or 0
+    )
+    assert evaluate(["hydra.run.dir=mine"]) == 0 and evaluate([]) == 0
+    assert seen[0] == Path("mine") and seen[1].name.endswith("_evaluation")
+    Path("mine", "metrics.jsonl").touch()
+    with pytest.raises(
+        ConfigError, match=r"hydra.run.dir=mine is a run's folder; evaluate the run with run=mine"
+    ):
+        evaluate(["hydra.run.dir=mine"])
+
+
 @pytest.mark.slow
 def test_one_process_and_two_and_many_runs_train(tmp_path: Path) -> None:
     rcpo("train", *TINY_RUN, "hydra.run.dir=one", folder=tmp_path)

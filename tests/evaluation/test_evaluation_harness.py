@@ -143,7 +143,7 @@ def test_two_processes_share_the_documents(config: RunConfig, tmp_path: Path) ->
     ]  # fmt: skip
     done = forked.run(command, imports=LM_EVAL)
     assert done.returncode == 0, done.stderr
-    two = json.loads(Path(tmp_path, "two_evaluation", "evaluation.json").read_text())
+    two = json.loads(Path(tmp_path, "two", "evaluation.json").read_text())
     assert two == pytest.approx(one, rel=1e-12) and len(two) == 6
     assert "sums_choice" in done.stdout
 

@@ -121,7 +121,7 @@ def test_a_model_without_a_run(trained: Path, inputs: list[str], tmp_path: Path)
         "evaluate", *arguments, f"model.path={trained / 'final'}", f"reference.path={model}",
         "objective.reduction=mean", "eval.max_new_tokens=6", f"hydra.run.dir={folder}",
     )  # fmt: skip
-    found = json.loads(Path(f"{folder}_evaluation", "evaluation.json").read_text())
+    found = json.loads(Path(folder, "evaluation.json").read_text())
     own = numbers(json.loads((trained / "evaluation.json").read_text()))
     # with the KL to the reference, which training leaves to `rcpo evaluate`
     assert {name: found[name] for name in own} == pytest.approx(own, rel=1e-4, abs=1e-5)

@@ -291,7 +291,7 @@ def test_a_key_leaves_no_trace(tmp_path: Path) -> None:
         )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "requests to judge-1" in result.stdout and "win rate" in result.stdout
-    record = json.loads(Path(tmp_path, "out_evaluation", "evaluation.json").read_text())
+    record = json.loads(Path(tmp_path, "out", "evaluation.json").read_text())
     assert record["eval/judge/failed"] == 1 and record["eval/judge/examples"] == 5
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert KEY not in result.stdout + result.stderr and len(written) >= 6
@@ -308,7 +308,7 @@ def test_killed_half_way_and_called_again(tmp_path: Path) -> None:
             f"judge.base_url={server.url}", "judge.model=judge-1", f"judge.prompts={tmp_path / 'pairs.json'}",
             "judge.concurrency=2", f"hydra.run.dir={tmp_path / 'out'}",
         ]  # fmt: skip
-        verdicts = tmp_path / "out_evaluation" / "evaluation" / "judge.jsonl"
+        verdicts = tmp_path / "out" / "evaluation" / "judge.jsonl"
         command = [sys.executable, "-m", "rcpo.cli", "evaluate", "eval=judge", *arguments]
         process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 120

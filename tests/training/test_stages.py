@@ -85,5 +85,5 @@ def test_the_same_with_adapters(tmp_path: Path, inputs: list[str]) -> None:
         f"hydra.run.dir={tmp_path / 'alone'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    alone = json.loads((tmp_path / "alone_evaluation" / "evaluation.json").read_text())
+    alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
     assert alone["eval/logratios/chosen"] == pytest.approx(after["eval/logratios/chosen"], abs=1e-3)
