@@ -246,7 +246,9 @@ def _side_by_side(groups: Sequence[Group]) -> list[Block]:
         caption = f"{_points(width)} {several}Diamonds are held out. {'' if blocks else HOW_TO_READ}"
         chosen = figures.all_panels(runs) if few else figures.main_panels(runs)
         if few:
-            caption += " " + words.about_prediction(runs[0], predict_margin(runs[0], width))
+            predicted = words.about_prediction(runs[0], predict_margin(runs[0], width))
+            of = f"{columns[0][0]}: " if predicted and len(runs) > 1 else ""
+            caption += f" {of}{predicted}"
         blocks.append(
             Picture(f"training-{group.name}", figures.side_by_side(columns, chosen), caption.strip())
         )

@@ -111,12 +111,12 @@ def headline_of_contrasts(pairs: Sequence[Contrast]) -> str:
     measured = [pair for pair in pairs if _means(pair) is not None]
     if not measured:
         return "Runs without and with calibration; none has held-out log-ratios on both sides yet."
-    kept = [pair for pair in measured if _kept_what_fell(pair)]
+    kept = [pair for pair in measured if _stopped_the_fall(pair)]
     first = max(kept or measured, key=_gain)
     said = f"{_verdict(first)}{_loser(first)} ({first.label}, {_seeds(first)})."
     if len(measured) == 1:
         return said
-    agree = f"In {len(kept)} of {len(measured)} comparisons RC kept a mean winner that fell without it."
+    agree = f"In {len(kept)} of {len(measured)} comparisons the mean winner fell without RC and not with it."
     return f"{agree} The largest gain: {said[0].lower()}{said[1:]}"
 
 
@@ -142,12 +142,12 @@ def _gain(pair: Contrast) -> float:
     return means[1] - means[0]
 
 
-def _kept_what_fell(pair: Contrast) -> bool:
-    """By the evaluation's rule, within ±0.1 nats a winner counts as kept, and less is no change."""
+def _stopped_the_fall(pair: Contrast) -> bool:
+    """By the evaluation's rule, a winner fell below −0.1 nats, and less than 0.1 is no change."""
     means = _means(pair)
     assert means is not None
     base, calibrated = means
-    return base < -NOTICEABLE <= calibrated <= NOTICEABLE and not _alike(base, calibrated)
+    return base < -NOTICEABLE <= calibrated and not _alike(base, calibrated)
 
 
 def _alike(base: float, calibrated: float) -> bool:
@@ -166,16 +166,14 @@ def _verdict(pair: Contrast) -> str:
 
 
 def _what_rc_did(pair: Contrast, base: float, calibrated: float) -> str:
-    if _kept_what_fell(pair):
-        return "RC kept the winner"
+    if _stopped_the_fall(pair):
+        return "RC kept the winner" if calibrated <= NOTICEABLE else "RC raised the winner"
     if max(abs(base), abs(calibrated)) <= NOTICEABLE:
         return f"the winner stayed within {NOTICEABLE} with and without RC"
     if _alike(base, calibrated):
         return f"RC changed the winner by less than {NOTICEABLE}"
     if min(base, calibrated) >= -NOTICEABLE:
         return "the winner fell neither with nor without RC"
-    if calibrated > NOTICEABLE:
-        return "RC raised the winner"
     if calibrated > base:
         return "RC slowed the winner's fall, it did not stop it"
     return "RC did not keep the winner"

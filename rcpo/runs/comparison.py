@@ -289,13 +289,17 @@ def _last_repetition(path: Path) -> float | None:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys, sorted, that take more than one value and touch the result; never the seed."""
+    """The keys, sorted, that take more than one value and touch the result; never the seed.
+
+    Contents are known of evaluated runs alone, and one that is not known is not another.
+    """
+
+    def values(key: str) -> set[str]:
+        known = [each for each in settings if key in each or not key.startswith(f"{CONTENTS}.")]
+        return {repr(each.get(key)) for each in known}
+
     keys = sorted({key for each in settings for key in each})
-    return [
-        key
-        for key in keys
-        if key != SEED and shapes_result(key) and len({repr(each.get(key)) for each in settings}) > 1
-    ]
+    return [key for key in keys if key != SEED and shapes_result(key) and len(values(key)) > 1]
 
 
 def rule_of(settings: Mapping[str, Any]) -> str:
@@ -339,17 +343,19 @@ def contrasts(found: Sequence[Condition]) -> list[Contrast]:
     settings = [comparable(condition.settings) for condition in found]
     keys = [key for key in differing(settings) if not _is_of_rc(key)]
     bases = [condition for condition in found if rule_of(condition.settings) == "off"]
-    matched = []
-    for condition in found:
+    matched, places = [], []
+    for place, condition in enumerate(found):
         equal = [base for base in bases if _same(base, condition, keys)]
         if equal and rule_of(condition.settings) != "off":
             base = next((each for each in equal if _same(each, condition, MEASURING)), equal[0])
             matched.append((base, condition))
+            places.append(place)
     own = [calibrated.settings for _, calibrated in matched]
     variants = [key for key in differing([comparable(each) for each in own]) if _is_of_rc(key)]
     always = {RULE} if any(rule_of(each) != "on" for each in own) else set()
-    labels = labelled(own, among=[*keys, *variants], always=always)
-    return [Contrast(label, *pair) for label, pair in zip(labels, matched)]
+    # told apart from conditions without a partner, too
+    labels = labelled([each.settings for each in found], among=[*keys, *variants], always=always)
+    return [Contrast(labels[place], *pair) for place, pair in zip(places, matched)]
 
 
 def _is_of_rc(key: str) -> bool:

@@ -76,8 +76,8 @@ def test_several_seeds_are_said_to_be_clear_or_not(tmp_path: Path) -> None:
 def test_the_headline_counts_how_many_comparisons_agree(tmp_path: Path) -> None:
     found = contrasts(conditions([run.summary for run in read_runs([write_sweep(tmp_path / "sweep")])]))
     expected = (
-        "In 2 of 2 comparisons RC kept a mean winner that fell without it. The largest gain: on average RC "
-        "kept the winner: −0.01 against −0.48 nats per token; the loser went to −0.60 against −0.60 (dpo, "
+        "In 2 of 2 comparisons the mean winner fell without RC and not with it. The largest gain: on average "
+        "RC kept the winner: −0.01 against −0.48 nats per token; the loser went to −0.60 against −0.60 (dpo, "
         "3 seeds)."
     )
     assert words.headline_of_contrasts(found) == expected

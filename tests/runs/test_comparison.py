@@ -155,7 +155,7 @@ def test_a_contrast_needs_all_else_equal() -> None:
     ]
     (found,) = contrasts(conditions(runs))
     assert found.base.runs == (runs[0],) and found.calibrated.runs == (runs[1],)
-    assert found.label == "dpo"
+    assert found.label == "dpo optim.lr=0.0001"  # the others, without a partner, have other rates
 
 
 def test_over_contrasts_medians_and_signs() -> None:
@@ -297,6 +297,14 @@ def test_band_and_scope_are_named_where_they_differ() -> None:
     assert [pair.label for pair in contrasts(conditions([base, *runs]))] == [
         f"dpo rc=edge rc.band={band} rc.scope={scope}" for band, scope in ways
     ]
+
+
+def test_a_run_that_was_not_evaluated_yet_has_no_contents_of_its_own() -> None:
+    known = {"contents.the model": "abc"}
+    (found,) = conditions([run(seed=1, **known), run(seed=2)])
+    assert found.label == "dpo"
+    others = conditions([run(seed=1, **known), run(seed=2, **{"contents.the model": "def"})])
+    assert [each.label for each in others] == ["dpo contents.the model=abc", "dpo contents.the model=def"]
 
 
 def test_a_single_rule_that_is_not_the_papers_is_named() -> None:
