@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,18 @@ def structure(cfg: DictConfig) -> RunConfig:
     _refuse_unknown(tree)
     refuse_shapes(tree, RunConfig)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(_EMPTY), _fold_hyperparameters(tree))
+        merged = OmegaConf.merge(_schema(), _fold_hyperparameters(tree))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(describe(error)) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+@functools.cache
+def _schema() -> Any:
+    """What configurations are merged into, which copies it: making one takes longer than all the rest."""
+    return OmegaConf.structured(_EMPTY)
 
 
 def to_container(config: RunConfig) -> dict[str, Any]:
@@ -127,9 +134,10 @@ _KINDS = {
 }
 
 
-def known_keys() -> list[str]:
+@functools.cache
+def known_keys() -> tuple[str, ...]:
     """Every key of the configuration with dots, nodes and leaves, hyper-parameters excepted."""
-    return [key for key in _keys(RunConfig) if key != "objective.hyperparameters"]
+    return tuple(key for key in _keys(RunConfig) if key != "objective.hyperparameters")
 
 
 def _keys(node: type, prefix: str = "") -> list[str]:

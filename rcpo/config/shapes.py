@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +19,13 @@ def refuse_shapes(tree: Mapping[Any, Any], schema: type, prefix: str = "") -> No
 
     `schema` is the dataclass that the tree will become; keys that it lacks are not looked at.
     """
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     for name, value in tree.items():
         if name in hints:
             _check(f"{prefix}{name}", value, hints[name])
+
+
+_hints = functools.cache(typing.get_type_hints)  # it compiles each annotation anew
 
 
 def _check(key: str, value: Any, hint: Any) -> None:
@@ -70,7 +74,7 @@ def _check_list(key: str, value: Any, kind: Any) -> None:
 
 def _check_numbers(place: str, item: Mapping[Any, Any], kind: Any) -> None:
     """Numbers inside a list of mappings: OmegaConf would name the last part of their key alone."""
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         value = item.get(name, 0.0)
         if hint is float and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{place}.{name}={_shown(value)} is not a number")
