@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import compositions
 import psutil
 import pytest
 from environment import ENVIRONMENT
@@ -111,4 +112,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Reference log-probs are cached here, and never in the user's own folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RCPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_compositions() -> Iterator[None]:
+    """What Hydra makes of the shipped options is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        compositions.keep(patch)
         yield
