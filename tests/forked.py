@@ -37,9 +37,13 @@ from typing import Any
 
 # what most commands import sooner or later; none of it starts a thread or asks where it runs
 IMPORTED = [
+    # first, as pydantic, which both use, looks through all modules that are there for each of their classes
+    *("wandb", "wandb.sdk.launch.inputs.internal"),
     *("rcpo.cli", "rcpo.commands.train", "rcpo.commands.sweep", "rcpo.commands.data", "rcpo.commands.report"),
     *("rcpo.commands.plan", "rcpo.launch.run", "rcpo.training.trainer", "rcpo.onpolicy.rounds"),
     *("rcpo.evaluation.run", "rcpo.evaluation.heldout", "rcpo.evaluation.probes"),
+    *("rcpo.commands.evaluate", "rcpo.commands.completion", "rcpo.report.card"),
+    *("matplotlib.backends.backend_agg", "requests"),
     *("torch.distributed.launcher.api", "transformers.models.llama.modeling_llama", "datasets", "peft"),
     *("deepspeed", "hydra", "psutil"),
 ]
