@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
+
 ROOT = Path(__file__).resolve().parents[2]
 # that anything may take before it counts as hung: a loaded machine is not a failure
 PATIENCE = 600.0
@@ -47,9 +49,9 @@ class User:
     def says(self, command: list[str], code: int = 0) -> str:
         """What a command says; its exit code is checked."""
         kwargs: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=self.variables, start_new_session=True, **kwargs
-        )
+        # what this machine runs by itself is forked: on the cluster's nodes each rank is a start of its own
+        start = forked.Popen if command[0] == sys.executable else subprocess.Popen
+        process = start(command, cwd=self.folder, env=self.variables, start_new_session=True, **kwargs)
         try:
             words, _ = process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
