@@ -194,8 +194,8 @@ def test_the_last_line_names_what_was_not_tested_and_how_to_enable_it(clone: Clo
 
 
 def test_pytest_writes_down_why_it_skipped(tmp_path: Path) -> None:
-    for name in ("conftest.py", "environment.py"):
-        shutil.copy(ROOT / "tests" / name, tmp_path)
+    for name in ("conftest", "compositions", "environment", "forked"):
+        shutil.copy(ROOT / "tests" / f"{name}.py", tmp_path)
     (tmp_path / "test_one.py").write_text(
         "import pytest\ndef test_a(): pytest.skip('no\\nSLURM')\ndef test_b(): pass\n"
     )
