@@ -7,10 +7,11 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import compositions
+import forked
 import psutil
 import pytest
 from environment import ENVIRONMENT
@@ -29,8 +30,15 @@ settings.register_profile("thorough", deadline=None, max_examples=1000, suppress
 settings.load_profile("thorough" if os.environ.get("RCPO_TESTS") == "thorough" else "rcpo")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[object]) -> None:
+    """Forks the workers, if there are several, from a process that has imported everything."""
+    if len(specs) > 1:
+        forked.fork_workers()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deals the files to pytest-xdist's two workers, those with slow tests first: both end together.
+    """Deals the files to pytest-xdist's workers, those with slow tests first: all end together.
 
     A test's name with an object's address would be another one in each process.
     """
@@ -43,7 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [any(item.get_closest_marker("slow") for item in file) for file in files.values()]
         order = sorted(range(len(files)), key=lambda place: not slow[place])
         queue = list(files.values())
-        items[:] = [item for place in (*order[::2], *order[1::2]) for item in queue[place]]
+        workers = config.workerinput["workercount"]
+        dealt = [place for first in range(workers) for place in order[first::workers]]
+        items[:] = [item for place in dealt for item in queue[place]]
 
 
 def pytest_collection_finish() -> None:

@@ -49,6 +49,7 @@ IMPORTED = [
 ]
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OPTIONS = ("-P", "-u")  # the interpreter's that a fork can have: no folder of its own in the path, no buffer
+_LENT = "RCPO_FORKED"  # the variable with the descriptor of a worker's forking process
 _original = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 
 
@@ -67,11 +68,17 @@ class Server:
             self.channel.sendall(payload)
             return int.from_bytes(_exactly(self.channel, 8), "big")
 
-    def execute_child(self, process: subprocess.Popen[Any], *values: Any, **named: Any) -> None:
-        """What `Popen._execute_child` does, for a command that `_runs_python` takes."""
+    def execute_child(
+        self, process: subprocess.Popen[Any], *values: Any, lends: bool = False, **named: Any
+    ) -> None:
+        """What `Popen._execute_child` does, for a command that `_runs_python` takes.
+
+        A process that is lent its own forking process starts others with `subprocess` as usual.
+        """
         given = _original.bind(process, *values, **named).arguments
         request = {
             "words": given["args"],
+            "lends": lends,
             "preexec": given["preexec_fn"],
             "session": given["start_new_session"],
             "cwd": os.fspath(given["cwd"] or os.getcwd()),
@@ -161,8 +168,8 @@ def _become(channel: socket.socket, request: dict[str, Any], descriptors: Sequen
     for place, descriptor in enumerate(descriptors):
         os.dup2(descriptor, place)
     _only(near.fileno())
-    server = Server(near)
-    _fork_from(server)
+    if not request["lends"]:
+        _fork_from(Server(near))
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):
             if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -170,6 +177,8 @@ def _become(channel: socket.socket, request: dict[str, Any], descriptors: Sequen
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update({os.fsdecode(key): os.fsdecode(value) for key, value in request["environment"].items()})
+    if request["lends"]:
+        os.environ[_LENT] = str(near.fileno())
     os.chdir(request["cwd"])
     if request["preexec"] is not None:
         request["preexec"]()
@@ -193,13 +202,16 @@ def _only(kept: int) -> None:
     os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-def _fork_from(server: Server) -> None:
+def _fork_from(server: Server, lends: bool = False) -> None:
     """Lets this process's `subprocess.Popen` fork what it can."""
     execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
     @wraps(execute)
     def either(process: subprocess.Popen[Any], args: Any, *values: Any, **named: Any) -> None:
-        (server.execute_child if _runs_python(args) else execute)(process, args, *values, **named)
+        if _runs_python(args):
+            server.execute_child(process, args, *values, lends=lends, **named)
+        else:
+            execute(process, args, *values, **named)
 
     subprocess.Popen._execute_child = either  # type: ignore[attr-defined]
 
@@ -249,10 +261,21 @@ def _run(words: list[str]) -> None:
 
 
 _processes: list[subprocess.Popen[bytes]] = []  # kept, so that their pipes stay open
+_lent = os.environ.pop(_LENT, None)  # a worker's, whose children find nothing of it
+
+
+def fork_workers() -> None:
+    """Forks the Python processes that `subprocess` starts, and lends each a forking process of its own.
+
+    All share what one process has imported, and start in no time.
+    """
+    _fork_from(_server(()), lends=True)
 
 
 @cache
 def _server(imports: tuple[str, ...]) -> Server:
+    if _lent is not None and not imports:
+        return Server(socket.socket(fileno=int(_lent)))
     near, far = socket.socketpair()
     # pipes, as what its children's output goes to may have no positions
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

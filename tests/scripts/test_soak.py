@@ -12,7 +12,6 @@ SOAK = Path(__file__).resolve().parents[2] / "scripts" / "endurance/main.py"
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.timeout(900)
 def test_no_fault_loses_anything() -> None:
     command = [sys.executable, str(SOAK), "--kills", "4", "--faults", "--steps", "12", "--seed", "3"]
