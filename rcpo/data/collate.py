@@ -153,7 +153,6 @@ def _separate(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
     input_ids[real] = np.fromiter(tokens, dtype=np.int64, count=totals.sum())
     return {
         "input_ids": input_ids,
-        "attention_mask": real.astype(np.int64),
         "position_ids": np.tile(columns, (len(real), 1)),
         "predictors": np.flatnonzero(response) - 1,  # a token is predicted from the position before it
         "labels": input_ids[response],
@@ -185,7 +184,6 @@ def _shared(pairs: list[Pair], lengths: np.ndarray, pad_id: int) -> Arrays:
     labels = chain.from_iterable(pair[1 + side] for side in range(len(predictors)) for pair in pairs)
     return {
         "input_ids": input_ids,
-        "attention_mask": (segments != PADDING).astype(np.int64),
         "position_ids": position_ids,
         "segments": segments,
         "predictors": np.concatenate(list(chain.from_iterable(predictors))),

@@ -135,8 +135,9 @@ PAIR = SIDES[:2]
 class TokenBatch:
     """A micro-batch of B pairs, independent of how the rows are laid out.
 
-    `input_ids`, `position_ids` (R, L) and `attention_mask` (R, L), 1 for a real token, feed the model's body;
-    so do `segments` (R, L) where rows hold more than one sequence (`models/attention.py` makes their mask).
+    `input_ids` and `position_ids` (R, L) feed the model's body; so do `segments` (R, L) where rows hold more
+    than one sequence (`models/attention.py` makes their mask). Padding is on the right, so that the causal
+    mask hides it from a row of one sequence.
     `predictors` (N,) are flat indices into R·L of the positions whose hidden states predict the N response
     tokens `labels` (N,); `sequences` (N,) says which response a token belongs to: those on the first
     of `sides` (some of `SIDES`) are 0..B−1, on the second B..2B−1, and so on. `lengths` (S,) counts
@@ -148,8 +149,8 @@ class TokenBatch:
 
     >>> one = torch.tensor([[5, 6, 7]])  # a prompt of one token, a response of two; no rejected side
     >>> batch = TokenBatch(
-    ...     input_ids=one, attention_mask=torch.ones_like(one), position_ids=torch.arange(3)[None],
-    ...     predictors=torch.tensor([0, 1]), labels=torch.tensor([6, 7]), sequences=torch.tensor([0, 0]),
+    ...     input_ids=one, position_ids=torch.arange(3)[None], predictors=torch.tensor([0, 1]),
+    ...     labels=torch.tensor([6, 7]), sequences=torch.tensor([0, 0]),
     ...     lengths=torch.tensor([2]), weights=torch.ones(1), indices=torch.tensor([0]),
     ...     example_ids=["a"], sides=("chosen",),
     ... )
@@ -158,7 +159,6 @@ class TokenBatch:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     position_ids: Tensor
     predictors: Tensor
     labels: Tensor

@@ -23,12 +23,6 @@ def test_two_pairs_by_hand() -> None:
         [1, 2, 3, 20, 0],
         [4, 21, 22, 23, 24],
     ]
-    assert batch.attention_mask.tolist() == [
-        [1, 1, 1, 1, 1],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1],
-    ]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
     # r * L + position - 1: row 0 predicts its tokens at 3 and 4 from 2 and 3; row 1 its token at 1 from 0; …
     assert batch.predictors.tolist() == [2, 3, 5, 12, 15, 16, 17, 18]
@@ -39,7 +33,7 @@ def test_two_pairs_by_hand() -> None:
     assert batch.indices.tolist() == [7, 3]
     assert batch.example_ids == ["a", "b"]
     assert (batch.sides, batch.num_pairs, batch.num_tokens) == (PAIR, 2, 16)
-    integers = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.predictors, batch.labels)
+    integers = (batch.input_ids, batch.position_ids, batch.predictors, batch.labels)
     assert {tensor.dtype for tensor in (*integers, batch.sequences, batch.lengths)} == {torch.long}
 
 
@@ -96,7 +90,6 @@ def test_shared_rows_by_hand() -> None:
         [10, 10, 11, 12, -1, -1],
         [15, 16, 17, -1, -1, -1],
     ]
-    assert batch.attention_mask.tolist() == (batch.segments >= 0).int().tolist()
     # the first token of both responses is predicted from the prompt's end: 2, 6, 13 and 18
     assert batch.predictors.tolist() == [2, 3, 6, 13, 18, 2, 6, 8, 9, 10, 13, 18]
     assert batch.labels.tolist() == [10, 11, 12, 8, 6, 20, 21, 22, 23, 24, 9, 7]
@@ -160,7 +153,8 @@ def test_masks_cover_exactly_the_responses(pairs: list[Example]) -> None:
         assert set((batch.predictors[own] // batch.input_ids.shape[1]).tolist()) == {number}
         prompt = pairs[number % len(pairs)].prompt
         assert int(batch.predictors[own][0]) % batch.input_ids.shape[1] == len(prompt) - 1
-        assert int(batch.attention_mask[number].sum()) == len(prompt) + len(response)
+        padding = [PAD] * (batch.input_ids.shape[1] - len(prompt) - len(response))
+        assert batch.input_ids[number].tolist() == prompt + response + padding
 
 
 @given(
@@ -180,11 +174,9 @@ def test_layouts_hold_the_same_tokens_in_the_same_order(pairs: list[Example], si
         before = [getattr(batch, place).flatten()[batch.predictors] for batch in (shared, separate)]
         assert torch.equal(*before), place
     prompts = sum(len(pair.prompt) for pair in pairs)
-    assert (
-        shared.num_tokens
-        == int(shared.attention_mask.sum())
-        == separate.num_tokens - (len(sides) - 1) * prompts
-    )
+    assert shared.segments is not None
+    real = int((shared.segments >= 0).sum())
+    assert shared.num_tokens == real == separate.num_tokens - (len(sides) - 1) * prompts
 
 
 def test_unpaired_examples_have_one_row_each_by_hand() -> None:

@@ -45,8 +45,8 @@ def padded(values: Tensor) -> Tensor:
 def batch() -> TokenBatch:
     nothing = torch.zeros(len(SEQUENCES), dtype=torch.long)
     return TokenBatch(
-        input_ids=nothing[None], attention_mask=nothing[None], position_ids=nothing[None],
-        predictors=nothing, labels=nothing, sequences=SEQUENCES, lengths=LENGTHS,
+        input_ids=nothing[None], position_ids=nothing[None], predictors=nothing,
+        labels=nothing, sequences=SEQUENCES, lengths=LENGTHS,
         weights=torch.ones(PAIRS, dtype=torch.float64), indices=torch.arange(PAIRS), example_ids=[""] * PAIRS,
     )  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_tpo_of_trl(own: dict[str, Any], loss_type: str) -> None:
         completion[batch.predictors + 1] = 1
         inputs = {
             "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
+            "attention_mask": (batch.input_ids != 0).long(),
             "completion_mask": completion.view_as(batch.input_ids),
         }
         trl = trainer(loss_type=loss_type, beta=own["beta"], tpo_alpha=0.7, tpo_l_gamma=own.get("gamma", 0.0))

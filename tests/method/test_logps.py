@@ -362,7 +362,6 @@ def token_batch(sides: tuple[str, ...], lengths: list[int]) -> TokenBatch:
     filled: dict[str, Any] = {"predictors": torch.arange(tokens), "labels": torch.zeros(tokens).long()}
     return TokenBatch(
         input_ids=empty,
-        attention_mask=empty,
         position_ids=empty,
         sequences=torch.repeat_interleave(torch.arange(2 * len(sides)), counts),
         lengths=counts,

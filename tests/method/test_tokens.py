@@ -82,7 +82,6 @@ def batch(sides: tuple[str, ...], lengths: list[int]) -> TokenBatch:
     tokens = int(counts.sum())
     return TokenBatch(
         input_ids=empty,
-        attention_mask=empty,
         position_ids=empty,
         predictors=torch.arange(tokens),
         labels=torch.zeros(tokens, dtype=torch.long),
