@@ -407,8 +407,8 @@ class Engine:
 
     def _plain_norm(self) -> float:
         # rows in fp32, then fp64: millions of elements in fp32 are off by 1e-3, copies in fp64 are large
-        norms = [torch.linalg.vector_norm(gradient, dim=-1).double() for gradient in self._gradients()]
-        return float(torch.stack([norm.square().sum() for norm in norms]).sum().sqrt()) if norms else 0.0
+        norms = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in self._gradients()]
+        return float(torch.cat(norms).double().square().sum().sqrt()) if norms else 0.0
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """The whole model's weights, gathered; None on the ranks other than 0 under ZeRO-3.
