@@ -24,6 +24,7 @@ from rcpo.planner.settings import GpuConfig, PlanConfig
 from rcpo.planner.states import Parameter
 from rcpo.planner.timing import Machine, Times, times
 from rcpo.planner.trace import BatchShape, Trace, Work, trace
+from rcpo.planner.update import reduction, update
 from rcpo.planner.workload import Workload, training_data, workload
 from rcpo.training.objective import build_objective
 
@@ -32,7 +33,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of `config` on `ranks` processes will take; `gpu` None is a process on a CPU."""
+    """What a run of `config` on `ranks` processes will take; `gpu` None is a process on a CPU.
+
+    `work` is that of a step's passes, `update` that of its end, both of one rank.
+    """
 
     config: RunConfig
     settings: PlanConfig
@@ -42,6 +46,7 @@ class Plan:
     workload: Workload
     step: StepMemory
     work: Work
+    update: Work
     scoring_flops: float
     deepspeed: list[Message]
     own: list[Message]
@@ -71,6 +76,7 @@ class Plan:
             self.config,
             Machine(self.gpu, self.settings, self.ranks),
             self.work,
+            self.update,
             [*self.deepspeed, *self.own],
             self.step.own_elements,
             self.workload.microbatches,
@@ -120,7 +126,7 @@ class Planner:
         scored = self._trace(config, work.scored, None, training=False)
         whole = self._gathers(config, work.usual) if config.engine.stage == 3 else None
         scores = _scores(config, objective, sketch, found.get_text_config().hidden_size, weights)
-        computed = usual.forward_work + usual.backward_work
+        computed = usual.forward_work + usual.backward_work + reduction(config, weights)
         if config.reference.mode == "model" and objective.needs_reference:
             computed += usual.forward_work
         step = StepMemory(
@@ -135,6 +141,7 @@ class Planner:
             workload=work,
             step=step,
             work=computed * microbatches,
+            update=update(config, weights, step.own_elements),
             scoring_flops=usual.forward_work.flops / config.train.microbatch(ranks),
             deepspeed=messages(weights, config, ranks, microbatches, whole),
             own=own_messages(config, scores, microbatches) if ranks > 1 else [],

@@ -116,11 +116,15 @@ def _time(plan: Plan) -> list[str]:
     beside = "beside them " if times.overlaps else ""
     done = f"{plan.work.operations:,} operations started in {times.starts:.3g} s"
     done += f" and {_size(plan.work.bytes)} moved in {times.memory:.3g} s"
+    if plan.config.engine.offload_optimizer:
+        updated = "on the host"
+    else:
+        updated = f"{plan.update.operations:,} operations, {_size(plan.update.bytes)}"
     return [
         *lines,
         f"a step: {times.step:.3g} s (products {times.products:.3g} s, meanwhile {done}; {beside}"
-        f"communication {times.communication:.3g} s, optimizer {times.optimizer:.3g} s, "
-        f"host {times.host:.3g} s); bottleneck: {times.bottleneck}",
+        f"communication {times.communication:.3g} s, optimizer {times.optimizer:.3g} s "
+        f"({updated}), host {times.host:.3g} s); bottleneck: {times.bottleneck}",
         f"the run: {_duration(plan.seconds)} (reference pass {_duration(plan.reference_seconds)}), "
         f"{plan.gpu_hours:,.1f} GPU-hours, without evaluations; an estimate from the GPU's figures",
     ]

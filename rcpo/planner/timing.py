@@ -2,7 +2,7 @@
 
 A model of the machine, not a measurement: products at a share of the GPU's peak, though never sooner than the
 host starts the operations and the memory moves their bytes; messages in rings at a share of the slowest link
-and with NCCL's latencies, the optimizer at the bandwidth of the memory that holds it.
+and with NCCL's latencies; the update by its operations and bytes, or at the bandwidth of the host's memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from rcpo.config.schema import RunConfig
 from rcpo.planner.communication import Message
 from rcpo.planner.settings import GpuConfig, PlanConfig
-from rcpo.planner.states import ELEMENT, MASTER, moments
+from rcpo.planner.states import ELEMENT, MASTER
 from rcpo.planner.trace import Work
+from rcpo.planner.update import optimizer_bytes
 
 # NCCL's model of a ring with large messages (src/graph/tuning.cc): a start, a hop inside a node, one between
 RING_START, RING_HOP, RING_NODE_HOP = 8.4e-6, 3.4e-6, 14.0e-6
@@ -49,7 +50,7 @@ class Times:
             "starting operations": self.starts,
             "memory traffic": self.memory,
             "communication": self.communication,
-            "the optimizer's memory": self.optimizer,
+            "the optimizer": self.optimizer,
             "the host": self.host,
         }
         return max(found, key=lambda name: found[name])
@@ -93,6 +94,7 @@ def times(
     config: RunConfig,
     machine: Machine,
     work: Work,
+    update: Work,
     sent: Iterable[Message],
     own_elements: int,
     microbatches: int,
@@ -100,25 +102,24 @@ def times(
 ) -> Times:
     """Seconds of a step of one rank.
 
-    `work` is the step's, `own_elements` those that its optimizer updates, `weights` the bytes that are
-    brought from the host for each pass over the model where they are kept there.
+    `work` is that of the step's passes, `update` that of its end; `own_elements` are those that the rank's
+    optimizer updates, `weights` the bytes that are brought from the host for each pass over the model where
+    they are kept there.
     """
     gpu, element = machine.gpu, ELEMENT[config.train.dtype]
-    # gradient, weight and moments are read, all but the gradient written, and the model's own weight
-    touched = MASTER * (3 + 2 * moments(config)) + element
-    on_host = 0.0
-    memory = gpu.bandwidth
-    if config.engine.offload_optimizer:
-        memory = gpu.host_bandwidth
+    starting = machine.settings.start_seconds
+    optimizer, on_host = max(update.operations * starting, update.bytes / gpu.bandwidth), 0.0
+    if config.engine.offload_optimizer:  # the model's own weight is written, too
+        optimizer = own_elements * (optimizer_bytes(config) + element) / gpu.host_bandwidth
         on_host += own_elements * (MASTER + element) / gpu.host  # gradients there, weights back
     if config.engine.offload_parameters:
         on_host += 2 * microbatches * weights / gpu.host
     return Times(
         products=work.flops / (machine.peak(config.train.dtype) * machine.settings.efficiency),
-        starts=work.operations * machine.settings.start_seconds,
+        starts=work.operations * starting,
         memory=work.bytes / gpu.bandwidth,
         communication=sum(machine.seconds(message) for message in sent),
-        optimizer=own_elements * touched / memory,
+        optimizer=optimizer,
         host=on_host,
         overlaps=config.engine.stage == 3,  # DeepSpeed's own choice
     )

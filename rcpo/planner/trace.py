@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from rcpo.method.geometry import Passes, Sketch
 from rcpo.models.policy import Policy, decoder_layers
 
+CPU = torch.device("cpu")
 LAYERS = 4  # of them the second and third are of the middle, and differ by what one layer keeps
 
 
@@ -48,7 +49,9 @@ UNCOUNTED: Any = {  # by torch itself, which knows the attention of GPUs
 }
 
 
-FREE = ("detach", "empty", "alias", "lift_fresh", "prim")  # in names of operations that compute nothing
+# in names of operations that compute nothing
+FREE = ("detach", "empty", "alias", "lift_fresh", "prim", "record_function")
+OVERWRITTEN = ("copy_", "zero_", "fill_")  # operations that do not read what they write
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,13 @@ class _Live(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        made = list(_tensors(result))
         for value in made:
             self._count(value.untyped_storage())
         self.peak = max(self.peak, self.bytes)
         if not func.is_view and not any(name in str(func) for name in FREE):
-            read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             self.operations += 1
-            self.moved += sum(value.numel() * value.element_size() for value in [*read, *made])
+            self.moved += _moved(func, args, kwargs or {}, made)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -158,6 +160,25 @@ class _Live(TorchDispatchMode):
         """The peak since the last call."""
         peak, self.peak = self.peak, self.bytes
         return peak
+
+
+def _moved(func: Any, args: Any, kwargs: dict[str, Any], made: list[Tensor]) -> int:
+    """The bytes that an operation reads and writes; one on lists of tensors does not return what it wrote."""
+    arguments = func._schema.arguments
+    named = {argument.name: argument for argument in arguments}
+    given = [*zip(args, arguments, strict=False), *((value, named[name]) for name, value in kwargs.items())]
+    # AdamW's declares its gradients as changed, which they are where they are scaled
+    changed = [(value, each) for value, each in given if each.is_write and each.name != "grads"]
+    written = list(_tensors([value for value, _ in changed])) or made
+    overwritten = func._schema.name.removeprefix("aten::") in OVERWRITTEN
+    unread = [value for value, each in changed if overwritten or each.kwarg_only]
+    read = [*_tensors([value for value, _ in given])]
+    total = sum(value.numel() * value.element_size() for value in [*read, *written])
+    return total - sum(value.numel() * value.element_size() for value in _tensors(unread))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
 class _SketchOfShapes(Sketch):
@@ -249,7 +270,7 @@ def inputs(rows: BatchShape) -> dict[str, Any]:
 
 
 @contextmanager
-def fake_weights(policy: Policy) -> Iterator[None]:
+def fake_weights(policy: Policy, device: torch.device = CPU) -> Iterator[None]:
     """Inside, tensors have shapes and no data, and the policy, made on the meta device, has such weights."""
     with FakeTensorMode():
         made: dict[int, Tensor] = {}  # tied weights stay one
@@ -257,13 +278,13 @@ def fake_weights(policy: Policy) -> Iterator[None]:
             for own in (module._parameters, module._buffers):
                 for name, old in own.items():
                     if old is not None and id(old) not in made:
-                        made[id(old)] = _fake(old)
+                        made[id(old)] = _fake(old, device)
                     own[name] = None if old is None else made[id(old)]  # type: ignore[assignment]
         yield
 
 
-def _fake(old: Tensor) -> Tensor:
-    new = torch.empty(old.shape, dtype=old.dtype)
+def _fake(old: Tensor, device: torch.device) -> Tensor:
+    new = torch.empty(old.shape, dtype=old.dtype, device=device)
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 

@@ -15,6 +15,7 @@ GPU = GpuConfig(
     host=1e9, host_bandwidth=1e10, per_node=4,
 )  # fmt: skip
 SETTINGS = PlanConfig(efficiency=0.5, link_efficiency=0.5)
+UPDATE = Work(0, 5000, 3 * 10**10)
 
 
 def test_a_ring_in_a_node() -> None:
@@ -42,20 +43,20 @@ def test_a_ring_through_nodes_takes_all_their_network_cards() -> None:
 def of_a_step(config: RunConfig) -> Times:
     """On one GPU, with three micro-batches and a billion weights."""
     machine, work = Machine(GPU, SETTINGS, ranks=1), Work(2 * 10**12, 1000, 10**10)
-    return times(config, machine, work, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
+    return times(config, machine, work, UPDATE, sent=[], own_elements=10**9, microbatches=3, weights=10**9)
 
 
 def test_a_step_by_hand() -> None:
     config = RunConfig()
     config.train.dtype, config.engine.stage = "bf16", 2
     found = of_a_step(config)
-    # 2e12 at half of 1e12; 1000 starts of 1e-5 s; 1e10 bytes at 1e11.
-    # An element's gradient, weight and two moments read, three written, a bf16 weight
-    assert found == Times(4.0, 0.01, 0.1, 0.0, 1e9 * (4 * 7 + 2) / 1e11, 0.0, overlaps=False)
+    # 2e12 at half of 1e12; 1000 starts of 1e-5 s; 1e10 bytes at 1e11; the update's 3e10 bytes at 1e11
+    assert found == Times(4.0, 0.01, 0.1, 0.0, 0.3, 0.0, overlaps=False)
     assert found.step == pytest.approx(4.3) and found.bottleneck == "products"
     config.engine.stage, config.engine.offload_optimizer, config.engine.offload_parameters = 3, True, True
     found = of_a_step(config)
-    # the optimizer at the host's memory; gradients there and weights back, weights for two passes of three
+    # an element's gradient, weight and two moments read, three written, a bf16 weight, in the host's memory
+    # of 1e10 bytes/s; gradients there and weights back, weights for two passes of three
     assert found == Times(4.0, 0.01, 0.1, 0.0, 3.0, 6.0 + 6.0, overlaps=True)
     assert found.bottleneck == "the host"
 
