@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from made_up import Shape, make_pairs, make_policy, make_trainer, run_config
+from made_up import Shape, make_pairs, make_policy, run_config, training
 from safetensors.torch import load_file
 
 from rcpo.data.collate import collate
@@ -21,6 +21,8 @@ from rcpo.models.policy import policy_inputs
 from rcpo.runs.folder import FINAL, FINISHED_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
+# what this process, a group of one, has set for itself
+OF_RANKS = ("RANK", "LOCAL_RANK", "RCPO_LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = Shape("small", pairs=4, prompt=64, response=64, checkpointing=False, dtype="fp32")
 
 
@@ -41,7 +43,9 @@ def precision(device: torch.device, tiny: bool) -> dict[str, Any]:
         with torch.no_grad():
             expected = policy(**policy_inputs(batch))[0].double()
             for dtype in (torch.float32, torch.bfloat16):
-                own = copy.deepcopy(policy).to(device=device, dtype=dtype)
+                own = copy.deepcopy(policy).to(device)
+                for p in own.parameters():  # buffers, such as the frequencies of positions, stay in fp32
+                    p.data = p.data.to(dtype)
                 logps = own(**policy_inputs(batch.to(device)))[0].double().cpu()
                 name = f"{layout} rows, {str(dtype).rpartition('.')[2]}"
                 difference = (logps - expected).abs()
@@ -83,13 +87,12 @@ def calibration(device: torch.device, folder: Path) -> dict[str, Any]:
     """The first step's loss is the same number with rc=off and rc=on: only gradients are scaled."""
     losses = {}
     for name in ("off", "on"):
-        trainer = make_trainer(numbers(tiny=True), folder, device)
-        trainer.config.rc.enabled = name == "on"
-        trainer.dynamics = type(trainer.dynamics)(
-            trainer.config, trainer.objective, trainer.engine, trainer.session.batches
-        )
-        losses[name] = trainer.train_step()["loss"]
-        trainer.engine.close()
+        with training(numbers(tiny=True), folder, device) as trainer:
+            trainer.config.rc.enabled = name == "on"
+            trainer.dynamics = type(trainer.dynamics)(
+                trainer.config, trainer.objective, trainer.engine, trainer.session.batches
+            )
+            losses[name] = trainer.train_step()["loss"]
     return {**losses, "equal": losses["on"] == losses["off"]}
 
 
@@ -97,9 +100,8 @@ def stages(device: torch.device, folder: Path) -> dict[str, Any]:
     """Losses of the third step at all ZeRO stages of one rank, from the same weights, in fp32."""
     losses = {}
     for stage in range(4):
-        trainer = make_trainer(replace(numbers(tiny=True), stage=stage), folder, device)
-        losses[f"stage {stage}"] = [trainer.train_step()["loss"] for _ in range(3)][-1]
-        trainer.engine.close()
+        with training(replace(numbers(tiny=True), stage=stage), folder, device) as trainer:
+            losses[f"stage {stage}"] = [trainer.train_step()["loss"] for _ in range(3)][-1]
     spread = max(losses.values()) - min(losses.values())
     return {**losses, "spread": spread, "close": spread < 1e-5}
 
@@ -107,7 +109,8 @@ def stages(device: torch.device, folder: Path) -> dict[str, Any]:
 def resume(device: torch.device, folder: Path) -> dict[str, Any]:
     """Four steps at once, and two and two from a checkpoint: the same bits with launch.deterministic."""
     keys = ["launch.deterministic=true", "train.batch_size=8", "eval.max_examples=8", "wandb.mode=disabled"]
-    environment = {**os.environ, "RCPO_CACHE": str(folder / "cache"), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    own = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    environment = {**own, "RCPO_CACHE": str(folder / "cache"), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     if device.type == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

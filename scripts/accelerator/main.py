@@ -1,14 +1,15 @@
 """Checks and measures rcpo on one GPU; prints tables and writes outputs/gpu/results.json.
 
-    scripts/gpu [--seconds 420] [--only correctness,speed,memory,trl]
+    scripts/gpu [--seconds 420] [--only correctness,speed,memory,trl,attention]
     scripts/gpu --device cpu --tiny       # the same in miniature, without a GPU
 
 correctness  bf16 against fp32 on the CPU, the sketch against exact scores, a step with rc=on against rc=off,
              the ZeRO stages against each other, the bits of a resumed run
 speed        for each model that fits: tokens/s, share of the measured matrix-product rate, phases of a step,
-             what rc=on and rc=loop add, kernels and waits of a step, the kinds of attention
+             what rc=on and rc=loop add, kernels and waits of a step
 memory       the peak of a step against the plan
 trl          TRL's DPOTrainer on pairs of the same lengths
+attention    a step with each kind; last, because FlexAttention is compiled
 
 Weights are random, so nothing is downloaded. What is left out, and why, is printed and recorded too.
 """
@@ -19,11 +20,13 @@ import argparse
 import gc
 import json
 import platform
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import checks
 import speed
-from made_up import Shape
+from made_up import Pairs, Shape, run_config
 
 from rcpo.system import distributed
 
@@ -47,10 +50,10 @@ REAL = [
     Shape("0.5B", pairs=8, prompt=256, response=256),
     Shape("1.5B", pairs=8, prompt=256, response=256),
     Shape("8B", pairs=8, prompt=256, response=256, lora=True),
-    Shape("8B", pairs=8, prompt=256, response=256),
+    Shape("8B, 8 layers", pairs=8, prompt=256, response=256),
+    Shape("8B", pairs=8, prompt=256, response=256, optimizer="sgd"),
 ]
-# GiB that a run takes at least
-NEEDED = {("0.5B", False): 16, ("1.5B", False): 40, ("8B", True): 30, ("8B", False): 135}
+ROOM = 0.94  # of the GPU's memory: the rest is CUDA's, NCCL's, and what lies between tensors
 SMALLEST = Shape("tiny", pairs=4, prompt=12, response=12)
 TINY = [SMALLEST, replace(SMALLEST, lora=True, checkpointing=False)]
 
@@ -65,6 +68,7 @@ class Run:
         self.device = torch.device(arguments.device)
         self.found: dict[str, Any] = {"machine": machine(self.device), "tiny": arguments.tiny}
         self.skipped: list[str] = []
+        self.out = Path(arguments.out) / "results.json"
 
     @property
     def left(self) -> float:
@@ -78,19 +82,37 @@ class Run:
             return None
         began = time.monotonic()
         try:
-            result = task()
+            with limited(None if self.arguments.tiny else max(2 * takes, 60)):
+                result = task()
         except Exception as error:  # noqa: BLE001 - one measurement's failure is a result, and the others go on
             traceback.print_exc()
             self.skip(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             return None
         finally:
-            free()
+            self._free(name)
         self.found[name] = result
+        self.write()
         print(f"{name} ({time.monotonic() - began:.0f} s)\n{show(result)}\n", flush=True)
         return result
 
+    def _free(self, name: str) -> None:
+        """Give back what a measurement held; what it did not let go of counts against those that follow."""
+        try:
+            left = free()
+        except Exception as error:  # noqa: BLE001 - after some errors CUDA answers nothing but errors
+            self.skip(f"memory after {name}", f"{type(error).__name__}: {error}")
+            return
+        if left > GIB:
+            self.skip(f"memory after {name}", f"{left / GIB:.1f} GiB are still allocated")
+
+    def write(self) -> None:
+        """The results so far: an error or a time limit may end everything."""
+        record = {**self.found, "skipped": self.skipped, "seconds": time.monotonic() - self.began}
+        self.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append(f"{name}: {reason}")
+        self.write()
         print(f"{name}: left out ({reason})\n", flush=True)
 
     def correctness(self) -> None:
@@ -106,38 +128,39 @@ class Run:
         rate = self.measure("matrix products", lambda: speed.matrix_rate(device, tiny), takes=5)
         peak = None if rate is None else rate["FLOP/s"]
         for shape in TINY if tiny else REAL:
-            name = f"{shape.name}{' LoRA' if shape.lora else ''}"
-            if self._too_large(name, shape):
+            if self._too_large(shape):
                 continue
             self.measure(
-                f"{name}, {shape.pairs} pairs",
-                lambda shape=shape: speed.steps(shape, folder, device, peak, tiny),
-                takes=60,
+                f"{shape.title}, {shape.pairs} pairs",
+                partial(speed.steps, shape, folder, device, peak, tiny),
+                takes=45,
             )
-        first = (TINY if tiny else REAL)[0]
-        self.measure("kinds of attention", lambda: speed.attention(first, folder, device, tiny), takes=60)
 
-    def _too_large(self, name: str, shape: Shape) -> bool:
-        needed = NEEDED.get((shape.name, shape.lora))
-        if needed is None or self.device.type != "cuda":
+    def _too_large(self, shape: Shape) -> bool:
+        if self.device.type != "cuda":
             return False
-        there = torch.cuda.get_device_properties(self.device).total_memory / GIB
-        if there < needed:
-            self.skip(name, f"it takes about {needed} GiB, and the GPU has {there:.0f}")
-        return there < needed
+        there = torch.cuda.get_device_properties(self.device).total_memory
+        rows = Pairs(shape, run_config(shape, self.folder)).largest()
+        needed = speed.planned(shape, rows, self.device)
+        if needed > ROOM * there:
+            self.skip(shape.title, f"planned are {needed / GIB:.0f} GiB, and the GPU has {there / GIB:.0f}")
+        return needed > ROOM * there
 
     def memory(self) -> None:
-        if self.device.type != "cuda":
-            self.skip("memory", "a process's peak is compared with its plan by tests/footprints.py")
-            return
-        for shape in REAL[:2]:
-            task = partial(speed.memory, shape, self.folder, self.device)
-            self.measure(f"memory of {shape.name}", task, takes=30)
+        for shape in [SMALLEST] if self.arguments.tiny else [REAL[0], REAL[1], REAL[2]]:
+            if not self._too_large(shape):
+                task = partial(speed.memory, shape, self.folder, self.device)
+                self.measure(f"memory of {shape.title}", task, takes=25)
 
     def trl(self) -> None:
         tiny = self.arguments.tiny
         task = partial(speed.trl, (TINY if tiny else REAL)[0], self.folder, self.device, tiny)
         self.measure("TRL's DPOTrainer", task, takes=60)
+
+    def attention(self) -> None:
+        tiny = self.arguments.tiny
+        task = partial(speed.attention, (TINY if tiny else REAL)[0], self.folder, self.device, tiny)
+        self.measure("kinds of attention", task, takes=60)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -156,12 +179,30 @@ def machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def free() -> None:
-    """Give back what a measurement held: DeepSpeed's engines refer to themselves."""
+@contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer, so that it cannot take the time of all others."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def free() -> int:
+    """Give back what a measurement held, DeepSpeed's engines refer to themselves; the bytes that are left."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def show(result: Any) -> str:
@@ -180,7 +221,7 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-PARTS = ("correctness", "speed", "memory", "trl")
+PARTS = ("correctness", "speed", "memory", "trl", "attention")
 
 
 def main() -> None:
@@ -202,10 +243,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(arguments, Path(folder))
         for name in wanted:
-            getattr(run, name)()
-    record = {**run.found, "skipped": run.skipped, "seconds": time.monotonic() - run.began}
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(run.found) - 2} measurements, {len(run.skipped)} left out; {out / 'results.json'}")
+            try:
+                getattr(run, name)()
+            except Exception as error:  # noqa: BLE001 - the other parts go on
+                traceback.print_exc()
+                run.skip(name, f"{type(error).__name__}: {error}")
+    run.write()
+    print(f"{len(run.found) - 2} measurements, {len(run.skipped)} left out; {run.out}")
     distributed.shutdown()
 
 

@@ -11,16 +11,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from made_up import Shape, architecture, make_pairs, make_trainer, run_config
+import yaml  # type: ignore[import-untyped]
+from made_up import BATCHES, Pairs, Shape, architecture, make_pairs, rows_of, run_config, training
 
 from rcpo.method.geometry import passes_on
 from rcpo.planner.memory import StepMemory
 from rcpo.planner.model import depth, few_layers, parameters
-from rcpo.planner.trace import BatchShape, trace
+from rcpo.planner.trace import BatchShape, _Live, trace
 from rcpo.training.dynamics import StepDynamics
 from rcpo.training.trainer import Trainer
 
 VARIANTS = {"rc=off": (False, "center", 0), "rc=on": (True, "center", 1), "rc=loop": (True, "loop", 1)}
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+GPUS = Path(__file__).resolve().parents[2] / "conf" / "gpu"
+ROUNDS_SECONDS = 15.0  # of steps in turn, for each model
 PHASES = {"data": "collate", "forward": "forward", "backward": "backward", "optimizer": "step"}
 
 
@@ -47,13 +51,33 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def nominal_rate(device: torch.device) -> float | None:
+    """FLOP/s of dense bf16 products that the GPU's maker states, from conf/gpu; None for a GPU not in it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_properties(device).name.lower()
+    files = sorted(GPUS.glob("*.yaml"))
+    known = {path.stem.removeprefix("rtx-").partition("-")[0]: path for path in files}
+    words = name.replace("-", " ").split()
+    return next((float(yaml.safe_load(known[w].read_text())["bf16"]) for w in words if w in known), None)
+
+
 def steps(shape: Shape, folder: Path, device: torch.device, peak: float | None, tiny: bool) -> dict[str, Any]:
     """A step with rc=off, on and loop in turn on the same batches; phases and operations with rc=on."""
-    trainer = make_trainer(shape, folder, device)
+    with training(shape, folder, device) as trainer:
+        return _steps(trainer, shape, folder, device, peak, tiny)
+
+
+def _steps(
+    trainer: Trainer, shape: Shape, folder: Path, device: torch.device, peak: float | None, tiny: bool
+) -> dict[str, Any]:
     variants = {name: dynamics(trainer, *settings) for name, settings in VARIANTS.items()}
-    rounds, warm = (2, 1) if tiny else (6, 2)
+    least, most, warm = (2, 2, 1) if tiny else (6, 40, 2)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(warm + rounds):
+    began = time.perf_counter()
+    for number in range(warm + most):
+        if number >= warm + least and time.perf_counter() - began > ROUNDS_SECONDS:
+            break
         for name, variant in variants.items():
             trainer.dynamics, trainer.step = variant, number
             taken = clocked(device, trainer.train_step)
@@ -62,21 +86,31 @@ def steps(shape: Shape, folder: Path, device: torch.device, peak: float | None, 
     base, flops = median(times["rc=off"]), model_flops(shape, folder, trainer)
     found: dict[str, Any] = {
         "step, s": base,
+        "steps": len(times["rc=off"]),
         "tokens/s": shape.tokens / base,
         "layout": trainer.session.layout,
         "model FLOP": flops,
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
+    if stated := nominal_rate(device):
+        found["MFU"] = flops / base / stated
     if peak:
         found["share of the matrix rate"] = flops / base / peak
     for name in ("rc=on", "rc=loop"):
         ratios = [own / other for own, other in zip(times[name], times["rc=off"], strict=True)]
         found[f"{name} adds, %"] = 100 * (median(ratios) - 1)
     trainer.dynamics = variants["rc=on"]
-    found["phases"] = phases(trainer, device)
-    found["operations"] = operations(trainer, device)
-    trainer.engine.close()
+    found["phases"] = attempted(lambda: phases(trainer, device))
+    found["operations"] = attempted(lambda: operations(trainer, device))
     return found
+
+
+def attempted(task: Callable[[], Any]) -> Any:
+    """A task's result, or how it failed: what was measured before it is kept."""
+    try:
+        return task()
+    except Exception as error:  # noqa: BLE001 - a part that a machine does not allow is a result
+        return f"{type(error).__name__}: {error}"
 
 
 def dynamics(trainer: Trainer, enabled: bool, rule: str, every: int) -> StepDynamics:
@@ -88,18 +122,18 @@ def dynamics(trainer: Trainer, enabled: bool, rule: str, every: int) -> StepDyna
 
 
 def model_flops(shape: Shape, folder: Path, trainer: Trainer) -> float:
-    """What a step's batch computes, without what checkpointing computes again."""
+    """What a step computes on average, without what checkpointing computes again."""
     config = run_config(replace(shape, checkpointing=False), folder)
     settings = architecture(shape.name)
     policy = few_layers(settings, config)
     policy.passes = passes_on(trainer.engine.device)
     total = 0.0
-    for positions in trainer.session.rank_microbatches(trainer.step):
-        batch = trainer.session.collate(None, positions)
-        rows = BatchShape(*batch.input_ids.shape, len(batch.labels), batch.segments is not None)
-        traced = trace(policy, rows, None, training=True, depth=depth(settings))
-        total += traced.forward_work.flops + traced.backward_work.flops
-    return total
+    for step in range(BATCHES):
+        for positions in trainer.session.rank_microbatches(step):
+            rows = rows_of(trainer.session.collate(None, positions))
+            traced = trace(policy, rows, None, training=True, depth=depth(settings))
+            total += traced.forward_work.flops + traced.backward_work.flops
+    return total / BATCHES
 
 
 def phases(trainer: Trainer, device: torch.device) -> dict[str, float]:
@@ -129,23 +163,34 @@ def phases(trainer: Trainer, device: torch.device) -> dict[str, float]:
 
 def operations(trainer: Trainer, device: torch.device) -> dict[str, int]:
     """Kernels of a step, and the calls that wait for the device, from the profiler."""
+    rows = profiled(trainer.train_step, device)
+    if device.type != "cuda":
+        return {"operators": sum(count for name, count in rows.items() if name.startswith("aten::"))}
+    nothing = profiled(lambda: None, device)  # the profiler and the end of each task wait, too
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+    found = {
+        "kernels": _counted(rows, *LAUNCHES),
+        "waits": _counted(rows, *waits) - _counted(nothing, *waits),
+        "copies to the host": sum(count for name, count in rows.items() if "Memcpy DtoH" in name),
+    }
+    if not found["kernels"]:
+        raise RuntimeError("the profiler saw no kernel; counting needs CUPTI, and the right to use it")
+    return found
+
+
+def _counted(rows: dict[str, int], *starts: str) -> int:
+    return sum(count for name, count in rows.items() if name.startswith(starts))
+
+
+def profiled(task: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """How often each event occurs while a task runs."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profiler:
-        trainer.train_step()
+        task()
         wait(device)
-    rows = profiler.key_averages()
-    if device.type != "cuda":
-        return {"operators": sum(row.count for row in rows if row.key.startswith("aten::"))}
-    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-    return {
-        "kernels": sum(
-            row.count for row in rows if row.key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))
-        ),
-        "waits": sum(row.count for row in rows if row.key in waits) - 1,  # the last one is made here
-        "copies to the host": sum(row.count for row in rows if "Memcpy DtoH" in row.key),
-    }
+    return {row.key: row.count for row in profiler.key_averages()}
 
 
 def attention(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
@@ -155,43 +200,66 @@ def attention(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> d
     if device.type == "cuda":
         kinds.append(("shared", "flex_attention"))
     for layout, kind in kinds:
-        try:
-            trainer = make_trainer(replace(shape, layout=layout, attention=kind), folder, device)
-            times = [clocked(device, trainer.train_step) for _ in range(3 if tiny else 6)]
-            found[f"{layout} rows, {kind}"] = median(times[2:])
-            trainer.engine.close()
-        except Exception as error:  # noqa: BLE001 - a kind that a version does not have is a result
-            found[f"{layout} rows, {kind}"] = f"{type(error).__name__}: {error}"
+        own = replace(shape, layout=layout, attention=kind)
+        found[f"{layout} rows, {kind}"] = attempted(lambda own=own: seconds(own, folder, device, tiny))
     return found
 
 
-def memory(shape: Shape, folder: Path, device: torch.device) -> dict[str, Any]:
-    """The peak of a step against the plan of it."""
-    torch.cuda.reset_peak_memory_stats(device)
-    trainer = make_trainer(shape, folder, device)
-    for _ in range(2):
-        trainer.train_step()
-    measured = torch.cuda.max_memory_allocated(device)
-    config, settings = trainer.config, architecture(shape.name)
-    batches = [
-        trainer.session.collate(None, positions)
-        for step in range(2)
-        for positions in trainer.session.rank_microbatches(step)
-    ]
-    largest = max(batches, key=lambda batch: batch.input_ids.numel())
-    rows = BatchShape(*largest.input_ids.shape, len(largest.labels), largest.segments is not None)
+def seconds(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> float:
+    """Of a step, once each batch has been seen, and compiled for."""
+    with training(shape, folder, device) as trainer:
+        times = []
+        for number in range(3 if tiny else BATCHES + 4):
+            trainer.step = number
+            times.append(clocked(device, trainer.train_step))
+    return median(times[2 if tiny else BATCHES :])
+
+
+def planned(shape: Shape, rows: BatchShape, device: torch.device) -> int:
+    """Bytes at the peak of a step whose largest micro-batch has these rows."""
+    config, settings = run_config(shape, Path()), architecture(shape.name)
     policy = few_layers(settings, config)
     policy.passes = passes_on(device)
-    sketch = config.rc.sketch
-    training = trace(policy, rows, sketch, training=True, depth=depth(settings))
+    sketch = min(config.rc.sketch or settings.vocab_size, settings.vocab_size)
+    passes = trace(policy, rows, sketch, training=True, depth=depth(settings))
     scoring = trace(policy, rows, None, training=False, depth=depth(settings))
-    scores = 2 * (sketch or settings.vocab_size) * settings.hidden_size
-    weights, micro = parameters(settings, config), len(batches) // 2
-    step = StepMemory(config, weights, 1, micro, training, scoring, None, scores, on_gpu=True)
-    planned = step.worst.device_bytes
-    trainer.engine.close()
-    more = 100 * (planned / measured - 1)
-    return {"measured GB": measured / 1e9, "planned GB": planned / 1e9, "planned − measured, %": more}
+    weights = parameters(settings, config)
+    step = StepMemory(
+        config,
+        weights,
+        ranks=1,
+        microbatches=config.train.accumulation(1),
+        training=passes,
+        scoring=scoring,
+        gathered=None,
+        scores=2 * sketch * settings.hidden_size,
+        on_gpu=device.type == "cuda",
+    )
+    return step.worst.device_bytes
+
+
+def memory(shape: Shape, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The peak of a step against the plan of it; on a CPU that of the tensors that operators make."""
+    plan = planned(shape, Pairs(shape, run_config(shape, folder)).largest(), device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _few_steps(shape, folder, device)
+        measured = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with (live := _Live(iter(()))):
+            _few_steps(shape, folder, device)
+        measured = live.peak
+    more = 100 * (plan / measured - 1)
+    return {"measured GB": measured / 1e9, "planned GB": plan / 1e9, "planned − measured, %": more}
+
+
+def _few_steps(shape: Shape, folder: Path, device: torch.device) -> None:
+    """Each batch once, with new moments in the first."""
+    with training(shape, folder, device) as trainer:
+        for number in range(BATCHES):
+            trainer.step = number
+            trainer.train_step()
 
 
 def trl(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
