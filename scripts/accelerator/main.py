@@ -187,11 +187,11 @@ def limited(seconds: float | None) -> Iterator[None]:
         raise TimeoutError(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
 
 

@@ -61,6 +61,22 @@ def test_a_step_by_hand() -> None:
     assert found.bottleneck == "the host"
 
 
+def test_an_update_of_many_small_tensors_takes_as_long_as_their_operations_start() -> None:
+    config = RunConfig()
+    config.engine.stage = 2
+    found = times(
+        config,
+        Machine(GPU, SETTINGS, 1),
+        Work(),
+        Work(0, 5000, 10**9),  # 5000 starts of 1e-5 s; 1e9 bytes at 1e11 take less
+        sent=[],
+        own_elements=10**7,
+        microbatches=1,
+        weights=0,
+    )
+    assert found.optimizer == pytest.approx(0.05) and found.bottleneck == "the optimizer"
+
+
 def test_what_overlaps_is_not_added() -> None:
     assert Times(2.0, 1.0, 1.0, 3.0, 0.5, 0.0, overlaps=True).step == 3.5
     assert Times(2.0, 1.0, 1.0, 3.0, 0.5, 0.0, overlaps=False).step == 5.5
