@@ -49,7 +49,7 @@ def test_operations_and_bytes_are_deepspeeds() -> None:
         added = work(engine["backward"]) - work(bare["backward"])
         planned = reduction(config, trained)
         # ZeRO-3's linear layers are its own: most of the weights' tensors, and frozen ones beside adapters
-        assert close(added.operations, planned.operations, 0.15 if case["stage"] == 3 else 0), (where, added)
+        assert close(added.operations, planned.operations, 0.2 if case["stage"] == 3 else 0), (where, added)
         if case["adapter"] == "none":
             assert close(added.bytes, planned.bytes, 0.02), (where, added)
         found, planned = work(engine["update"]), update(config, trained, case["elements"])
