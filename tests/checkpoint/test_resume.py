@@ -133,15 +133,13 @@ class Runs:
             *("launch.processes=2", "checkpoint.every=4"),
         ]
 
-    def start(self, *keys: str, program: type[subprocess.Popen[str]] = forked.Popen) -> subprocess.Popen[str]:
+    def start(self, *keys: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "rcpo.cli", "train", *keys]
-        return program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def fresh(
-        self, name: str, *keys: str, steps: int = 24, program: type[subprocess.Popen[str]] = forked.Popen
-    ) -> subprocess.Popen[str]:
+    def fresh(self, name: str, *keys: str, steps: int = 24) -> subprocess.Popen[str]:
         keys = (*self.keys, *keys, f"train.max_steps={steps}", f"hydra.run.dir={self.folder / name}")
-        return self.start(*keys, program=program)
+        return self.start(*keys)
 
     def wait_for_row(self, name: str, number: int, program: subprocess.Popen[str]) -> None:
         path = self.folder / name / "metrics.jsonl"
@@ -184,13 +182,13 @@ def test_a_lost_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     import psutil
 
     runs = Runs(tmp_path)
-    # not forked: its ranks are known by their command lines
-    program = runs.fresh("lost", steps=100000, program=subprocess.Popen)
+    program = runs.fresh("lost", steps=100000)
     runs.wait_for_row("lost", 5, program)
     second = runs.fresh("lost", "resume=auto", steps=100000)
     assert "is in use: process" in ended(second, 2)
-    ranks = [child for child in psutil.Process(program.pid).children() if "rcpo.launch" in child.cmdline()]
-    (victim,) = (child for child in ranks if child.environ()["RANK"] == "1")
+    # forked in their order, each with a process that would fork for it; what would fork for the run has none
+    ranks = [child for child in psutil.Process(program.pid).children() if child.children()]
+    _, victim = sorted(ranks, key=lambda child: (child.create_time(), child.pid))
     began = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
     said = ended(program, 1)
