@@ -8,7 +8,7 @@ configuration store, and refuses what it refuses.
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +54,7 @@ def _is_shipped(repo: Any, config_name: str | None) -> bool:
 
 
 def _read_once(read: Any) -> Any:
-    kept: dict[str, Any] = {}
+    kept: dict[str, bytes] = {}  # a copy by pickle takes a quarter of one by deepcopy
 
     def load_config(repo: ConfigRepository, config_path: str) -> Any:
         source = repo._find_object_source(config_path, ObjectType.CONFIG)
@@ -62,8 +62,8 @@ def _read_once(read: Any) -> Any:
         if source is None or not (hydras or source.path == str(SHIPPED)):
             return read(repo, config_path)
         if config_path not in kept:
-            kept[config_path] = read(repo, config_path)
-        return copy.deepcopy(kept[config_path])
+            kept[config_path] = pickle.dumps(read(repo, config_path))
+        return pickle.loads(kept[config_path])
 
     return load_config
 
@@ -107,7 +107,7 @@ def _listed_once(create: Any) -> Any:
 
 
 def _merged_once(compose: Any) -> Any:
-    kept: dict[str, Any] = {}
+    kept: dict[str, bytes] = {}
 
     def merge(loader: ConfigLoaderImpl, defaults: Sequence[Any], repo: Any) -> Any:
         names = [each.config_path for each in defaults if each.primary]
@@ -115,7 +115,7 @@ def _merged_once(compose: Any) -> Any:
             return compose(loader, defaults=defaults, repo=repo)
         key = repr(list(defaults))
         if key not in kept:
-            kept[key] = compose(loader, defaults=defaults, repo=repo)
-        return copy.deepcopy(kept[key])
+            kept[key] = pickle.dumps(compose(loader, defaults=defaults, repo=repo))
+        return pickle.loads(kept[key])
 
     return merge
