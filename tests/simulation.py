@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from io import StringIO
 from typing import Any
 from unittest import mock
@@ -63,6 +63,10 @@ class Phase:
     bytes: int
     reads: int
     copies: int
+
+    def __add__(self, other: Phase) -> Phase:
+        mine, others = astuple(self), astuple(other)
+        return Phase(*(one + two for one, two in zip(mine, others, strict=True)))
 
     @property
     def work(self) -> Work:
@@ -164,18 +168,21 @@ def bare(shape: PreTrainedConfig, config: RunConfig, rows: BatchShape, layers: i
 
 
 def step(shape: PreTrainedConfig, config: RunConfig, rows: BatchShape, layers: int) -> dict[str, Phase]:
-    """The phases of the second optimizer step, with one micro-batch, of a model of so many layers."""
+    """The phases of the second optimizer step, each of all its micro-batches, of so many layers."""
     found: dict[str, Phase] = {}
     with _policy(config, shape, layers) as (policy, live):
         engine = Engine(policy, config, 10)
         engine.train()
         given = _given(rows)
         for _ in range(2):
+            forward = backward = Phase(0, 0, 0, 0)
             live.phase()
-            logps = engine._forward(**given)[0]
-            found["forward"] = live.phase()
-            engine.backward(logps.sum(), last=True)
-            found["backward"] = live.phase()
+            for left in reversed(range(config.train.accumulation(1))):
+                logps = engine._forward(**given)[0]
+                forward += live.phase()
+                engine.backward(logps.sum(), last=not left)
+                backward += live.phase()
+            found |= {"forward": forward, "backward": backward}
             done = engine.step()
             found["update"] = live.phase()
             assert done.applied and done.grad_norm == NORM
@@ -183,10 +190,10 @@ def step(shape: PreTrainedConfig, config: RunConfig, rows: BatchShape, layers: i
     return found
 
 
-def settings(stage: int, dtype: str, **changes: Any) -> RunConfig:
+def settings(stage: int, dtype: str, microbatches: int = 1, **changes: Any) -> RunConfig:
     config = RunConfig()
     config.engine.stage, config.train.dtype = stage, dtype
-    config.train.batch_size = config.train.micro_batch_size = 2
+    config.train.micro_batch_size, config.train.batch_size = 2, 2 * microbatches
     for key, value in changes.items():
         node, _, name = key.partition("__")
         setattr(getattr(config, node), name, value)
@@ -206,16 +213,12 @@ def start() -> None:
     distributed.initialize()
 
 
-CASES: list[tuple[int, str, int, str]] = [  # stage, numbers, layers, adapter
-    *((stage, dtype, 2, "none") for stage, dtype in KINDS),
-    (1, "bf16", 3, "none"),
-    (3, "bf16", 3, "lora"),
+Case = tuple[int, str, int, str, int]  # stage, numbers, layers, adapter, micro-batches
+CASES: list[Case] = [
+    *((stage, dtype, 2, "none", 3) for stage, dtype in KINDS),
+    (1, "bf16", 3, "none", 1),
+    (3, "bf16", 3, "lora", 1),
 ]
-
-
-def _trained(shape: PreTrainedConfig, config: RunConfig, layers: int) -> tuple[int, int]:
-    sizes = [p.numel() for p in few_layers(shape, config, layers=layers).parameters() if p.requires_grad]
-    return len(sizes), sum(sizes)
 
 
 def check() -> list[dict[str, Any]]:
@@ -226,51 +229,47 @@ def check() -> list[dict[str, Any]]:
 
 @dataclass
 class Compared:
-    """The phases of a step under an engine, and the passes without one; the tensors that are trained."""
+    """The phases of a step under an engine, the passes without one, and the sizes of what is trained."""
 
     stage: int
     dtype: str
     layers: int
     adapter: str
-    tensors: int
-    elements: int
+    microbatches: int
+    sizes: list[int]
     engine: dict[str, Phase]
     bare: dict[str, Phase]
 
-    def added(self, phase: str) -> Work:
-        """What the engine adds to a pass."""
-        return self.engine[phase].work - self.bare[phase].work
+    @property
+    def added(self) -> Work:
+        """What the engine adds to the backward passes."""
+        return self.engine["backward"].work - self.bare["backward"].work * self.microbatches
 
 
 def compared(
-    shape: PreTrainedConfig, cases: list[tuple[int, str, int, str]], rows: BatchShape, **changes: Any
-) -> list[Compared]:
-    """Each case, and ZeRO-3 last."""
-    configs = [settings(stage, dtype, adapter__name=adapter, **changes) for stage, dtype, _, adapter in cases]
-    alone: dict[Any, dict[str, Phase]] = {}
-    for config, case in zip(configs, cases, strict=True):
-        if case[1:] not in alone:
-            alone[case[1:]] = bare(shape, config, rows, case[2])
-    return [
-        Compared(
-            *case, *_trained(shape, config, case[2]), step(shape, config, rows, case[2]), alone[case[1:]]
-        )
-        for config, case in sorted(zip(configs, cases, strict=True), key=lambda pair: pair[1][0] == 3)
-    ]
+    shape: PreTrainedConfig, cases: list[Case], rows: BatchShape, **changes: Any
+) -> Iterator[Compared]:
+    """Each case in turn."""
+    for case in cases:
+        stage, dtype, layers, adapter, microbatches = case
+        config = settings(stage, dtype, microbatches, adapter__name=adapter, **changes)
+        alone = bare(shape, config, rows, layers)
+        sizes = [p.numel() for p in few_layers(shape, config, layers=layers).parameters() if p.requires_grad]
+        yield Compared(*case, sizes, step(shape, config, rows, layers), alone)
 
 
 def large() -> Iterator[str]:
     """Rows of a table: four layers of two real models, simulated / planned."""
-    yield "| | ZeRO | added to a backward pass | update | numbers read, copies |"
+    yield "| | ZeRO | added to two backward passes | update | numbers read, copies |"
     yield "|---|---|---|---|---|"
-    cases = [(stage, "bf16", 4, adapter) for stage in (1, 3) for adapter in ("none", "lora")]
+    cases = [(stage, "bf16", 4, adapter, 2) for stage in (1, 2, 3) for adapter in ("none", "lora")]
     for name in ("qwen2.5-7b", "llama-3-8b"):
         shape = architecture(RunConfig(), name)
         for each in compared(shape, cases, ROWS, train__gradient_checkpointing=True):
             config = settings(each.stage, each.dtype)
-            trained = [Parameter("one", each.elements)] + (each.tensors - 1) * [Parameter("empty", 0)]
-            added, planned = each.added("backward"), reduction(config, trained)
-            last, expected = each.engine["update"], update(config, trained, each.elements)
+            trained = [Parameter("", size) for size in each.sizes]
+            added, planned = each.added, reduction(config, trained, each.microbatches)
+            last, expected = each.engine["update"], update(config, trained, 1, sum(each.sizes))
             yield (
                 f"| {name}{', LoRA' if each.adapter == 'lora' else ''} | {each.stage} "
                 f"| {_short(added)} / {_short(planned)} | {_short(last.work)} / {_short(expected)} "

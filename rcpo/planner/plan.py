@@ -126,7 +126,7 @@ class Planner:
         scored = self._trace(config, work.scored, None, training=False)
         whole = self._gathers(config, work.usual) if config.engine.stage == 3 else None
         scores = _scores(config, objective, sketch, found.get_text_config().hidden_size, weights)
-        computed = usual.forward_work + usual.backward_work + reduction(config, weights)
+        computed = usual.forward_work + usual.backward_work
         if config.reference.mode == "model" and objective.needs_reference:
             computed += usual.forward_work
         step = StepMemory(
@@ -140,8 +140,8 @@ class Planner:
             parameters=weights,
             workload=work,
             step=step,
-            work=computed * microbatches,
-            update=update(config, weights, step.own_elements),
+            work=computed * microbatches + reduction(config, weights, microbatches),
+            update=update(config, weights, ranks, step.own_elements),
             scoring_flops=usual.forward_work.flops / config.train.microbatch(ranks),
             deepspeed=messages(weights, config, ranks, microbatches, whole),
             own=own_messages(config, scores, microbatches) if ranks > 1 else [],

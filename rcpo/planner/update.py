@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcpo.config.schema import RunConfig
-from rcpo.planner.states import MASTER, Parameter, moments, sums_apart
+from rcpo.planner.states import MASTER, Parameter, moments, sub_groups, sums_apart
 from rcpo.planner.trace import Work
 
 
@@ -26,25 +26,36 @@ class Cost:
         return Work(0, self.each * tensors + self.once, self.element * elements)
 
 
+NOTHING = Cost(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Costs:
-    """Of adding up a micro-batch's gradients, and of an update, without the optimizer's own bytes."""
+    """Of gradients after each micro-batch, and beside that after all but the first, and after the last.
 
-    reduction: Cost
+    That of an update is without the optimizer's own bytes.
+    """
+
+    each: Cost
+    further: Cost
+    last: Cost
     update: Cost
 
 
+SUMS = Cost(1, 0, 12)  # autograd's own
 # ZeRO-0 in fp32: torch's optimizer alone
-PLAIN = Costs(Cost(0, 0, 0), Cost(1, 8, 12))
-# ZeRO-1 in bf16: sums of gradients in a buffer of their own
-APART = Costs(Cost(2, 3, 34), Cost(2, 27, 26))
+PLAIN = Costs(NOTHING, SUMS, NOTHING, Cost(1, 8, 12))
 # ZeRO-1 and 2 in fp32
-FLAT = Costs(Cost(2, 5, 40), Cost(2, 53, 44))
-# the same in half precision: each gradient is searched for overflow
-CHECKED = Costs(Cost(3, 8, 54), Cost(15, 56, 42))
+LATE = Costs(Cost(0, 2, 0), SUMS, Cost(2, 3, 40), Cost(2, 53, 44))
+EARLY = Costs(Cost(2, 5, 40), SUMS, NOTHING, Cost(2, 53, 44))
+# ZeRO-1 in bf16: sums of gradients in a buffer of their own
+APART = Costs(Cost(2, 0, 18), Cost(1, 1, 10), Cost(0, 3, 16), Cost(2, 27, 26))
+# ZeRO-1 with fp16 or offloading, and ZeRO-2 in half precision: each gradient is searched for overflow
+CHECKED = Costs(Cost(3, 8, 54), NOTHING, NOTHING, Cost(15, 56, 42))
 # ZeRO-3, whose linear layers are its own: about one operation more for each tensor
-SPLIT = Costs(Cost(3, 0, 44), Cost(2, 44, 44))
-SPLIT_HALF = Costs(Cost(3, 0, 42), Cost(2, 44, 42))
+SPLIT = Costs(Cost(3, 0, 44), SUMS, NOTHING, Cost(2, 21, 44))
+SPLIT_HALF = Costs(Cost(3, 0, 42), SUMS, NOTHING, Cost(2, 21, 42))
+GROUP = 23  # operations of ZeRO-3's update for each of its groups of parameters
 
 
 def costs(config: RunConfig) -> Costs:
@@ -56,7 +67,9 @@ def costs(config: RunConfig) -> Costs:
         return SPLIT_HALF if half else SPLIT
     if sums_apart(config):
         return APART
-    return CHECKED if half else FLAT
+    if half:
+        return CHECKED
+    return LATE if config.zero_stage == 1 else EARLY
 
 
 def optimizer_bytes(config: RunConfig) -> float:
@@ -67,14 +80,22 @@ def optimizer_bytes(config: RunConfig) -> float:
     return MASTER * (3 + 2 * moments(config))
 
 
-def reduction(config: RunConfig, parameters: Sequence[Parameter]) -> Work:
-    """What the engine adds to the backward pass of a micro-batch."""
-    trained = [p.numel for p in parameters if p.trained]
-    return costs(config).reduction.work(len(trained), sum(trained))
+def reduction(config: RunConfig, parameters: Sequence[Parameter], microbatches: int) -> Work:
+    """What is done with the gradients of a step's micro-batches, beside the backward passes."""
+    trained, cost = _trained(parameters), costs(config)
+    each, further, last = (
+        one.work(len(trained), sum(trained)) for one in (cost.each, cost.further, cost.last)
+    )
+    return each * microbatches + further * (microbatches - 1) + last
 
 
-def update(config: RunConfig, parameters: Sequence[Parameter], own_elements: int) -> Work:
-    """The optimizer step of a rank that updates so many elements, after its last backward pass."""
-    tensors = sum(p.trained for p in parameters)
-    own = Work(0, 0, round(own_elements * optimizer_bytes(config)))
-    return costs(config).update.work(tensors, own_elements) + own
+def update(config: RunConfig, parameters: Sequence[Parameter], ranks: int, own_elements: int) -> Work:
+    """The optimizer step of one of the ranks, which updates so many elements."""
+    trained = _trained(parameters)
+    groups = sub_groups(trained, ranks) if config.zero_stage == 3 else 0
+    own = Work(0, GROUP * groups, round(own_elements * optimizer_bytes(config)))
+    return costs(config).update.work(len(trained), own_elements) + own
+
+
+def _trained(parameters: Sequence[Parameter]) -> list[int]:
+    return [p.numel for p in parameters if p.trained]
