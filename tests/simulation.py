@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
@@ -26,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
 from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -177,7 +179,7 @@ def step(shape: PreTrainedConfig, config: RunConfig, rows: BatchShape, layers: i
         for _ in range(2):
             forward = backward = Phase(0, 0, 0, 0)
             live.phase()
-            for left in reversed(range(config.train.accumulation(1))):
+            for left in reversed(range(config.train.accumulation(distributed.world_size()))):
                 logps = engine._forward(**given)[0]
                 forward += live.phase()
                 engine.backward(logps.sum(), last=not left)
@@ -193,7 +195,8 @@ def step(shape: PreTrainedConfig, config: RunConfig, rows: BatchShape, layers: i
 def settings(stage: int, dtype: str, microbatches: int = 1, **changes: Any) -> RunConfig:
     config = RunConfig()
     config.engine.stage, config.train.dtype = stage, dtype
-    config.train.micro_batch_size, config.train.batch_size = 2, 2 * microbatches
+    config.train.micro_batch_size = 2
+    config.train.batch_size = 2 * microbatches * distributed.world_size()
     for key, value in changes.items():
         node, _, name = key.partition("__")
         setattr(getattr(config, node), name, value)
@@ -207,10 +210,11 @@ SMALL = LlamaConfig(
 KINDS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-def start() -> None:
-    """Register the device, for good, and be a group of one process."""
+def start(ranks: int) -> None:
+    """Register the device, for good, and be the first of so many ranks, the others of which do not exist."""
     _setup_privateuseone_for_python_backend(NAME, Far())
-    distributed.initialize()
+    os.environ["LOCAL_RANK"] = "0"
+    torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
 
 Case = tuple[int, str, int, str, int]  # stage, numbers, layers, adapter, micro-batches
@@ -268,7 +272,7 @@ def large() -> Iterator[str]:
         for each in compared(shape, cases, ROWS, train__gradient_checkpointing=True):
             config = settings(each.stage, each.dtype)
             trained = [Parameter("", size) for size in each.sizes]
-            added, planned = each.added, reduction(config, trained, each.microbatches)
+            added, planned = each.added, reduction(config, trained, 1, sum(each.sizes), each.microbatches)
             last, expected = each.engine["update"], update(config, trained, 1, sum(each.sizes))
             yield (
                 f"| {name}{', LoRA' if each.adapter == 'lora' else ''} | {each.stage} "
@@ -284,8 +288,9 @@ def _short(work: Work) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="small models, as JSON")
+    parser.add_argument("--ranks", type=int, default=1, help="of a group in which nothing is sent")
     arguments = parser.parse_args()
-    start()
+    start(arguments.ranks)
     if arguments.check:
         print(json.dumps(check()))
         return

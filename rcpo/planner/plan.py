@@ -140,7 +140,7 @@ class Planner:
             parameters=weights,
             workload=work,
             step=step,
-            work=computed * microbatches + reduction(config, weights, microbatches),
+            work=computed * microbatches + reduction(config, weights, ranks, step.own_elements, microbatches),
             update=update(config, weights, ranks, step.own_elements),
             scoring_flops=usual.forward_work.flops / config.train.microbatch(ranks),
             deepspeed=messages(weights, config, ranks, microbatches, whole),

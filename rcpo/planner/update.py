@@ -1,7 +1,7 @@
 """What the engine and the optimizer do beside the model's two passes: operations and bytes, by ZeRO stage.
 
-The figures were counted in DeepSpeed's own code and torch's AdamW on tensors without data, one process, with
-gradients that are clipped; `tests/simulation.py` counts them, and a test holds these to it.
+The figures were counted in DeepSpeed's own code and torch's AdamW on tensors without data, with gradients
+that are clipped; `tests/simulation.py` counts them, and a test holds these to it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ from rcpo.planner.trace import Work
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations for each trained tensor, and beside them; bytes for each element."""
+    """Operations for each trained tensor, for each of the rank's own, and beside them; bytes for each element
+    of all, for each of the rank's own, and for each of all where there are several ranks.
+    """
 
-    each: int
-    once: int
-    element: int
+    each: int = 0
+    own_each: int = 0
+    once: int = 0
+    element: int = 0
+    own: int = 0
+    exchanged: int = 0
 
-    def work(self, tensors: int, elements: int) -> Work:
-        return Work(0, self.each * tensors + self.once, self.element * elements)
-
-
-NOTHING = Cost(0, 0, 0)
+    def work(self, trained: Sequence[int], own: int, ranks: int) -> Work:
+        """Of tensors of these sizes, of which the rank updates `own` elements."""
+        total = sum(trained)
+        tensors = max(1, round(len(trained) * own / max(total, 1)))
+        exchanged = self.exchanged if ranks > 1 else 0
+        operations = self.each * len(trained) + self.own_each * tensors + self.once
+        return Work(0, operations, (self.element + exchanged) * total + self.own * own)
 
 
 @dataclass(frozen=True)
@@ -42,27 +49,42 @@ class Costs:
     update: Cost
 
 
-SUMS = Cost(1, 0, 12)  # autograd's own
-# ZeRO-0 in fp32: torch's optimizer alone
-PLAIN = Costs(NOTHING, SUMS, NOTHING, Cost(1, 8, 12))
+SUMS = Cost(each=1, element=12)  # autograd's own
+OWN_SUMS = Cost(each=1, own=12)  # of what a rank keeps
+FLAT_UPDATE = Cost(own_each=2, once=53, own=44, exchanged=8)
+# ZeRO-0 in fp32, torch's optimizer alone: in one process, and in several
+ALONE = Costs(Cost(), SUMS, Cost(), Cost(each=1, once=8, element=12))
+PLAIN = Costs(Cost(), SUMS, Cost(each=1, once=4, element=32), Cost(each=1, once=8, element=12))
 # ZeRO-1 and 2 in fp32
-LATE = Costs(Cost(0, 2, 0), SUMS, Cost(2, 3, 40), Cost(2, 53, 44))
-EARLY = Costs(Cost(2, 5, 40), SUMS, NOTHING, Cost(2, 53, 44))
+LATE = Costs(Cost(once=2), SUMS, Cost(each=1, own_each=1, once=3, element=36, own=4), FLAT_UPDATE)
+EARLY = Costs(Cost(each=1, own_each=1, once=5, element=36, own=4), OWN_SUMS, Cost(), FLAT_UPDATE)
 # ZeRO-1 in bf16: sums of gradients in a buffer of their own
-APART = Costs(Cost(2, 0, 18), Cost(1, 1, 10), Cost(0, 3, 16), Cost(2, 27, 26))
+APART = Costs(
+    Cost(each=2, element=18),
+    Cost(each=1, once=1, element=10),
+    Cost(once=3, element=16, exchanged=8),
+    Cost(each=2, once=27, element=20, own=6, exchanged=4),
+)
 # ZeRO-1 with fp16 or offloading, and ZeRO-2 in half precision: each gradient is searched for overflow
-CHECKED = Costs(Cost(3, 8, 54), NOTHING, NOTHING, Cost(15, 56, 42))
+CHECKED = Costs(
+    Cost(each=1, own_each=2, once=8, element=32, own=22),
+    Cost(),
+    Cost(),
+    Cost(own_each=15, once=56, own=42, exchanged=4),
+)
 # ZeRO-3, whose linear layers are its own: about one operation more for each tensor
-SPLIT = Costs(Cost(3, 0, 44), SUMS, NOTHING, Cost(2, 21, 44))
-SPLIT_HALF = Costs(Cost(3, 0, 42), SUMS, NOTHING, Cost(2, 21, 42))
+SPLIT = Costs(Cost(each=3, element=28, own=16, exchanged=14), OWN_SUMS, Cost(), Cost(each=2, once=21, own=44))
+SPLIT_HALF = Costs(
+    Cost(each=3, element=26, own=16, exchanged=7), OWN_SUMS, Cost(), Cost(each=2, once=21, own=42)
+)
 GROUP = 23  # operations of ZeRO-3's update for each of its groups of parameters
 
 
-def costs(config: RunConfig) -> Costs:
+def costs(config: RunConfig, ranks: int) -> Costs:
     """Those of the engine that a configuration makes."""
     half = config.train.dtype != "fp32"
     if config.zero_stage == 0:
-        return PLAIN
+        return ALONE if ranks == 1 else PLAIN
     if config.zero_stage == 3:
         return SPLIT_HALF if half else SPLIT
     if sums_apart(config):
@@ -80,13 +102,16 @@ def optimizer_bytes(config: RunConfig) -> float:
     return MASTER * (3 + 2 * moments(config))
 
 
-def reduction(config: RunConfig, parameters: Sequence[Parameter], microbatches: int) -> Work:
-    """What is done with the gradients of a step's micro-batches, beside the backward passes."""
-    trained, cost = _trained(parameters), costs(config)
-    each, further, last = (
-        one.work(len(trained), sum(trained)) for one in (cost.each, cost.further, cost.last)
-    )
-    return each * microbatches + further * (microbatches - 1) + last
+def reduction(
+    config: RunConfig, parameters: Sequence[Parameter], ranks: int, own_elements: int, microbatches: int
+) -> Work:
+    """What a rank does with the gradients of a step's micro-batches, beside the backward passes."""
+    cost, trained = costs(config, ranks), _trained(parameters)
+
+    def work(one: Cost) -> Work:
+        return one.work(trained, own_elements, ranks)
+
+    return work(cost.each) * microbatches + work(cost.further) * (microbatches - 1) + work(cost.last)
 
 
 def update(config: RunConfig, parameters: Sequence[Parameter], ranks: int, own_elements: int) -> Work:
@@ -94,7 +119,7 @@ def update(config: RunConfig, parameters: Sequence[Parameter], ranks: int, own_e
     trained = _trained(parameters)
     groups = sub_groups(trained, ranks) if config.zero_stage == 3 else 0
     own = Work(0, GROUP * groups, round(own_elements * optimizer_bytes(config)))
-    return costs(config).update.work(len(trained), own_elements) + own
+    return costs(config, ranks).update.work(trained, own_elements, ranks) + own
 
 
 def _trained(parameters: Sequence[Parameter]) -> list[int]:
