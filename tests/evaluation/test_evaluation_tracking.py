@@ -74,7 +74,8 @@ def test_some_held_out_pairs_show_whether_the_winner_fell(
     assert record["eval/logratios/examples"] == 3 and record["eval/examples"] == 5
     assert record["eval/logratios/chosen"] == pytest.approx(sum(changes) / 3, rel=1e-4)
     assert abs(record["eval/logratios/chosen"]) > 0.01
-    assert "log-ratio" in describe(record) and "of 3 pairs" in describe(record)
+    sentence = describe(record, config.objective.reduction)
+    assert "log-ratio" in sentence and "of 3 pairs" in sentence
     everything = [row["logps/chosen"] for row in after.values()]
     assert record["eval/logps/chosen"] == pytest.approx(sum(everything) / 5, rel=1e-5)
 

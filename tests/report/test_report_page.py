@@ -239,7 +239,7 @@ def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) ->
 def test_a_watched_sweep_ends_when_nothing_more_comes(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0", settings(), rows(2))
     watching = threading.Thread(
-        target=watch, args=(ReportRequest([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 3}, daemon=True
+        target=watch, args=(ReportRequest([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 30}, daemon=True
     )
     watching.start()
     _wait_for(tmp_path / "sweep" / "report.html", "Finished after 2 steps")
