@@ -231,7 +231,7 @@ def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) ->
             file.write(json.dumps(rows(2)[1]) + "\n")
         _wait_for(page, "step 2 of 3")
         (run / "finished.json").write_text("{}")
-    watching.join(20)
+    watching.join(120)
     assert not watching.is_alive()
     assert "Finished after 2 steps" in page.read_text() and "reload" not in page.read_text()
 
@@ -239,7 +239,7 @@ def test_a_watched_page_follows_the_run_and_then_stands_still(tmp_path: Path) ->
 def test_a_watched_sweep_ends_when_nothing_more_comes(tmp_path: Path) -> None:
     write_run(tmp_path / "sweep" / "0", settings(), rows(2))
     watching = threading.Thread(
-        target=watch, args=(ReportRequest([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 30}, daemon=True
+        target=watch, args=(ReportRequest([tmp_path / "sweep"]), 0.1), kwargs={"quiet": 6}, daemon=True
     )
     watching.start()
     _wait_for(tmp_path / "sweep" / "report.html", "Finished after 2 steps")
@@ -247,12 +247,12 @@ def test_a_watched_sweep_ends_when_nothing_more_comes(tmp_path: Path) -> None:
         tmp_path / "sweep" / "1", settings(seed=2), rows(2)
     )  # the next run, before it was quiet for long
     _wait_for(tmp_path / "sweep" / "report.html", "2 of 2 runs are finished")
-    watching.join(20)
+    watching.join(120)
     assert not watching.is_alive()
 
 
 def _wait_for(page: Path, text: str) -> None:
-    for _ in range(400):
+    for _ in range(2400):
         if page.exists() and text in page.read_text():
             return
         time.sleep(0.05)
