@@ -209,6 +209,7 @@ LOSSES: list[tuple[list[str], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss_type", "settings"), LOSSES, ids=lambda value: "+".join(map(str, value)))
 def test_calibration_steers_every_loss(
     tmp_path: Path, loss_type: list[str], settings: dict[str, Any]

@@ -153,6 +153,7 @@ def chosen_settings(study: str, objective: str) -> set[str]:
     return set(table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("study", "count"),
     [

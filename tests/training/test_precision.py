@@ -139,6 +139,7 @@ def test_fp16_trains_as_fp32_does(inputs: tuple[str, str], tmp_path: Path, stage
     assert float(torch.nn.functional.cosine_similarity(*changes, dim=0)) > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "stage"), [("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 3)]
 )
