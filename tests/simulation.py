@@ -41,7 +41,7 @@ from rcpo.method.geometry import ON_GPU
 from rcpo.models.policy import Policy
 from rcpo.planner.model import architecture, few_layers
 from rcpo.planner.states import Parameter
-from rcpo.planner.trace import BatchShape, Work, _Live, fake_weights, inputs
+from rcpo.planner.trace import BatchShape, Live, Work, fake_weights, inputs
 from rcpo.planner.update import reduction, update
 from rcpo.system import distributed
 
@@ -75,7 +75,7 @@ class Phase:
         return Work(0, self.operations, self.bytes)
 
 
-class _Watch(_Live):
+class _Watch(Live):
     """Counts, and answers where a number is read."""
 
     def __init__(self, known: Iterator[Tensor]) -> None:

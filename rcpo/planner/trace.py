@@ -122,7 +122,7 @@ class Trace:
         return max([self.forward_peak, *(moment.activations for moment in self.backward)])
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of all storages that operators made and that are still referred to.
 
     `operations` and `moved` are what those operators were, and the bytes that they read and wrote.
@@ -194,7 +194,7 @@ class _SketchOfShapes(Sketch):
 class _Recorder:
     """What hooks write down while a policy runs."""
 
-    live: _Live
+    live: Live
     flops: FlopCounterMode
     collects: bool
     entries: dict[int, tuple[int, Work]] = field(default_factory=dict)  # layer: bytes, work
@@ -229,7 +229,7 @@ def trace(policy: Policy, rows: BatchShape, sketch: int | None, *, training: boo
     layers = decoder_layers(policy)
     with ExitStack() as stack:
         stack.enter_context(fake_weights(policy))
-        live = _Live(iter([*policy.parameters(), *policy.buffers()]))
+        live = Live(iter([*policy.parameters(), *policy.buffers()]))
         flops = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
         recorder = _Recorder(live, flops, collects=training and policy.model.is_activation_checkpointing)
         for hook in _hooks(policy, layers, recorder):

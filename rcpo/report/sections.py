@@ -12,7 +12,16 @@ from rcpo.report.foreign_sections import of_foreign, sections_of
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
 from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
-from rcpo.runs.comparison import METRICS, STEPS_IN_BAND, Condition, Metric, conditions, contrasts, spread
+from rcpo.runs.comparison import (
+    METRICS,
+    STEPS_IN_BAND,
+    Condition,
+    Contrast,
+    Metric,
+    conditions,
+    contrasts,
+    spread,
+)
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 ACROSS = [BY_KEY["eval/token_logratios/chosen"], BY_KEY[STEPS_IN_BAND]]
@@ -117,7 +126,7 @@ def _of_runs(runs: Sequence[Run], title: str) -> Document:
     pairs = contrasts(found)
     groups = _groups(overview.overview_rows(found, pairs), summaries)
     parts = [
-        Section("At a glance", _at_a_glance(found)),
+        Section("At a glance", _at_a_glance(found, pairs)),
         Section("Training", _side_by_side(groups)),
         Section("Pair by pair", _probes_of_groups(groups)),
         Section("Downstream over dynamics", _downstream(found)),
@@ -129,15 +138,14 @@ def _of_runs(runs: Sequence[Run], title: str) -> Document:
     return Document(
         title=title,
         status=_status(runs),
-        headline=_headline(runs, found),
+        headline=_headline(runs, found, pairs),
         details=[words.sentence_of_contrast(pair) for pair in pairs],
         notes=[f"{run.name}: {note}" for run in runs for note in words.warnings_of_run(run)],
         sections=[part for part in parts if part.blocks],
     )
 
 
-def _headline(runs: Sequence[Run], found: Sequence[Condition]) -> str:
-    pairs = contrasts(found)
+def _headline(runs: Sequence[Run], found: Sequence[Condition], pairs: Sequence[Contrast]) -> str:
     return words.headline_of_contrasts(pairs) if pairs else words.headline_of_runs(runs, extremes(found))
 
 
@@ -209,8 +217,7 @@ def _with_spread(condition: Condition, metric: Metric) -> str:
     return metric.show_spread(spread(condition.values(metric.key)))
 
 
-def _at_a_glance(found: Sequence[Condition]) -> list[Block]:
-    pairs = contrasts(found)
+def _at_a_glance(found: Sequence[Condition], pairs: Sequence[Contrast]) -> list[Block]:
     blocks: list[Block] = []
     metrics = tables.present([*tables.downstream_of(found)[:2], BY_KEY[STEPS_IN_BAND]], found)
     if metrics or tables.present(ACROSS, found):

@@ -143,7 +143,7 @@ def _gain(pair: Contrast) -> float:
 
 
 def _stopped_the_fall(pair: Contrast) -> bool:
-    """By the evaluation's rule, a winner fell below −0.1 nats, and less than 0.1 is no change."""
+    """Apply the evaluation's rule: below −0.1 nats a winner fell; a change of less than 0.1 is none."""
     means = _means(pair)
     assert means is not None
     base, calibrated = means

@@ -17,7 +17,7 @@ from made_up import BATCHES, Pairs, Shape, architecture, make_pairs, rows_of, ru
 from rcpo.method.geometry import passes_on
 from rcpo.planner.memory import StepMemory
 from rcpo.planner.model import depth, few_layers, parameters
-from rcpo.planner.trace import BatchShape, _Live, trace
+from rcpo.planner.trace import BatchShape, Live, trace
 from rcpo.training.dynamics import StepDynamics
 from rcpo.training.trainer import Trainer
 
@@ -247,7 +247,7 @@ def memory(shape: Shape, folder: Path, device: torch.device) -> dict[str, Any]:
         _few_steps(shape, folder, device)
         measured = torch.cuda.max_memory_allocated(device) - before
     else:
-        with (live := _Live(iter(()))):
+        with (live := Live(iter(()))):
             _few_steps(shape, folder, device)
         measured = live.peak
     more = 100 * (plan / measured - 1)

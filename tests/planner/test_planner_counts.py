@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from rcpo.config.schema import RunConfig
 from rcpo.method.geometry import ON_GPU
 from rcpo.planner.model import few_layers
-from rcpo.planner.trace import BatchShape, Work, _Live, trace
+from rcpo.planner.trace import BatchShape, Live, Work, trace
 
 SHAPE = LlamaConfig(
     vocab_size=4000,
@@ -33,7 +33,7 @@ def of_llama(*, sketch: int | None = None, dtype: str = "bf16") -> dict[str, Wor
 
 def test_operations_and_bytes_by_hand() -> None:
     left, right = torch.zeros(3, 4), torch.zeros(4, 5)
-    live = _Live(iter([left, right]))
+    live = Live(iter([left, right]))
     with live:
         product = left @ right  # reads 12 + 20 numbers, writes 15
         product.t().detach()  # views: nothing

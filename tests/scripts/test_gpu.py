@@ -40,7 +40,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script's main module; it adds to the path, and finds its neighbours there."""
     monkeypatch.setattr(sys, "path", [str(MAIN.parent), *sys.path])
     for name in ("checks", "made_up", "speed"):
-        monkeypatch.setitem(sys.modules, name, None)  # so that what is imported is forgotten afterwards
+        monkeypatch.setitem(sys.modules, name, None)  # undoes the import at the end of the test
         del sys.modules[name]
     specification = importlib.util.spec_from_file_location("gpu_script", MAIN)
     assert specification is not None and specification.loader is not None
