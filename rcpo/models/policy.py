@@ -60,6 +60,15 @@ class Policy(nn.Module):
         self.shape = head_shape(model)
         self.fused = True
         self.passes: Passes | None = None  # through the head's logits; None: those of the device
+        self.recomputes = False
+
+    def recompute_activations(self) -> None:
+        """Keep no layer's activations for the backward pass, which computes them again."""
+        name = "activation_checkpointing_enable"
+        if not hasattr(self.model, name):
+            name = "gradient_checkpointing_enable"  # what transformers called it before 5.23
+        getattr(self.model, name)({"use_reentrant": False})
+        self.recomputes = True
 
     def examine(self) -> None:
         """Run the model on a few tokens, and find out whether the fused head agrees with its own.

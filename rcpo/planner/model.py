@@ -93,7 +93,7 @@ def few_layers(architecture: PreTrainedConfig, config: RunConfig, *, layers: int
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     policy = _policy(cut, config)
     if config.train.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        policy.recompute_activations()
     return policy
 
 

@@ -231,7 +231,7 @@ def trace(policy: Policy, rows: BatchShape, sketch: int | None, *, training: boo
         stack.enter_context(fake_weights(policy))
         live = Live(iter([*policy.parameters(), *policy.buffers()]))
         flops = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
-        recorder = _Recorder(live, flops, collects=training and policy.model.is_activation_checkpointing)
+        recorder = _Recorder(live, flops, collects=training and policy.recomputes)
         for hook in _hooks(policy, layers, recorder):
             stack.callback(hook.remove)
         stack.enter_context(_few_objects())

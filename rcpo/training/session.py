@@ -124,7 +124,7 @@ class Session:
         self.total_steps = config.train.max_steps or config.train.epochs * self.batches.steps_per_epoch
         policy = load_policy(config, self.start, final)
         if config.train.gradient_checkpointing:
-            policy.model.activation_checkpointing_enable({"use_reentrant": False})
+            policy.recompute_activations()
         if training and config.train.compile:
             compile_layers(policy)
         if self.tracking is Tracking.SOME:  # too few to hold a second model for

@@ -116,9 +116,10 @@ def make_policy(shape: Shape, config: RunConfig, device: torch.device) -> Policy
         from rcpo.models.adapters import add_adapter
 
         add_adapter(model, config.adapter, config.seed)
+    policy = Policy(model)
     if shape.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return Policy(model)
+        policy.recompute_activations()
+    return policy
 
 
 def make_pairs(shape: Shape, count: int) -> list[Example]:

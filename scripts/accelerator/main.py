@@ -206,9 +206,10 @@ def free() -> int:
 
 
 def show(result: Any) -> str:
-    """A result as lines of a table."""
+    """A result as lines of a table; lists are for the file."""
     if not isinstance(result, dict):
         return f"  {result}"
+    result = {name: value for name, value in result.items() if not isinstance(value, list)}
     width = max(map(len, result))
     return "\n".join(f"  {name:<{width}}  {number(value)}" for name, value in result.items())
 

@@ -102,6 +102,8 @@ def _steps(
     trainer.dynamics = variants["rc=on"]
     found["phases"] = attempted(lambda: phases(trainer, device))
     found["operations"] = attempted(lambda: operations(trainer, device))
+    if device.type == "cuda":
+        found["longest kernels"] = attempted(lambda: longest(trainer, device))
     return found
 
 
@@ -176,6 +178,19 @@ def operations(trainer: Trainer, device: torch.device) -> dict[str, int]:
     if not found["kernels"]:
         raise RuntimeError("the profiler saw no kernel; counting needs CUPTI, and the right to use it")
     return found
+
+
+def longest(trainer: Trainer, device: torch.device, many: int = 40) -> list[dict[str, Any]]:
+    """The kernels that take most of a step, and the share of the device's time that each takes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        trainer.train_step()
+        wait(device)
+    rows = sorted(profiler.key_averages(), key=lambda row: row.self_device_time_total, reverse=True)
+    whole = sum(row.self_device_time_total for row in rows)
+    return [
+        {"kernel": row.key[:120], "times": row.count, "share": row.self_device_time_total / whole}
+        for row in rows[:many]
+    ]
 
 
 def _counted(rows: dict[str, int], *starts: str) -> int:

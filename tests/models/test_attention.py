@@ -164,11 +164,12 @@ def test_gradients_are_those_of_the_sequences_alone(kernel: str, checkpointing: 
     gradients = []
     for layout in ("shared", "separate"):
         model = build("qwen3, window", kernel)
+        policy = Policy(model)
         if checkpointing and layout == "shared":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.recompute_activations()
             model.train()
         batch = collate(examples, 0, sides=SIDES[:3], layout=layout, mismatched=mismatched)
-        logps = Policy(model)(**policy_inputs(batch))[0]
+        logps = policy(**policy_inputs(batch))[0]
         (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[1].items():
@@ -281,9 +282,9 @@ def test_compiled_layers_compute_the_same(checkpointing: bool) -> None:
     found = []
     for compiled in (False, True):
         model = build("llama", "sdpa").train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         policy = Policy(model)
+        if checkpointing:
+            policy.recompute_activations()
         if compiled:
             compile_layers(policy, backend="eager")  # traced as for any compiler, which takes its time
         logps = policy(**policy_inputs(batch))[0]
