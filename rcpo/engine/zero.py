@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
@@ -96,7 +98,7 @@ def refuse_deepspeed_settings(config: RunConfig) -> None:
 def _internal(owner: Any, name: str, purpose: str) -> Any:
     """An attribute of DeepSpeed's that is not its interface; raises ConfigError where a version lacks it."""
     if not hasattr(owner, name):
-        kind = owner if isinstance(owner, type) else type(owner)
+        kind = owner if isinstance(owner, type | ModuleType) else type(owner)
         raise ConfigError(
             f"DeepSpeed {deepspeed.__version__} has no {kind.__name__}.{name}, which rcpo needs {purpose}; "
             f"install one that was tested: pip install deepspeed=={TESTED}"
@@ -158,6 +160,17 @@ def _releases() -> Callable[[], None]:
 def forget_releases() -> None:
     """Forget which weights the modules of closed engines let go of."""
     _releases()()
+
+
+def _forget(policy: Policy) -> None:
+    """Undo what keeps a destroyed engine's weights: methods on parameters that refer to them where Python's
+    collector cannot see it, and under ZeRO-3 the list of modules that run.
+    """
+    for parameter in policy.parameters():
+        vars(parameter).clear()
+    running = _internal(parameter_offload, "FWD_MODULE_STACK", "to free memory under ZeRO-3")
+    own = set(policy.modules())
+    running[:] = [module for module in running if module not in own]
 
 
 def deepspeed_config(config: RunConfig, *, training: bool) -> dict[str, Any]:
@@ -362,8 +375,10 @@ class Engine:
         self._engine.eval()
 
     def close(self) -> None:
-        """Let go of what DeepSpeed holds; the engine is of no use after."""
+        """Let go of the weights and of what DeepSpeed holds; engine and policy are of no use after."""
+        policy = self.policy
         self._engine.destroy()
+        _forget(policy)
         forget_releases()
 
     def forward(
