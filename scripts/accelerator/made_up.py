@@ -22,7 +22,7 @@ from rcpo.engine.zero import Engine
 from rcpo.method.types import TokenBatch
 from rcpo.models.attention import choose_layout
 from rcpo.models.loading import DTYPES
-from rcpo.models.policy import Policy
+from rcpo.models.policy import Policy, compile_layers
 from rcpo.planner.trace import BatchShape
 from rcpo.training.forward import PairForward
 from rcpo.training.objective import build_objective
@@ -71,11 +71,15 @@ class Shape:
     layout: str = "auto"
     attention: str | None = None
     optimizer: str = "adamw"
+    compiled: bool = False
 
     @property
     def title(self) -> str:
         """What tables call it."""
-        return f"{self.name}{' LoRA' if self.lora else ''}{'' if self.optimizer == 'adamw' else ', SGD'}"
+        words = [self.name + (" LoRA" if self.lora else "")]
+        words += ["SGD"] if self.optimizer == "sgd" else []
+        words += ["compiled"] if self.compiled else []
+        return ", ".join([*words, f"{self.pairs} pairs"])
 
     @property
     def tokens(self) -> int:
@@ -95,7 +99,7 @@ def run_config(shape: Shape, folder: Path) -> RunConfig:
     config.train.batch_size, config.train.micro_batch_size = shape.pairs, shape.micro or shape.pairs
     config.train.max_steps, config.eval.batch_size = 1000, shape.pairs
     config.engine.stage, config.data.layout = shape.stage, shape.layout
-    config.model.attention = shape.attention
+    config.model.attention, config.train.compile = shape.attention, shape.compiled
     config.optim.lr, config.wandb.mode = 1e-5, "disabled"
     if shape.optimizer == "sgd":
         config.optim.name, config.optim.momentum = "sgd", 0.0
@@ -119,6 +123,8 @@ def make_policy(shape: Shape, config: RunConfig, device: torch.device) -> Policy
     policy = Policy(model)
     if shape.checkpointing:
         policy.recompute_activations()
+    if shape.compiled:
+        compile_layers(policy)
     return policy
 
 

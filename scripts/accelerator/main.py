@@ -52,6 +52,8 @@ REAL = [
     Shape("8B", pairs=8, prompt=256, response=256, lora=True),
     Shape("8B, 8 layers", pairs=8, prompt=256, response=256),
     Shape("8B", pairs=8, prompt=256, response=256, optimizer="sgd"),
+    Shape("8B", pairs=8, prompt=256, response=256, optimizer="sgd", compiled=True),
+    Shape("0.5B", pairs=8, prompt=256, response=256, compiled=True),
 ]
 ROOM = 0.94  # of the GPU's memory: the rest is CUDA's, NCCL's, and what lies between tensors
 SMALLEST = Shape("tiny", pairs=4, prompt=12, response=12)
@@ -131,7 +133,7 @@ class Run:
             if self._too_large(shape):
                 continue
             self.measure(
-                f"{shape.title}, {shape.pairs} pairs",
+                shape.title,
                 partial(speed.steps, shape, folder, device, peak, tiny),
                 takes=45,
             )
@@ -206,19 +208,20 @@ def free() -> int:
 
 
 def show(result: Any) -> str:
-    """A result as lines of a table; lists are for the file."""
+    """A result as lines of a table."""
     if not isinstance(result, dict):
         return f"  {result}"
-    result = {name: value for name, value in result.items() if not isinstance(value, list)}
     width = max(map(len, result))
     return "\n".join(f"  {name:<{width}}  {number(value)}" for name, value in result.items())
 
 
 def number(value: Any) -> str:
+    """A value in a table, without lists, which are for the file."""
     if isinstance(value, float):
         return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e6 else f"{value:,.3f}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {number(each)}" for name, each in value.items())
+        short = {name: each for name, each in value.items() if not isinstance(each, list)}
+        return ", ".join(f"{name} {number(each)}" for name, each in short.items())
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
