@@ -21,8 +21,8 @@ class PlanConfig:
     pairs: int | None = key(None, "training pairs; null: counted", at_least=1)
     prompt_tokens: int | None = key(None, "tokens of a prompt; null: counted", at_least=1)
     response_tokens: int | None = key(None, "tokens of a response; null: counted", at_least=1)
-    efficiency: float = key(0.4, "share of the GPU's FLOP/s that training reaches", above=0, at_most=1)
-    start_seconds: float = key(1e-5, "seconds in which the host starts an operation", at_least=0)
+    efficiency: float = key(0.45, "share of the GPU's FLOP/s that training reaches", above=0, at_most=1)
+    start_seconds: float = key(4e-5, "seconds in which the host starts an operation", at_least=0)
     link_efficiency: float = key(0.8, "share of the links' bandwidth that is reached", above=0, at_most=1)
     headroom: float = key(0.1, "share of the GPU's memory to leave free", at_least=0, below=1)
 
