@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 log = logging.getLogger(__name__)
-# seconds that the other local ranks have to leave by themselves once one has left: a checkpoint may be large
-SHUTDOWN_SECONDS = 300
 LEEWAY = 5  # seconds in which the others notice that a rank was killed
 
 
@@ -55,7 +53,6 @@ def launch_workers(processes: int, command: list[str], node: Node | None = None)
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="",  # forwarded below: the agent would kill ranks that are saving a checkpoint
-            shutdown_timeout=SHUTDOWN_SECONDS,
         )
         with _environment(ranks_share), forward_signals(_children_of_this()) as received:
             try:
