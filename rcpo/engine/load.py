@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rcpo.config.model import holds_adapter
 from rcpo.config.schema import RunConfig
-from rcpo.engine.zero import deepspeed_config
+from rcpo.engine.zero import deepspeed_config, exact_ranges
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_model, load_tokenizer, load_whole, model_folder, refuse_other_weights
@@ -104,7 +104,8 @@ def read_model(source: ModelSource, config: RunConfig) -> PreTrainedModel:
         # kept here, as transformers refers to it weakly
         alive = HfDeepSpeedConfig(deepspeed_config(config, training=False))
         try:
-            model = load()
+            with exact_ranges():
+                model = load()
         finally:
             unset_hf_deepspeed_config()
             del alive

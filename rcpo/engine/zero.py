@@ -11,8 +11,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
@@ -160,6 +160,26 @@ def _releases() -> Callable[[], None]:
 def forget_releases() -> None:
     """Forget which weights the modules of closed engines let go of."""
     _releases()()
+
+
+@contextmanager
+def exact_ranges() -> Iterator[None]:
+    """Keep the dtype of `torch.arange` while a model is built under ZeRO-3.
+
+    DeepSpeed casts such tensors to the weights' dtype, and rotary frequencies are made of them: in bf16 they
+    are off by 0.4 %. Newer versions of transformers prevent that themselves; 5.17 does not.
+    """
+    name, arange = "zero_wrapper_for_fp_tensor_constructor", torch.arange
+    wrap = _internal(partition_parameters, name, "for exact positions under ZeRO-3")
+
+    def wrap_others(make: Any, target_fp_dtype: torch.dtype | None, target_device: Any) -> Any:
+        return wrap(make, None if make is arange else target_fp_dtype, target_device)
+
+    setattr(partition_parameters, name, wrap_others)
+    try:
+        yield
+    finally:
+        setattr(partition_parameters, name, wrap)
 
 
 def _forget(policy: Policy) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import forked
 import pytest
 import torch
@@ -30,15 +31,18 @@ from transformers import (
 
 from rcpo.config.schema import RunConfig
 from rcpo.engine import zero
+from rcpo.engine.load import read_model
 from rcpo.engine.pieces import longest_vector
 from rcpo.engine.zero import (
     build_optimizer,
     deepspeed_config,
+    exact_ranges,
     parameter_groups,
     refuse_deepspeed_settings,
     schedule,
 )
 from rcpo.errors import ConfigError
+from rcpo.models.hub import ModelSource
 from rcpo.system import distributed
 
 PROGRAM = """
@@ -302,6 +306,29 @@ def test_other_deepspeed_settings_pass_through_beside_those_of_rcpo() -> None:
 def test_under_zero_3_norms_and_biases_stay_whole_and_matrices_do_not() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 2))
     assert longest_vector(model) == 6  # below 8 · 6 and 6 · 2
+
+
+def test_ranges_keep_their_dtype_while_zero_3_splits_a_model() -> None:
+    distributed.initialize()
+    with (
+        exact_ranges(),
+        deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 1}, dtype=torch.bfloat16),
+    ):
+        frequencies, weights = torch.arange(3, dtype=torch.float32) / 3, torch.ones(3)
+    assert frequencies.tolist() == pytest.approx([0.0, 1 / 3, 2 / 3], rel=1e-7)  # 0.334 in bf16
+    assert weights.dtype == torch.bfloat16
+
+
+def test_rotary_frequencies_are_the_same_with_and_without_zero_3(tmp_path: Path) -> None:
+    distributed.initialize()
+    config = RunConfig()
+    config.train.dtype, source = "bf16", ModelSource(Path(tiny_llama(tmp_path / "model")))
+    found = []
+    for stage in (0, 3):
+        config.engine.stage = stage
+        found.append(dict(read_model(source, config).named_buffers())["model.rotary_emb.inv_freq"])
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert torch.equal(found[0], found[1])
 
 
 def test_another_version_of_deepspeed_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
