@@ -538,6 +538,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.slow
 def test_two_ranks_and_every_stage_give_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason=NO_BITS)
     base = Path(tiny_llama(tmp_path / "base", hidden=64))
     (tmp_path / "tuned").mkdir()
     tuned = adapter_of(base, tmp_path / "tuned")
