@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from rcpo.config.schema import BITSANDBYTES, RunConfig
@@ -77,6 +78,18 @@ OWNED = {
 def gathered(parameters: list[nn.Parameter]) -> Any:
     """The context in which parameters that ZeRO-3 has partitioned are whole on every rank, to be read."""
     return deepspeed.zero.GatheredParameters(parameters)
+
+
+def refuse_older_deepspeed() -> None:
+    """Raise ConfigError for versions before the tested one, which train otherwise without an error.
+
+    Under ZeRO-2 they add gradients up in bf16, off by 0.4 %, and fail where a step in bf16 is not finite.
+    """
+    if Version(deepspeed.__version__) < Version(TESTED):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} adds up gradients in bf16 where train.dtype=bf16 and "
+            f"engine.stage=2; rcpo needs {TESTED} or newer: pip install deepspeed=={TESTED}"
+        )
 
 
 def refuse_deepspeed_settings(config: RunConfig) -> None:
@@ -167,7 +180,7 @@ def exact_ranges() -> Iterator[None]:
     """Keep the dtype of `torch.arange` while a model is built under ZeRO-3.
 
     DeepSpeed casts such tensors to the weights' dtype, and rotary frequencies are made of them: in bf16 they
-    are off by 0.4 %. Newer versions of transformers prevent that themselves; 5.17 does not.
+    are off by 0.4 %. Newer versions of transformers prevent that; 5.17 does not.
     """
     name, arange = "zero_wrapper_for_fp_tensor_constructor", torch.arange
     wrap = _internal(partition_parameters, name, "for exact positions under ZeRO-3")

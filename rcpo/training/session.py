@@ -25,7 +25,7 @@ from rcpo.data.identity import smallest_ids
 from rcpo.data.store import PairDataset
 from rcpo.data.templates import OWN
 from rcpo.engine.load import find_start, load_policy, reference_source
-from rcpo.engine.zero import Engine, refuse_deepspeed_settings
+from rcpo.engine.zero import Engine, refuse_deepspeed_settings, refuse_older_deepspeed
 from rcpo.errors import ConfigError
 from rcpo.method.objectives import Objective
 from rcpo.method.types import TokenBatch
@@ -80,6 +80,7 @@ class Session:
         self.run_dir = run_dir
         self._training = training
         self.objective = build_objective(config)
+        refuse_older_deepspeed()
         refuse_deepspeed_settings(config)
         distributed.seed_everything(config.seed, deterministic=config.launch.deterministic)
         self.start = find_start(config, run_dir)

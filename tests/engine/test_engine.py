@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from rcpo.engine.zero import (
     exact_ranges,
     parameter_groups,
     refuse_deepspeed_settings,
+    refuse_older_deepspeed,
     schedule,
 )
 from rcpo.errors import ConfigError
@@ -329,6 +331,18 @@ def test_rotary_frequencies_are_the_same_with_and_without_zero_3(tmp_path: Path)
         found.append(dict(read_model(source, config).named_buffers())["model.rotary_emb.inv_freq"])
     assert found[0].dtype == found[1].dtype == torch.float32
     assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.19.7", True), ("0.19.8", False), ("0.19.8+cu130", False)]
+)
+def test_a_deepspeed_that_adds_up_gradients_in_bf16_is_refused(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    remedy = r"DeepSpeed 0\.19\.7 .*pip install deepspeed==0\.19\.8"
+    with pytest.raises(ConfigError, match=remedy) if refused else nullcontext():
+        refuse_older_deepspeed()
 
 
 def test_another_version_of_deepspeed_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
