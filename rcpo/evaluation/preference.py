@@ -163,7 +163,8 @@ def _negative(values: Floats | None) -> Floats | None:
 
 
 def preference_metrics(scores: PreferenceScores, seed: int, resamples: int = RESAMPLES) -> dict[str, float]:
-    """The flat record of held-out means with their intervals, and `eval/examples`, the number of pairs.
+    """The flat record of held-out means with their intervals, and `eval/examples`, the number of pairs; of
+    the log-ratios by token the medians, too, which a few pairs that moved far do not move.
 
     In unpaired data the mean of a side is over the examples that have it; where the reference knows some
     examples alone, log-ratios are theirs, `eval/logratios/examples` of them.
@@ -181,6 +182,11 @@ def preference_metrics(scores: PreferenceScores, seed: int, resamples: int = RES
             prompts = None if scores.prompts is None else scores.prompts[rows]
             values = {name: columns[name][rows] for name in names}
             record |= means_with_intervals(values, seed, resamples, prompts)
+            record |= {
+                f"eval/{name}/median": float(np.median(values[name]))
+                for name in names
+                if name.startswith("token_logratios/")
+            }
     return record
 
 

@@ -22,6 +22,8 @@ ROWS = (
     ("exact match", "exact_match", "percent"),
     ("winner's mean log-ratio", "logratios/chosen", "nats"),
     ("loser's mean log-ratio", "logratios/rejected", "nats"),
+    ("winner's median log-ratio, a token", "token_logratios/chosen/median", "nats"),
+    ("loser's median log-ratio, a token", "token_logratios/rejected/median", "nats"),
     ("pairs whose winner fell", "winner_fell", "percent"),
     ("KL to the reference, an answer", "kl", "nats"),
     ("winner's mean log-prob", "logps/chosen", "nats"),

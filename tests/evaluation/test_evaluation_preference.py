@@ -62,6 +62,8 @@ def test_three_pairs_by_hand() -> None:
             "eval/token_logps/chosen": -0.5,
             "eval/token_logratios/chosen": -0.25,  # (−0.5 + 0.5 − 0.75) / 3
             "eval/token_logratios/rejected": -0.5,  # (−1 + 0.25 − 0.75) / 3
+            "eval/token_logratios/chosen/median": -0.5,  # −0.75, −0.5, 0.5
+            "eval/token_logratios/rejected/median": -0.75,  # −1, −0.75, 0.25
             "eval/logps/chosen": -2.0,
             "eval/logps/rejected": -8 / 3,
             "eval/logps/accuracies": 2 / 3,  # −1 > −2, −2 < −1, −3 > −5
@@ -118,6 +120,7 @@ def test_log_ratios_are_of_the_examples_that_were_compared() -> None:
     found = preference_metrics(scores, seed=1)
     assert found["eval/logratios/chosen"] == -0.375 and found["eval/logratios/rejected"] == -0.75
     assert found["eval/token_logratios/chosen"] == -0.375 and found["eval/winner_fell"] == 1.0
+    assert found["eval/token_logratios/chosen/median"] == -0.375
     assert (found["eval/examples"], found["eval/logratios/examples"]) == (3, 2)
     assert (found["eval/logratios/chosen/low"], found["eval/logratios/chosen/high"]) == (-0.5, -0.25)
     assert found["eval/logps/chosen"] == -2.0 and found["eval/rewards/accuracies"] == pytest.approx(2 / 3)
@@ -292,7 +295,9 @@ def test_unpaired_examples_count_for_the_side_that_they_have() -> None:
             "eval/logratios/rejected": -0.75,
             "eval/token_logps/chosen": -0.375,  # (−0.25 − 0.5) / 2
             "eval/token_logratios/chosen": 0.0,
+            "eval/token_logratios/chosen/median": 0.0,
             "eval/token_logratios/rejected": -0.75,
+            "eval/token_logratios/rejected/median": -0.75,
             "eval/winner_fell": 0.5,
         }
     )
