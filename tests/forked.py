@@ -46,7 +46,10 @@ IMPORTED = [
     *("matplotlib.backends.backend_agg", "requests"),
     *("torch.distributed.launcher.api", "transformers.models.llama.modeling_llama", "datasets", "peft"),
     *("deepspeed", "hydra", "psutil"),
+    str(Path(__file__).with_name("prepared.py")),
 ]
+# what pytest's workers have besides
+OF_WORKERS = ["hypothesis", "trl", str(Path(__file__).with_name("rewritten.py"))]
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OPTIONS = ("-P", "-u")  # the interpreter's that a fork can have: no folder of its own in the path, no buffer
 _LENT = "RCPO_FORKED"  # the variable with the descriptor of a worker's forking process
@@ -269,19 +272,22 @@ def fork_workers() -> None:
 
     All share what one process has imported, and start in no time.
     """
-    _fork_from(_server(()), lends=True)
+    _fork_from(_started(OF_WORKERS, subprocess.Popen), lends=True)
 
 
 @cache
 def _server(imports: tuple[str, ...]) -> Server:
     if _lent is not None and not imports:
         return Server(socket.socket(fileno=int(_lent)))
+    return _started(imports, Popen if imports else subprocess.Popen)  # one with more is forked from the first
+
+
+def _started(imports: Sequence[str], start: type[subprocess.Popen[bytes]]) -> Server:
     near, far = socket.socketpair()
     # pipes, as what its children's output goes to may have no positions
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     words = [sys.executable, str(Path(__file__)), *IMPORTED, *imports]
-    start = Popen if imports else subprocess.Popen  # one with more imports is forked from the one without
-    _processes.append(start(words, stdin=far, **pipes))
+    _processes.append(start(words, stdin=far, **pipes))  # type: ignore[call-overload]
     far.close()
     return Server(near)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import forked
 import psutil
 import pytest
+import rewritten
+from _pytest.assertion import rewrite
 
 
 def run(code: str, *words: str, **named: object) -> subprocess.CompletedProcess[str]:
@@ -79,6 +83,29 @@ def test_more_imports_are_there_before_a_program_starts() -> None:
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     nested = forked.run([sys.executable, "-c", script], imports=[module], stdin=subprocess.DEVNULL)
     assert nested.stdout.split()[1:] == ["True"]
+
+
+def test_rcpo_s_options_are_read_and_nothing_is_left_of_the_reading() -> None:
+    code = """
+import sys
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.global_hydra import GlobalHydra
+print(ConfigRepository.load_config.__module__, GlobalHydra.instance().is_initialized())
+print(sys.argv[1] in sys.path)
+"""
+    done = run(code, str(Path(forked.__file__).parent))
+    assert done.stdout == "compositions False\nFalse\n", done.stderr
+
+
+def test_rewritten_assertions_are_pytest_s_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "_rewrite_test", rewritten.PLAIN)
+    file = Path(shutil.copy(__file__, tmp_path))
+    rewritten.keep([file])
+    _, kept = rewrite._rewrite_test(file, None)  # type: ignore[arg-type]
+    tree = ast.parse(file.read_bytes())
+    rewrite.rewrite_asserts(tree, file.read_bytes())
+    assert kept == compile(tree, str(file), "exec", dont_inherit=True)
+    assert rewrite._rewrite_test(file, None)[1] is kept  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_forked_is_refused() -> None:

@@ -14,6 +14,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import forked
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -194,7 +195,7 @@ def test_the_last_line_names_what_was_not_tested_and_how_to_enable_it(clone: Clo
 
 
 def test_pytest_writes_down_why_it_skipped(tmp_path: Path) -> None:
-    for name in ("conftest", "compositions", "environment", "forked"):
+    for name in ("conftest", "compositions", "environment", "forked", "prepared", "rewritten"):
         shutil.copy(ROOT / "tests" / f"{name}.py", tmp_path)
     (tmp_path / "test_one.py").write_text(
         "import pytest\ndef test_a(): pytest.skip('no\\nSLURM')\ndef test_b(): pass\n"
@@ -202,7 +203,7 @@ def test_pytest_writes_down_why_it_skipped(tmp_path: Path) -> None:
     (tmp_path / "test_two.py").write_text("import pytest\npytest.importorskip('nothing_of_this_name')\n")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", str(tmp_path)]
     environment = {**os.environ, "RCPO_SKIPPED": str(tmp_path / "skipped")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    result = forked.run(command, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     reasons = sorted((tmp_path / "skipped").read_text().splitlines())
     assert len(reasons) == 2 and reasons[0].startswith("could not import") and reasons[1] == "no SLURM"
