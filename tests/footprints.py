@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,8 +28,6 @@ from rcpo.planner.states import Parameter
 from rcpo.planner.trace import BatchShape, trace
 
 WORKER = str(Path(__file__).parent / "workers" / "footprint.py")
-# freed memory goes back at once, so that a process's size is that of its tensors
-RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LIMITS = {
     "stage3_prefetch_bucket_size": "prefetch",
     "stage3_max_live_parameters": "max_live",
@@ -151,21 +147,14 @@ class Footprint:
         return int(max(self.measured["peaks"].values()))
 
 
-def footprints(
-    folder: Path, path: str, groups: dict[int, list[Changes]], *small: str, forking: bool = False
-) -> Iterator[Footprint]:
+def footprints(folder: Path, path: str, groups: dict[int, list[Changes]], *small: str) -> Iterator[Footprint]:
     """Runs the model at `path` with each of the changes on each number of ranks; then all that was found.
 
-    A `small` model comes before each run, so that no program text counts as the model's. A process that is
-    forked measures no peak of its own.
+    A `small` model comes before each run, so that no program text counts as the model's.
     """
     pairs, output = sums_file(folder / "pairs.jsonl", 24), folder / "measured"
     command = [sys.executable, WORKER, path, pairs, str(output), json.dumps(list(groups.items())), *small]
-    environment = {**os.environ, **RETURNS_MEMORY}
-    if forking:
-        ended = forked.run(command, env=environment)
-    else:
-        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    ended = forked.run(command)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for ranks, wanted in groups.items():
         for rank in range(ranks):

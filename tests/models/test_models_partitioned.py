@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from tiny import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
+from workers import partitioned_loading
 
 from rcpo.config.schema import RunConfig
 from rcpo.engine.load import read_model
@@ -20,8 +18,6 @@ from rcpo.engine.zero import Engine
 from rcpo.models.hub import ModelSource
 from rcpo.models.policy import Policy
 from rcpo.system import distributed
-
-WORKER = str(Path(__file__).parents[1] / "workers" / "partitioned_loading.py")
 
 
 def large_llama(folder: Path) -> None:
@@ -33,22 +29,13 @@ def large_llama(folder: Path) -> None:
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="25MB")
 
 
-def measure(folder: Path, stage: int) -> list[dict[str, Any]]:
-    # an allocator that keeps what was freed would count it as taken
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    output = folder.parent / f"stage{stage}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER]
-    command += [str(folder), str(stage), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(Path(f"{output}-{rank}.json").read_text()) for rank in range(2)]
-
-
 @pytest.mark.slow
 def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
     large_llama(tmp_path / "large")
     tiny_llama(tmp_path / "small")
-    whole, split = (measure(tmp_path / "large", stage) for stage in (0, 3))
+    on_ranks(2, partitioned_loading.measure, tmp_path / "large", [3, 0], tmp_path / "rank")
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    split, whole = zip(*ranks, strict=True)
     size = whole[0]["whole"]
     assert size == split[0]["whole"] > 200e6
     for rank in range(2):

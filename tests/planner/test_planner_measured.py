@@ -30,7 +30,7 @@ def two_micro_batches(changes: Changes, ranks: int) -> Changes:
 def test_tensors_and_messages_are_deepspeeds_to_the_byte(tmp_path: Path) -> None:
     groups = {ranks: [two_micro_batches(each, ranks) for each in GROUPS[ranks]] for ranks in GROUPS}
     seen = 0
-    for each in footprints(tmp_path, nothing(tmp_path / "model"), groups, forking=True):
+    for each in footprints(tmp_path, nothing(tmp_path / "model"), groups):
         where = each.changes, each.ranks, each.rank
         assert each.states == each.measured["before_step"], where
         assert each.messages == each.measured["communication"], where

@@ -8,6 +8,7 @@ OUTPUT.RANKS.RANK: a JSON list with an object for each. Ranks are forks of this 
 imported once.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ from rcpo.system import distributed
 from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 STEPS = 3  # under ZeRO-3 the first two record the order of the modules
 
 
@@ -187,6 +189,9 @@ def run(
 
 def main() -> None:
     model, pairs, output, groups, *small = sys.argv[1:]
+    # freed memory goes back at once, so that a process's size is that of its tensors
+    for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        assert ctypes.CDLL(None).mallopt(threshold, 65536) == 1
     for ranks, wanted in json.loads(groups):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -1,15 +1,11 @@
-"""Loads a model as a session does on several ranks, and says what it took of this rank's memory.
+"""Loads a model as a session does on several ranks, and says what it took of this rank's memory."""
 
-Usage: partitioned_loading.py MODEL STAGE OUTPUT; rank R writes OUTPUT-R.json, in bytes: `peak`, the most
-anonymous memory over that before (mapped files are the kernel's to drop), `whole`, the model's own size, and
-`largest`, its largest parameter. `logps` are the loaded policy's for eight tokens.
-"""
-
+import ctypes
 import json
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +16,8 @@ from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_model
 from rcpo.models.policy import Policy
 from rcpo.system import distributed
+
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def anonymous() -> int:
@@ -46,12 +44,22 @@ class Peak(threading.Thread):
         return self.most - self.before
 
 
-def main() -> None:
-    folder, stage, output = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    distributed.initialize()
+def measure(folder: Path, stages: list[int], output: Path) -> None:
+    """Rank R writes OUTPUT-R.json, for each of the stages, in bytes.
+
+    `peak` is the most anonymous memory over that before (mapped files are the kernel's to drop), `whole` the
+    model's own size, and `largest` its largest parameter. `logps` are the loaded policy's for eight tokens.
+    """
+    # an allocator that keeps what was freed would count it as taken
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536) == 1
+    load_model(folder.parent / "small", RunConfig().model)  # so that modules and code are in memory already
+    records = [loaded(folder, stage) for stage in stages]
+    Path(f"{output}-{distributed.rank()}.json").write_text(json.dumps(records))
+
+
+def loaded(folder: Path, stage: int) -> dict[str, Any]:
     config = RunConfig()
     config.engine.stage = stage
-    load_model(folder.parent / "small", config.model)  # so that modules and their code are in memory already
     peak = Peak()
     peak.start()
     model = read_model(ModelSource(folder), config)
@@ -61,10 +69,5 @@ def main() -> None:
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         logps = engine.policy(ids, torch.arange(8)[None], predictors=torch.arange(7), labels=ids[0, 1:])[0]
-    record = {"peak": took, "whole": sum(sizes), "largest": max(sizes), "logps": logps.tolist()}
-    Path(f"{output}-{distributed.rank()}.json").write_text(json.dumps(record))
-    distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    engine.close()
+    return {"peak": took, "whole": sum(sizes), "largest": max(sizes), "logps": logps.tolist()}
