@@ -92,23 +92,23 @@ def at_a_site(user: User) -> User:
     return replace(user, environment={**user.environment, **module})
 
 
-def test_an_array_of_six_runs_one_of_which_fails(user: User, cluster: Cluster) -> None:
-    sweep = ["sweep", "seed=1,2,3", "optim.lr=1e-4,1e-3", *ONE_STEP, "hydra.sweep.dir=array"]
-    failing = user.folder / "array" / "seed-3_optim.lr-0.001"
+def test_an_array_of_four_runs_one_of_which_fails(user: User, cluster: Cluster) -> None:
+    sweep = ["sweep", "seed=1,2", "optim.lr=1e-4,1e-3", *ONE_STEP, "hydra.sweep.dir=array"]
+    failing = user.folder / "array" / "seed-2_optim.lr-0.001"
     # made to fail while it runs: a folder in the place of a file that it writes
     (failing / "metrics.jsonl").mkdir(parents=True)
     job = user.submit(*sweep)
     waiting = user.submit("train", *ONE_STEP, "slurm.after=array", "hydra.run.dir=after")
-    states = [cluster.wait_for_end(f"{job}_{index}") for index in range(6)]
-    assert states == ["COMPLETED"] * 5 + ["FAILED"], [user.words(f"array/{path.name}") for path in runs(user)]
+    states = [cluster.wait_for_end(f"{job}_{index}") for index in range(4)]
+    assert states == ["COMPLETED"] * 3 + ["FAILED"], [user.words(f"array/{path.name}") for path in runs(user)]
     found = json.loads((user.folder / "array" / "sweep.json").read_text())
     labels = [condition["label"] for condition in found["conditions"]]
     assert labels == ["sft optim.lr=0.0001", "sft optim.lr=0.001"]
-    assert [len(condition["seeds"]) for condition in found["conditions"]] == [3, 2]
+    assert [len(condition["seeds"]) for condition in found["conditions"]] == [2, 1]
     (failed,) = found["incomplete"]
     assert failed["name"] == failing.name and failed["code"] == 1
     status = user.rcpo("submit", "status", "array")
-    assert status.count("COMPLETED") == 5 and status.count("FAILED") == 1
+    assert status.count("COMPLETED") == 3 and status.count("FAILED") == 1
     # what waits for it drops out
     assert cluster.wait_for_end(waiting) == "CANCELLED"
     # submitted again, only what is missing is submitted
