@@ -203,6 +203,14 @@ def test_the_library_s_cache_files_beside_a_saved_set_are_not_read(tmp_path: Pat
         load(path=str(tmp_path / "one"), eval_fraction=0)
 
 
+def test_a_saved_set_of_no_files_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(pairs(5)).save_to_disk(tmp_path / "one")
+    state = tmp_path / "one" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": []}))
+    with pytest.raises(ConfigError, match=r"state.json lists no file: the saved dataset is empty"):
+        load(path=str(tmp_path / "one"), eval_fraction=0)
+
+
 def test_parts_of_a_split_as_the_library_has_them(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", pairs(1050))
     library = datasets.load_dataset("json", data_files=path, cache_dir=str(tmp_path / "hf"))["train"]
@@ -319,6 +327,12 @@ def test_a_mixture_of_sources_by_weight(tmp_path: Path) -> None:
     held_out = load(sources=sources, eval_fraction=0.3)
     assert len(held_out.evaluation) == 4  # of the 14 prompts
     assert not set(held_out.train.ids) & set(held_out.evaluation.ids)
+
+
+def test_weights_that_leave_no_example_are_refused(tmp_path: Path) -> None:
+    small = write(tmp_path / "s.jsonl", pairs(4, "s"))
+    with pytest.raises(ConfigError, match=r"data.sources: their weights leave no example to train on; raise"):
+        load(sources=[SourceConfig(path=small, weight=0.01)], eval_fraction=0)  # 0.04 examples
 
 
 def test_at_most_max_examples_are_read_and_nothing_is_said_of_the_rows_behind_them(tmp_path: Path) -> None:

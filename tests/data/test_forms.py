@@ -20,7 +20,7 @@ from rcpo.data.forms import (
     registered,
     with_input,
 )
-from rcpo.data.judged import FIRST, SECOND, TIE, Scored, majority, paired
+from rcpo.data.judged import FIRST, SECOND, TIE, Comparisons, Ranked, Scored, Trees, majority, paired
 from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
 
@@ -186,6 +186,72 @@ def test_a_tree_gives_a_pair_for_every_group_of_ranked_replies() -> None:
         {"prompt": [q], "chosen": "a", "rejected": "b", **scores},
         {"prompt": [q, a, more], "chosen": "c", "rejected": "d", **scores},
     ]
+
+
+JUDGED = Comparisons("", "one", "other", ("judge", "second"), {"1": FIRST, "2": SECOND}, "keep")
+LISTED = Comparisons("", "", "", ("judge",), {"1": FIRST}, "keep", listed="answers")
+MARKED = Ranked("", "answers", "marks", None, None, False, "best_worst", "keep")
+OBJECTS = Ranked("", "answers", None, "text", "score", False, "best_worst", "keep")
+TREES = Trees("", "root", "best_worst", "keep")
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "words"),
+    [
+        (JUDGED, {"one": "a", "judge": "1"}, "no field 'other'"),
+        (JUDGED, {"one": "a", "other": "b"}, "no judgment in 'judge', 'second'"),
+        (JUDGED, {"one": "a", "other": "b", "judge": "", "second": []}, "no judgment in 'judge', 'second'"),
+        (
+            JUDGED,
+            {"prompt": '["q", "r"]', "one": '["a", null]', "other": '["b", "c"]', "judge": "1"},
+            "a turn is not text",
+        ),
+        (LISTED, {"answers": ["a"], "judge": "1"}, "column 'answers' is not a list of two answers"),
+        (LISTED, {"answers": "ab", "judge": "1"}, "column 'answers' is not a list of two answers"),
+        (MARKED, {"answers": "ab", "marks": [1, 2]}, "column 'answers' is not a list of answers"),
+        (
+            MARKED,
+            {"answers": ["a", "b"], "marks": [1]},
+            "columns 'answers' and 'marks' are not lists of the same length",
+        ),
+        (MARKED, {"answers": ["a", "b"]}, "columns 'answers' and 'marks' are not lists of the same length"),
+        (
+            OBJECTS,
+            {"answers": [{"text": "a", "score": 1}, "b"]},
+            "column 'answers' holds an answer without 'text'",
+        ),
+        (OBJECTS, {"answers": [{"score": 1}]}, "column 'answers' holds an answer without 'text'"),
+        (TREES, {"root": "q"}, "column 'root' holds no tree of messages"),
+        (TREES, {"root": {"text": "q", "replies": ["a", "b"]}}, "a reply of the tree is not an object"),
+        (TREES, {"root": {"text": "q", "replies": [{"rank": 1}]}}, "a message of the tree has no text"),
+        (
+            TREES,
+            {"root": {"text": "q", "replies": [{"text": "a", "rank": 1}]}},
+            "no two replies of the tree have a rank or score",
+        ),
+    ],
+)
+def test_a_row_unlike_its_form_is_refused_with_the_reason(
+    form: Comparisons | Ranked | Trees, row: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadRow) as refused:
+        form.rows(row)
+    assert str(refused.value) == words
+
+
+def test_answers_that_are_objects_have_their_text_under_a_known_name() -> None:
+    row = {"answers": [{"id": 7, "content": "a"}, {"id": 8, "content": "b"}], "judge": {"vote": "1"}}
+    assert [{key: one[key] for key in ("chosen", "rejected")} for one in LISTED.rows(row)] == [
+        {"chosen": "a", "rejected": "b"}
+    ]
+
+
+def test_labels_of_minus_one_and_zero_are_not_guessed() -> None:
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (-1, 0, 1)]
+    with pytest.raises(
+        ConfigError, match=r"column 'label' holds -1 and 0; say which .*: data.labels=\{'1': true"
+    ):
+        read(rows)
 
 
 def test_every_answer_of_a_conversation_can_be_learned() -> None:

@@ -512,3 +512,26 @@ def test_a_format_that_nobody_registered_is_refused_with_those_that_there_are() 
     )
     with pytest.raises(ConfigError, match=r"there is no such format; json registers .*own.*; give one of"):
         registered("nix", "json")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("a", "field 'messages' holds a message that is not an object"),
+        ({"from": "function_call", "value": "[]"}, "field 'messages' holds a function_call without a name"),
+        (
+            {"from": "function_call", "value": '["f"]'},
+            "field 'messages' holds a function_call without a name",
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": 3}]},
+            "messages[1].content[0] is a part without text; only parts of text can be used",
+        ),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_named(message: Any, words: str) -> None:
+    assert why({"messages": [Q, message]}) == words
+
+
+def test_conversations_that_do_not_differ_are_identical_responses() -> None:
+    assert why({"chosen": [Q, A], "rejected": [Q, A]}) == "identical responses"
