@@ -102,6 +102,9 @@ def test_help_lists_the_commands_and_exit_codes() -> None:
         (["evaluate", "run=nowhere"], "not the folder of a run"),
         (["evaluate", "model=local"], "model.path"),
         (["evaluate", "-m", "seed=1,2"], "without -m"),
+        (["train", "-m", "seed=1,2", "resume=here"], "resume=auto continues each of them"),
+        (["train", "--experimental-rerun", "x.pickle"], "a run's config.yaml repeats it"),
+        (["list", "objectives", "--markdown"], "--markdown is for `rcpo list keys`"),
     ],
 )
 def test_a_refusal_is_one_line_exit_code_2_and_leaves_nothing_behind(

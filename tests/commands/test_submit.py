@@ -126,6 +126,7 @@ def test_the_user_s_objective_is_in_the_snapshot(slurm: Path, monkeypatch: pytes
         ("train", ["objective=smpo"], "did you mean simpo?"),
         ("train", ["slurm.node=2"], "did you mean slurm.nodes?"),
         ("train", ["launch.processes=2"], "slurm.ranks_per_node"),
+        ("train", ["resume=/"], "resume=/: a job continues in its own folder: hydra.run.dir"),
         ("train", ["slurm.time=8h"], "slurm.time=8h is not a time .* HH:MM:SS"),
         ("train", ["slurm.time=2"], "slurm.time=2 is no longer than slurm.signal_seconds=120: .* a longer"),
         ("train", ["slurm.time=0-1", "slurm.signal_seconds=3600"], "no longer than slurm.signal_seconds"),
