@@ -94,8 +94,10 @@ def _steps(
         "tokens/s": shape.tokens / base,
         "layout": trainer.session.layout,
         "model FLOP": flops,
-        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
+    if device.type == "cuda":
+        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        found["planned GiB"] = planned(shape, Pairs(shape, trainer.config).largest(), device) / 2**30
     if stated := nominal_rate(device):
         found["MFU"] = flops / base / stated
     if peak:
