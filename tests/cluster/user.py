@@ -84,9 +84,9 @@ class User:
             time.sleep(0.02)
 
     def words(self, run: str) -> str:
-        """The end of what a run's jobs and its log say."""
+        """What a run's jobs and its log say."""
         paths = [*sorted((self.folder / run).glob("slurm-*.out")), self.folder / run / "rcpo.log"]
-        return "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in paths if path.exists())
+        return "\n".join(f"{path.name}: {path.read_text()}" for path in paths if path.exists())
 
     def same(self, run: str, other: str) -> None:
         """Two runs have the same metrics and the same final bits."""

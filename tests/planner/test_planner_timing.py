@@ -14,7 +14,7 @@ GPU = GpuConfig(
     name="round", memory=1e10, bf16=1e12, fp16=1e12, fp32=1e11, bandwidth=1e11, link=1e10, network=1e9,
     host=1e9, host_bandwidth=1e10, per_node=4,
 )  # fmt: skip
-SETTINGS = PlanConfig(efficiency=0.5, link_efficiency=0.5)
+SETTINGS = PlanConfig(efficiency=0.5, start_seconds=1e-5, link_efficiency=0.5)
 UPDATE = Work(0, 5000, 3 * 10**10)
 
 
