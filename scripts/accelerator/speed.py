@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -72,20 +73,20 @@ def _steps(
     trainer: Trainer, shape: Shape, folder: Path, device: torch.device, peak: float | None, tiny: bool
 ) -> dict[str, Any]:
     variants = {name: dynamics(trainer, *settings) for name, settings in VARIANTS.items()}
-    least, most, warm = (2, 2, 1) if tiny else (6, 40, 1)
+    least, most = (2, 2) if tiny else (6, 40)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(warm if tiny else BATCHES):  # each shape is new to the allocator, and to a compiler
+    for number in range(1 if tiny else BATCHES):  # each shape is new to the allocator, and to a compiler
         trainer.step = number
         trainer.train_step()
     began = time.perf_counter()
-    for number in range(warm + most):
-        if number >= warm + least and time.perf_counter() - began > ROUNDS_SECONDS:
+    for number in range(1 + most):
+        if number > least and time.perf_counter() - began > ROUNDS_SECONDS:
             break
         names = list(variants)
         for name in names[number % 3 :] + names[: number % 3]:  # each first in turn
             trainer.dynamics, trainer.step = variants[name], number
             taken = clocked(device, trainer.train_step)
-            if number >= warm:
+            if number:  # in the first round each variant is new
                 times[name].append(taken)
     base, flops = median(times["rc=off"]), model_flops(shape, folder, trainer)
     found: dict[str, Any] = {
@@ -239,6 +240,7 @@ def seconds(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> flo
     return median(times[2 if tiny else BATCHES :])
 
 
+@cache
 def planned(shape: Shape, rows: BatchShape, device: torch.device) -> int:
     """Bytes at the peak of a step whose largest micro-batch has these rows."""
     config, settings = run_config(shape, Path()), architecture(shape.name)
