@@ -41,6 +41,8 @@ import checks
 import speed
 from made_up import Pairs, Shape, run_config
 
+from rcpo.engine.zero import refuse_older_deepspeed
+from rcpo.errors import ConfigError
 from rcpo.system import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +51,7 @@ GIB = 2**30
 REAL = [
     Shape("0.5B", pairs=8, prompt=256, response=256),
     Shape("8B", pairs=8, prompt=256, response=256, optimizer="sgd"),
-    Shape("8B", pairs=8, prompt=256, response=256, optimizer="sgd", compiled=True),
+    Shape("8B", pairs=32, micro=8, prompt=256, response=256, optimizer="sgd", compiled=True),
     Shape("0.5B", pairs=8, prompt=256, response=256, compiled=True),
     Shape("8B", pairs=8, prompt=256, response=256, lora=True),
     Shape("1.5B", pairs=8, prompt=256, response=256),
@@ -135,7 +137,7 @@ class Run:
             self.measure(
                 shape.title,
                 partial(speed.steps, shape, folder, device, peak, tiny),
-                takes=60,
+                takes=40 + 2.5 * shape.pairs,
             )
 
     def _too_large(self, shape: Shape) -> bool:
@@ -241,6 +243,10 @@ def main() -> None:
         parser.error(f"--only {unknown[0]}: choose from {', '.join(PARTS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu --tiny runs a miniature on the CPU")
+    try:
+        refuse_older_deepspeed()
+    except ConfigError as error:
+        parser.error(str(error))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     distributed.initialize()

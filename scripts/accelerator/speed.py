@@ -73,7 +73,7 @@ def _steps(
     trainer: Trainer, shape: Shape, folder: Path, device: torch.device, peak: float | None, tiny: bool
 ) -> dict[str, Any]:
     variants = {name: dynamics(trainer, *settings) for name, settings in VARIANTS.items()}
-    least, most = (2, 2) if tiny else (6, 40)
+    least, most = (2, 2) if tiny else (3, 40)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(1 if tiny else BATCHES):  # each shape is new to the allocator, and to a compiler
         trainer.step = number
@@ -289,7 +289,22 @@ def _few_steps(shape: Shape, folder: Path, device: torch.device) -> None:
 
 
 def trl(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Seconds of a step of TRL's DPOTrainer: same model and lengths, reference log-probs made before."""
+    """Seconds of a step of TRL's DPOTrainer on pairs of the same lengths, and of rcpo's.
+
+    TRL trains weights in bf16 as they are, or weights in fp32 under autocast; with bf16, rcpo keeps them in
+    fp32, too.
+    """
+    found: dict[str, Any] = {}
+    for dtype in dict.fromkeys((shape.dtype, "fp32")):
+        found[f"weights in {dtype}"] = attempted(
+            lambda dtype=dtype: trl_step(replace(shape, dtype=dtype), folder, device, tiny)
+        )
+    found["rcpo"] = seconds(shape, folder, device, tiny)
+    return found
+
+
+def trl_step(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> float:
+    """Seconds of a step of TRL's DPOTrainer, reference log-probs made before."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -297,7 +312,7 @@ def trl(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> dict[st
     from rcpo.config.schema import ModelConfig
     from rcpo.models.loading import DTYPES, model_folder
 
-    count = 3 if tiny else 6
+    count = 3 if tiny else 8
     rows = [
         {"prompt_ids": e.prompt, "chosen_ids": e.chosen, "rejected_ids": e.rejected}
         for e in make_pairs(shape, count * shape.pairs)
@@ -331,4 +346,4 @@ def trl(shape: Shape, folder: Path, device: torch.device, tiny: bool) -> dict[st
         model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         callbacks=[Clock()],
     ).train()  # fmt: skip
-    return {"step, s": median(times[1:]), "tokens/s": shape.tokens / median(times[1:])}
+    return median(times[count // 2 :])
