@@ -131,7 +131,8 @@ class Plant:
     """How fresh log-ratios answer to α: per step, in nats per token, with AdamW's momentum of 0.9 as the lag.
 
     `drift` moves winner and loser at α = 1, `gain` · sinh(log α) both of them too, `disturbance` is a batch's
-    own, `margin` is what parts them; readings have a `shared` and an `own` noise.
+    own, `margin` is what parts them; readings have a `shared` and an `own` noise. The drift falls by `growth` a
+    step, as it does where epochs repeat.
     """
 
     drift: float
@@ -140,6 +141,7 @@ class Plant:
     margin: float
     shared: float
     own: float
+    growth: float = 0.0
 
     def run(self, seed: int, *, loop: bool, steps: int = 200, every: int = 1) -> tuple[float, float]:
         """Means over the last half of how far the winner is below 0, and the loser above."""
@@ -151,7 +153,7 @@ class Plant:
                 noise = draw.gauss(0, self.shared)
                 readings = [value + noise + draw.gauss(0, self.own) for value in (winner, winner - parted)]
                 log_alpha = rule.follow(Movement(*readings, steps=every))
-            force = self.drift + self.gain * math.sinh(log_alpha) + draw.gauss(0, self.disturbance)
+            force = self.drift - self.growth * step + self.gain * math.sinh(log_alpha) + draw.gauss(0, self.disturbance)
             speed = 0.9 * speed + 0.1 * force
             winner += speed
             parted += self.margin / math.cosh(log_alpha / 2)
@@ -172,6 +174,7 @@ PLANTS = {
     "rising": Plant(0.010, 0.020, 0.010, 0.0006, 0.030, 0.010),
     "cpo": Plant(0.001, 0.0008, 0.0005, 0.0002, 0.030, 0.010),
     "sums": Plant(-0.001, 0.004, 0.003, 0.003, 0.040, 0.030),
+    "64 pairs": Plant(-0.004, 0.020, 0.006, 0.0006, 0.020, 0.010, growth=0.00012),
 }
 
 
