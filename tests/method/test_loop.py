@@ -131,8 +131,8 @@ class Plant:
     """How fresh log-ratios answer to α: per step, in nats per token, with AdamW's momentum of 0.9 as the lag.
 
     `drift` moves winner and loser at α = 1, `gain` · sinh(log α) both of them too, `disturbance` is a batch's
-    own, `margin` is what parts them; readings have a `shared` and an `own` noise. The drift falls by `growth` a
-    step, as it does where epochs repeat.
+    own, `margin` is what parts them; readings have a `shared` and an `own` noise. The drift falls by `growth`
+    a step, as it does where epochs repeat.
     """
 
     drift: float
@@ -153,7 +153,8 @@ class Plant:
                 noise = draw.gauss(0, self.shared)
                 readings = [value + noise + draw.gauss(0, self.own) for value in (winner, winner - parted)]
                 log_alpha = rule.follow(Movement(*readings, steps=every))
-            force = self.drift - self.growth * step + self.gain * math.sinh(log_alpha) + draw.gauss(0, self.disturbance)
+            drift = self.drift - self.growth * step
+            force = drift + self.gain * math.sinh(log_alpha) + draw.gauss(0, self.disturbance)
             speed = 0.9 * speed + 0.1 * force
             winner += speed
             parted += self.margin / math.cosh(log_alpha / 2)
