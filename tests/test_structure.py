@@ -30,7 +30,7 @@ ORDER = {folder: place for place, folder in enumerate(folder for row in ROWS for
 
 # The one module that may import a dependency whose interface moves.
 SOLE_IMPORTERS = {
-    "deepspeed": "engine/zero.py",
+    "deepspeed": "engine/backend.py",
     "trl": "integrations/trl.py",
     "llamafactory": "integrations/llamafactory.py",
     "lm_eval": "evaluation/harness.py",

@@ -12,7 +12,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rcpo.config.model import holds_adapter
 from rcpo.config.schema import RunConfig
-from rcpo.engine.zero import deepspeed_config, exact_ranges
+from rcpo.engine.backend import exact_ranges
+from rcpo.engine.settings import deepspeed_config
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_model, load_tokenizer, load_whole, model_folder, refuse_other_weights

@@ -300,7 +300,7 @@ def _gathered(head: Any) -> AbstractContextManager[Any]:
     split = [parameter for parameter in (head.weight, head.bias) if hasattr(parameter, "ds_id")]
     if not split:
         return nullcontext()
-    from rcpo.engine.zero import gathered  # imports deepspeed, which a head without ZeRO-3 does not need
+    from rcpo.engine.backend import gathered  # imports deepspeed, which a head without ZeRO-3 does not need
 
     return gathered(split)
 

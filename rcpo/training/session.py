@@ -24,8 +24,10 @@ from rcpo.data.dataset import Datasets, load_datasets, writes_date
 from rcpo.data.identity import smallest_ids
 from rcpo.data.store import PairDataset
 from rcpo.data.templates import OWN
+from rcpo.engine.backend import refuse_older_deepspeed
 from rcpo.engine.load import find_start, load_policy, reference_source
-from rcpo.engine.zero import Engine, refuse_deepspeed_settings, refuse_older_deepspeed
+from rcpo.engine.settings import refuse_deepspeed_settings
+from rcpo.engine.zero import Engine
 from rcpo.errors import ConfigError
 from rcpo.method.objectives import Objective
 from rcpo.method.types import TokenBatch

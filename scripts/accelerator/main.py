@@ -41,7 +41,7 @@ import checks
 import speed
 from made_up import Pairs, Shape, run_config
 
-from rcpo.engine.zero import refuse_older_deepspeed
+from rcpo.engine.backend import refuse_older_deepspeed
 from rcpo.errors import ConfigError
 from rcpo.system import distributed
 

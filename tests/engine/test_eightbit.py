@@ -12,8 +12,8 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip i
 
 from rcpo.config.schema import BITSANDBYTES, RunConfig
 from rcpo.engine.eightbit import decoded
+from rcpo.engine.optimizers import build_optimizer
 from rcpo.engine.pieces import Piece, collect, parse_label, restore
-from rcpo.engine.zero import build_optimizer
 from rcpo.planner.states import Parameter, states
 
 SHAPES = {"large": (70, 90), "small": (10,)}  # 6,300 elements: 24 blocks and a part; and too few for blocks

@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.nonfinite import Poisoned
 
 from rcpo.config.schema import ObjectiveConfig, RunConfig
-from rcpo.engine.zero import deepspeed_config
+from rcpo.engine.settings import deepspeed_config
 from rcpo.errors import ConfigError, RunError
 from rcpo.method.logps import pair_logps, token_weights
 from rcpo.models.policy import policy_inputs

@@ -17,7 +17,8 @@ from tiny import held_out, sums_file, tiny_llama
 import rcpo.reference.prepare
 import rcpo.training.session
 from rcpo.config.schema import RunConfig
-from rcpo.engine.zero import Engine, parameter_groups, schedule
+from rcpo.engine.optimizers import parameter_groups, schedule
+from rcpo.engine.zero import Engine
 from rcpo.models.policy import Policy
 from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
