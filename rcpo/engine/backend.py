@@ -76,10 +76,16 @@ def destroy(engine: Any, policy: Policy) -> None:
     engine.destroy()
     for parameter in policy.parameters():
         vars(parameter).clear()
-    running = internal(parameter_offload, "FWD_MODULE_STACK", "to free memory under ZeRO-3")
-    own = set(policy.modules())
-    running[:] = [module for module in running if module not in own]
+    leave_modules()
     _releases()()
+
+
+def leave_modules() -> None:
+    """Empty ZeRO-3's list of the modules that run: call it when none does, as after a backward pass.
+
+    A layer whose activations are recomputed ends early, before it is taken off the list.
+    """
+    internal(parameter_offload, "FWD_MODULE_STACK", "to free memory under ZeRO-3").clear()
 
 
 def gathered(parameters: list[nn.Parameter], *, changed_by: int | None = None, enabled: bool = True) -> Any:

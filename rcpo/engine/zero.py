@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rcpo.config.schema import RunConfig
-from rcpo.engine.backend import destroy, gathered, initialize, supports_fp16
+from rcpo.engine.backend import destroy, gathered, initialize, leave_modules, supports_fp16
 from rcpo.engine.optimizers import build_optimizer, schedule
 from rcpo.engine.pieces import PERSISTS, Piece, Saved, collect, find_pieces, longest_vector, publish, restore
 from rcpo.engine.settings import bare, deepspeed_config
@@ -101,6 +101,7 @@ class Engine:
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        leave_modules()
 
     def step(self) -> Update:
         """Clip, update weights and learning rate; an update that is not finite is left out on all ranks."""

@@ -1,4 +1,5 @@
-"""Train a step at each ZeRO stage and in each precision, close the engine, and print which weights are left.
+"""Train a step at each ZeRO stage and in each precision, and close the engine; print how many weights are
+left, and how many modules DeepSpeed believed to be running before.
 
     python closing.py MODEL
 """
@@ -12,6 +13,7 @@ import weakref
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
 from rcpo.config.schema import RunConfig
 from rcpo.data.collate import collate
@@ -22,7 +24,7 @@ from rcpo.models.policy import Policy
 from rcpo.system import distributed
 
 
-def trained_and_closed(model: Path, stage: int, dtype: str) -> list[weakref.ref[torch.Tensor]]:
+def trained_and_closed(model: Path, stage: int, dtype: str) -> tuple[list[weakref.ref[torch.Tensor]], int]:
     config = RunConfig()
     config.engine.stage, config.train.dtype = stage, dtype
     policy = Policy(load_model(model, config.model).to(DTYPES[dtype]))
@@ -33,8 +35,9 @@ def trained_and_closed(model: Path, stage: int, dtype: str) -> list[weakref.ref[
     engine.backward(engine.forward(batch)[0].sum(), last=True)
     engine.step()
     weights = [weakref.ref(p) for p in engine.policy.parameters()]
+    running = len(FWD_MODULE_STACK)
     engine.close()
-    return weights
+    return weights, running
 
 
 def main() -> None:
@@ -42,9 +45,9 @@ def main() -> None:
     left = {}
     for stage in range(4):
         for dtype in ("fp32", "bf16"):
-            weights = trained_and_closed(Path(sys.argv[1]), stage, dtype)
+            weights, running = trained_and_closed(Path(sys.argv[1]), stage, dtype)
             gc.collect()
-            left[f"{stage} {dtype}"] = sum(weight() is not None for weight in weights)
+            left[f"{stage} {dtype}"] = [sum(weight() is not None for weight in weights), running]
     print(json.dumps(left))
 
 
