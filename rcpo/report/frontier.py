@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from rcpo.report import theme
 from rcpo.report.figures import new_figure
-from rcpo.runs.comparison import Condition, Spread, comparable, differing, labelled, rule_of, spread
+from rcpo.runs.comparison import Condition, comparable, differing, labelled, rule_of
+from rcpo.runs.statistics import Spread, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

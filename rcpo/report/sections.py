@@ -12,16 +12,8 @@ from rcpo.report.foreign_sections import of_foreign, sections_of
 from rcpo.report.probes import MASSES, Probes, crossings, probes_of
 from rcpo.report.runs import Run, Status
 from rcpo.report.series import stretch
-from rcpo.runs.comparison import (
-    METRICS,
-    STEPS_IN_BAND,
-    Condition,
-    Contrast,
-    Metric,
-    conditions,
-    contrasts,
-    spread,
-)
+from rcpo.runs.comparison import METRICS, STEPS_IN_BAND, Condition, Contrast, Metric, conditions, contrasts
+from rcpo.runs.statistics import spread
 
 BY_KEY = {metric.key: metric for metric in METRICS}
 ACROSS = [BY_KEY["eval/token_logratios/chosen"], BY_KEY[STEPS_IN_BAND]]

@@ -10,7 +10,8 @@ from rcpo.report import words
 from rcpo.report.document import Table
 from rcpo.report.probes import ANSWERS, Probes, first_and_last
 from rcpo.report.runs import Run, natural
-from rcpo.runs.comparison import METRICS, Condition, Contrast, Metric, rank_correlation, spread
+from rcpo.runs.comparison import METRICS, Condition, Contrast, Metric
+from rcpo.runs.statistics import rank_correlation, spread
 
 HARNESS = "eval/harness/"
 JUDGED = (

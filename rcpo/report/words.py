@@ -11,7 +11,8 @@ from rcpo.evaluation.summary import NOTICEABLE, UNITS, against_the_mean, describ
 from rcpo.report.dynamics import Prediction
 from rcpo.report.probes import CROSSED, Crossings
 from rcpo.report.runs import Run, Status
-from rcpo.runs.comparison import METRICS, Contrast, Metric, spread
+from rcpo.runs.comparison import METRICS, Contrast, Metric
+from rcpo.runs.statistics import spread
 
 WINNER, LOSER = "eval/token_logratios/chosen", "eval/token_logratios/rejected"
 FELL = "eval/winner_fell"

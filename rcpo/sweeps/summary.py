@@ -15,26 +15,23 @@ from rich.table import Table
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE, Outcome, read_outcome
 from rcpo.runs.comparison import (
-    CONFIDENCE,
     METRICS,
     REPETITION,
     STEPS_IN_BAND,
     Condition,
     Contrast,
-    Difference,
     Metric,
     Overall,
     RunSummary,
-    Spread,
     conditions,
     contrasts,
     overall,
     rule_of,
-    spread,
     summarise_run,
 )
 from rcpo.runs.folder import read_object, stored_state, taking_turns
 from rcpo.runs.inputs import completed
+from rcpo.runs.statistics import CONFIDENCE, Difference, Spread, spread
 from rcpo.system.files import write_atomically
 
 SWEEP_FILE, SWEEP_TABLE = "sweep.json", "sweep.md"

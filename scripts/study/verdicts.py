@@ -24,7 +24,7 @@ import torch
 
 from rcpo.config.composition import compose
 from rcpo.config.parsing import parse
-from rcpo.runs.comparison import rank_correlation
+from rcpo.runs.statistics import rank_correlation
 from rcpo.system import distributed
 from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
