@@ -227,7 +227,7 @@ def test_a_reading_moves_alpha_at_once_and_a_new_epoch_forgets_the_step_before()
     calibrator = RewardCalibrator("loop")
     step = StepCalibration(calibrator)
     step.begin(movement=Movement(-0.02, -0.05))
-    assert calibrator.alpha == pytest.approx(math.exp(0.02 * 5.2))
+    assert calibrator.alpha == pytest.approx(math.exp(0.02 * 4.4))
     StepCalibration(None).begin(movement=Movement(-0.02, -0.05))  # nothing follows it
     for new_epoch, products in ((False, None), (False, 1), (True, 1), (False, 2)):
         step.begin(new_epoch=new_epoch)
@@ -278,10 +278,10 @@ def test_a_moving_reading_by_hand() -> None:
     found = loop.follow(Movement(-0.03, -0.2))
     # averages of the winner with memories 0.7 and 0.93: (0.7·x + y)/1.7 and (0.93·x + y)/1.93
     fast, slow = (0.7 * -0.01 - 0.03) / 1.7, (0.93 * -0.01 - 0.03) / 1.93
-    integral = 0.2 * 0.01 + 0.2 * -fast
+    integral = 0.4 * 0.01 + 0.4 * -fast
     assert loop.metrics()["rc/winner"] == pytest.approx(fast, rel=1e-12)
     assert loop.metrics()["rc/integral"] == pytest.approx(integral, rel=1e-12)
-    assert found == pytest.approx(5 * -(fast + 3 * (fast - slow)) + integral, rel=1e-12)
+    assert found == pytest.approx(4 * -(fast + 3 * (fast - slow)) + integral, rel=1e-12)
     assert loop.metrics()["rc/saturated"] == 0
 
 
@@ -291,18 +291,18 @@ def test_a_rising_loser_by_hand() -> None:
     found = loop.follow(Movement(0.5, 0.03))
     fast, slow = (0.7 * 0.01 + 0.03) / 1.7, (0.93 * 0.01 + 0.03) / 1.93
     assert loop.metrics()["rc/loser"] == pytest.approx(fast, rel=1e-12)
-    assert found == pytest.approx(-5 * (fast + 3 * (fast - slow)) - 0.2 * (0.01 + fast), rel=1e-12)
+    assert found == pytest.approx(-4 * (fast + 3 * (fast - slow)) - 0.4 * (0.01 + fast), rel=1e-12)
 
 
 def test_the_leak_and_the_slew_by_hand() -> None:
     loop = LoopRule(limit=LIMIT)
-    assert loop.follow(Movement(-1.0, -2.0)) == 0.5  # wanted 5.2, clamped to log 10, of which ½ a step
+    assert loop.follow(Movement(-1.0, -2.0)) == 0.5  # wanted 4.4, clamped to log 10, of which ½ a step
     assert loop.metrics()["rc/saturated"] == 1
     assert loop.follow(Movement(-1.0, -2.0, steps=3.0)) == pytest.approx(0.5 + 1.5)
     held = LoopRule(limit=LIMIT)
     held.load_state_dict({"averages": [[1.0, 1.0]] * 2 + [[-1.0, 1.0]] * 2, "integral": 0.1,
                           "log_alpha": 0.1, "saturated": 7})  # fmt: skip
-    assert held.follow(Movement(1.0, -1.0, steps=2.0)) == pytest.approx(0.1 * 0.99**2, rel=1e-12)
+    assert held.follow(Movement(1.0, -1.0, steps=2.0)) == pytest.approx(0.1 * 0.995**2, rel=1e-12)
     assert held.metrics()["rc/saturated"] == 7
     quick = LoopRule(limit=LIMIT)
     assert quick.follow(Movement(-1.0, -2.0, steps=0.25)) == 0.5  # part of a step may move as far as one
