@@ -353,6 +353,7 @@ def test_a_schedule_with_its_settings_passes() -> None:
     assert (optim.warmup(200), optim.decay(200)) == (20, 20)
 
 
+@pytest.mark.slow
 def test_objectives_have_the_table_s_defaults() -> None:
     assert {option for group, option in OPTIONS if group == "objective"} == {*OBJECTIVES, "dpo_mean"}
     means = composed("objective=dpo_mean").objective

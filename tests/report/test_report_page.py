@@ -277,6 +277,7 @@ def test_the_command_needs_no_torch_and_refuses_in_one_line(tmp_path: Path) -> N
     assert "nowhere is not a folder" in refused.stderr
 
 
+@pytest.mark.slow
 def test_twenty_four_runs_of_two_thousand_steps_take_less_than_ten_seconds(tmp_path: Path) -> None:
     write_sweep(tmp_path / "sweep", seeds=6, steps=2000)
     before = os.times()
