@@ -85,7 +85,7 @@ def leave_modules() -> None:
 
     A layer whose activations are recomputed ends early, before it is taken off the list.
     """
-    internal(parameter_offload, "FWD_MODULE_STACK", "to free memory under ZeRO-3").clear()
+    parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def gathered(parameters: list[nn.Parameter], *, changed_by: int | None = None, enabled: bool = True) -> Any:
@@ -131,7 +131,10 @@ def internal(owner: Any, name: str, purpose: str) -> Any:
 
 def check_internals(engine: Any, *, training: bool) -> None:
     """Raise ConfigError at the start where this version of DeepSpeed lacks what will be read later."""
-    wanted = [(engine, "zero_optimization_partition_weights", "to know the ZeRO stage")]
+    wanted = [
+        (engine, "zero_optimization_partition_weights", "to know the ZeRO stage"),
+        (parameter_offload, "FWD_MODULE_STACK", "to free memory under ZeRO-3"),
+    ]
     if engine.zero_optimization_partition_weights():
         wanted += [(engine, "_zero3_consolidated_16bit_state_dict", "to write final/ under ZeRO-3")]
         if training:
