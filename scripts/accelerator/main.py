@@ -46,6 +46,7 @@ from rcpo.errors import ConfigError
 from rcpo.system import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
+GRACE = 5.0  # seconds between the reminders that a measurement's time is up
 GIB = 2**30
 
 REAL = [
@@ -185,13 +186,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Raise TimeoutError in a block that takes longer, so that it cannot take the time of all others."""
+    """Raise TimeoutError in a block that takes longer, so that it cannot take the time of all others.
+
+    And again in what the block goes on to do: a part whose error is recorded must not free those that follow.
+    """
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds or 0.0, GRACE)
     try:
         yield
     finally:

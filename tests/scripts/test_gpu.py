@@ -72,6 +72,17 @@ def test_a_section_that_fails_or_hangs_costs_the_others_neither_results_nor_time
     assert [line.partition(":")[0] for line in found["skipped"]] == ["second", "memory after third", "fourth"]
 
 
+def test_a_part_that_records_its_error_does_not_free_the_others_from_the_limit(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "GRACE", 0.05)
+    began = time.monotonic()
+    with script.limited(0.05):
+        parts = [script.speed.attempted(lambda: time.sleep(20)) for _ in range(3)]
+    assert all(part.startswith("TimeoutError") for part in parts) and time.monotonic() - began < 20
+    time.sleep(0.1)  # and outside of the block, nothing is raised
+
+
 def test_a_gpu_is_found_in_conf_by_its_drivers_name(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = script.speed
     for name, rate in {
