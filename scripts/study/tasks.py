@@ -1,9 +1,10 @@
 r"""`python scripts/study/tasks.py FOLDER OUT`: downstream tasks as files for `rcpo evaluate`.
 
 FOLDER holds the tasks' published files, each also as .gz: arc_challenge_test.jsonl (AI2's layout),
-truthfulqa_mc_task.json (the authors' layout), lambada_test.jsonl (OpenAI's version, key `text`). OUT gets
-NAME.jsonl with the documents in the layout that lm-evaluation-harness expects, and NAME.yaml, which takes
-everything but the data from the harness's own task, for arc_challenge, truthfulqa_mc2, and lambada_openai.
+truthfulqa_mc_task.json (the authors' layout), lambada_test.jsonl (OpenAI's version, key `text`), and two
+tasks of BIG-Bench Hard in its authors' layout, bbh/boolean_expressions.json and
+bbh/sports_understanding.json. OUT gets NAME.jsonl with the documents in the layout that
+lm-evaluation-harness expects, and NAME.yaml, which takes everything but the data from the harness's own task.
 `--documents NAME=N …` keeps N of a task, evenly through its file; the same files give the same documents.
 
     rcpo evaluate model=local model.path=DIR eval.preferences=false \
@@ -43,12 +44,22 @@ def lambada(row: Row) -> Row:
     return {"text": row["text"]}
 
 
+def bbh(row: Row) -> Row:
+    return {"input": row["input"], "target": row["target"]}
+
+
 # task: its file in the harness, the published file, how a row is read, the split that is asked
 TASKS: dict[str, tuple[str, str, Callable[[Row], Row], str]] = {
     "arc_challenge": ("arc/arc_challenge.yaml", "arc_challenge_test.jsonl", arc, "test"),
     "truthfulqa_mc2": ("truthfulqa/truthfulqa_mc2.yaml", "truthfulqa_mc_task.json", truthfulqa, "validation"),
     "lambada_openai": ("lambada/lambada_openai.yaml", "lambada_test.jsonl", lambada, "test"),
-}
+    "bbh_boolean_expressions": (
+        "leaderboard/bbh_mc/boolean_expressions.yaml", "bbh/boolean_expressions.json", bbh, "test",
+    ),
+    "bbh_sports_understanding": (
+        "leaderboard/bbh_mc/sports_understanding.yaml", "bbh/sports_understanding.json", bbh, "test",
+    ),
+}  # fmt: skip
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -56,7 +67,8 @@ def rows_of(path: Path) -> list[Row]:
     packed = path.with_name(path.name + ".gz")
     text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else path.read_text("utf-8")
     if path.suffix == ".json":
-        found: list[Row] = json.loads(text)
+        whole = json.loads(text)
+        found: list[Row] = whole["examples"] if isinstance(whole, dict) else whole
         return found
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 

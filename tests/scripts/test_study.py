@@ -168,8 +168,16 @@ def test_published_task_files_take_the_layout_of_the_harness(tmp_path: Path) -> 
     truth = [{"question": "Is it?", "mc1_targets": {}, "mc2_targets": {"Yes": 1, "No": 0, "Perhaps": 1}}]
     (tmp_path / "truthfulqa_mc_task.json").write_text(json.dumps(truth))
     (tmp_path / "lambada_test.jsonl").write_text('{"text": "one two"}\n')
+    (tmp_path / "bbh").mkdir()
+    whole = {"canary": "…", "examples": [{"input": "not True is", "target": "False"}]}
+    for name in ("boolean_expressions", "sports_understanding"):
+        (tmp_path / "bbh" / f"{name}.json").write_text(json.dumps(whole))
     counts = {name: tasks.write_task(name, tmp_path, tmp_path, 2) for name in tasks.TASKS}
-    assert counts == {"arc_challenge": 2, "truthfulqa_mc2": 1, "lambada_openai": 1}
+    assert counts == {
+        "arc_challenge": 2, "truthfulqa_mc2": 1, "lambada_openai": 1,
+        "bbh_boolean_expressions": 1, "bbh_sports_understanding": 1,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "bbh_boolean_expressions.jsonl").read_text()) == whole["examples"][0]
     documents = [json.loads(line) for line in (tmp_path / "arc_challenge.jsonl").read_text().splitlines()]
     assert [row["question"] for row in documents] == ["What 0?", "What 2?"]  # evenly through the five
     assert documents[0]["choices"] == {"text": ["ice", "steam"], "label": ["A", "B"]}
