@@ -11,7 +11,7 @@ from rcpo.config.parsing import to_container
 from rcpo.config.schema import RunConfig
 from rcpo.report.document import Table
 from rcpo.report.runs import Run
-from rcpo.runs.comparison import differing
+from rcpo.runs.comparison import as_equal, differing
 
 LONG = 400  # characters of a sample; the file has the rest
 SHOWN_STEPS = 4  # of a run's samples: first, last and what lies between
@@ -34,7 +34,9 @@ def settings_of_run(run: Run) -> list[Table]:
 def settings_of_runs(runs: Sequence[Run]) -> list[Table]:
     """The keys in which runs differ, a column each; what they share folded."""
     every = [run.settings for run in runs]
-    keys = [key for key in ("seed", *differing(every)) if len({repr(each.get(key)) for each in every}) > 1]
+    keys = [
+        key for key in ("seed", *differing(every)) if len({as_equal(each.get(key)) for each in every}) > 1
+    ]
     rows = [(run.name, *(_value(run.settings.get(key)) for key in keys)) for run in runs]
     columns = tuple(range(len(keys) + 1))
     tables = (

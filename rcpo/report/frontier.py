@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from rcpo.report import theme
 from rcpo.report.figures import new_figure
-from rcpo.runs.comparison import Condition, comparable, differing, labelled, rule_of
+from rcpo.runs.comparison import Condition, as_equal, comparable, differing, labelled, rule_of
 from rcpo.runs.statistics import Spread, spread
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def frontiers(found: Sequence[Condition]) -> list[list[Point]]:
     keys = [key for key in differing(settings) if key not in ("rc", NLL) and not key.startswith("rc.")]
     groups: dict[tuple[str, ...], list[Point]] = {}
     for point, own in zip(points, settings):
-        groups.setdefault(tuple(repr(own.get(key)) for key in keys), []).append(point)
+        groups.setdefault(tuple(as_equal(own.get(key)) for key in keys), []).append(point)
     return [group for group in groups.values() if len(group) >= FEWEST]
 
 
@@ -96,17 +96,48 @@ def frontier(points: Sequence[Point]) -> Figure:
         )
     for point in points:
         _draw(axes, point)
-    for (winner, margin), label in labels(points).items():
-        axes.annotate(
-            label, (winner, margin), xytext=(6, 6), textcoords="offset points", fontsize=8, color=theme.INK
-        )
     axes.set_title("Margin against winner, held out")
     axes.set_xlabel("winner's log-ratio, nats per token")
     axes.set_ylabel("margin, nats per token")
     axes.margins(0.12)
+    _shade_kept_winners(axes)
+    _write(axes, labels(points))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right", bbox_to_anchor=(1, 1.1), ncol=2)
     return figure
+
+
+def _shade_kept_winners(axes: Axes) -> None:
+    """Shade where the winner did not fall and the loser did not rise: 0 ≤ winner ≤ margin."""
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    axes.fill_between(
+        [0, max(right, 0)],
+        [0, max(right, 0)],
+        max(top, right),
+        color=theme.CALIBRATED,
+        alpha=0.08,
+        linewidth=0,
+    )
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+
+
+def _write(axes: Axes, texts: Mapping[tuple[float, float], str]) -> None:
+    """Write labels in turn above and below their places, on the sides that a falling curve leaves free."""
+    left, right = axes.get_xlim()
+    for number, (place, text) in enumerate(sorted(texts.items())):
+        above = number % 2 == 0 and place[0] < left + 0.8 * (right - left)  # and so to the right
+        axes.annotate(
+            text,
+            place,
+            xytext=(7, 5) if above else (-7, -5),
+            textcoords="offset points",
+            horizontalalignment="left" if above else "right",
+            verticalalignment="bottom" if above else "top",
+            fontsize=8,
+            color=theme.INK,
+        )
 
 
 def labels(points: Sequence[Point]) -> dict[tuple[float, float], str]:
@@ -120,10 +151,13 @@ def labels(points: Sequence[Point]) -> dict[tuple[float, float], str]:
 
 
 def _short(point: Point, label: str) -> str:
-    """The label without the objective, and without what is as usual."""
+    """The label without the objective, and without what is as usual; a constant is α = its value."""
     _, *parts = label.split(" ")
-    usual = ("nll_coef=",) if point.nll == 0 else ("rc=off",)
-    return " ".join(part for part in parts if not part.startswith(usual)) or label
+    usual = ["nll_coef="] if point.nll == 0 else ["rc=off"]
+    if point.rule == "fixed":
+        usual += ["rc=fixed", "rc.alpha="]
+        parts.append(f"α={point.alpha:g}")
+    return " ".join(part for part in parts if not part.startswith(tuple(usual))) or label
 
 
 def _draw(axes: Axes, point: Point) -> None:

@@ -28,7 +28,8 @@ HOW_TO_READ = (
 
 FRONTIER = (
     "Up and to the right is better: a larger held-out margin, and a winner that did not fall. A point is the "
-    "mean of a condition, its bars the standard deviation over seeds; a line joins the values of a constant."
+    "mean of a condition, its bars the standard deviation over seeds; a line joins the values of a constant. "
+    "In the shaded area the winner did not fall and the loser did not rise."
 )
 
 

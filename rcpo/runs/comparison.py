@@ -264,6 +264,11 @@ def _last_repetition(path: Path) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def as_equal(value: Any) -> str:
+    """The same text for values that mean the same: an objective's β may be written as 1 or as 1.0."""
+    return repr(float(value) if type(value) is int else value)
+
+
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys, sorted, that take more than one value and touch the result; never the seed.
 
@@ -272,7 +277,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
     def values(key: str) -> set[str]:
         known = [each for each in settings if key in each or not key.startswith(f"{CONTENTS}.")]
-        return {repr(each.get(key)) for each in known}
+        return {as_equal(each.get(key)) for each in known}
 
     keys = sorted({key for each in settings for key in each})
     return [key for key in keys if key != SEED and shapes_result(key) and len(values(key)) > 1]
@@ -368,7 +373,9 @@ def _tells(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]])
         return True
     if key == "rc.alpha":
         return own[RULE] == "fixed"
-    return key in own and own[RULE] != "off" and len({repr(peer[key]) for peer in peers if key in peer}) > 1
+    return (
+        key in own and own[RULE] != "off" and len({as_equal(peer[key]) for peer in peers if key in peer}) > 1
+    )
 
 
 def _said(key: str, value: Any) -> str:
@@ -377,7 +384,7 @@ def _said(key: str, value: Any) -> str:
 
 
 def _identity(settings: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    return tuple(repr(settings.get(key)) for key in keys)
+    return tuple(as_equal(settings.get(key)) for key in keys)
 
 
 def _grouped(runs: Sequence[RunSummary], key: Callable[[RunSummary], Any]) -> list[list[RunSummary]]:

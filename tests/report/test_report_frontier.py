@@ -43,9 +43,18 @@ def test_constants_are_joined_in_their_order_from_the_base() -> None:
     assert {text.get_text() for text in axes.texts} == {
         "rc=off",
         "rc=loop",
-        "rc=fixed rc.alpha=2, rc=fixed rc.alpha=0.5",
+        "α=2, α=0.5",
         "nll_coef=1, nll_coef=0.1",
     }
+
+
+def test_labels_neither_leave_the_figure_nor_share_a_side() -> None:
+    runs = [a_run(winner, 0.0, "fixed", **{"rc.alpha": 1 + winner}) for winner in (0.01, 0.02, 0.5)]
+    (points,) = frontiers(conditions(runs))
+    with theme.applied():
+        texts = sorted(frontier(points).axes[0].texts, key=lambda text: text.xy[0])
+    assert [text.get_verticalalignment() for text in texts] == ["bottom", "top", "top"]
+    assert [text.get_horizontalalignment() for text in texts] == ["left", "right", "right"]
 
 
 def test_two_conditions_and_other_learning_rates_make_no_frontier() -> None:

@@ -55,6 +55,14 @@ def test_runs_of_one_condition_differ_by_seed_alone() -> None:
     assert [[each.seed for each in condition.runs] for condition in found] == [[1, 2], [1, 2], [1]]
 
 
+def test_a_number_written_as_1_or_as_1_point_0_is_one_condition() -> None:
+    written = [{"objective.beta": 1}, {"objective.beta": 1.0}]
+    runs = [run(seed=seed, **own) for seed, own in enumerate(written)]
+    (condition,) = conditions(runs)
+    assert len(condition.runs) == 2 and differing([each.settings for each in runs]) == []
+    assert len(conditions([run(**{"train.shuffle": flag}) for flag in (True, 1)])) == 2  # true is no number
+
+
 def test_what_a_run_shows_and_where_it_runs_makes_no_condition() -> None:
     free = {"wandb.mode": "disabled", "launch.processes": 4, "eval.every": 5, "resume": "auto"}
     assert len(conditions([run(seed=1), run(seed=2, **free)])) == 1
