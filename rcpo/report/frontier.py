@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from rcpo.report import theme
 from rcpo.report.figures import new_figure
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 WINNER, LOSER = "eval/token_logratios/chosen", "eval/token_logratios/rejected"
 NLL = "objective.nll_coef"
 FEWEST = 3  # conditions; two are compared by the overview
+# of a label from its point, in points: up and to the right first, where a falling curve leaves room
+OFFSETS = [(side * 7, side * up) for up in (5, 17, 30, 45, 62) for side in (1, -1)]
 MARKERS = {"off": "o", "on": "s", "edge": "^", "loop": "D", "fixed": "v"}
 
 
@@ -124,20 +127,25 @@ def _shade_kept_winners(axes: Axes) -> None:
 
 
 def _write(axes: Axes, texts: Mapping[tuple[float, float], str]) -> None:
-    """Write labels in turn above and below their places, on the sides that a falling curve leaves free."""
-    left, right = axes.get_xlim()
-    for number, (place, text) in enumerate(sorted(texts.items())):
-        above = number % 2 == 0 and place[0] < left + 0.8 * (right - left)  # and so to the right
-        axes.annotate(
-            text,
-            place,
-            xytext=(7, 5) if above else (-7, -5),
-            textcoords="offset points",
-            horizontalalignment="left" if above else "right",
-            verticalalignment="bottom" if above else "top",
-            fontsize=8,
-            color=theme.INK,
+    """Write each label at the nearest of `OFFSETS` where it covers no point and no other label."""
+    area = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(list(texts))]
+    for place, text in sorted(texts.items()):
+        note = axes.annotate(
+            text, place, OFFSETS[0], textcoords="offset points", fontsize=8, color=theme.INK, zorder=3
         )
+        for right, up in OFFSETS:
+            note.set_position((right, up))
+            note.set_horizontalalignment("left" if right > 0 else "right")
+            note.set_verticalalignment("bottom" if up > 0 else "top")
+            box = note.get_window_extent()
+            inside = area.x0 < box.x0 and box.x1 < area.x1 and area.y0 < box.y0 and box.y1 < area.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        if (right, up) not in OFFSETS[:2]:  # a line to what it names
+            line = {"arrowstyle": "-", "color": theme.MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", place, (right, up), textcoords="offset points", arrowprops=line)
 
 
 def labels(points: Sequence[Point]) -> dict[tuple[float, float], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_constants_are_joined_in_their_order_from_the_base() -> None:
         axes = frontier(points).axes[0]
     assert axes.get_legend_handles_labels()[1] == ["constant α", "nll_coef"]
     # both constants fall on one place, and so do both weights
-    assert {text.get_text() for text in axes.texts} == {
+    assert {text.get_text() for text in axes.texts if text.get_text()} == {
         "rc=off",
         "rc=loop",
         "α=2, α=0.5",
@@ -48,13 +49,20 @@ def test_constants_are_joined_in_their_order_from_the_base() -> None:
     }
 
 
-def test_labels_neither_leave_the_figure_nor_share_a_side() -> None:
-    runs = [a_run(winner, 0.0, "fixed", **{"rc.alpha": 1 + winner}) for winner in (0.01, 0.02, 0.5)]
+def test_labels_neither_leave_the_figure_nor_cover_each_other_or_a_point() -> None:
+    winners = [-0.6, 0.0, 0.002, 0.03, 0.033, 0.05, 0.06, 0.07]  # most of them in a corner
+    runs = [a_run(winner, -0.05, "fixed", **{"rc.alpha": 2 + winner}) for winner in winners]
     (points,) = frontiers(conditions(runs))
     with theme.applied():
-        texts = sorted(frontier(points).axes[0].texts, key=lambda text: text.xy[0])
-    assert [text.get_verticalalignment() for text in texts] == ["bottom", "top", "top"]
-    assert [text.get_horizontalalignment() for text in texts] == ["left", "right", "right"]
+        axes = frontier(points).axes[0]
+        named = [text for text in axes.texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in named]
+        area = axes.get_window_extent()
+    assert len(boxes) == len(winners)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(area.x0 < box.x0 and box.x1 < area.x1 for box in boxes)
+    places = axes.transData.transform([(point.winner.mean, point.margin.mean) for point in points])
+    assert not any(box.contains(x, y) for box in boxes for x, y in places)
 
 
 def test_two_conditions_and_other_learning_rates_make_no_frontier() -> None:
