@@ -95,8 +95,22 @@ def _compiled(spec: str) -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printable
+    )
     return environment.from_string(spec)
+
+
+def _printable(value: Any) -> Any:
+    """A value that a template writes; raises ValueError for one that would only be Python's name for it."""
+    if value is None:
+        raise ValueError("it writes a value that the row leaves empty; {{ NAME or '' }} writes nothing then")
+    if isinstance(value, dict | list | tuple):
+        raise ValueError(
+            "it writes a list or an object; take a part of it ([0], .text), or write it as JSON: "
+            "{{ NAME | tojson }}"
+        )
+    return value
 
 
 @cache

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from rcpo.data.conversations import speaker
 from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
+from rcpo.system.text import first_line
 
 Fields = dict[str, Any]
 
@@ -43,9 +45,9 @@ class FormOptions:
     learn: str = "last"
 
     def describe(self) -> str:
-        """All that decides rows, the source of the user's own module too."""
-        own = "" if self.module is None else inspect.getsource(importlib.import_module(self.module))
-        return f"{self} {hashlib.sha256(own.encode()).hexdigest()}"
+        """All that decides rows, the source of the user's own module or package too; raises ConfigError."""
+        own = b"" if self.module is None else _source(self.module)
+        return f"{self} {hashlib.sha256(own).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,7 @@ class Custom:
 def registered(name: str, module: str | None) -> Reader:
     """The reader of a name after the user's module is imported; raises ConfigError where there is none."""
     if module is not None:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"data.format_module={module} cannot be imported: {error}") from error
+        _imported(module)
     if name not in _REGISTERED:
         own = f"; {module} registers {', '.join(_REGISTERED) or 'none'}" if module else ""
         raise ConfigError(
@@ -203,6 +202,33 @@ def registered(name: str, module: str | None) -> Reader:
             "register it (rcpo.data.forms.register_format) in a module: data.format_module=MODULE"
         )
     return _REGISTERED[name]
+
+
+def _imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a module of the user's may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"data.format_module={module} cannot be imported: {reason}; give a module that Python finds "
+            "(PYTHONPATH)"
+        ) from error
+
+
+def _source(module: str) -> bytes:
+    """The text of a module's file, or of all of a package's; raises ConfigError where it has none."""
+    found = _imported(module)
+    folders = [Path(folder) for folder in getattr(found, "__path__", ())]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    own = getattr(found, "__file__", None)
+    if not folders and own is not None and own.endswith(".py"):
+        files = [Path(own)]
+    if not files:
+        raise ConfigError(
+            f"data.format_module={module} has no Python file, by which rcpo tells whether kept tokens are "
+            "still those of its rows; give a module that has one"
+        )
+    return b"".join(file.read_bytes() for file in files)
 
 
 FORMATS = ("preferences", "comparisons", "trees", "ranked", "labelled", "supervised")

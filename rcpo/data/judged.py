@@ -207,12 +207,17 @@ class Ranked:
             if not isinstance(marks, list) or len(marks) != len(answers):
                 raise BadRow(f"columns {self.answers!r} and {self.marks!r} are not lists of the same length")
             for answer, mark in zip(answers, marks, strict=True):
-                yield (answer[self.text] if self.text and isinstance(answer, dict) else answer), number(mark)
+                inside = self.text is not None and isinstance(answer, dict)
+                yield (self._said(answer) if inside else answer), number(mark)
             return
         for answer in answers:
-            if not isinstance(answer, dict) or self.text not in answer:
-                raise BadRow(f"column {self.answers!r} holds an answer without {self.text!r}")
-            yield answer[self.text], number(answer.get(str(self.mark)))
+            yield self._said(answer), number(answer.get(str(self.mark)))
+
+    def _said(self, answer: Any) -> Any:
+        """The text in an answer's object."""
+        if not isinstance(answer, dict) or self.text not in answer:
+            raise BadRow(f"column {self.answers!r} holds an answer without {self.text!r}")
+        return answer[self.text]
 
 
 def _listed(column: str | tuple[str, ...] | None, fields: Fields) -> Any:
@@ -228,7 +233,7 @@ def number(value: Any) -> float | None:
         return None
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise BadRow("a score or rank is not a finite number")
@@ -285,7 +290,8 @@ def _said(node: Mapping[str, Any]) -> str:
 
 
 def _role(node: Mapping[str, Any]) -> str:
-    return "assistant" if speaker(node) == "assistant" else "user"
+    role = speaker(node)
+    return role if role in ("assistant", "system", "tool") else "user"
 
 
 def _score(node: Mapping[str, Any]) -> float | None:

@@ -186,10 +186,13 @@ def test_a_tree_gives_a_pair_for_every_group_of_ranked_replies() -> None:
         {"prompt": [q], "chosen": "a", "rejected": "b", **scores},
         {"prompt": [q, a, more], "chosen": "c", "rejected": "d", **scores},
     ]
+    [behind_system, _] = read([{"prompt": {"role": "system", "text": "s", "replies": [tree]}}])[1]
+    assert behind_system["prompt"] == [{"role": "system", "content": "s"}, q]
 
 
 JUDGED = Comparisons("", "one", "other", ("judge", "second"), {"1": FIRST, "2": SECOND}, "keep")
 LISTED = Comparisons("", "", "", ("judge",), {"1": FIRST}, "keep", listed="answers")
+MARKED_OBJECTS = Ranked("", "answers", "marks", "text", None, False, "best_worst", "keep")
 MARKED = Ranked("", "answers", "marks", None, None, False, "best_worst", "keep")
 OBJECTS = Ranked("", "answers", None, "text", "score", False, "best_worst", "keep")
 TREES = Trees("", "root", "best_worst", "keep")
@@ -221,6 +224,12 @@ TREES = Trees("", "root", "best_worst", "keep")
             "column 'answers' holds an answer without 'text'",
         ),
         (OBJECTS, {"answers": [{"score": 1}]}, "column 'answers' holds an answer without 'text'"),
+        (
+            MARKED_OBJECTS,
+            {"answers": [{"text": "a"}, {"content": "b"}], "marks": [1, 2]},
+            "column 'answers' holds an answer without 'text'",
+        ),
+        (MARKED, {"answers": ["a", "b"], "marks": [1, 10**400]}, "a score or rank is not a finite number"),
         (TREES, {"root": "q"}, "column 'root' holds no tree of messages"),
         (TREES, {"root": {"text": "q", "replies": ["a", "b"]}}, "a reply of the tree is not an object"),
         (TREES, {"root": {"text": "q", "replies": [{"rank": 1}]}}, "a message of the tree has no text"),
@@ -270,6 +279,16 @@ def test_columns_are_names_paths_and_templates() -> None:
         rename(row, {"prompt": "{{ ''.__class__.__mro__ }}"})  # a sandbox
 
 
+def test_a_template_writes_no_python_names_of_values() -> None:
+    row = {"title": "t", "body": None, "parts": [{"text": "p"}]}
+    with pytest.raises(BadRow, match=r"writes a value that the row leaves empty; {{ NAME or '' }}"):
+        rename(row, {"prompt": "{{ title }}: {{ body }}"})
+    with pytest.raises(BadRow, match="writes a list or an object; take a part of it"):
+        rename(row, {"prompt": "{{ title }}: {{ parts }}"})
+    columns = {"prompt": "{{ title }}{{ body or '' }} {{ parts[0].text }} {{ parts | tojson }}"}
+    assert rename(row, columns)["prompt"] == 't p [{"text": "p"}]'
+
+
 def test_what_labels_and_judgments_mean_can_be_said() -> None:
     row = {"prompt": "q", "completion": "a", "label": "meh"}
     assert read([row], labels={"meh": False})[1][0]["label"] is False
@@ -316,6 +335,31 @@ def test_a_format_of_one_s_own_may_return_several_rows_and_its_module_has_to_exi
     assert rows == [{"completion": "a"}, {"completion": "b"}]
     with pytest.raises(ConfigError, match=r"data\.format_module=no\.such cannot be imported"):
         registered("each-answer", "no.such")
+
+
+def test_a_module_that_cannot_be_used_is_refused_before_tokens_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_format.py").write_text("def read(row) return row\n", encoding="utf-8")
+    for module, reason in (("no.such", "ModuleNotFoundError: "), ("broken_format", "SyntaxError: ")):
+        with pytest.raises(ConfigError, match=rf"data\.format_module={module} cannot be imported: {reason}"):
+            FormOptions(module=module).describe()
+    with pytest.raises(ConfigError, match=r"data\.format_module=sys has no Python file"):
+        FormOptions(module="sys").describe()
+
+
+def test_tokens_follow_the_files_of_a_package_of_formats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_formats").mkdir()
+    (tmp_path / "own_formats" / "__init__.py").write_text("from own_formats import reading\n")
+    (tmp_path / "own_formats" / "reading.py").write_text("SIDE = 1\n")
+    before = FormOptions(module="own_formats").describe()
+    assert FormOptions(module="own_formats").describe() == before
+    (tmp_path / "own_formats" / "reading.py").write_text("SIDE = 2\n")
+    assert FormOptions(module="own_formats").describe() != before
 
 
 def test_a_form_that_a_file_does_not_have_is_refused_with_what_it_needs() -> None:
