@@ -13,7 +13,11 @@ from rcpo.data.records import BadRow, Message
 TURN = "Assistant:"
 _TURNS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(role|from|content|value)"\s*:')
-_PYTHON_LIST = re.compile(r"\s*(array\()?\[?\s*\{\s*'(role|from|content|value)'\s*:")
+_BROKEN_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|from)"\s*:')  # a text that begins so is no answer
+_PYTHON_LIST = re.compile(
+    r"\s*(array\()?\[?\s*\{\s*('(role|from)'\s*:.*'(content|value)'|'(content|value)'\s*:.*'(role|from)')\s*:",
+    re.DOTALL,
+)
 _ROLES = {  # the names of ShareGPT, Open Assistant, Gemini, and other formats
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "chatbot": "assistant", "ai": "assistant", "prompter": "user", "observation": "tool",
@@ -167,7 +171,7 @@ def read_json_cells(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(text: str, name: str) -> list[Any] | None:
-    """The messages in a text of JSON; None where it is another text."""
+    """The messages in a text of JSON; None where it is another text, such as an answer in JSON."""
     if _PYTHON_LIST.match(text) is not None:
         raise BadRow(f"field {name!r} holds messages as Python prints them; write them as JSON (json.dumps)")
     if _JSON_MESSAGES.match(text) is None:
@@ -175,8 +179,20 @@ def _from_json(text: str, name: str) -> list[Any] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if _BROKEN_MESSAGES.match(text) is None:
+            return None
         raise BadRow(f"field {name!r} holds messages as broken JSON text") from error
-    return value if isinstance(value, list) else [value]
+    messages = value if isinstance(value, list) else [value]
+    return messages if _is_message(messages[0]) else None
+
+
+def _is_message(value: Any) -> bool:
+    """Whether an object names a speaker and holds what it says."""
+    return (
+        isinstance(value, dict)
+        and any(key in value for key in _ROLE_KEYS)
+        and any(key in value for key in (*_CONTENT_KEYS, "tool_calls"))
+    )
 
 
 def read_turn_lists(*parts: Any) -> tuple[list[Message], list[Message]] | None:

@@ -44,13 +44,16 @@ COLUMNS = (*FIELDS, "first", "second", "judgment", "answers", "scores", "ranks",
 """What `data.columns` may name: the fields of a row, and what other forms of files are made of."""
 _PROMPT_LIKE = re.compile("prompt|instruction|question|query|input|problem|request|task|context|user")
 _MEDIA = frozenset(("images", "image", "videos", "video", "audios", "audio"))
+_NO_MEDIA = ("[]", "null")  # JSON in cells of CSV
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def read_row(row: dict[str, Any]) -> Row:
     """A row with rcpo's own fields, and maybe others, in its one form; raises BadRow."""
     fields = {name: value for name, value in row.items() if name in _KNOWN}
-    if not _MEDIA.isdisjoint(row) and (held := [name for name in row if name in _MEDIA and row[name]]):
+    if not _MEDIA.isdisjoint(row) and (
+        held := [name for name in row if name in _MEDIA and row[name] and row[name] not in _NO_MEDIA]
+    ):
         raise BadRow(f"field {held[0]!r} is not empty, and rcpo trains on text alone")
     prompt: Content
     chosen: Content | None
@@ -78,7 +81,9 @@ def read_row(row: dict[str, Any]) -> Row:
             f"no field 'chosen', 'completion', 'messages' or 'text'; the columns are {known}: say what is in "
             "them with data.columns"
         )
-    prompt = _with_system(_unmarked(prompt), fields)
+    prompt = _unmarked(prompt)
+    if fields.get("system"):
+        prompt, chosen, rejected, gold = _with_system(fields["system"], prompt, chosen, rejected, gold)
     prompt, chosen, rejected, gold = _alike(prompt, chosen, rejected, gold)
     numbers = read_values(fields)
     found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields), gold, **numbers)
@@ -93,11 +98,14 @@ def as_conversation(row: Row) -> Row:
     """
     if not isinstance(row.prompt, str) or not row.prompt:
         return row
-    prompt = parse_prompt(row.prompt)
-    read = parse_response if is_open(row.prompt) else _said_by_assistant
-    answers = (row.chosen, row.rejected, row.gold)
-    chosen, rejected, gold = (None if text is None else read(str(text)) for text in answers)
+    prompt, chosen, rejected, gold = _as_turns(row.prompt, row.chosen, row.rejected, row.gold)
     return replace(row, prompt=prompt, chosen=chosen, rejected=rejected, gold=gold)
+
+
+def _as_turns(prompt: str, *answers: Content | None) -> list[Any]:
+    """A prompt of text as messages, and the answers to it, those that are text, as messages too."""
+    read = parse_response if is_open(prompt) else _said_by_assistant
+    return [parse_prompt(prompt), *(read(one) if isinstance(one, str) else one for one in answers)]
 
 
 def _said_by_assistant(text: str) -> list[Message]:
@@ -261,33 +269,35 @@ def _alike(*parts: Content | None) -> list[Any]:
     ]
 
 
-def _with_system(prompt: Content, fields: dict[str, Any]) -> Content:
-    """The prompt behind the row's own system message; text becomes messages by it."""
-    system = fields.get("system")
-    if system is None or system == "":
-        return prompt
+def _with_system(system: Any, prompt: Content, *answers: Content | None) -> list[Any]:
+    """The prompt behind the row's own system message, and the answers; text becomes messages by it."""
     message = {"role": "system", "content": _text(system, "system")}
-    return [message, *(parse_prompt(prompt) if isinstance(prompt, str) else prompt)]
+    parts: list[Any] = _as_turns(prompt, *answers) if isinstance(prompt, str) else [prompt, *answers]
+    return [[message, *parts[0]], *parts[1:]]
 
 
 def _tools(fields: dict[str, Any]) -> list[Any] | None:
     """The functions as they are; Arrow files hold them as JSON text, for their parameters differ in type."""
-    tools = fields.get("tools")
-    if tools is None:
-        return None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise BadRow("field 'tools' is broken JSON") from error
+    tools = _parsed(fields, "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("field 'tools' is not a list of objects")
     return tools or None
 
 
+def _parsed(fields: dict[str, Any], name: str) -> Any:
+    """A field's value, or what its JSON text holds; None where there is none."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"field {name!r} is broken JSON") from error
+
+
 def _options(fields: dict[str, Any]) -> dict[str, Any] | None:
     """What the row's template is to read besides, as TRL has it; Arrow gives every row the keys of all."""
-    options = fields.get("chat_template_kwargs")
+    options = _parsed(fields, "chat_template_kwargs")
     if options is None:
         return None
     if not isinstance(options, dict):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rcpo.data.conversations import split_texts
+from rcpo.data.conversations import read_json_cells, split_texts
 from rcpo.data.formats import as_conversation, read_row
 from rcpo.data.forms import Custom, Renamed, after_history, register_format, registered, turns, with_input
 from rcpo.data.records import PAIRS, SFT, UNPAIRED, BadRow, Row
@@ -90,6 +90,7 @@ def test_other_labels_are_refused() -> None:
 @pytest.mark.parametrize("name", ["images", "image", "videos", "video", "audios", "audio"])
 def test_media_are_refused_unless_they_are_empty(name: str) -> None:
     assert read_row(TEXTS | {name: None}) == read_row(TEXTS | {name: []}) == read_row(TEXTS)
+    assert read_row(TEXTS | {name: "[]"}) == read_row(TEXTS)  # a cell of CSV
     assert why(TEXTS | {"audio": None, name: ["x.png"]}) == (
         f"field {name!r} is not empty, and rcpo trains on text alone"
     )
@@ -119,10 +120,16 @@ def test_a_templates_options_without_values_are_left_out() -> None:
     assert read_row(MESSAGES | {"chat_template_kwargs": {"a": None}}).options is None
     found = read_row(MESSAGES | {"chat_template_kwargs": {"a": None, "b": False, "c": 0}})
     assert found.options == {"b": False, "c": 0}
-    for value in ([], "x", 3):
+    for value in ([], "[]", 3):
         assert why(MESSAGES | {"chat_template_kwargs": value}) == (
             "field 'chat_template_kwargs' is not an object"
         )
+
+
+def test_a_templates_options_may_be_json_in_a_cell() -> None:
+    assert read_row(MESSAGES | {"chat_template_kwargs": ""}).options is None  # a CSV has every column
+    assert read_row(MESSAGES | {"chat_template_kwargs": '{"b": false}'}).options == {"b": False}
+    assert why(MESSAGES | {"chat_template_kwargs": "x"}) == "field 'chat_template_kwargs' is broken JSON"
 
 
 # --- prompts --------------------------------------------------------------------------------------------
@@ -139,6 +146,39 @@ def test_an_empty_system_message_is_none() -> None:
 def test_text_with_turns_behind_a_system_message_is_read_as_turns() -> None:
     found = read_row(TEXTS | {"prompt": "Human: 1\n\nAssistant: 2\n\nHuman: 3\n\nAssistant:", "system": "s"})
     assert found.prompt == [SYSTEM, user("1"), says("2"), user("3")]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"value": 42}', '{"from": "SFO", "to": "JFK"}', '{"role": "admin", "name": "Bo"}',
+        '[{"value": 1}, {"value": 2}]', '{"content": {"a": 1}}', '{"content": "x"} is the request',
+        "{'value': 3}", "[{'role': 'admin'}]",
+    ],
+)  # fmt: skip
+def test_an_answer_in_json_is_text_unless_it_is_messages(answer: str) -> None:
+    row = TEXTS | {"chosen": answer}
+    assert read_json_cells(row) == row
+    assert read_row(read_json_cells(row)).chosen == answer
+
+
+def test_messages_in_a_cell_are_messages_whatever_the_order_of_their_keys() -> None:
+    for text in ('[{"content": "q", "role": "user"}]', '{"role": "user", "content": "q"}'):
+        assert read_json_cells({"prompt": text}) == {"prompt": [user("q")]}
+    call = '[{"role": "assistant", "tool_calls": []}]'
+    assert read_json_cells({"chosen": call}) == {"chosen": json.loads(call)}
+    damaged = '[{"role": "user", "content": "q"}, {"rolle": "x"}]'  # refused as messages, not read as text
+    assert (
+        why(TEXTS | read_json_cells({"prompt": damaged})) == "field 'prompt' holds a message without a role"
+    )
+
+
+def test_answers_with_turns_behind_a_system_message_are_read_as_turns() -> None:
+    sides = {"chosen": " a\n\nHuman: 4\n\nAssistant: b", "rejected": " c"}
+    found = read_row({"prompt": "\n\nHuman: 3\n\nAssistant:", **sides, "system": "s"})
+    assert found.chosen == [says("a"), user("4"), says("b")]
+    assert found.rejected == [says("c")]
+    assert read_row(TEXTS | {"chosen": " c", "system": "s"}).chosen == [says(" c")]  # text without turns
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", [user(" ")]])
