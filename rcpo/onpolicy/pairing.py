@@ -65,5 +65,8 @@ def why_none(answers: Sequence[Scored], *, verifiable: bool) -> str:
 
 
 def distinct(answers: Sequence[Scored]) -> list[Scored]:
-    """The first of each text, white space around it aside."""
-    return list({one.text.strip(): one for one in reversed(answers)}.values())[::-1]
+    """The first of each text, white space around it aside, in the order in which they were drawn."""
+    found: dict[str, Scored] = {}
+    for one in answers:
+        found.setdefault(one.text.strip(), one)
+    return list(found.values())

@@ -62,6 +62,13 @@ def test_equal_texts_count_once() -> None:
     assert distinct(answers) == answers[:2]
 
 
+def test_an_answer_that_is_drawn_again_keeps_its_place() -> None:
+    """Of equal scores the first drawn is taken: as often as the policy draws it, not the rarest."""
+    answers = [Scored("often", 1.0), Scored("rare", 1.0), Scored("wrong", 0.0), Scored("often", 1.0)]
+    assert [one.text for one in distinct(answers)] == ["often", "rare", "wrong"]
+    assert shown(distinct(answers)) == ["oftenwrong"]
+
+
 def test_why_a_prompt_has_no_pair() -> None:
     right, wrong = (
         [Scored("a", 1.0), Scored("b", 1.0)],
