@@ -199,7 +199,8 @@ class Iteration:
 def round_data(data: DataConfig, pairs: Path) -> DataConfig:
     """What a round trains on: its pairs, all of them, tokenised as the data is.
 
-    A pair that the limits make unusable is left out and counted: it was made here, and cannot be corrected.
+    How the data's own rows are read, and which of their scores are wanted, does not concern these pairs. One
+    that the limits make unusable is left out and counted: it was made here, and cannot be corrected.
     """
     return replace(
         data,
@@ -212,6 +213,11 @@ def round_data(data: DataConfig, pairs: Path) -> DataConfig:
         streaming=False,
         sources=[],
         columns={},
+        format=None,
+        format_module=None,
+        labels={},
+        min_margin=None,
+        max_margin=None,
         eval_path=None,
         eval_split=None,
         eval_fraction=0.0,

@@ -20,12 +20,13 @@ import pytest
 from tiny import tiny_llama
 
 from rcpo.commands.chain import needs, submit_chain
+from rcpo.config.data import DataConfig
 from rcpo.config.onpolicy import IterateConfig, OnPolicyConfig
 from rcpo.config.parsing import load_run_config
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.models.loading import model_folder
-from rcpo.onpolicy.rounds import Iteration
+from rcpo.onpolicy.rounds import Iteration, round_data
 from rcpo.onpolicy.settings import Settings
 from rcpo.report.rounds import rounds, table, write
 
@@ -34,6 +35,18 @@ def iteration(folder: Path, **settings: Any) -> Iteration:
     config = settings.pop("config", None) or RunConfig()
     count = settings.pop("rounds", 3)
     return Iteration(config, OnPolicyConfig(), IterateConfig(**settings), count, folder)
+
+
+def test_a_round_reads_its_pairs_as_they_are_whatever_the_data_were() -> None:
+    """The data's form, labels, and margins are those of the file that the prompts come from."""
+    data = DataConfig(
+        name="pairs", path="votes.jsonl", format="comparisons", format_module="mine", labels={"1": "first"},
+        columns={"prompt": "q"}, min_margin=2.0, max_margin=9.0, max_length=99, template="chatml",
+    )  # fmt: skip
+    own = round_data(data, Path("pairs.jsonl"))
+    kept = {"name": "pairs", "max_length": 99, "template": "chatml"}
+    given = {"path": "pairs.jsonl", "eval_fraction": 0.0, "on_bad": "drop"}
+    assert vars(own) == vars(DataConfig(**kept, **given))
 
 
 def test_each_round_starts_from_the_weights_of_the_one_before(tmp_path: Path) -> None:
