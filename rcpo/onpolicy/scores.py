@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import torch
 from rcpo.config.onpolicy import VERIFIABLE, ScoreConfig
 from rcpo.config.schema import EvalConfig, RunConfig
 from rcpo.data import sums
+from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
 from rcpo.evaluation.checkers import checker_of
 from rcpo.evaluation.endpoint import Endpoint
-from rcpo.models.contents import source_hash
+from rcpo.models.contents import source_hash, tokenizer_hash
 from rcpo.models.hub import ModelSource
 from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept, Row
@@ -66,7 +68,8 @@ def prepare(
         return by_judge
     reward = score.name == "reward_model"
     model: ScoringModel = RewardModel(config, score) if reward else Likelihood(config, score, policy)
-    model.ids(prompts[0], "-")  # a template that is missing is found now
+    with suppress(BadRow):  # a template that is missing is found now; whether it renders "-" does not matter
+        model.ids(prompts[0], "-")
     memo = cache_folder(config.reference.cache)
     name = score_identity(config, score, policy, None if memo is None else memo / "hashes")
     return lambda answers: _by_model(model, score, name, answers, folder / FOLDER, stop)
@@ -96,10 +99,12 @@ def _verifiable(config: RunConfig, score: ScoreConfig, prompts: Sequence[Prompt]
 def score_identity(config: RunConfig, score: ScoreConfig, policy: ModelSource, memo: Path | None) -> str:
     """All that a model's scores depend on besides prompt and answer, as a hash."""
     source = policy if score.path is None else ModelSource(Path(score.path).expanduser())
-    weights = (
-        source_hash(source, config.seed, memo) if source.base.is_dir() else f"{score.path} {score.revision}"
-    )
-    kept = {"name": score.name, "weights": weights, "dtype": config.train.dtype}
+    kept = {"name": score.name, "dtype": config.train.dtype}
+    if source.base.is_dir():
+        kept["weights"] = source_hash(source, config.seed, memo)
+        kept["tokenizer"] = tokenizer_hash(source.tokenizer, memo)  # its chat template writes what is scored
+    else:
+        kept["weights"] = f"{score.path} {score.revision}"
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -118,11 +123,15 @@ def _by_model(
     folder: Path,
     stop: Callable[[], bool],
 ) -> Scores:
-    """Scores equal answers to a prompt once; those that are longer than the model takes get no score."""
+    """Scores equal answers to a prompt once.
+
+    Those that are longer than the model takes, and those that a template does not render, get no score.
+    """
     keys = {answer.key: _key(identity, answer) for answer in answers}
-    items = {
-        keys[one.key]: _Item(keys[one.key], one.prompt, model.ids(one.prompt, one.text)) for one in answers
-    }
+    items = {}
+    for one in answers:
+        with suppress(BadRow):
+            items[keys[one.key]] = _Item(keys[one.key], one.prompt, model.ids(one.prompt, one.text))
     fitting = [item for item in items.values() if model.limit is None or len(item.ids) <= model.limit]
     fitting.sort(key=lambda item: (len(item.ids), item.key))
     kept = Kept(folder)

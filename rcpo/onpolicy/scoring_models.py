@@ -31,7 +31,9 @@ class ScoringModel(Protocol):
 
     limit: int | None
 
-    def ids(self, prompt: Prompt, text: str) -> Ids: ...
+    def ids(self, prompt: Prompt, text: str) -> Ids:
+        """Raise BadRow for an answer that a template does not render."""
+        ...
 
     def load(self) -> None:
         """Read the weights."""
@@ -123,11 +125,13 @@ class Likelihood:
             self._source = ModelSource(hub.folder("score.path", score.path, score.revision))
         self._tokenizer = load_tokenizer(self._source.tokenizer, config.model)
         self._encoder = make_encoder(replace(config.data, columns={}), self._tokenizer)
+        self._starts: dict[str, int] = {}  # where answers begin, by their prompts' ids
         own = AutoConfig.from_pretrained(self._source.base, trust_remote_code=config.model.trust_remote_code)
         self.limit = score.max_length or getattr(own.get_text_config(), "max_position_embeddings", None)
 
     def ids(self, prompt: Prompt, text: str) -> Ids:
         before, answer = self._encoder.answer_ids(_completion(prompt, text), prompt.place)
+        self._starts[prompt.id] = len(before)
         return before + answer
 
     def load(self) -> None:
@@ -145,9 +149,7 @@ class Likelihood:
         ids, mask = _right_pad(rows, pad)
         logits = self._model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         logps = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]  # (R, L − 1)
-        starts = [
-            len(self._encoder.answer_ids(_completion(prompt, "-"), prompt.place)[0]) for prompt in prompts
-        ]
+        starts = [self._starts[prompt.id] for prompt in prompts]
         return [
             float(row[start - 1 : len(tokens) - 1].double().mean())
             for row, start, tokens in zip(logps, starts, rows, strict=True)

@@ -93,6 +93,7 @@ def _provenance(settings: Settings, source: ModelSource, prompts: Prompts) -> di
         "policy": source_hash(source, config.seed, memo) if local else f"{sample.model} at {sample.base_url}",
         "prompts": prompts.digest,
         "seed": config.seed,
+        "round": sample.round,
         "temperature": sample.temperature,
         "top_p": sample.top_p,
         "max_new_tokens": answers.longest(sample, prompts),

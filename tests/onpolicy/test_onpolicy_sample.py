@@ -20,10 +20,12 @@ from rcpo.config.onpolicy import OnPolicyConfig, PairingConfig, SampleConfig, Sc
 from rcpo.config.schema import RunConfig
 from rcpo.data.dataset import load_datasets
 from rcpo.errors import ConfigError, RunError
+from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_tokenizer, model_folder
-from rcpo.onpolicy import work
+from rcpo.onpolicy import scores, work
+from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept
-from rcpo.onpolicy.prompts import load_prompts
+from rcpo.onpolicy.prompts import Prompt, load_prompts
 from rcpo.onpolicy.ratings import rating_of
 from rcpo.onpolicy.settings import Settings
 from rcpo.system import distributed
@@ -191,6 +193,8 @@ def test_other_settings_are_refused_and_other_scores_cost_no_answer(
     other.config.seed = 2
     with pytest.raises(ConfigError, match="seed: 1 -> 2"):
         work.make(other, tmp_path)
+    with pytest.raises(ConfigError, match="round: 1 -> 2"):  # its draws would be those of round 1
+        work.make(settings(sample={"round": 2}), tmp_path)
     assert results(tmp_path) == results(unbroken)
 
     def no_more(*_: Any) -> None:
@@ -430,6 +434,40 @@ def test_log_likelihoods_are_the_model_s_own(tmp_path: Path) -> None:
             assert row[f"score_{side}"] == pytest.approx(-model(ids, labels=labels).loss.item(), abs=1e-5)
             checked += 1
     assert checked >= 8
+
+
+def test_an_answer_that_the_template_does_not_render_has_no_score(tmp_path: Path) -> None:
+    """Generation begins in a block of thoughts, which an answer has to close: the second does not."""
+    folder = Path(tiny_llama(tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    asked = [{"role": "user", "content": "2+3="}]
+    prompt = Prompt("p", "x:1", asked, "user:2+3=;assistant:<think>", [], None, {})
+    distributed.initialize()
+    arguments = RunConfig(), ScoreConfig(name="loglik"), [prompt], ModelSource(folder)
+    score = scores.prepare(*arguments, tmp_path, lambda line: None, lambda: False)
+    found = score([Answer(prompt, 0, "sum</think>5", True), Answer(prompt, 1, "5", True)])
+    assert set(found) == {"p/0"}
+    before = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    after = [*tokenizer("sum</think>5;", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    labels = torch.tensor([[-100] * len(before) + after])
+    loss = model(torch.tensor([before + after]), labels=labels).loss.item()
+    assert found["p/0"] == pytest.approx(-loss, abs=1e-5)
+
+
+def test_kept_scores_are_those_of_one_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("one")
+    config, score = RunConfig(), ScoreConfig(name="reward_model", path=str(tmp_path))
+    before = scores.score_identity(config, score, ModelSource(tmp_path), None)
+    assert scores.score_identity(config, score, ModelSource(tmp_path), None) == before
+    (tmp_path / "chat_template.jinja").write_text("two")
+    assert scores.score_identity(config, score, ModelSource(tmp_path), None) != before
 
 
 def judge_settings(server: JudgeServer, mode: str) -> Settings:
