@@ -119,7 +119,8 @@ class Asking:
             line = self.read(request, reply)
             if line is not None:
                 return reply, line
-        raise Unanswered(self.unusable)
+        cut = f" and was cut off; raise {self.who}.max_tokens" if reply.finish == "length" else ""
+        raise Unanswered(self.unusable + cut)
 
     def _lose_patience(self, silent: int, problem: Unanswered) -> None:
         if silent >= PATIENCE:

@@ -168,12 +168,14 @@ class Endpoint:
         try:
             answer = json.loads(content)
             choice = answer["choices"][0]
-            text = choice["text"] if "message" not in choice else choice["message"]["content"]
+            text = choice["text"] if "message" not in choice else choice["message"].get("content")
             finish = choice.get("finish_reason")
             usage = answer.get("usage") or {}
             counts = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise _Passing("the answer is not a chat completion") from error
+        if text is None and finish == "length":
+            text = ""  # a model that thinks first was cut off before it answered
         if not isinstance(text, str):
             raise _Passing("the answer holds no text")
         reason = None if finish is None else str(finish)

@@ -53,6 +53,15 @@ def test_what_passes_is_asked_again(fault: str) -> None:
     assert len(server.requests) == 3
 
 
+def test_an_answer_that_was_cut_off_before_its_first_word_is_one() -> None:
+    for message in ('{"content": null}', "{}"):
+        fault = f'raw {{"choices": [{{"message": {message}, "finish_reason": "length"}}]}}'
+        server = JudgeServer(says, faults={0: fault})
+        with server.running():
+            reply = endpoint(server).complete(BODY)
+        assert (reply.text, reply.finish, len(server.requests)) == ("", "length", 1)
+
+
 def test_it_gives_up_and_says_why() -> None:
     for fault, reason in (
         ("status 502", r"502 .*planted .* in 3 tries"),

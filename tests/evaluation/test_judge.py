@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,31 @@ def test_what_stays_without_a_verdict_is_counted_and_asked_again(tmp_path: Path)
         assert len(server.requests) == 8 + 2
         server.requests.clear()
         assert record_of(server, pairs, tmp_path) == record and server.requests == []
+
+
+def test_a_reply_without_a_verdict_that_was_cut_off_names_the_key_that_cut_it(tmp_path: Path) -> None:
+    """A judge that thinks first has used up its tokens: its reply is empty, or ends before the verdict."""
+    for content in ("null", '"Both have"'):
+        fault = f'raw {{"choices": [{{"message": {{"content": {content}}}, "finish_reason": "length"}}]}}'
+        said: list[str] = []
+        with JudgeServer(faults={-1: fault}).running() as server:
+            config = RunConfig(judge=settings(server))
+            with pytest.raises(RunError, match="no pair of answers both verdicts"):
+                judge_pairs(config, Endpoint(config.judge), pairs_of(["a"], ["b"]), tmp_path, said.append)
+        assert len(server.requests) == 2 * 2  # each order twice, and no more
+        assert (
+            "judge: 2 without a verdict: the reply holds no [[A]], [[B]] or [[C]] and was cut off; "
+            in said[-1]
+        )
+        assert said[-1].endswith("raise judge.max_tokens")
+
+
+def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
+    duel = Duel("0", "question", "**", "*")
+    with JudgeServer(quality).running() as server:
+        record = record_of(server, [duel, replace(duel, id="1")], tmp_path)
+    assert len(server.requests) == len(lines(tmp_path / "judge.jsonl")) == 2
+    assert (record["eval/judge/examples"], record["eval/judge/win_rate"]) == (2, 1.0)
 
 
 def test_only_what_is_new_is_asked(tmp_path: Path) -> None:

@@ -129,12 +129,12 @@ def judge(
     write_lines(path, lines)  # a line that a killed process left unfinished is gone, and no new one joins it
     known = {str(line["key"]): str(line["verdict"]) for line in lines if line.get("verdict") in SCORES}
     verdicts = {one.key: known[one.key] for one in asked if one.key in known}
-    missing = [one for one in asked if one.key not in known]
+    missing = {one.key: one for one in asked if one.key not in known}  # equal questions are asked once
     if verdicts:
         say(f"judge: {len(verdicts):,} verdicts are known from before")
     if missing:
-        put = asking(config, endpoint, {one.key: one for one in missing}, say, stop)
-        requests = [request_of(one) for one in missing]
+        put = asking(config, endpoint, missing, say, stop)
+        requests = [request_of(one) for one in missing.values()]
         say(put.estimate(requests, config.max_tokens))
         with JsonLines(path) as file:
 
