@@ -380,7 +380,7 @@ def test_a_run_against_its_data_its_reference_and_another_run(
             ("reference", None, None, 0, 24),
             (str(folder), None, None, 0, 24),
             (str(tmp_path / "model"), "questions.json", None, 0, 3),
-            (None, "questions.json", None, 6, 3),
+            (None, "questions.json", None, 2, 3),  # one question three times
         ):
             server.requests.clear()
             file = None if prompts is None else str(tmp_path / prompts)
