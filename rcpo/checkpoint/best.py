@@ -37,7 +37,7 @@ class BestStep:
                 f"checkpoint.best={self._metric} is not measured in this run; there are: {names}"
             )
         value = float(values[self._metric])
-        if math.isnan(value) or (self.step is not None and self._sign * (value - self._value) <= 0):
+        if not math.isfinite(value) or (self.step is not None and self._sign * (value - self._value) <= 0):
             return False
         self.step, self._value = step, value
         return True

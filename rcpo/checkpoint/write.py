@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock, Thread
@@ -163,7 +164,8 @@ class CheckpointWriter:
         name = _part_name(distributed.rank(), distributed.world_size())
         part = _Part(scratch, name, tensors, distributed.rng_state())
         part.start()
-        self._pending = _Pending(step, {**state, "engine": engine.record()}, kept, part)
+        whole = deepcopy({**state, "engine": engine.record()})  # written when later steps have moved it
+        self._pending = _Pending(step, whole, kept, part)
         if not self._background:
             self.finish()
         waited = time.monotonic() - began

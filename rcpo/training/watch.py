@@ -134,7 +134,8 @@ class DivergenceWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"in_a_row": self._in_a_row, "first_margin": self._first_margin, "said": sorted(self._said)}
+        in_a_row = dict(self._in_a_row)  # a copy: a checkpoint is written while training goes on
+        return {"in_a_row": in_a_row, "first_margin": self._first_margin, "said": sorted(self._said)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what was counted, and which warnings were issued: none of them is issued again."""
@@ -142,7 +143,8 @@ class DivergenceWatch:
         self._said = set(state["said"])
 
     def look(self, row: Mapping[str, Any]) -> list[str]:
-        """What this row gives reason to say for the first time."""
+        """What this row gives reason to say for the first time; a number that is not finite counts as absent."""
+        row = {name: value for name, value in row.items() if value is None or math.isfinite(value)}
         signs = {"winner": self._winner(row), "margin": self._margin(row), "alpha": self._alpha(row)}
         found = {name: text for name, text in signs.items() if text is not None and name not in self._said}
         self._said.update(found)

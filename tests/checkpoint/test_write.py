@@ -68,11 +68,11 @@ def follow(best: BestStep, values: list[float]) -> list[int]:
 
 
 def test_the_best_step_by_direction() -> None:
-    values = [0.5, 0.5, 0.7, math.nan, 0.6, 0.1]
+    values = [0.5, 0.5, 0.7, math.nan, math.inf, 0.6, 0.1]  # JSON, and so a checkpoint, holds no infinity
     assert follow(BestStep(CheckpointConfig(best="eval/loss")), values) == [1, 3]
     lowest = BestStep(CheckpointConfig(best="eval/loss", best_mode="min"))
-    assert follow(lowest, [math.nan, *values]) == [2, 7]
-    assert lowest.steps == [7] and str(lowest) == "eval/loss 0.1"
+    assert follow(lowest, [math.nan, -math.inf, *values]) == [3, 9]
+    assert lowest.steps == [9] and str(lowest) == "eval/loss 0.1"
     assert follow(BestStep(CheckpointConfig()), values) == []
 
 

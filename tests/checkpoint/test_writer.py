@@ -192,6 +192,16 @@ def test_only_the_background_takes_a_copy(background: bool, gate: Gate, tmp_path
     assert values is not None and values.tolist() == [0.0 if background else 1.0] * 4
 
 
+def test_later_steps_do_not_change_the_state_that_is_saved(gate: Gate, tmp_path: Path) -> None:
+    state: dict[str, Any] = {"step": 1, "watch": {"in_a_row": [2]}}
+    found = writer(tmp_path)
+    found.save(ENGINE, state)
+    state["watch"]["in_a_row"][0] = 3
+    gate.opened.set()
+    found.finish()
+    assert read(tmp_path).state["watch"] == {"in_a_row": [2]}
+
+
 def test_the_copy_is_given_back_when_it_is_written(gate: Gate, tmp_path: Path) -> None:
     found = writer(tmp_path)
     found.save(ENGINE, {"step": 1})

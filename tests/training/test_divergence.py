@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,25 @@ def test_alpha_at_its_clamp() -> None:
 def test_values_that_are_missing_say_nothing() -> None:
     row = {"logratios/chosen": None, "rewards/accuracies": None, "rewards/margins": None, "rc/alpha": None}
     assert not said([row, {}] * 5, watch())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_skipped_step_neither_warns_nor_uses_up_the_warning(bad: float) -> None:
+    # train.on_nonfinite=skip goes on after a step whose means are NaN, or infinite with every pair right
+    judge = watch()
+    right = {"rewards/accuracies": 1.0}
+    assert not said([{"logratios/chosen": bad, "rewards/margins": bad, **right}] * 5, judge)
+    json.dumps(judge.state_dict(), allow_nan=False)  # a checkpoint can hold it
+    lines = said([{"logratios/chosen": -0.4}], judge)
+    assert len(lines) == 1 and "the winner lost 0.40 nats a token" in lines[0]
+
+
+def test_what_was_saved_stays_as_it_was() -> None:
+    judge = watch()
+    state = judge.state_dict()
+    said([{"rc/alpha": 10.0}] * 2, judge)
+    assert state["in_a_row"] == {"margin": 0, "alpha": 0}
+    assert judge.state_dict()["in_a_row"] == {"margin": 0, "alpha": 2}
 
 
 def test_a_resumed_run_says_what_an_uninterrupted_one_does() -> None:
