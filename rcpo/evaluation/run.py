@@ -35,6 +35,7 @@ from rcpo.runs.inputs import JUDGE, PAIRS, TASKS, write_evaluation_settings
 from rcpo.runs.jsonl import clean_row, write_lines
 from rcpo.system import distributed
 from rcpo.system.distributed import say
+from rcpo.training.objective import restore_objective
 from rcpo.training.session import Session
 
 
@@ -80,7 +81,7 @@ def evaluate_pairs(
     session.prepare_reference(say)
     record = None
     if not unfinished:
-        restore_objective(session, finished_state(run_dir))
+        restore_objective(session.objective, finished_state(run_dir))
         record = evaluate(session, parameters_geometry=config.eval.parameters_geometry)
         if distributed.is_main():
             merge_record(run_dir, record, kept=MERGED)
@@ -122,13 +123,6 @@ def evaluate_by_judge(judging: Judging, run_dir: Path) -> None:
     distributed.on_main_alone(ask)
 
 
-def restore_objective(session: Session, state: dict[str, Any] | None) -> None:
-    """Give the objective the running mean that it had when the weights were saved; its run is done."""
-    session.objective.progress = 1.0
-    if session.objective.state is not None and state is not None and state["objective"] is not None:
-        session.objective.state.load_state_dict(state["objective"])
-
-
 def evaluate_checkpoints(
     session: Session, saved: list[tuple[int, Path]], final: dict[str, Any] | None
 ) -> None:
@@ -137,7 +131,8 @@ def evaluate_checkpoints(
     records = []
     for step, folder in saved:
         session.engine.load_weights(checkpoint_weights(folder))
-        restore_objective(session, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        restore_objective(session.objective, state)
         record = evaluate(
             session,
             examples=f"examples-step-{step}.jsonl",

@@ -7,11 +7,12 @@ averaged over the ranks, set the α that the same micro-batch uses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from rcpo.config.schema import RunConfig
+from rcpo.config.schema import CalibrationConfig, RunConfig
 from rcpo.data.batches import GlobalBatches
 from rcpo.engine.zero import Engine
 from rcpo.errors import ConfigError
@@ -28,6 +29,8 @@ from rcpo.training.forward import PairOutput
 from rcpo.training.objective import build_calibrator, build_pair_calibrator
 
 PREVIOUS = "dynamics"  # the name of the last step's scores among a checkpoint's tensors
+RULE = ("rule", "scope", "alpha")  # of rc.*: whose state a calibrator's is
+GEOMETRY = ("geometry", "sketch", "sketch_seed")  # whose products those across samples are
 
 
 def measured_every(config: RunConfig, objective: Objective) -> int:
@@ -68,6 +71,7 @@ class StepDynamics:
     ) -> None:
         self.objective = objective
         self.engine = engine
+        self._rc = config.rc
         self.every = measured_every(config, objective)
         self.calibrator = build_calibrator(config.rc)
         self._pairwise = build_pair_calibrator(config.rc)
@@ -148,10 +152,23 @@ class StepDynamics:
             "shape": None if samples.previous is None else list(samples.previous.shape),
         }
 
-    def load_state_dict(self, state: dict[str, Any], previous: Tensor | None) -> None:
-        """Restore it where both runs calibrate by the same rule; `previous` is what `tensors` gave."""
-        if self._stateful is not None and state["calibrator"] is not None:
+    def load_state_dict(
+        self, state: dict[str, Any], previous: Tensor | None, before: Mapping[str, Any]
+    ) -> None:
+        """Restore what still applies; `previous` is what `tensors` gave.
+
+        `before` is `rc.*` of the run that it was saved by. With `resume_changed=allow` it may differ: another
+        rule begins anew, and so does the geometry across samples where another one is measured.
+        """
+        earlier = {**vars(CalibrationConfig()), **before}
+
+        def same(keys: Sequence[str]) -> bool:
+            return all(earlier[key] == getattr(self._rc, key) for key in keys)
+
+        if self._stateful is not None and state["calibrator"] is not None and same(RULE):
             self._stateful.load_state_dict(state["calibrator"])
+        if not same(GEOMETRY):
+            return
         samples = self._statistics.samples
         samples.load_state_dict(state["samples"])
         if previous is not None:

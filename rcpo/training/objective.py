@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from rcpo.config.schema import CalibrationConfig, RunConfig
@@ -40,6 +43,18 @@ def build_objective(config: RunConfig) -> Objective:
             f"rc=on has nothing to calibrate: objective={wanted.name} has no rejected side; choose rc=off"
         )
     return objective
+
+
+def restore_objective(objective: Objective, state: Mapping[str, Any] | None) -> None:
+    """Give an objective the progress and running means of a run's `state`; None is a run that is done.
+
+    The means of another objective, with which `resume_changed=allow` goes on from this state, begin anew.
+    """
+    known = state or {}
+    objective.progress = known.get("progress", 1.0)  # checkpoints of earlier versions lack it
+    means, own = known.get("objective"), objective.state
+    if own is not None and means is not None and means.keys() == own.state_dict().keys():
+        own.load_state_dict(means)
 
 
 def build_calibrator(rc: CalibrationConfig) -> RewardCalibrator | None:

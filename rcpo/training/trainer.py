@@ -50,6 +50,7 @@ from rcpo.system.text import first_line
 from rcpo.training.dynamics import PREVIOUS, StepDynamics
 from rcpo.training.export import save_best, save_model
 from rcpo.training.metrics import VOTES, StepSums, pair_values
+from rcpo.training.objective import restore_objective
 from rcpo.training.outlook import Outlook, opening
 from rcpo.training.session import Session
 from rcpo.training.watch import DivergenceWatch, NonFiniteWatch, tokens_per_winner
@@ -107,7 +108,6 @@ class Trainer:
         indices = batches.indices(self.step)
         scale = distributed.world_size() / self._batch_weight(indices)
         micro = session.rank_microbatches(self.step)
-        self.objective.progress = self.step / session.total_steps
         self.dynamics.begin(self.step, len(micro))
         self.step += 1
         self.engine.train()
@@ -124,6 +124,7 @@ class Trainer:
         bad = means.pop("nonfinite") > 0
         if self.objective.state is not None:  # what a step that changed no weight saw does not count
             self.objective.state.step(distributed.reduce_sum, keep=update.applied and not bad)
+        self.objective.progress = self.step / session.total_steps
         self._sync_reference()
         bad = bad or not (update.applied or update.rescaled)
         seconds = time.perf_counter() - began
@@ -279,6 +280,7 @@ class Trainer:
             "world_size": distributed.world_size(),
             "config": to_container(self.config),
             "dynamics": self.dynamics.state_dict(),
+            "progress": self.objective.progress,
             "objective": None if state is None else state.state_dict(),
             "nonfinite": self.watch.state_dict(),
             "divergence": self.divergence.state_dict(),
@@ -293,9 +295,10 @@ class Trainer:
         held = self.session.held_reference
         if held is not None and self.config.reference.sync_every:
             held.take_shares(checkpoint.tensors, REFERENCE)
-        self.dynamics.load_state_dict(state["dynamics"], checkpoint.extra(PREVIOUS))
-        if self.objective.state is not None and state["objective"] is not None:
-            self.objective.state.load_state_dict(state["objective"])
+        before = state["config"]["rc"]
+        self.dynamics.load_state_dict(state["dynamics"], checkpoint.extra(PREVIOUS), before)
+        restore_objective(self.objective, state)
+        self.objective.progress = min(1.0, self.step / self.session.total_steps)  # which may have changed
         self.watch.load_state_dict(state["nonfinite"])
         self.divergence.load_state_dict(state["divergence"])
         self.best.load_state_dict(state["best"])
@@ -381,8 +384,7 @@ def _complete(config: RunConfig, run_dir: Path, differences: list[str], evaluate
     try:
         session = Session(config, run_dir, training=False, final=run_dir / FINAL)
         session.prepare_reference(say)
-        if session.objective.state is not None and state["objective"] is not None:
-            session.objective.state.load_state_dict(state["objective"])
+        restore_objective(session.objective, state)
         evaluate(session)
     except Exception as error:
         raise RunError(unevaluated(run_dir, error)) from error

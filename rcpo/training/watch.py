@@ -143,7 +143,7 @@ class DivergenceWatch:
         self._said = set(state["said"])
 
     def look(self, row: Mapping[str, Any]) -> list[str]:
-        """What this row gives reason to say for the first time; a number that is not finite counts as absent."""
+        """What this row gives reason to say for the first time; numbers that are not finite say nothing."""
         row = {name: value for name, value in row.items() if value is None or math.isfinite(value)}
         signs = {"winner": self._winner(row), "margin": self._margin(row), "alpha": self._alpha(row)}
         found = {name: text for name, text in signs.items() if text is not None and name not in self._said}

@@ -1,0 +1,111 @@
+"""What an objective and a calibration take over from a run's state, and what begins anew."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import sums_file, tiny_llama
+
+from rcpo import get_objective
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.runs.tracker import Tracker
+from rcpo.system import distributed
+from rcpo.training.dynamics import PREVIOUS
+from rcpo.training.objective import restore_objective
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
+
+SHIFT = {"shift_start": 0.5, "shift_end": 1.0}
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    distributed.initialize()
+    config = RunConfig()
+    config.wandb.mode, config.reference.cache, config.probe.size = "disabled", "off", 0
+    config.model.name, config.model.path = "local", tiny_llama(tmp_path / "model")
+    config.data.name, config.data.path = "pairs", sums_file(tmp_path / "pairs.jsonl", 24)
+    config.data.cache, config.data.eval_fraction = "off", 0.0
+    config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 8, 8, 4
+    config.rc.enabled, config.rc.sketch, config.eval.every = True, 32, 1
+    config.objective = ObjectiveConfig(name="dpo_shift", hyperparameters={"beta": 1.0, **SHIFT})
+    (tmp_path / "run").mkdir()
+    found = Session(config, tmp_path / "run", training=True)
+    found.prepare_reference()
+    return found
+
+
+def test_an_evaluation_has_the_progress_of_the_weights_that_it_is_of(session: Session) -> None:
+    seen: list[float] = []
+    trainer = Trainer(session)
+
+    def evaluate(_: Session) -> dict[str, Any]:
+        seen.append(trainer.objective.progress)
+        return {"eval/loss": 1.0}
+
+    tracker = Tracker(session.run_dir, session.config, 4, True, console=Console(file=io.StringIO()))
+    with tracker:
+        trainer.run(tracker, evaluate)
+    assert seen == [0.25, 0.5, 0.75, 1.0]  # after each of four steps
+    again = get_objective("dpo_shift", **SHIFT)
+    restore_objective(again, json.loads((session.run_dir / "finished.json").read_text()))
+    assert again.progress == 1.0
+
+
+def test_an_objective_takes_over_progress_and_means_of_its_own_kind() -> None:
+    half = {"progress": 0.5, "objective": None}
+    shift = get_objective("dpo_shift", **SHIFT)
+    restore_objective(shift, half)
+    assert shift.progress == 0.5
+    restore_objective(shift, None)
+    assert shift.progress == 1.0
+
+    means = {"total": 6.0, "count": 4.0}
+    bco = get_objective("bco")
+    assert bco.state is not None
+    restore_objective(bco, {**half, "objective": means})
+    assert bco.state.state_dict() == means
+    mixture = get_objective("mix", parts=[{"name": "bco"}, {"name": "simper"}])
+    assert mixture.state is not None
+    restore_objective(mixture, {**half, "objective": means})  # of bco alone: another objective's
+    assert mixture.state.state_dict() == {"0": {"total": 0.0, "count": 0.0}}
+    restore_objective(mixture, {**half, "objective": {"0": means}})
+    assert mixture.state.state_dict() == {"0": means}
+
+
+@pytest.mark.parametrize(
+    ("changes", "alpha_stays", "samples_stay"),
+    [
+        ({}, True, True),
+        ({"rule": "loop"}, False, True),
+        ({"rule": "fixed", "alpha": 2.0}, False, True),
+        ({"scope": "pair"}, False, True),
+        ({"sketch": 16}, True, False),
+        ({"sketch_seed": 1}, True, False),
+    ],
+)
+def test_another_rule_or_geometry_begins_anew(
+    session: Session, changes: dict[str, Any], alpha_stays: bool, samples_stay: bool
+) -> None:
+    first = Trainer(session)
+    for _ in range(2):
+        first.train_step()
+    state, previous = json.loads(json.dumps(first.state_dict())), first.dynamics.tensors()[PREVIOUS]
+    for key, value in changes.items():
+        setattr(session.config.rc, key, value)
+    then = Trainer(session)
+    then.dynamics.load_state_dict(state["dynamics"], previous, state["config"]["rc"])
+    calibrator, earlier = then.dynamics.calibrator, first.dynamics.calibrator
+    assert earlier is not None and earlier.alpha != 1.0
+    if calibrator is not None:
+        assert calibrator.alpha == (earlier.alpha if alpha_stays else 1.0)
+    kept = then.dynamics.tensors()
+    assert (PREVIOUS in kept and torch.equal(kept[PREVIOUS], previous)) is samples_stay
+    then.step = first.step
+    then.train_step()
