@@ -196,6 +196,8 @@ def token_logps(
     """
     assert hidden.shape == (len(labels), weight.shape[1]), (hidden.shape, labels.shape, weight.shape)
     head, portions = shape or HeadShape(), passes or passes_on(hidden.device)
+    if not torch.is_grad_enabled():  # the function would take a trained head for one to be differentiated
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     logps, scores = _FusedLogps.apply(hidden, weight, bias, labels, head, portions, sketch)
     return logps, scores
 

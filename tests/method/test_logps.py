@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rcpo.method import logps
 from rcpo.method.geometry import ON_GPU, HeadShape, Passes, Sketch, outer_scores
 from rcpo.method.logps import pair_logps, sequence_logps, token_logps, token_weights
 from rcpo.method.types import SIDES, TokenBatch
@@ -264,6 +265,21 @@ def test_no_tokens() -> None:
     assert logps.shape == (0,) and scores is not None and scores.shape == (0, 4)
     logps.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+def test_scoring_makes_nothing_for_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained head scores in evaluations too: there p − e_y would be made of every logit for nothing."""
+    hidden, weight, bias, labels = head()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    learned, _ = token_logps(hidden, weight, labels, bias=bias)
+    made: list[Tensor] = []
+    monkeypatch.setattr(logps, "excess_", lambda p, *_: made.append(p) or p)
+    with torch.no_grad():
+        scored, _ = token_logps(hidden, weight, labels, bias=bias)
+    assert torch.equal(scored, learned) and not made
+    token_logps(hidden, weight, labels, bias=bias)
+    assert len(made) == 1  # while training it is
 
 
 def test_extreme_logits_stay_finite() -> None:
