@@ -36,7 +36,8 @@ def has_fresh_signals(config: RunConfig, *, compared: bool) -> bool:
 
     `compared` says whether training pairs are compared with a reference at all.
     """
-    return compared and config.reference.path is None and config.rc.signal != "control"
+    starts = config.reference.path is None and not config.reference.sync_every  # and stays there
+    return compared and starts and config.rc.signal != "control"
 
 
 def needs_control(config: RunConfig, fresh: bool, examples: int) -> bool:
@@ -53,7 +54,8 @@ def needs_control(config: RunConfig, fresh: bool, examples: int) -> bool:
     if rc.signal == "fresh" and not fresh:
         raise ConfigError(
             "rc.signal=fresh reads the log-ratios of training pairs against the starting policy, which this "
-            "run does not have: choose rc.signal=auto, or reference.track=true without reference.path"
+            "run does not have: choose rc.signal=auto, or reference.track=true without reference.path and "
+            "reference.sync_every"
         )
     return rc.signal != "fresh"
 

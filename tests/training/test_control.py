@@ -35,6 +35,9 @@ def test_training_pairs_are_fresh_where_they_are_compared_with_the_start() -> No
     config.reference.path = "another model"
     assert not has_fresh_signals(config, compared=True)
     assert not has_fresh_signals(configuration("control"), compared=True)
+    moving = configuration()
+    moving.reference.mode, moving.reference.sync_every = "model", 2  # it follows the winner down
+    assert not has_fresh_signals(moving, compared=True)
 
 
 @pytest.mark.parametrize(
