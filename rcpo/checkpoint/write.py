@@ -262,7 +262,7 @@ class CheckpointWriter:
         replace_text(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         sync_folder(scratch / TENSORS)
         sync_folder(scratch)
-        old = place.with_name(f".{place.name}.old")
+        old = _aside(place)
         if place.exists():  # a run that went back takes this step again
             shutil.rmtree(old, ignore_errors=True)
             place.rename(old)
@@ -278,7 +278,7 @@ class CheckpointWriter:
         left = max(0, self._keep - len(whole))
         for number, superseded in [*whole[self._keep :], *damaged_folders(self.run_dir)[left:]]:
             if number not in kept or superseded.name.endswith(DAMAGED):
-                shutil.rmtree(superseded)
+                _remove(superseded)
 
     def _scratch(self, step: int) -> Path:
         return self.folder / f".step-{step}.new"
@@ -305,6 +305,19 @@ def _shares(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rank, ranks = distributed.rank(), distributed.world_size()
     pieces = [Piece(name, 0, tensor.numel(), tensor).share(rank, ranks) for name, tensor in tensors.items()]
     return {piece.label(EXTRA): piece.of(piece.holder) for piece in pieces if piece.size}
+
+
+def _aside(checkpoint: Path) -> Path:
+    """The name of a checkpoint that is replaced or removed, under which nobody takes it for whole."""
+    return checkpoint.with_name(f".{checkpoint.name}.old")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take away its name first: a folder that has one is whole, also where this process is killed."""
+    old = _aside(checkpoint)
+    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.rename(old)
+    shutil.rmtree(old)
 
 
 def _empty(folder: Path) -> None:

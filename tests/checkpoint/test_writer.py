@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import shutil
 import threading
 import time
 import weakref
@@ -321,6 +322,25 @@ def test_as_many_stay_as_asked_for_and_those_that_are_kept(tmp_path: Path) -> No
     for step, kept in [(1, ()), (2, (1,)), (3, (1,)), (10, (3,))]:
         found.save(ENGINE, {"step": step}, kept)
     assert steps(tmp_path) == ["latest", "step-10", "step-3"]
+
+
+def test_a_checkpoint_that_is_being_removed_has_no_name_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed inside, it would be a damaged one, which `rcpo evaluate eval.checkpoints=all` refuses."""
+    found = writer(tmp_path, keep=1, background=False)
+    found.save(ENGINE, {"step": 1})
+    seen: list[list[str]] = []
+    remove = shutil.rmtree
+
+    def watched(path: Path, **settings: Any) -> None:
+        if path.is_dir() and "step-1" in path.name:
+            seen.append(steps(tmp_path))
+        remove(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    found.save(ENGINE, {"step": 2})
+    assert seen == [[".step-1.old", "latest", "step-2"]] and steps(tmp_path) == ["latest", "step-2"]
 
 
 def test_a_damaged_checkpoint_is_not_kept_for_its_step(tmp_path: Path) -> None:
