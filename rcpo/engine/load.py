@@ -20,6 +20,7 @@ from rcpo.models.loading import load_model, load_tokenizer, load_whole, model_fo
 from rcpo.models.policy import Policy
 from rcpo.runs.folder import START
 from rcpo.system import distributed
+from rcpo.system.files import put_in_place
 
 
 def find_start(config: RunConfig, run_dir: Path) -> ModelSource:
@@ -39,7 +40,7 @@ def find_start(config: RunConfig, run_dir: Path) -> ModelSource:
         shutil.rmtree(scratch, ignore_errors=True)
         write_merged(ModelSource(base, adapter=given), scratch, config)
         honour_umask(scratch)
-        scratch.rename(target)
+        put_in_place(scratch, target)
     distributed.barrier()
     return ModelSource(target)
 

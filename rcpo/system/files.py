@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -132,11 +133,25 @@ def write_all(descriptor: int, content: bytes, offset: int) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder's new names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def put_in_place(scratch: Path, folder: Path) -> None:
+    """Give a folder its name once all that is in it is on the disk, in place of an older one."""
+    for path in scratch.rglob("*"):
+        _sync(path)
+    _sync(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    _sync(folder.parent)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from rcpo.engine.load import honour_umask, write_merged
 from rcpo.models.hub import ModelSource
 from rcpo.runs.folder import BEST, MERGED
 from rcpo.system import distributed
+from rcpo.system.files import put_in_place
 from rcpo.training.session import Session
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,7 @@ def save_model(session: Session, name: str) -> None:
             _list_end(session, scratch / MERGED)
         _list_end(session, scratch)
         honour_umask(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        put_in_place(scratch, folder)
     distributed.barrier()
 
 

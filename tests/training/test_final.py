@@ -1,6 +1,7 @@
 """What is written beside the weights: what ends an answer, and the date on which prompts are written."""
 
 import json
+import os
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rcpo.config.parsing import load_run_config, save_run_config, to_container
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.system import distributed
+from rcpo.system.files import put_in_place
 from rcpo.training.export import save_model
 from rcpo.training.session import Session, first_day
 
@@ -110,3 +112,25 @@ def test_a_continued_run_may_leave_its_date_out_but_not_change_it() -> None:
     assert changes(to_container(before), now) == []
     now.data.date = "2026-02-01"
     assert changes(to_container(before), now) == ["data.date: 2026-01-31 -> 2026-02-01"]
+
+
+def test_a_folder_has_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """finished.json is synced: after a power failure it must not stand beside a final/ of empty files."""
+    (tmp_path / ".final.new" / "merged").mkdir(parents=True)
+    for name in ("model.safetensors", "merged/model.safetensors"):
+        (tmp_path / ".final.new" / name).write_text("new")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "model.safetensors").write_text("old")
+    synced: dict[int, bool] = {}  # by inode, whether the new folder had its name
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda file: synced.update({os.fstat(file).st_ino: not (tmp_path / ".final.new").exists()}),
+    )
+    put_in_place(tmp_path / ".final.new", tmp_path / "final")
+    inside = [tmp_path / "final", *(tmp_path / "final").rglob("*")]
+    expected = {path.stat().st_ino: False for path in inside} | {tmp_path.stat().st_ino: True}
+    assert synced == expected and len(inside) == 4
+    assert (tmp_path / "final" / "model.safetensors").read_text() == "new"
