@@ -355,9 +355,9 @@ def train(
             _complete(config, run_dir, finished.evaluated, evaluate)
             return 0
         checkpoint = find_checkpoint(config, run_dir)
-        if finished is not None and distributed.is_main():  # another run from here on
-            (run_dir / FINISHED_FILE).unlink(missing_ok=True)
         session = _load(config, run_dir, checkpoint)
+        if finished is not None and distributed.is_main():  # another run from here on, which can start
+            (run_dir / FINISHED_FILE).unlink(missing_ok=True)
         step, is_main = None if checkpoint is None else checkpoint.step, distributed.is_main()
         with Tracker(run_dir, config, session.total_steps, is_main, resume_step=step) as tracker:
             try:

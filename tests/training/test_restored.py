@@ -14,8 +14,12 @@ from tiny import sums_file, tiny_llama
 
 from rcpo import get_objective
 from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.errors import ConfigError
+from rcpo.runs.folder import FINISHED_FILE
+from rcpo.runs.inputs import Standing
 from rcpo.runs.tracker import Tracker
 from rcpo.system import distributed
+from rcpo.training import trainer
 from rcpo.training.dynamics import PREVIOUS
 from rcpo.training.objective import restore_objective
 from rcpo.training.session import Session
@@ -43,18 +47,18 @@ def session(tmp_path: Path) -> Session:
 
 def test_an_evaluation_has_the_progress_of_the_weights_that_it_is_of(session: Session) -> None:
     seen: list[float] = []
-    trainer = Trainer(session)
+    run = Trainer(session)
 
     def evaluate(_: Session) -> dict[str, Any]:
-        seen.append(trainer.objective.progress)
+        seen.append(run.objective.progress)
         return {"eval/loss": 1.0}
 
     tracker = Tracker(session.run_dir, session.config, 4, True, console=Console(file=io.StringIO()))
     with tracker:
-        trainer.run(tracker, evaluate)
+        run.run(tracker, evaluate)
     assert seen == [0.25, 0.5, 0.75, 1.0]  # after each of four steps
     again = get_objective("dpo_shift", **SHIFT)
-    restore_objective(again, json.loads((session.run_dir / "finished.json").read_text()))
+    restore_objective(again, json.loads((session.run_dir / FINISHED_FILE).read_text()))
     assert again.progress == 1.0
 
 
@@ -77,6 +81,23 @@ def test_an_objective_takes_over_progress_and_means_of_its_own_kind() -> None:
     assert mixture.state.state_dict() == {"0": {"total": 0.0, "count": 0.0}}
     restore_objective(mixture, {**half, "objective": {"0": means}})
     assert mixture.state.state_dict() == {"0": means}
+
+
+def test_a_finished_run_stays_finished_where_another_one_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resume_changed=allow` with, say, a model that is not there: the run that is done is still done."""
+
+    def refuse(*_: Any) -> None:
+        raise ConfigError("model.path=gone: no such folder")
+
+    (tmp_path / FINISHED_FILE).write_text("{}")
+    monkeypatch.setattr(trainer, "finished_standing", lambda *_: Standing(["model.path: a -> gone"], []))
+    monkeypatch.setattr(trainer, "find_checkpoint", lambda *_: None)
+    monkeypatch.setattr(trainer, "_load", refuse)
+    with pytest.raises(ConfigError, match="gone"):
+        trainer.train(RunConfig(resume="auto", resume_changed="allow"), tmp_path)
+    assert (tmp_path / FINISHED_FILE).read_text() == "{}"
 
 
 @pytest.mark.parametrize(
