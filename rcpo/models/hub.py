@@ -47,9 +47,17 @@ def source(key: str, name: str, find: Callable[[str, str], Path]) -> ModelSource
     found = find(key, name)
     if not holds_adapter(found):
         return ModelSource(found)
-    base = json.loads((found / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        base = json.loads((found / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{key}={name}: its adapter_config.json cannot be read: {first_line(error)}; copy it again"
+        ) from error
     if not base:
-        raise ConfigError(f"{key}={name} is an adapter that does not name its base model")
+        raise ConfigError(
+            f"{key}={name} is an adapter that does not name its base model; give the base model's name as "
+            "base_model_name_or_path in its adapter_config.json"
+        )
     return ModelSource(find(f"the base model of {key}", base), adapter=found)
 
 

@@ -242,3 +242,13 @@ def test_weights_are_whole_and_no_pickles(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"any program; if you trust .* model\.allow_pickle=true"):
         hub.check_weights("model.path", folder, pickle=False)
     hub.check_weights("model.path", folder, pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [("{}", "does not name its base model; give"), ("[]", "cannot be read"), ("{", "cannot be read")],
+)
+def test_an_adapter_without_a_base_is_refused(settings: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(ConfigError, match=f"reference.path={tmp_path}.*({reason})"):
+        hub.source("reference.path", str(tmp_path), lambda key, name: Path(name))
