@@ -183,8 +183,8 @@ class Probe:
                 row: Row = {"step": step, "example_id": self._ids[place], "kind": kind, "prompt": prompt}
                 row |= {"text": text, "tokens": len(one.whole), "stopped": one.end is not None}
                 row["repetition"] = repetition(one.tokens)
-                if check is not None:
-                    row["correct"] = check(prompt, chosen, text)
+                if check is not None:  # of unpaired data an example may have nothing to compare with
+                    row["correct"] = check(prompt, chosen, text) if example.chosen else None
                 rows.append({**row, "chosen": chosen, "rejected": rejected})
         return rows
 

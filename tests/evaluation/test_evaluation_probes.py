@@ -8,16 +8,19 @@ import math
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from tiny import sums_file, tiny_llama
+from tiny import TOKENIZER, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.data.identity import example_id
+from rcpo.data.records import Example
+from rcpo.evaluation.generation import Generated
 from rcpo.evaluation.probe_file import COLUMNS, ProbeFile
 from rcpo.evaluation.probes import Probe, probe_positions
 from rcpo.system import distributed
@@ -200,3 +203,18 @@ def test_what_is_not_finite_or_not_there_is_null(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [0, 2]
     ProbeFile(path, None).add([{"step": 0, "example_id": "ä"}])
     assert [row["example_id"] for row in rows(tmp_path)] == ["ä"]
+
+
+def test_an_answer_without_a_chosen_response_is_neither_right_nor_wrong() -> None:
+    """Unpaired data: the second prompt has an unwanted completion alone."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    prompt, right, wrong = tokenizer(["1+2=", "3", "4"], add_special_tokens=False)["input_ids"]
+    config = RunConfig()
+    config.eval.scorer = "text"
+    probe = object.__new__(Probe)
+    session: Any = SimpleNamespace(tokenizer=tokenizer, config=config, datasets=SimpleNamespace(checker=None))
+    probe._session, probe._ids = session, ["a", "b"]
+    probe._examples = [Example("", prompt, right, []), Example("", prompt, [], wrong)]
+    answers = [Generated(right, 2), Generated(right, 2)]
+    rows = probe._sample_rows(0, [("greedy", answers)], range(2))
+    assert [row["correct"] for row in rows] == [True, None]
