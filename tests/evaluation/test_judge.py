@@ -278,6 +278,9 @@ def test_prompts_in_alpaca_eval_s_formats(tmp_path: Path) -> None:
     assert len({one.id for one in prompts}) == 3
     assert [one.id for one in read_prompts(by_line, 2)] == [one.id for one in prompts[:2]]
     assert read_answers(by_line, prompts[:2]) == {prompts[0].id: "x", prompts[1].id: "y"}
+    assert list(read_answers(by_line, prompts).values()) == ["x", "y", "z"]  # an instruction comes twice
+    by_line.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert list(read_answers(by_line, prompts).values()) == ["x", "y", "x"]
     pairs = tmp_path / "pairs.json"
     both = {"instruction": "a", "output_1": "x", "output_2": "y"}
     pairs.write_text(json.dumps([{**both, "preference": value} for value in (1, 2.0, 1.5, 0, None)]))

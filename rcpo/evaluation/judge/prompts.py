@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +67,28 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Instruction]:
 
 
 def read_answers(path: Path, prompts: Sequence[Instruction]) -> dict[str, str]:
-    """The answers of a file (`instruction`, `output`) to the prompts; raises ConfigError where one lacks."""
-    answers: dict[str, str] = {}
+    """The answers of a file (`instruction`, `output`) to the prompts; raises ConfigError where one lacks.
+
+    An instruction that is there several times has its answers in the file's order.
+    """
+    answers: defaultdict[str, list[str]] = defaultdict(list)
     for place, row in _rows(path):
         instruction = _text(row.get("instruction", row.get("prompt")), "instruction", place).strip()
-        answers.setdefault(instruction, _text(row.get("output"), "output", place))
+        answers[instruction].append(_text(row.get("output"), "output", place))
     lacking = [prompt for prompt in prompts if prompt.instruction.strip() not in answers]
     if lacking:
         raise ConfigError(
             f"judge.against={path} has no answer to {len(lacking)} of {len(prompts)} prompts, the first is "
             f"{lacking[0].place}"
         )
-    return {prompt.id: answers[prompt.instruction.strip()] for prompt in prompts}
+    asked: Counter[str] = Counter()
+    found = {}
+    for prompt in prompts:
+        instruction = prompt.instruction.strip()
+        given = answers[instruction]
+        found[prompt.id] = given[min(asked[instruction], len(given) - 1)]
+        asked[instruction] += 1
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
