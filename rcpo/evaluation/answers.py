@@ -16,9 +16,11 @@ from rcpo.data.batches import FILLER, split
 from rcpo.data.collate import collate
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
+from rcpo.errors import ConfigError
 from rcpo.evaluation.generation import Decoding, Generated, generate
 from rcpo.reference.rows import Reference
 from rcpo.system import distributed
+from rcpo.training.limits import position_limit
 from rcpo.training.session import Session
 
 if TYPE_CHECKING:
@@ -35,7 +37,25 @@ def decoding_of(session: Session, dataset: PairDataset) -> Decoding:
         max_new_tokens=session.config.eval.max_new_tokens or longest_answer(dataset),
         stop_ids=stop_ids(session.tokenizer, session.engine.policy.model, dataset),
         pad_id=pad,
+        positions=positions_of(session.engine.policy.model, []),
     )
+
+
+def positions_of(model: PreTrainedModel, prompts: Sequence[tuple[str, list[int]]]) -> int | None:
+    """How many tokens a model takes, a prompt and its answer together; None is any number.
+
+    Raises ConfigError where one of some `prompts`, each with its place, leaves no room for an answer.
+    """
+    limit = position_limit(model.config)
+    if limit is None:
+        return None
+    for place, tokens in prompts:
+        if len(tokens) >= limit.tokens:
+            raise ConfigError(
+                f"{place}: the prompt has {len(tokens):,} tokens, and the model takes {limit.tokens:,} with "
+                "its answer; lower data.max_prompt_length, or leave the prompt out"
+            )
+    return limit.tokens
 
 
 def longest_answer(dataset: PairDataset) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from rcpo.system import distributed
 
+ROOM_STEP = 64
+
 
 @dataclass(frozen=True)
 class Decoding:
     """How answers are made: at most `max_new_tokens`, ended by any of `stop_ids`; padding is `pad_id`.
 
+    `positions` is how many tokens the model takes, a prompt and its answer together; None is any number.
     `temperature` and `top_p` are for prompts that are given a seed; the others are answered greedily.
     """
 
@@ -29,6 +33,19 @@ class Decoding:
     pad_id: int
     temperature: float = 1.0
     top_p: float = 1.0
+    positions: int | None = None
+
+    def room(self, prompt: int) -> int:
+        """The most tokens of an answer to a prompt of so many tokens.
+
+        Where the model's positions end first, it is a multiple of `ROOM_STEP`, if there is room for one, so
+        that prompts of similar lengths share a batch.
+        """
+        room = self.max_new_tokens
+        if self.positions is None or prompt + room <= self.positions:
+            return room
+        room = self.positions - prompt
+        return room if room < ROOM_STEP else room - room % ROOM_STEP
 
 
 @dataclass(frozen=True)
@@ -60,20 +77,24 @@ def generate(
     alone. The model's own generation settings (temperature, penalties, forced tokens) are set aside; its
     training flags are restored afterwards. With `synced_gpus` (ZeRO-3, where every forward pass is a
     collective) all ranks call this together, with as many prompts as each has, and take the same number of
-    passes. Raises ValueError for an empty prompt.
+    passes. Raises ValueError for an empty prompt, and for one that leaves no room for an answer.
     """
     empty = next((number for number, prompt in enumerate(prompts) if not prompt), None)
     if empty is not None:
         raise ValueError(
             f"prompt {empty} has no tokens: nothing to continue (does the tokenizer have a BOS?)"
         )
+    full = next((number for number, prompt in enumerate(prompts) if decoding.room(len(prompt)) < 1), None)
+    if full is not None:
+        raise ValueError(f"prompt {full} has {len(prompts[full])} tokens, all that the model takes")
     wanted = [None] * len(prompts) if seeds is None else list(seeds)
     answers: dict[int, Generated] = {}
     device = model.get_input_embeddings().weight.device
     pad = decoding.pad_id
     with evaluation_mode(model), _own_generation_config(model, _greedy(decoding)) as config:
-        for batch in _batches(prompts, batch_size, synced_gpus):
+        for batch in _batches(prompts, batch_size, decoding, synced_gpus):
             rows = [prompts[number] for number in batch] or [[pad]]  # empty: keeps the other ranks company
+            config.max_new_tokens = decoding.room(max(map(len, rows)))
             ids, mask = left_pad(rows, pad, device)
             draws = SeededDraws([wanted[number] for number in batch], decoding.temperature, decoding.top_p)
             output = model.generate(
@@ -89,10 +110,18 @@ def generate(
     return [answers[number] for number in range(len(prompts))]
 
 
-def _batches(prompts: Sequence[Sequence[int]], size: int, synced: bool) -> list[list[int]]:
-    """Numbers of the prompts by batch; neighbours in length share one: less padding, less work."""
+def _batches(
+    prompts: Sequence[Sequence[int]], size: int, decoding: Decoding, synced: bool
+) -> list[list[int]]:
+    """Numbers of the prompts by batch: neighbours in length whose answers have the same room.
+
+    Similar lengths need less padding, and an answer does not depend on the prompts beside its own.
+    """
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = []
+    for _, alike in groupby(order, key=lambda number: decoding.room(len(prompts[number]))):
+        numbers = list(alike)
+        batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     if synced:
         most = int(distributed.reduce_max(torch.tensor(len(batches))))
         batches += [[] for _ in range(most - len(batches))]

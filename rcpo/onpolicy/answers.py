@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rcpo.config.onpolicy import SampleConfig
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-from rcpo.evaluation.answers import own_stop_ids
+from rcpo.evaluation.answers import own_stop_ids, positions_of
 from rcpo.evaluation.asking import Asking, Request
 from rcpo.evaluation.endpoint import CHAT, TEXT, Endpoint, Reply
 from rcpo.evaluation.generation import Decoding, generate
@@ -25,7 +25,7 @@ from rcpo.onpolicy.ranks import make_rows, nothing_lacks, on_main_or_refused
 from rcpo.system import distributed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 FOLDER = "answers"
 
@@ -91,11 +91,12 @@ def answer_here(
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
     decoding = Decoding(
-        max_new_tokens=_room(model, sample, prompts, wanted),
+        max_new_tokens=longest(sample, prompts),
         stop_ids=tuple(sorted(own_stop_ids(tokenizer, model) | set(prompts.ends))),
         pad_id=pad,
         temperature=sample.temperature,
         top_p=sample.top_p,
+        positions=positions_of(model, [(draw.prompt.place, draw.prompt.tokens) for draw in wanted]),
     )
 
     def compute(batch: Sequence[Draw]) -> list[Row]:
@@ -110,22 +111,6 @@ def answer_here(
 
     progress = Progress("answers", folder / FOLDER, len(wanted))
     make_rows(wanted, sample.batch_size, kept, compute, progress, stop)
-
-
-def _room(model: PreTrainedModel, sample: SampleConfig, prompts: Prompts, wanted: Sequence[Draw]) -> int:
-    """Tokens of an answer, as far as the model has positions for them; raises ConfigError without any."""
-    most = longest(sample, prompts)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return most
-    draw = max(wanted, key=lambda one: len(one.prompt.tokens))
-    room = context - len(draw.prompt.tokens)
-    if room < 1:
-        raise ConfigError(
-            f"{draw.prompt.place}: the prompt has {len(draw.prompt.tokens)} tokens, and the model takes "
-            f"{context} with its answer; lower data.max_prompt_length"
-        )
-    return min(most, room)
 
 
 def continuations(

@@ -16,7 +16,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
-from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_logps, stop_ids
+from rcpo.evaluation.answers import answer, answer_logps, decoding_of, policy_logps, positions_of, stop_ids
 from rcpo.evaluation.generation import Decoding, generate
 from rcpo.evaluation.heldout import evaluate
 from rcpo.evaluation.kl import distinct_prompts, k3, kl_columns, seed_of
@@ -150,6 +150,17 @@ def test_an_answer_may_be_as_long_as_the_longest_chosen_one(make: Make) -> None:
     assert decoding_of(make(), held_out(make())).max_new_tokens == 6
     # "it is 109" and the end token
     assert decoding_of(make(max_new_tokens=None), held_out(make())).max_new_tokens == 10
+
+
+def test_prompt_and_answer_are_as_long_as_the_model_takes(make: Make) -> None:
+    session = make()
+    model = session.engine.policy.model
+    assert decoding_of(session, held_out(session)).positions == positions_of(model, []) == 64
+    assert positions_of(model, [("x.jsonl:1", [5] * 63)]) == 64
+    with pytest.raises(
+        ConfigError, match=r"x\.jsonl:2: the prompt has 64 tokens, and the model takes 64 with"
+    ):
+        positions_of(model, [("x.jsonl:1", [5]), ("x.jsonl:2", [5] * 64)])
 
 
 @pytest.mark.parametrize(

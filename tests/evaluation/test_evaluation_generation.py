@@ -12,7 +12,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rcpo.evaluation.generation import (
     Decoding,
@@ -219,3 +219,26 @@ def test_two_ranks_with_uneven_prompts_take_the_same_passes(model: Any, tmp_path
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0]["passes"] == found[1]["passes"]
     assert found[0]["answers"] + found[1]["answers"] == [by_hand(model, prompt, stops) for prompt in PROMPTS]
+
+
+def test_answers_end_where_the_models_positions_do() -> None:
+    """Learned positions: a row beyond the last one is an error of the embedding."""
+    torch.manual_seed(0)
+    settings = GPT2Config(vocab_size=19, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(settings).eval()
+    prompts = [[5] * 10, [6] * 3, [7] * 15, [8] * 10]
+    decoding = Decoding(9, (), PAD, positions=16)
+    found = generate(model, prompts, decoding, batch_size=4)
+    assert [len(one.tokens) for one in found] == [6, 9, 1, 6]
+    alone = [generate(model, [prompt], decoding, batch_size=1)[0] for prompt in prompts]
+    assert found == alone
+    with pytest.raises(ValueError, match="prompt 1 has 16 tokens, all that the model takes"):
+        generate(model, [[5], [6] * 16], decoding, batch_size=4)
+
+
+def test_rooms_for_answers_are_stepped_so_that_prompts_share_them() -> None:
+    decoding = Decoding(512, (), PAD, positions=1024)
+    assert [decoding.room(length) for length in (100, 512, 513, 600, 896, 897, 961, 1024)] == [
+        512, 512, 448, 384, 128, 64, 63, 0
+    ]  # fmt: skip
+    assert Decoding(512, (), PAD).room(10_000) == 512

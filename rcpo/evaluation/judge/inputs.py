@@ -19,7 +19,7 @@ from rcpo.data.identity import example_id
 from rcpo.data.records import SFT, BadRow, Example, Row
 from rcpo.engine.load import policy_source, reference_source
 from rcpo.errors import ConfigError
-from rcpo.evaluation.answers import longest_answer, own_stop_ids, turn_ends
+from rcpo.evaluation.answers import longest_answer, own_stop_ids, positions_of, turn_ends
 from rcpo.evaluation.endpoint import Endpoint
 from rcpo.evaluation.generation import Decoding, generate
 from rcpo.evaluation.judge.prompts import Instruction, read_answers, read_prompts
@@ -142,12 +142,12 @@ class Judging:
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int)
         rows = list(asked.tokens.values())
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-        room = max(1, context - max(map(len, rows))) if asked.longest == LONGEST else asked.longest
+        places = [prompt.place for prompt in self.prompts]  # both models have the prompts in one order
         decoding = Decoding(
-            max_new_tokens=config.eval.max_new_tokens or min(asked.longest, room),
+            max_new_tokens=config.eval.max_new_tokens or asked.longest,
             stop_ids=tuple(sorted(own_stop_ids(tokenizer, model) | asked.ends)),
             pad_id=pad,
+            positions=positions_of(model, list(zip(places, rows, strict=True))),
         )
         ranks, rank = distributed.world_size(), distributed.rank()
         own = generate(model, rows[rank::ranks], decoding, batch_size=config.eval.batch_size)
