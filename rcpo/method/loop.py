@@ -36,7 +36,7 @@ LEAK = 0.995
 """Of the integral for each step inside, where α returns to 1: by half in 140 steps."""
 
 SLEW = 0.5
-"""Largest change of log α in a step: a bad reading moves α by a factor of 1.6 at most."""
+"""Largest change of log α for each step since the last reading: by a bad one α moves by a factor of 1.6."""
 
 
 class LoopRule:
@@ -71,7 +71,7 @@ class LoopRule:
         wanted = PROPORTIONAL * ahead + self._integral
         self.saturated += abs(wanted) > self._limit
         change = _clamp(wanted, self._limit) - self._log_alpha
-        self._log_alpha += _clamp(change, SLEW * max(steps, 1.0))
+        self._log_alpha += _clamp(change, SLEW * steps)
         return self._log_alpha
 
     def metrics(self) -> dict[str, Any]:

@@ -79,6 +79,15 @@ def test_alpha_moves_by_the_slew_limit_and_the_integral_stops_at_the_clamp() -> 
     assert back[-1] == -LIMIT  # nothing has been wound up beyond the clamp
 
 
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_the_slew_limit_is_a_steps_whatever_its_micro_batches(parts: int) -> None:
+    loop = LoopRule(limit=LIMIT)
+    for step in (1, 2):
+        for _ in range(parts):
+            found = loop.follow(Movement(-3.0, -3.0, steps=1 / parts))
+        assert found == pytest.approx(step * SLEW)
+
+
 def test_readings_that_are_rare_count_for_the_steps_between_them() -> None:
     often, seldom = LoopRule(limit=LIMIT), LoopRule(limit=LIMIT)
     for _ in range(8):

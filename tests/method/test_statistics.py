@@ -305,4 +305,4 @@ def test_the_leak_and_the_slew_by_hand() -> None:
     assert held.follow(Movement(1.0, -1.0, steps=2.0)) == pytest.approx(0.1 * 0.995**2, rel=1e-12)
     assert held.metrics()["rc/saturated"] == 7
     quick = LoopRule(limit=LIMIT)
-    assert quick.follow(Movement(-1.0, -2.0, steps=0.25)) == 0.5  # part of a step may move as far as one
+    assert quick.follow(Movement(-1.0, -2.0, steps=0.25)) == 0.5 / 4  # part of a step moves by its part
