@@ -61,17 +61,23 @@ def needs_control(config: RunConfig, fresh: bool, examples: int) -> bool:
 
 
 def set_aside(datasets: Datasets, config: RunConfig) -> Datasets:
-    """The datasets with `rc.control.pairs` training pairs, at most a tenth, as `control`.
+    """The datasets with `rc.control.pairs` training pairs, at most about a tenth, as `control`.
 
-    No prompt is in both. Raises ConfigError where fewer than eight would be left to read.
+    All pairs of a prompt are on one side. Raises ConfigError where a tenth is fewer than eight, or all pairs
+    have one prompt.
     """
     train = datasets.train
     wanted = min(config.rc.control.pairs, int(LARGEST_SHARE * len(train)))
+    reason = None
     if wanted < FEWEST:
+        reason = f"a tenth of {len(train)} training pairs is fewer than {FEWEST}"
+    elif (train.prompts == train.prompts[0]).all():
+        reason = f"all {len(train)} training pairs have one prompt, which is trained on"
+    if reason is not None:
         raise ConfigError(
-            f"rc=loop reads held-out pairs where training pairs are not fresh, and a tenth of {len(train)} "
-            f"training pairs is fewer than {FEWEST}: give more data, or keep the pairs fresh with one epoch "
-            "and an objective that has a reference (or reference.track=true)"
+            f"rc=loop reads held-out pairs where training pairs are not fresh, and {reason}: give more data, "
+            "or keep the pairs fresh with one epoch and an objective that has a reference (or "
+            "reference.track=true)"
         )
     rows, control = split_prompts(train.prompts, wanted / len(train), config.seed)
     found = replace(datasets, train=train.take(rows), control=train.take(control))

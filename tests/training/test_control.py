@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import sums_file, tiny_llama
+from transformers import AutoTokenizer
 
+from rcpo.config.data import DataConfig
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.data.dataset import load_datasets
 from rcpo.errors import ConfigError
 from rcpo.system import distributed
-from rcpo.training.control import has_fresh_signals, needs_control
+from rcpo.training.control import has_fresh_signals, needs_control, set_aside
 from rcpo.training.session import Session, refuse_other_split
 from rcpo.training.trainer import write_finished
 
@@ -105,6 +108,16 @@ def test_an_evaluation_of_a_run_with_control_pairs_finds_its_split(tmp_path: Pat
 def test_too_little_data_for_control_pairs_is_refused_with_the_remedies(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rc=loop .* a tenth of \d+ training pairs is fewer than 8"):
         session(tmp_path, SIMPO, rows=40)
+
+
+def test_a_single_prompt_is_refused_by_the_key_that_asks_for_control_pairs(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(100)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(name="pairs", path=str(path), eval_fraction=0.0, cache="off")
+    datasets = load_datasets(data, AutoTokenizer.from_pretrained(tiny_llama(tmp_path / "model")), 1)
+    with pytest.raises(ConfigError, match=r"rc=loop .* all 100 training pairs have one prompt"):
+        set_aside(datasets, configuration())
 
 
 def test_a_reading_is_how_far_the_pairs_whose_turn_it_is_have_moved(tmp_path: Path) -> None:
