@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from rcpo.checkpoint.read import checkpoint_tensors, verify
+from rcpo.checkpoint.read import checkpoint_tensors, checkpoint_weights, verify
 from rcpo.engine.load import honour_umask, write_merged
 from rcpo.models.hub import ModelSource
 from rcpo.runs.folder import BEST, MERGED
@@ -78,6 +78,9 @@ def save_best(session: Session, checkpoint: Path, is_last: bool) -> str | None:
         problem = verify(checkpoint)
         if problem is not None:
             return f"best/ is not written: {checkpoint} is damaged: {problem}"
-        session.engine.restore(checkpoint_tensors(checkpoint))
+        if session.training:
+            session.engine.restore(checkpoint_tensors(checkpoint))
+        else:
+            session.engine.load_weights(checkpoint_weights(checkpoint))
     save_model(session, BEST)
     return None

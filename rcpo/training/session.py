@@ -80,7 +80,7 @@ class Session:
     ) -> None:
         self.config = config
         self.run_dir = run_dir
-        self._training = training
+        self.training = training
         self.objective = build_objective(config)
         refuse_older_deepspeed()
         refuse_deepspeed_settings(config)
@@ -149,7 +149,7 @@ class Session:
     def _refuse_what_does_not_fit(self, final: Path | None) -> None:
         """Raise ConfigError, before weights load, where the data are not for the policy or its reference."""
         config = self.config
-        if self._training and config.adapter.name == "none":
+        if self.training and config.adapter.name == "none":
             refuse_quantized(self.start.base, config.model)
         models = [("the policy", self.start.base if final is None or holds_adapter(final) else final)]
         reference = reference_source(config)
@@ -216,14 +216,14 @@ class Session:
             forward = self.forward if part.dataset is self.datasets.train else self.heldout
             forward.reference = reference
         starts_equal = self.config.reference.path is None
-        if self._training and starts_equal and self.forward.reference is not None:
+        if self.training and starts_equal and self.forward.reference is not None:
             batch = self.collate(self.datasets.train, self.rank_microbatches(0)[0])
             check_start(self.engine, self.forward.reference, batch, self.config.train.dtype)
 
     def _reference_data(self) -> list[ReferenceData]:
         """What the reference scores: of each split the examples that this run uses."""
         data = []
-        if self._training and self.tracking is Tracking.EVERYTHING:
+        if self.training and self.tracking is Tracking.EVERYTHING:
             visited = None
             if self.total_steps < self.batches.steps_per_epoch:
                 steps = map(self.batches.indices, range(self.total_steps))

@@ -11,7 +11,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from rcpo.errors import ConfigError, RunError
 from rcpo.method.types import TokenBatch
 from rcpo.runs.environment import write_environment
 from rcpo.runs.folder import (
+    CHECKPOINTS,
     DATA_FILE,
     ENVIRONMENT_FILE,
     EVALUATED,
@@ -41,6 +42,7 @@ from rcpo.runs.folder import (
     locked,
 )
 from rcpo.runs.inputs import INPUTS
+from rcpo.runs.jsonl import clean_row
 from rcpo.runs.tracker import Tracker
 from rcpo.system import distributed
 from rcpo.system.distributed import say
@@ -58,6 +60,7 @@ from rcpo.training.watch import DivergenceWatch, NonFiniteWatch, tokens_per_winn
 log = logging.getLogger(__name__)
 
 USUAL_COLLECTIONS = (700, 10, 10)  # Python's own thresholds; the command line has others while it imports
+LAST_ROW = "last_row"  # in finished.json, until the run is evaluated: the last step's row
 REFERENCE = "reference"  # the key, in a checkpoint, of the weights of a reference that follows the policy
 
 Evaluate = Callable[[Session], dict[str, Any]]
@@ -229,8 +232,9 @@ class Trainer:
 
         Raises RunError, with the command that evaluates again, where anything but the weights fails.
         """
-        self.save_final()
+        self.save_final(row)
         try:
+            self.checkpoints.finish()  # best/ may be made of it, should the run be killed from here on
             try:
                 improved = self._evaluate(tracker, evaluate)
             finally:
@@ -241,7 +245,7 @@ class Trainer:
             if row is not None and (improved or self._save_due()):
                 self.save(tracker)
             self.checkpoints.finish()
-            self._save_best(tracker.message)
+            write_best(self.session, self.best, self.step, tracker.message)
         except Exception as error:
             raise RunError(unevaluated(self.session.run_dir, error)) from error
         self._write_finished(evaluated=True)
@@ -303,21 +307,15 @@ class Trainer:
         self.divergence.load_state_dict(state["divergence"])
         self.best.load_state_dict(state["best"])
 
-    def save_final(self) -> None:
+    def save_final(self, row: Mapping[str, Any] | None = None) -> None:
         """`final/`; the run is then trained, though not evaluated. Collective."""
         save_model(self.session, FINAL)
-        self._write_finished(evaluated=False)
+        self._write_finished(evaluated=False, row=row)
 
-    def _save_best(self, tell: Callable[[str], None]) -> None:
-        """`best/`, where `checkpoint.best` is set. Collective."""
-        if self.best.step is not None:
-            taken = save_best(
-                self.session, self.checkpoints.place(self.best.step), self.best.step == self.step
-            )
-            tell(f"best/ is step {self.best.step}, with {self.best}" if taken is None else taken)
-
-    def _write_finished(self, *, evaluated: bool) -> None:
-        state = {**self.state_dict(), INPUTS: self.inputs}  # on all ranks: it may have to be gathered
+    def _write_finished(self, *, evaluated: bool, row: Mapping[str, Any] | None = None) -> None:
+        """Record that the run is trained; `row` waits for the last evaluation. Collective."""
+        last = None if row is None else clean_row(row)
+        state = {**self.state_dict(), INPUTS: self.inputs, LAST_ROW: last}
         write_finished(self.session.run_dir, state, evaluated=evaluated)
 
 
@@ -385,10 +383,36 @@ def _complete(config: RunConfig, run_dir: Path, differences: list[str], evaluate
         session = Session(config, run_dir, training=False, final=run_dir / FINAL)
         session.prepare_reference(say)
         restore_objective(session.objective, state)
-        evaluate(session)
+        values = evaluate(session)
+        if state.get(LAST_ROW) is not None:
+            state |= _catch_up(session, state, values)
     except Exception as error:
         raise RunError(unevaluated(run_dir, error)) from error
     write_finished(run_dir, state, evaluated=True)
+
+
+def _catch_up(session: Session, state: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What a run that ended in its last evaluation still lacks: that step's row, and `best/`. Collective.
+
+    Returns what changes in its state.
+    """
+    step, best = state["step"], BestStep(session.config.checkpoint)
+    best.load_state_dict(state["best"])
+    best.improved(step, values)
+    is_main = distributed.is_main()
+    with Tracker(session.run_dir, session.config, step, is_main, resume_step=step - 1) as tracker:
+        tracker.evaluation(step, values)
+        tracker.log(state[LAST_ROW])
+        write_best(session, best, step, tracker.message)
+    return {"best": best.state_dict(), LAST_ROW: None}
+
+
+def write_best(session: Session, best: BestStep, step: int, tell: Callable[[str], None]) -> None:
+    """`best/` of a session with the weights after `step`, where `checkpoint.best` is set. Collective."""
+    if best.step is not None:
+        checkpoint = session.run_dir / CHECKPOINTS / f"step-{best.step}"
+        problem = save_best(session, checkpoint, best.step == step)
+        tell(f"best/ is step {best.step}, with {best}" if problem is None else problem)
 
 
 def _load(config: RunConfig, run_dir: Path, checkpoint: Checkpoint | None) -> Session:

@@ -26,11 +26,14 @@ from rcpo.checkpoint.read import checkpoint_weights, first_problem, newest
 from rcpo.checkpoint.write import CheckpointWriter, SaveClock
 from rcpo.config.schema import CheckpointConfig, RunConfig
 from rcpo.errors import ConfigError, RunError
-from rcpo.runs.folder import checkpoint_folders
+from rcpo.runs.folder import checkpoint_folders, read_rows
 from rcpo.runs.tracker import Tracker
 from rcpo.system import distributed
+from rcpo.training import trainer
 from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
+
+MODEL = "model.safetensors"
 
 
 def test_a_checkpoint_is_due_after_the_interval_however_the_wall_clock_jumps(
@@ -202,6 +205,46 @@ def test_the_last_row_holds_the_last_evaluation(session: Session) -> None:
     rows = [json.loads(row) for row in (session.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("eval/loss") for row in rows] == [None, None, 0.25]
     assert json.loads((session.run_dir / "finished.json").read_text())["evaluated"] is True
+
+
+class Killed(BaseException):
+    """Nothing comes after it, as after SIGKILL."""
+
+
+@pytest.mark.parametrize(("last", "expected"), [(0.7, 2), (1.0, 3)])
+def test_a_run_that_is_killed_in_its_last_evaluation_lacks_nothing_afterwards(
+    session: Session, last: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run_dir = session.config, session.run_dir
+    config.eval.every, config.checkpoint.best, config.resume = 1, "eval/loss", "auto"
+    values = {1: 0.5, 2: 0.9, 3: last}
+    run = Trainer(session)
+
+    def killed(_: Session) -> dict[str, Any]:
+        if run.step == 3:
+            monkeypatch.setattr(Tracker, "log", lambda *_: None)
+            raise Killed
+        return {"eval/loss": values[run.step]}
+
+    with silent(session) as tracker, pytest.raises(Killed):
+        run.run(tracker, killed)
+    monkeypatch.undo()
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [1, 2]
+    weights = checkpoint_weights(run_dir / "checkpoints" / "step-2")
+    if expected == 3:
+        weights = {f"model.{name}": value for name, value in load_file(run_dir / "final" / MODEL).items()}
+
+    assert trainer.train(config, run_dir, lambda _: {"eval/loss": last}) == 0
+    rows = read_rows(run_dir / "metrics.jsonl")
+    assert [(row["step"], row["eval/loss"]) for row in rows] == list(values.items())
+    assert {*rows[1]} == {*rows[2]}  # all that a row has
+    found = load_file(run_dir / "best" / MODEL)
+    assert all(torch.equal(value, weights[f"model.{name}"]) for name, value in found.items())
+    state = json.loads((run_dir / "finished.json").read_text())
+    assert state["evaluated"] is True and state["last_row"] is None and state["best"]["step"] == expected
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"}
+    assert trainer.train(config, run_dir, lambda _: {"eval/loss": 9.0}) == 0  # there is nothing left to do
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"} == before
 
 
 @pytest.mark.slow
