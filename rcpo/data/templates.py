@@ -316,7 +316,13 @@ def template_sources(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> 
         source = _source(wanted)
         return wanted, source, source
     if tokenizer.chat_template:
-        own = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
+        try:
+            own = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
+        except ValueError as error:  # several by name, none of which is the default
+            raise ConfigError(
+                f"the tokenizer has chat templates ({', '.join(tokenizer.chat_template)}), and none is named "
+                f"default; {_choices()}"
+            ) from error
         return "the tokenizer's own", *own
     if wanted is None:
         return None

@@ -1,5 +1,6 @@
 """Conversations through each family's kind of tokenizer and template, token by token."""
 
+import copy
 import re
 from functools import cache
 from itertools import pairwise
@@ -293,6 +294,14 @@ def test_a_template_that_cannot_work_is_refused_before_any_row(
         find_template(tokenizer_of("neox"), write(tmp_path, template), {}, None)
     with pytest.raises(ConfigError, match=r"none.jinja cannot be read"):
         find_template(tokenizer_of("neox"), str(tmp_path / "none.jinja"), {}, None)
+
+
+def test_several_templates_without_a_default_are_refused_with_their_names() -> None:
+    tokenizer = copy.copy(tokenizer_of("qwen"))
+    tokenizer.chat_template = {"rag": "x", "code": "y"}
+    with pytest.raises(ConfigError, match=r"templates \(rag, code\), and none is named default; give data"):
+        find_template(tokenizer, None, {}, None)
+    assert find_template(tokenizer, "chatml", {}, None) is not None
 
 
 def test_a_template_that_changes_earlier_turns_leaves_the_answer(tmp_path: Path) -> None:
