@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -51,8 +50,8 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {_reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token; set eos_token in it")
     if tokenizer.pad_token_id is None:
@@ -62,14 +61,26 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
 
 def load_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
     """The configuration in a model's folder, with the attention that is asked for."""
-    try:
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        hint = "; if you trust it: model.trust_remote_code=true" if _wants_code(error) else ""
-        raise ConfigError(f"the model in {folder} cannot be read: {first_line(error)}{hint}") from error
+    found = read_config(folder, config)
     if config.attention is not None:
         found._attn_implementation = config.attention
     return found
+
+
+def read_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
+    """The configuration in a model's folder as it is; raises ConfigError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # a value of a wrong type may raise anything
+        hint = "; if you trust it: model.trust_remote_code=true" if _wants_code(error) else ""
+        raise ConfigError(f"the model in {folder} cannot be read: {_reason(error)}{hint}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, behind its name where it quotes a value or a key alone."""
+    said = first_line(error).rstrip(":")
+    named = isinstance(error, LookupError | AttributeError | TypeError | ArithmeticError)
+    return f"{type(error).__name__}: {said}" if named else said
 
 
 def refuse_quantized(folder: Path, config: ModelConfig) -> None:
@@ -116,16 +127,8 @@ def load_model(
             )
     except ConfigError:
         raise
-    except (
-        ValueError,
-        ImportError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-        KeyError,
-        SafetensorError,
-    ) as error:
-        raise ConfigError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # of transformers, safetensors, torch, or a repository's own code
+        raise ConfigError(f"the model in {folder} cannot be loaded: {_reason(error)}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -160,21 +163,49 @@ def _read(
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    with _quiet():  # its report of missing weights is a table; ours is the error below
-        model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = _reported(AutoModelForCausalLM, folder, architecture, config, settings)
+    _refuse_differences(folder, type(model).__name__, report, "a whole causal language model")
+    return model
+
+
+def read_classifier(
+    folder: Path, architecture: PreTrainedConfig, config: ModelConfig, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """The sequence-classification model in a folder; raises ConfigError where it lacks weights.
+
+    Weights that it has no place for, such as the head of a language model, are left out.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    hub.check_weights("the model", folder, pickle=config.allow_pickle)
+    model, report = _reported(AutoModelForSequenceClassification, folder, architecture, config, settings)
+    whole = report | {"unexpected_keys": []} if not report["missing_keys"] else report
+    _refuse_differences(folder, type(model).__name__, whole, "a whole sequence-classification model")
+    return model
+
+
+def _reported(
+    kind: Any,
+    folder: Path,
+    architecture: PreTrainedConfig,
+    config: ModelConfig,
+    settings: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, and how its weights differ from those of its folder."""
+    with _quiet():  # transformers' own report is a table
+        model, report = kind.from_pretrained(
             folder,
             config=architecture,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
-            ignore_mismatched_sizes=True,  # reported, and refused below
+            ignore_mismatched_sizes=True,  # reported, for the caller to refuse
             output_loading_info=True,
             **settings,
         )
-    _refuse_differences(folder, type(model).__name__, report)
-    return model
+    return model, report
 
 
-def _refuse_differences(folder: Path, architecture: str, report: dict[str, Any]) -> None:
+def _refuse_differences(folder: Path, architecture: str, report: dict[str, Any], wanted: str) -> None:
     """Raise ConfigError where a file's weights are not those of the model: missing ones would be random."""
     of_other_sizes = sorted(report["mismatched_keys"])
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -194,8 +225,8 @@ def _refuse_differences(folder: Path, architecture: str, report: dict[str, Any])
         return
     more = f" ({count} such weights)" if count > 1 else ""
     raise ConfigError(
-        f"the weights in {folder} are not those that config.json describes: {problem}{more}; give a whole "
-        "causal language model, as save_pretrained writes it"
+        f"the weights in {folder} are not those that config.json describes: {problem}{more}; give {wanted}, "
+        "as save_pretrained writes it"
     )
 
 

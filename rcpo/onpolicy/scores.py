@@ -68,11 +68,17 @@ def prepare(
         return by_judge
     reward = score.name == "reward_model"
     model: ScoringModel = RewardModel(config, score) if reward else Likelihood(config, score, policy)
-    with suppress(BadRow):  # a template that is missing is found now; whether it renders "-" does not matter
-        model.ids(prompts[0], "-")
+    for prompt in {_roles(prompt): prompt for prompt in reversed(prompts)}.values():
+        with suppress(BadRow):  # what no template takes is found now; whether it renders "-" does not matter
+            model.ids(prompt, "-")
     memo = cache_folder(config.reference.cache)
     name = score_identity(config, score, policy, None if memo is None else memo / "hashes")
     return lambda answers: _by_model(model, score, name, answers, folder / FOLDER, stop)
+
+
+def _roles(prompt: Prompt) -> tuple[str, ...]:
+    """Who speaks in a prompt: templates refuse some orders, and system messages."""
+    return () if isinstance(prompt.content, str) else tuple(one["role"] for one in prompt.content)
 
 
 def _verifiable(config: RunConfig, score: ScoreConfig, prompts: Sequence[Prompt]) -> Score:

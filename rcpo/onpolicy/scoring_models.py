@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from rcpo.config.onpolicy import ScoreConfig
 from rcpo.config.schema import RunConfig
@@ -19,9 +20,10 @@ from rcpo.data.dataset import make_encoder
 from rcpo.errors import ConfigError
 from rcpo.models import hub
 from rcpo.models.hub import ModelSource
-from rcpo.models.loading import DTYPES, load_tokenizer, load_whole
+from rcpo.models.loading import DTYPES, load_tokenizer, load_whole, read_classifier, read_config
 from rcpo.onpolicy.prompts import Prompt
 from rcpo.system import distributed
+from rcpo.system.text import first_line
 
 Ids = list[int]
 
@@ -47,7 +49,7 @@ class ScoringModel(Protocol):
 class RewardModel:
     """A sequence-classification model with one label; its own tokenizer and chat template.
 
-    Raises ConfigError for a model with more labels, before its weights are read.
+    Raises ConfigError for a model with more labels or without a head, before its weights are read.
     """
 
     def __init__(self, config: RunConfig, score: ScoreConfig) -> None:
@@ -55,16 +57,17 @@ class RewardModel:
         self._config = config
         self._folder = hub.folder("score.path", score.path, score.revision)
         self._tokenizer = load_tokenizer(self._folder, config.model)
-        self._own = AutoConfig.from_pretrained(self._folder, trust_remote_code=config.model.trust_remote_code)
+        self._own = read_config(self._folder, config.model)
         if self._own.num_labels != 1:
             raise ConfigError(
                 f"score.path={score.path} has {self._own.num_labels} labels, and a reward model has one: "
                 "give a sequence-classification model with num_labels=1"
             )
+        read_classifier(self._folder, self._own, config.model, {"device_map": "meta"})
         self.limit = score.max_length or getattr(self._own.get_text_config(), "max_position_embeddings", None)
 
     def ids(self, prompt: Prompt, text: str) -> Ids:
-        """Raise ConfigError for a conversation that the model has no template for."""
+        """Raise ConfigError for a conversation that the model has no template for, or that it refuses."""
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             if not isinstance(prompt.content, str):
@@ -75,19 +78,20 @@ class RewardModel:
             return list(tokenizer(prompt.content + text)["input_ids"])
         content = parse_prompt(prompt.content) if isinstance(prompt.content, str) else prompt.content
         messages = [*content, {"role": "assistant", "content": text}]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, tools=prompt.more.get("tools"))
+        try:
+            whole = tokenizer.apply_chat_template(messages, tokenize=False, tools=prompt.more.get("tools"))
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ConfigError(
+                f"{prompt.place}: the chat template of the reward model in {self._folder} refuses the "
+                f"conversation: {first_line(error)}; give its tokenizer a template that takes it"
+            ) from error
         # the template writes what the tokenizer would put before a text
         return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
 
     def load(self) -> None:
         self._own.pad_token_id = _padding(self._own, self._tokenizer)
-        self._model = AutoModelForSequenceClassification.from_pretrained(
-            self._folder,
-            config=self._own,
-            dtype=DTYPES[self._config.train.dtype],
-            trust_remote_code=self._config.model.trust_remote_code,
-            use_safetensors=None if self._config.model.allow_pickle else True,
-        )
+        dtype = {"dtype": DTYPES[self._config.train.dtype]}
+        self._model = read_classifier(self._folder, self._own, self._config.model, dtype)
         self._model.to(distributed.device()).eval()
 
     def release(self) -> None:
@@ -126,7 +130,7 @@ class Likelihood:
         self._tokenizer = load_tokenizer(self._source.tokenizer, config.model)
         self._encoder = make_encoder(replace(config.data, columns={}), self._tokenizer)
         self._starts: dict[str, int] = {}  # where answers begin, by their prompts' ids
-        own = AutoConfig.from_pretrained(self._source.base, trust_remote_code=config.model.trust_remote_code)
+        own = read_config(self._source.base, config.model)
         self.limit = score.max_length or getattr(own.get_text_config(), "max_position_embeddings", None)
 
     def ids(self, prompt: Prompt, text: str) -> Ids:

@@ -247,3 +247,29 @@ def test_what_cannot_be_read_is_refused(folder: Path) -> None:
     change(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         load_tokenizer(folder, ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", "{}", "tokenizer in .* cannot be read: KeyError: 'added_tokens'"),
+        ("tokenizer_config.json", "[]", "tokenizer in .* cannot be read: AttributeError: "),
+        (
+            "config.json",
+            {"hidden_size": "x"},
+            "model in .* cannot be read: Validation error for field 'hidden_size'",
+        ),
+        ("config.json", {"num_attention_heads": 0}, "model in .* cannot be read: ZeroDivisionError"),
+    ],
+)
+def test_damaged_settings_are_refused_whatever_the_libraries_raise(
+    folder: Path, name: str, content: str | dict[str, object], reason: str
+) -> None:
+    if isinstance(content, dict):
+        change(folder / name, **content)
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=reason) as refused:
+        load_config(folder, ModelConfig())
+        load_tokenizer(folder, ModelConfig())
+    assert "\n" not in str(refused.value)

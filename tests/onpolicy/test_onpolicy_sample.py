@@ -13,6 +13,7 @@ import torch
 from endpoints import answering
 from judge_server import JudgeServer
 from ranks import on_ranks
+from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -27,6 +28,7 @@ from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept
 from rcpo.onpolicy.prompts import Prompt, load_prompts
 from rcpo.onpolicy.ratings import rating_of
+from rcpo.onpolicy.scoring_models import RewardModel
 from rcpo.onpolicy.settings import Settings
 from rcpo.system import distributed
 from rcpo.system.signals import STOPPED
@@ -416,6 +418,42 @@ def test_a_classifier_of_more_labels_and_a_missing_template_are_refused_first(tm
     with pytest.raises(ConfigError, match="has 2 labels"):
         work.make(given, tmp_path / "out")
     assert not (tmp_path / "out" / "answers").exists()
+
+
+def test_a_reward_model_without_its_head_is_refused_first(tmp_path: Path) -> None:
+    """transformers would draw the head's weights at random, and with them the scores."""
+    path = Path(counting_reward(tmp_path / "reward", "9", pad=0))
+    weights = load_file(path / "model.safetensors")
+    head = weights.pop("score.weight")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    given = settings(score=ScoreConfig(name="reward_model", path=str(path)))
+    reason = r"needs score\.weight, which is not there; give a whole sequence-classification model"
+    with pytest.raises(ConfigError, match=reason):
+        RewardModel(given.config, given.nodes.score)
+    more = {"score.weight": head, "lm_head.weight": torch.zeros(100, 8)}  # saved with the head that it had
+    save_file(weights | more, path / "model.safetensors", {"format": "pt"})
+    RewardModel(given.config, given.nodes.score)
+
+
+def test_a_conversation_that_a_reward_model_s_template_refuses_is_refused_first(tmp_path: Path) -> None:
+    path = Path(counting_reward(tmp_path / "reward", "9", pad=0))
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = refusing
+    tokenizer.save_pretrained(path)
+    asked = {"role": "user", "content": "2+3="}
+    prompts = [
+        Prompt("p", "x:1", [asked], "2+3=", [], None, {}),
+        Prompt("q", "x:2", [{"role": "system", "content": "s"}, asked], "s2+3=", [], None, {}),
+    ]
+    distributed.initialize()
+    score = ScoreConfig(name="reward_model", path=str(path))
+    with pytest.raises(
+        ConfigError, match=r"x:2: the chat template of the reward model in .*: no system; give"
+    ):
+        scores.prepare(
+            RunConfig(), score, prompts, ModelSource(path), tmp_path, lambda line: None, lambda: False
+        )
 
 
 def test_log_likelihoods_are_the_model_s_own(tmp_path: Path) -> None:
