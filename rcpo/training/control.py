@@ -76,8 +76,8 @@ def set_aside(datasets: Datasets, config: RunConfig) -> Datasets:
     if reason is not None:
         raise ConfigError(
             f"rc=loop reads held-out pairs where training pairs are not fresh, and {reason}: give more data, "
-            "or keep the pairs fresh with one epoch and an objective that has a reference (or "
-            "reference.track=true)"
+            "or keep the pairs fresh with one epoch and the start as reference (an objective that has one or "
+            "reference.track=true, without reference.path and reference.sync_every)"
         )
     rows, control = split_prompts(train.prompts, wanted / len(train), config.seed)
     found = replace(datasets, train=train.take(rows), control=train.take(control))

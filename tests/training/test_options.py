@@ -162,9 +162,11 @@ def test_options_compose_under_any_split(tmp_path: Path, case: str) -> None:
     config.wandb.mode = "disabled"
     config.model.name, config.model.path = "local", tiny_llama(tmp_path / "model")
     config.data.name, config.data.eval_fraction = "pairs", 0.0
-    config.data.path = sums_file(tmp_path / "pairs.jsonl", 10, weighted=True, gold=True)
+    count = 90 if "rule" in wanted else 10  # the loop sets control pairs aside, for its reference moves
+    config.data.path = sums_file(tmp_path / "pairs.jsonl", count, weighted=True, gold=True)
     config.objective = ObjectiveConfig(**wanted["objective"])
     config.rc.enabled, config.rc.sketch = True, 32
+    config.rc.control.every = 1
     config.rc.rule, config.rc.scope = wanted.get("rule", "center"), wanted.get("scope", "batch")
     config.adapter = AdapterConfig(name=wanted.get("adapter", "none"))
     config.reference.cache, config.reference.mode = "off", "model"
