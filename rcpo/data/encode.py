@@ -145,6 +145,8 @@ class Encoder:
         try:
             if isinstance(value, BadRow):
                 raise value
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                raise BadRow("an array of objects in one line; a file that holds one array is named .json")
             if not isinstance(value, dict):
                 raise BadRow("not a JSON object")
             fields = rename(read_json_cells(value), self.columns)

@@ -77,9 +77,11 @@ def read_row(row: dict[str, Any]) -> Row:
         kind, prompt, chosen, rejected = SFT, "", _text(fields["text"], "text"), None
     else:
         known = ", ".join(map(repr, row)) or "none"
+        told = "say what is in them with data.columns"
+        if len(row) == 1 and _are_rows(next(iter(row.values()))):
+            told = "its objects seem to be the rows; write that array alone to a .json file"
         raise BadRow(
-            f"no field 'chosen', 'completion', 'messages' or 'text'; the columns are {known}: say what is in "
-            "them with data.columns"
+            f"no field 'chosen', 'completion', 'messages' or 'text'; the columns are {known}: {told}"
         )
     prompt = _unmarked(prompt)
     if fields.get("system"):
@@ -89,6 +91,13 @@ def read_row(row: dict[str, Any]) -> Row:
     found = Row(kind, prompt, chosen, rejected, _tools(fields), _options(fields), gold, **numbers)
     _refuse_unusable(found, needs_prompt=not fields.keys().isdisjoint(_ANSWERS))
     return found
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value is a list of objects that are no messages."""
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and speaker(value[0]) is None
+    )
 
 
 def as_conversation(row: Row) -> Row:

@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rcpo.data.records import BadRow
+from rcpo.data.signatures import refuse_other_content
 from rcpo.errors import ConfigError
 from rcpo.system.text import first_line
 
@@ -36,6 +38,7 @@ PACKED = (*UNPACKED, ".zip")
 """Files that hold rows, whether rcpo reads them or not."""
 METADATA = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"))
 BOM = b"\xef\xbb\xbf"
+_BINARY = (".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,21 @@ def read_file(path: Path) -> Iterator[RowBlock]:
             f"(text also in {', '.join(UNPACKED)})"
         )
     try:
+        _refuse_other_content(path)
         yield from reader(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # gzip.BadGzipFile is an OSError
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
 
 
+def _refuse_other_content(path: Path) -> None:
+    suffix, packing = _suffixes(path)
+    refuse_other_content(path, text=not packing and suffix not in _BINARY)
+
+
 def kind(path: Path) -> str:
     """The suffix that says how a file is read, lower case, without a compression's; empty where none does."""
     suffix, packing = _suffixes(path)
-    readable = packing == "" or (packing in UNPACKED and suffix not in (".parquet", ".arrow"))
+    readable = packing == "" or (packing in UNPACKED and suffix not in _BINARY)
     return suffix if suffix in _READERS and readable else ""
 
 
@@ -104,6 +113,7 @@ def count_rows(path: Path) -> int:
         import pyarrow.parquet as pq
 
         try:
+            _refuse_other_content(path)
             return int(pq.read_metadata(path).num_rows)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
@@ -126,10 +136,17 @@ def data_files(folder: Path) -> list[Path]:
 def parse_line(line: bytes) -> Any:
     """One line of JSON; raises BadRow."""
     try:
-        return json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow("invalid UTF-8") from error
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers too long, nesting too deep
+        if isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()):
+            raise BadRow(
+                "broken JSON that ends too early; write each row in one line, or one array of all rows in a "
+                ".json file"
+            ) from error
         raise BadRow("broken JSON") from error
 
 
@@ -162,7 +179,8 @@ def _json_lines(path: Path) -> Iterator[RowBlock]:
             if lines[0][0] == 1:
                 lines[0] = 1, lines[0][1].removeprefix(BOM)
             kept = [(number, line) for number, line in lines if not line.isspace() and line]
-            yield RowBlock([number for number, _ in kept], [line for _, line in kept])
+            if kept:
+                yield RowBlock([number for number, _ in kept], [line for _, line in kept])
 
 
 def _json(path: Path) -> Iterator[RowBlock]:
@@ -229,6 +247,8 @@ def _csv(path: Path) -> Iterator[RowBlock]:
                     f"{path}:1: the columns are separated by semicolons; "
                     "save the file with commas, or with tabs as .tsv"
                 )
+            if len(header) == 1 and "\t" in header[0]:
+                raise ConfigError(f"{path}:1: the columns are separated by tabs; name the file .tsv")
             if len(set(header)) < len(header):
                 raise ConfigError(f"{path}:1: a column's name is there twice")
             rows = (_csv_row(header, values, reader.line_num) for values in reader if values)
@@ -252,7 +272,9 @@ def _parquet(path: Path) -> Iterator[RowBlock]:
     import pyarrow.parquet as pq
 
     try:
-        yield from arrow_pieces(pq.ParquetFile(path).iter_batches(ROWS))
+        file = pq.ParquetFile(path)
+        _refuse_columns_twice(path, file.schema_arrow)
+        yield from arrow_pieces(file.iter_batches(ROWS))
     except pa.ArrowException as error:
         raise ConfigError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
@@ -267,12 +289,22 @@ def _arrow(path: Path) -> Iterator[RowBlock]:
             mapped.seek(0)
             if is_file:
                 file = pa.ipc.open_file(mapped)
+                _refuse_columns_twice(path, file.schema)
                 batches = (file.get_batch(number) for number in range(file.num_record_batches))
             else:
-                batches = iter(pa.ipc.open_stream(mapped))
+                stream = pa.ipc.open_stream(mapped)
+                _refuse_columns_twice(path, stream.schema)
+                batches = iter(stream)
             yield from arrow_pieces(batches)
     except pa.ArrowException as error:
         raise ConfigError(f"{path} cannot be read as Arrow: {first_line(error)}") from error
+
+
+def _refuse_columns_twice(path: Path, schema: pa.Schema) -> None:
+    """Raise ConfigError for two columns of one name, of which a row would show the last alone."""
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{path}: the column {twice[0]!r} is there twice; rename or remove one")
 
 
 def arrow_pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[RowBlock]:

@@ -385,6 +385,13 @@ def test_a_registered_function_is_a_format() -> None:
         find_form(rows, FormOptions(format="best of three"), "x").rows({})
 
 
+def test_an_array_under_the_name_of_lines_is_told_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps([PAIR, PAIR]))
+    with pytest.raises(ConfigError, match=r"x\.jsonl:1: an array of objects in one line; .* is named \.json"):
+        load(path=str(path))
+
+
 def test_a_column_that_the_file_lacks_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [PAIR])
     reason = r"data.columns.chosen=good: .*x.jsonl has no such column; it has prompt, chosen, rejected"

@@ -167,6 +167,8 @@ def test_lines_keep_their_numbers_over_pieces_and_blank_lines(tmp_path: Path) ->
     assert (first, zero) == (1, 0) and (third, two) == (ROWS + 3, 2)
     assert second == ROWS + 2 and isinstance(bad, BadRow)  # a mark is only one at the beginning
     assert rows(write(tmp_path / "e.jsonl", b"")) == []
+    [piece] = read_file(write(tmp_path / "b.jsonl", b"\n" * (ROWS + 1) + b"1\n"))  # no piece without a row
+    assert list(piece.numbers) == [ROWS + 2]
 
 
 def test_an_array_comes_in_pieces_counted_from_one(tmp_path: Path) -> None:
@@ -193,18 +195,23 @@ def test_large_batches_are_cut(tmp_path: Path) -> None:
     assert rows(path) == [(n + 1, {"a": n}) for n in range(2 * ROWS + 1)]
 
 
+ENDS = "broken JSON that ends too early; write each row in one line, or one array of all rows in a .json file"
+
+
 # --- JSON -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b"{", "broken JSON"),
+        (b"{\n", ENDS),
+        (b'{"prompt": "q",\n', ENDS),
+        (b'{"prompt": "q', "broken JSON"),
         (b"[" * 100_000, "broken JSON"),
         (b"9" * 5000, "broken JSON"),
         (b'"\xff"', "invalid UTF-8"),
     ],
-    ids=["cut", "nested", "long", "bytes"],
+    ids=["over lines", "a field a line", "cut", "nested", "long", "bytes"],
 )
 def test_a_bad_line_has_a_reason(line: bytes, expected: str) -> None:
     with pytest.raises(BadRow) as problem:
@@ -270,6 +277,8 @@ def test_the_header_of_a_table(tmp_path: Path) -> None:
     assert reason(path) == (
         f"{path}:1: the columns are separated by semicolons; save the file with commas, or with tabs as .tsv"
     )
+    path = write(tmp_path / "t.csv", b"a\tb\n1\t2\n")
+    assert reason(path) == f"{path}:1: the columns are separated by tabs; name the file .tsv"
     path = write(tmp_path / "w.tsv", b"a\tb\ta\n")
     assert reason(path) == f"{path}:1: a column's name is there twice"
 
@@ -298,3 +307,17 @@ def test_damage_in_arrow_has_a_reason_and_leaves_the_rows_beside_it() -> None:
     assert [(number, str(row)) for number, row in found[1:]] == [
         (2, "broken Arrow data"), (3, "broken Arrow data"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_two_columns_of_one_name_are_refused(kind: str, tmp_path: Path) -> None:
+    one = pa.array(["a"])
+    table = pa.Table.from_arrays([one, one, one], names=["chosen", "rejected", "chosen"])
+    path = tmp_path / ("x.parquet" if kind == "parquet" else "x.arrow")
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as file:
+            file.write_table(table)
+    assert reason(path) == f"{path}: the column 'chosen' is there twice; rename or remove one"

@@ -60,6 +60,11 @@ def test_a_row_without_an_answer_names_its_columns() -> None:
     assert why({}) == (
         "no field 'chosen', 'completion', 'messages' or 'text'; the columns are none: " + words
     )
+    assert why({"data": [TEXTS, TEXTS]}) == (
+        "no field 'chosen', 'completion', 'messages' or 'text'; the columns are 'data': its objects seem to "
+        "be the rows; write that array alone to a .json file"
+    )
+    assert why({"talk": [Q, A]}).endswith("the columns are 'talk': " + words)
 
 
 @pytest.mark.parametrize("messages", [[A], [Q], [Q, A, Q]])
