@@ -23,13 +23,15 @@ from rcpo.config.composition import (
 )
 from rcpo.config.nodes import refuse_command_keys
 from rcpo.config.parsing import parse, read_tree, structure, to_container
-from rcpo.config.refusals import refusals_explained
+from rcpo.config.refusals import SEVERAL, refusals_explained
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.runs.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
+
+_ONE = "give one"  # the remedy for several values where a command, or --cfg, takes one
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Call:
     flags: argparse.Namespace
     overrides: list[str]
     own: dict[str, str]
+    several: str  # the remedy for a key that was given several values
     shown: bool  # the flags asked for information, which is printed: nothing is left to do
 
     def compose(self, overrides: Sequence[str] | None = None) -> DictConfig:
         """Compose the configuration, with its `hydra` node; raise ConfigError for what Hydra refuses."""
-        return compose_with(self.hydra, self.name, self.overrides if overrides is None else overrides)
+        overrides = self.overrides if overrides is None else overrides
+        return compose_with(self.hydra, self.name, overrides, several=self.several)
 
     def config(self) -> RunConfig:
         """Compose and validate the configuration of a run; raise ConfigError."""
@@ -57,7 +61,7 @@ class Call:
         """The configuration of the run in a folder, with overrides applied; raises ConfigError."""
         base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
         overrides = self.overrides if overrides is None else overrides
-        return parse(over_run(self.hydra, base, overrides), files=files)
+        return parse(over_run(self.hydra, base, overrides, self.several), files=files)
 
 
 @contextmanager
@@ -90,7 +94,7 @@ def command(
         shown = _asks_for_information(flags)
         if shown:
             _show(hydra, name, flags, overrides)
-        yield Call(hydra, name, flags, overrides, own_values, shown)
+        yield Call(hydra, name, flags, overrides, own_values, SEVERAL if alone is None else _ONE, shown)
 
 
 def _asks_for_information(flags: argparse.Namespace) -> bool:
@@ -111,14 +115,15 @@ def _asks_for_information(flags: argparse.Namespace) -> bool:
 
 def _show(hydra: Hydra, name: str, flags: argparse.Namespace, overrides: list[str]) -> None:
     """Print what the flags ask for; raise ConfigError for overrides that Hydra refuses."""
-    cfg = compose_with(hydra, name, overrides)  # a refusal is explained here, before Hydra prints its own
+    # a refusal is explained here, before Hydra prints its own
+    cfg = compose_with(hydra, name, overrides, several=_ONE)
     if flags.help_on is not None:
         tree = OmegaConf.to_container(cfg)
         assert isinstance(tree, dict)
         own = Path(flags.config_dir) if flags.config_dir else None
         print("\n".join(explain(flags.help_on, {str(node): values for node, values in tree.items()}, own)))
         return
-    with refusals_explained(hydra, name, overrides):
+    with refusals_explained(hydra, name, overrides, _ONE):
         if flags.cfg is not None:
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
         elif flags.info is not None:

@@ -29,6 +29,12 @@ from rcpo.slurm.snapshot import snapshot
 from rcpo.sweeps.multirun import compose_many
 from rcpo.system.files import write_privately
 
+# what refuses -m
+_ALONE = {
+    "train": "-m: several runs are one array, `rcpo submit sweep`",
+    "evaluate": "-m: submit evaluate takes one run at a time",
+}
+
 
 @dataclass
 class Submission:
@@ -46,7 +52,8 @@ def submit(what: str, arguments: Sequence[str], *, dry_run: bool) -> int:
     Returns the exit code; raises ConfigError for what is refused, RunError for what SLURM refuses.
     """
     nodes = ("slurm", "sweep", "study") if what == "sweep" else ("slurm",)
-    with command(arguments, nodes=nodes, own=("run",) if what == "evaluate" else ()) as call:
+    own = ("run",) if what == "evaluate" else ()
+    with command(arguments, nodes=nodes, own=own, alone=_ALONE.get(what)) as call:
         if call.shown:
             return DONE
         plan = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[what](call)
@@ -78,8 +85,6 @@ def _without_secrets(argument: str) -> str:
 
 
 def _train(call: Call) -> Submission:
-    if call.flags.multirun:
-        raise ConfigError("-m: several runs are one array, `rcpo submit sweep`")
     cfg = call.compose()
     slurm = slurm_config(cfg)
     run_dir = resolved_dir(cfg, None).absolute()
@@ -106,8 +111,6 @@ def _sweep(call: Call) -> Submission:
 
 def _evaluate(call: Call) -> Submission:
     run = call.own.get("run")
-    if call.flags.multirun:
-        raise ConfigError("-m: submit evaluate takes one run at a time")
     if not run:
         raise ConfigError("submit evaluate needs a run, which may still be waiting: run=DIR")
     asked = [override for override in call.overrides if node_of(override) == "slurm"]

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rcpo.config.nodes import COMMAND_NODES
 from rcpo.config.parsing import describe
 from rcpo.config.paths import conf_dir
-from rcpo.config.refusals import refusals_explained, refuse_odd_overrides
+from rcpo.config.refusals import SEVERAL, refusals_explained, refuse_odd_overrides
 from rcpo.config.validation import nearest
 from rcpo.errors import ConfigError
 from rcpo.system.text import os_message
@@ -227,14 +227,22 @@ def compose(
 
 
 def compose_with(
-    hydra: Hydra, config_name: str, overrides: Sequence[str], *, multirun: bool = False
+    hydra: Hydra,
+    config_name: str,
+    overrides: Sequence[str],
+    *,
+    multirun: bool = False,
+    several: str = SEVERAL,
 ) -> DictConfig:
-    """The composed configuration with its `hydra` node; raises ConfigError for what Hydra refuses."""
+    """The composed configuration with its `hydra` node; raises ConfigError for what Hydra refuses.
+
+    `several` is the remedy for a key that was given several values.
+    """
     from hydra.types import RunMode
 
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    with refusals_explained(hydra, config_name, overrides):
-        refuse_odd_overrides(hydra, overrides)
+    with refusals_explained(hydra, config_name, overrides, several):
+        refuse_odd_overrides(hydra, overrides, several)
         cfg = hydra.compose_config(config_name, list(overrides), run_mode=mode)
     if all(key == "hydra" for key in cfg):
         raise ConfigError(f"--config-name {config_name}: it holds no key of rcpo's")
@@ -284,10 +292,12 @@ def user_part(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({key: value for key, value in tree.items() if key not in COMMAND_NODES})
 
 
-def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+def over_run(
+    hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str], several: str = SEVERAL
+) -> DictConfig:
     """A finished run's configuration `tree` with overrides applied: a chosen group replaces the run's node.
 
-    Raises ConfigError for what Hydra refuses.
+    Raises ConfigError for what Hydra refuses; `several` is as in `compose_with`.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -299,7 +309,7 @@ def over_run(hydra: Hydra, tree: dict[str, Any], overrides: Sequence[str]) -> Di
             override = f"+{override}"
         changes.append(override)
     ConfigStore.instance().store(name="finished_run", node=base)
-    return user_part(compose_with(hydra, "finished_run", changes))
+    return user_part(compose_with(hydra, "finished_run", changes, several=several))
 
 
 def resolved_dir(cfg: DictConfig, suffix: str | None) -> Path:

@@ -26,12 +26,18 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 _SECRET = re.compile(r"[+~]*(judge|score|slurm\.env)\b")  # such values may hold a key
+SEVERAL = "add -m for a run each"  # what to do about several values where a command takes them
 _ALIASES = {"rc": {"true", "false"}}  # options that exist for YAML's sake
 
 
 @contextmanager
-def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Turn refusals of a composition into one ConfigError each, with the nearest name that exists."""
+def refusals_explained(
+    hydra: Hydra, config_name: str, overrides: Sequence[str], several: str = SEVERAL
+) -> Iterator[None]:
+    """Turn refusals of a composition into one ConfigError each, with the nearest name that exists.
+
+    `several` is the remedy for a key that was given several values.
+    """
     from hydra.errors import HydraException
 
     try:
@@ -39,7 +45,7 @@ def refusals_explained(hydra: Hydra, config_name: str, overrides: Sequence[str])
     except ConfigError:
         raise
     except HydraException as error:
-        raise ConfigError(_explain(error, hydra, config_name, overrides)) from error
+        raise ConfigError(_explain(error, hydra, config_name, overrides, several)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_in_file(error) + describe(error)) from error
     except MarkedYAMLError as error:
@@ -74,7 +80,7 @@ def _in_file(error: BaseException) -> str:
     return "" if file == "a configuration file" else f"{file}: "
 
 
-def refuse_odd_overrides(hydra: Hydra, overrides: Sequence[str]) -> None:
+def refuse_odd_overrides(hydra: Hydra, overrides: Sequence[str], several: str = SEVERAL) -> None:
     """Raise ConfigError for what Hydra takes, or refuse without the key, and no run could use."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -90,19 +96,17 @@ def refuse_odd_overrides(hydra: Hydra, overrides: Sequence[str]) -> None:
         elif key in ("hydra.run.dir", "hydra.sweep.dir") and override.value() == "":
             raise ConfigError(f"{text}: the folder's name is empty; give one: {key}=DIR")
         elif "." not in key and hydra.config_loader.get_group_options(key):
-            _refuse_odd_option(hydra, override)
+            _refuse_odd_option(hydra, override, several)
 
 
-def _refuse_odd_option(hydra: Hydra, override: Override) -> None:
+def _refuse_odd_option(hydra: Hydra, override: Override, several: str) -> None:
     """An option is chosen by its name: not by a number, nothing, a list or a mapping."""
     from hydra.core.override_parser.types import ChoiceSweep
 
     key, value = override.key_or_group, override.value()
     if isinstance(value, list):
-        several = ",".join(map(str, value))
-        raise ConfigError(
-            f"{override.input_line}: choose one option; for a run with each: -m {key}={several}"
-        )
+        each = f"; for a run with each: -m {key}={','.join(map(str, value))}" if several == SEVERAL else ""
+        raise ConfigError(f"{override.input_line}: choose one option{each}")
     if isinstance(value, dict):
         raise ConfigError(f"{override.input_line}: choose an option, and set its keys by {key}.KEY=VALUE")
     for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
@@ -127,7 +131,9 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     return f"{group}={option}: there is no such {group}; {hint}"
 
 
-def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str]) -> str:
+def _explain(
+    error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str], several: str
+) -> str:
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if not str(error) and isinstance(error.__cause__, OmegaConfBaseException):
@@ -141,7 +147,7 @@ def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequen
         override = lines[0].split("'", 1)[1].rsplit("'", 1)[0]
         key, _, value = override.partition("=")
         return (
-            f"{override} holds several values: add -m for a run each, write {key}=[{value}] for a list, or "
+            f"{override} holds several values: {several}, write {key}=[{value}] for a list, or "
             f"quote a text with commas: {_quoted(key, value)}"
         )
     unknown = re.search(r"Could not (?:override|delete|append)[^']*'([^']+)'", lines[0])

@@ -158,6 +158,25 @@ def test_hydra_s_flags_stand_anywhere(arguments: list[str], capfd: pytest.Captur
     assert "hydra:" not in shown
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "advice"),
+    [
+        (train, ["seed=1,2"], "add -m for a run each, write seed=[1,2]"),
+        (train, ["--cfg", "job", "seed=1,2"], "give one, write seed=[1,2]"),  # -m is refused beside --cfg
+        (train, ["help=optim", "seed=1,2"], "give one, write seed=[1,2]"),
+        (sweep, ["--cfg", "job", "seed=1,2"], "give one, write seed=[1,2]"),
+        (evaluate, ["seed=1,2"], "give one, write seed=[1,2]"),
+        (evaluate, ["objective=[dpo,simpo]"], "choose one option"),
+    ],
+)
+def test_several_values_are_given_the_advice_that_the_command_takes(
+    command: Any, arguments: list[str], advice: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        command(arguments)
+    assert advice in str(refused.value) and ("-m" in advice or "-m" not in str(refused.value))
+
+
 def test_hydra_s_own_node_and_plugins_can_be_shown(capfd: pytest.CaptureFixture[str]) -> None:
     assert train(["--cfg", "hydra", "hydra.sweep.dir=elsewhere"]) == 0
     assert "dir: elsewhere" in capfd.readouterr().out

@@ -132,6 +132,7 @@ def test_the_user_s_objective_is_in_the_snapshot(slurm: Path, monkeypatch: pytes
         ("train", ["slurm.time=0-1", "slurm.signal_seconds=3600"], "no longer than slurm.signal_seconds"),
         ("train", ["slurm.after=nowhere"], "neither a job id nor the folder"),
         ("train", ["-m", "seed=1,2"], "rcpo submit sweep"),
+        ("train", ["seed=1,2"], "seed=1,2 holds several values: give one"),
         ("train", ["sweep.parallel=2"], "is read by rcpo sweep"),
         ("evaluate", ["eval.max_examples=3"], "run=DIR"),
         ("evaluate", ["run=nowhere"], "is not a folder"),
