@@ -6,6 +6,7 @@ one with it that is equal in all else; its runs are paired by seed, so that a se
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config.changes import flatten, shapes_evaluation, shapes_judgement, shapes_result
+from rcpo.config.paths import conf_dir
 from rcpo.runs.folder import (
     CONFIG_FILE,
     EVALUATION_FILE,
@@ -34,6 +36,7 @@ RULE = "rc"  # off, or what the configuration group calls the rule
 MEASURING = ("rc.geometry", "rc.sketch", "rc.sketch_seed")  # what rc=off reads of rc.*
 RULE_KEYS = {"rc.alpha": "fixed", "rc.target": "loop", "rc.signal": "loop"}
 CONTROL = "rc.control."  # the loop's too
+REDUCTION = "objective.reduction"
 CONTENTS = "contents"
 TASK_KEYS = ("eval.tasks", "eval.limit", "eval.chat_template")
 # made from metrics.jsonl; every other value but REPETITION is evaluation.json's
@@ -354,17 +357,32 @@ def labelled(
 ) -> list[str]:
     """A short name for each: its objective, and the keys that tell it from others of the same objective.
 
-    `among` are the keys to tell apart by (None: all that differ), `always` those to name in any case. A key
-    that the own rule does not read is left out.
+    `among` are the keys to tell apart by (None: all that differ), `always` those to name in any case, as is
+    a reduction that is not the objective's usual one. A key that the own rule does not read is left out.
     """
     every = [comparable(each) for each in settings]
     labels = []
     for own in every:
         peers = [each for each in every if each.get("objective.name") == own.get("objective.name")]
         keys = [key for key in differing(peers) if among is None or key in among]
-        parts = [_said(key, own.get(key)) for key in sorted({*keys, *always}) if _tells(key, own, peers)]
+        unusual = {REDUCTION} if _is_unusual_reduction(own) else set()
+        named = sorted({*keys, *always, *unusual})
+        parts = [_said(key, own.get(key)) for key in named if _tells(key, own, peers)]
         labels.append(" ".join([str(own.get("objective.name", "run")), *parts]))
     return labels
+
+
+def _is_unusual_reduction(settings: Mapping[str, Any]) -> bool:
+    """Whether an objective takes log-probs otherwise than its option does: DPO on means, not on sums."""
+    usual = _usual_reduction(str(settings.get("objective.name")))
+    return usual is not None and settings.get(REDUCTION, usual) != usual
+
+
+@functools.cache
+def _usual_reduction(objective: str) -> str | None:
+    """What the shipped option of that name takes; None where there is none, or it takes no own."""
+    shipped = {file.stem: file for file in (conf_dir() / "objective").glob("*.yaml")}
+    return read_settings(shipped[objective]).get("reduction") if objective in shipped else None
 
 
 def _tells(key: str, own: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:

@@ -85,7 +85,7 @@ def test_a_sweep_has_its_figures_tables_and_headline(sweep: tuple[Path, str, Pag
     assert page.counts["svg"] == 8
     assert "8 runs: 8 finished" in page.words
     assert "The largest gain: on average RC kept the winner: −0.01 against −0.48 nats per token" in page.words
-    assert "the loser went to −0.60 against −0.60 (dpo, 2 seeds)." in page.words
+    assert "the loser went to −0.60 against −0.60 (dpo reduction=mean, 2 seeds)." in page.words
     for heading in (
         "At a glance",
         "Training",

@@ -50,8 +50,8 @@ def test_a_contrast_says_whether_the_winner_was_kept(
     found = pair(tmp_path, base, calibrated)
     beginning = f"On average {beginning} nats per token"
     loser = "; the loser went to −0.60 against −0.60"
-    assert words.headline_of_contrasts([found]) == f"{beginning}{loser} (dpo, 1 seed)."
-    expected = f"dpo: {beginning}{loser}; exact match 90 % against 90 % (1 seed)."
+    assert words.headline_of_contrasts([found]) == f"{beginning}{loser} (dpo reduction=mean, 1 seed)."
+    expected = f"dpo reduction=mean: {beginning}{loser}; exact match 90 % against 90 % (1 seed)."
     assert words.sentence_of_contrast(found) == expected
 
 
@@ -67,18 +67,18 @@ def test_a_kept_mean_over_falling_winners_is_told(tmp_path: Path) -> None:
 
 def test_several_seeds_are_said_to_be_clear_or_not(tmp_path: Path) -> None:
     # differences 0.481, 0.482, 0.483: far from 0
-    assert "(dpo, 3 seeds)" in words.headline_of_contrasts([pair(tmp_path / "a", -0.51, -0.03, seeds=3)])
+    assert "(dpo reduction=mean, 3 seeds)" in words.headline_of_contrasts([pair(tmp_path / "a", -0.51, -0.03, seeds=3)])
     # differences 0.0012 and 0.0022: mean 0.0017, half-width 12.7 · 0.0005
     doubtful = words.headline_of_contrasts([pair(tmp_path / "b", -0.0302, -0.03, seeds=2)])
-    assert "(dpo, 2 seeds; the difference's interval holds 0)" in doubtful
+    assert "(dpo reduction=mean, 2 seeds; the difference's interval holds 0)" in doubtful
 
 
 def test_the_headline_counts_how_many_comparisons_agree(tmp_path: Path) -> None:
     found = contrasts(conditions([run.summary for run in read_runs([write_sweep(tmp_path / "sweep")])]))
     expected = (
         "In 2 of 2 comparisons the mean winner fell without RC and not with it. The largest gain: on average "
-        "RC kept the winner: −0.01 against −0.48 nats per token; the loser went to −0.60 against −0.60 (dpo, "
-        "3 seeds)."
+        "RC kept the winner: −0.01 against −0.48 nats per token; the loser went to −0.60 against −0.60 "
+        "(dpo reduction=mean, 3 seeds)."
     )
     assert words.headline_of_contrasts(found) == expected
 
@@ -117,14 +117,14 @@ def test_conditions_and_contrasts_become_tables(tmp_path: Path) -> None:
     found = conditions([run.summary for run in read_runs([write_sweep(tmp_path / "sweep")])])
     table = tables.of_conditions(found)
     assert [row[:3] for row in table.rows] == [
-        ("dpo rc=off", "3", "−0.480 ± 0.010"),
-        ("dpo rc=on", "3", "−0.010 ± 0.010"),
+        ("dpo reduction=mean rc=off", "3", "−0.480 ± 0.010"),
+        ("dpo reduction=mean rc=on", "3", "−0.010 ± 0.010"),
         ("simpo rc=off", "3", "−0.180 ± 0.010"),
         ("simpo rc=on", "3", "−0.010 ± 0.010"),
     ]
     assert table.header[-1] == "steps in the band" and table.rows[0][-1] == "100 % ± 0"
     differences = tables.of_contrasts(contrasts(found))
-    assert differences.rows[0][:3] == ("dpo", "3", "+0.470\n[+0.470, +0.470]")
+    assert differences.rows[0][:3] == ("dpo reduction=mean", "3", "+0.470\n[+0.470, +0.470]")
 
 
 def test_every_downstream_score_is_joined(tmp_path: Path) -> None:

@@ -107,6 +107,20 @@ def test_a_name_holds_what_differs_within_its_objective() -> None:
     assert found == ["dpo optim.lr=0.0001", "dpo optim.lr=0.0002", "simpo"]
 
 
+def test_a_reduction_that_is_not_the_objective_s_own_is_in_the_name() -> None:
+    def labels(*reductions: str, objective: str = "dpo") -> list[str]:
+        return labelled([settings(objective, **{"objective.reduction": each}) for each in reductions])
+
+    # objective=dpo is written for sums and simpo for means; dpo_mean has the name dpo, too
+    assert labels("sum") == ["dpo"] and labels("mean") == ["dpo reduction=mean"]
+    assert labels("mean", "mean") == ["dpo reduction=mean"] * 2
+    assert labels("sum", "mean") == ["dpo reduction=sum", "dpo reduction=mean"]
+    assert labels("mean", objective="simpo") == ["simpo"]
+    assert labels("mean", objective="mine") == ["mine"]  # a user's, of which rcpo knows no usual one
+    pairs = contrasts(conditions([run(rc=rc, **{"objective.reduction": "mean"}) for rc in (False, True)]))
+    assert [pair.label for pair in pairs] == ["dpo reduction=mean"]
+
+
 def test_a_contrast_needs_all_else_equal() -> None:
     on = {"rc": True}
     runs = [
