@@ -31,6 +31,11 @@ RECORDED_NODES = ("log", "dynamics", "probe")
 RECORDED_KEYS = ("eval.every", "checkpoint.best", "checkpoint.best_mode")
 # of eval.*: how fast an evaluation is, or when and of which weights one is made, but not what it gives
 EVALUATION_FREE = ("eval.every", "eval.batch_size", "eval.task_batch_size", "eval.checkpoints")
+# of eval.*: what `rcpo evaluate` alone reads, and the evaluation at the end of training does not
+EVALUATE_ONLY = tuple(
+    f"eval.{name}"
+    for name in ("parameters_geometry", "preferences", "tasks", "limit", "chat_template", "judge")
+)
 # of judge.*: where and how patiently the judge is asked, but not what
 JUDGE_FREE = tuple(
     f"judge.{name}"
@@ -44,6 +49,11 @@ JUDGE_FREE = tuple(
 def shapes_evaluation(key: str) -> bool:
     """Whether a key changes what an evaluation gives for the same weights."""
     return key.partition(".")[0] == "eval" and key not in EVALUATION_FREE
+
+
+def _shapes_end(key: str) -> bool:
+    """Whether a key changes what the evaluation at the end of training gives."""
+    return shapes_evaluation(key) and key not in EVALUATE_ONLY
 
 
 def shapes_training(key: str) -> bool:
@@ -96,7 +106,7 @@ def recorded_changes(old: Mapping[str, Any], new: RunConfig) -> list[str]:
 def evaluation_changes(old: Mapping[str, Any], new: RunConfig) -> list[str]:
     """The same for each key that changes what the evaluation at the end gives."""
     before = flatten(to_container(RunConfig())) | flatten(old)
-    return _differences(before, flatten(to_container(new)), shapes_evaluation)
+    return _differences(before, flatten(to_container(new)), _shapes_end)
 
 
 def _differences(

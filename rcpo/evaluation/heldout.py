@@ -24,7 +24,7 @@ from rcpo.evaluation.preference import (
     write_examples,
 )
 from rcpo.runs.folder import EVALUATION, EVALUATION_FILE, EXAMPLES_FILE, read_record
-from rcpo.runs.inputs import EVALUATION_SETTINGS
+from rcpo.runs.inputs import EVALUATION_SETTINGS, PAIRS, write_evaluation_settings
 from rcpo.runs.jsonl import write_json
 from rcpo.system import distributed
 from rcpo.training.forward import PairOutput
@@ -65,12 +65,17 @@ def evaluate(
 def evaluate_in_training(session: Session) -> dict[str, Any]:
     """`evaluate` of a policy in training; rank 0 writes evaluation.json anew.
 
-    Returns what belongs in a row of metrics.jsonl: all but the figures by length.
+    Of a trained run, whose weights stay, the file keeps what other tools measured. Returns what belongs in a
+    row of metrics.jsonl: all but the figures by length.
     """
     record = evaluate(session)
     if record and distributed.is_main():
-        (session.run_dir / EVALUATION_SETTINGS).unlink(missing_ok=True)  # of an evaluation before
-        write_json(session.run_dir / EVALUATION_FILE, record)
+        if session.training:
+            (session.run_dir / EVALUATION_SETTINGS).unlink(missing_ok=True)  # of an evaluation before
+            write_json(session.run_dir / EVALUATION_FILE, record)
+        else:
+            merge_record(session.run_dir, record, kept=MERGED)
+            write_evaluation_settings(session.run_dir, session.config, PAIRS)
     return {name: value for name, value in record.items() if not name.startswith(PREFIX)}
 
 

@@ -413,6 +413,8 @@ def test_a_run_that_ended_is_complete_and_not_taken_again(
     [
         ({"eval.max_examples": 4}, [], ["eval.max_examples: None -> 4"]),
         ({"eval.batch_size": 4}, [], []),
+        ({"eval.tasks": ["gsm8k"]}, [], []),  # of `rcpo evaluate` alone
+        ({"eval.judge": True}, [], []),
         ({"eval.every": 4}, ["eval.every: 0 -> 4"], []),
         ({"probe.size": 4}, ["probe.size: 16 -> 4"], []),
         ({"data.path": "other"}, ["the training data (by content)"], []),
@@ -436,7 +438,7 @@ def test_a_complete_run_has_the_same_data_and_evaluation(
     now = copy.deepcopy(config)
     for key, value in change.items():
         node, leaf = key.split(".")
-        given = files.get(value, value)
+        given = files.get(str(value), value)
         setattr(getattr(now, node), leaf, [SourceConfig(path=given)] if leaf == "sources" else given)
     found = standing(tmp_path, state, now, read_inputs(now))
     assert found.trained == trained_otherwise

@@ -12,6 +12,7 @@ import torch
 from tiny import sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rcpo.config.parsing import to_container
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.errors import ConfigError
 from rcpo.evaluation.heldout import evaluate, evaluate_in_training, merge_record
@@ -193,6 +194,7 @@ def test_no_dynamics_where_pairs_are_coupled_or_nothing_is_measured(
 def test_in_training_a_row_gets_all_but_the_buckets(config: RunConfig, tmp_path: Path) -> None:
     session = Session(config, tmp_path, training=False)
     session.prepare_reference()
+    session.training = True
     (tmp_path / "evaluation.json").write_text('{"eval/judge/win_rate": 0.5}')
     row = evaluate_in_training(session)
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -202,6 +204,21 @@ def test_in_training_a_row_gets_all_but_the_buckets(config: RunConfig, tmp_path:
         != set()
     )
     assert "eval/dynamics/band_center" in row and "eval/judge/win_rate" not in written
+
+
+def test_trained_weights_evaluated_again_keep_what_other_tools_measured(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    session = Session(config, tmp_path, training=False)
+    session.prepare_reference()
+    (tmp_path / "evaluation.json").write_text('{"eval/judge/win_rate": 0.5, "eval/stale": 1.0}')
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "settings.json").write_text('{"judge": {"config": {}}}')
+    evaluate_in_training(session)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["eval/judge/win_rate"] == 0.5 and "eval/stale" not in written and "eval/loss" in written
+    made = json.loads((tmp_path / "evaluation" / "settings.json").read_text())
+    assert made["judge"] == {"config": {}} and made["pairs"]["config"] == to_container(config)
 
 
 def test_a_record_keeps_other_tools_keys(tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from rcpo.commands.evaluate import evaluate
 from rcpo.commands.sweep import sweep
 from rcpo.commands.train import train
 from rcpo.config.composition import compose
-from rcpo.config.parsing import parse
+from rcpo.config.parsing import load_run_config, parse
 from rcpo.config.paths import conf_dir
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import Outcome, read_outcome
 from rcpo.method.objectives import get_objective
+from rcpo.runs.inputs import PAIRS, TASKS, write_evaluation_settings
 from rcpo.sweeps.naming import run_name
 
 HERE = "hydra.sweep.dir=out"
@@ -285,6 +286,19 @@ def test_another_evaluation_is_made_again_and_not_taken_for_complete(runs: Runs)
     assert sweep(["seed=1,2", HERE]) == 0
     assert sweep(["seed=1,2", "eval.max_examples=8", HERE]) == 0
     assert runs.started == ["seed-1", "seed-2"] * 2
+
+
+def test_runs_that_were_benchmarked_since_are_complete(runs: Runs) -> None:
+    """`rcpo evaluate run=DIR eval.tasks=[gsm8k]` records its settings; the sweep's own evaluation stands."""
+    assert sweep(["seed=1,2", HERE]) == 0
+    for folder in map(Path, ("out/seed-1", "out/seed-2")):
+        config = load_run_config(folder)
+        config.eval.tasks, config.eval.limit = ["gsm8k"], 5
+        (folder / "evaluation").mkdir(exist_ok=True)
+        write_evaluation_settings(folder, config, PAIRS)
+        write_evaluation_settings(folder, config, TASKS)
+    assert sweep(["seed=1,2", HERE]) == 0
+    assert runs.started == ["seed-1", "seed-2"]
 
 
 def test_a_sweep_s_folder_that_is_a_file_is_refused(runs: Runs) -> None:
