@@ -131,9 +131,7 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     return f"{group}={option}: there is no such {group}; {hint}"
 
 
-def _explain(
-    error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str], several: str
-) -> str:
+def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequence[str], several: str) -> str:
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if not str(error) and isinstance(error.__cause__, OmegaConfBaseException):

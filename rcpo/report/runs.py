@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rcpo.errors import ConfigError
 from rcpo.report.foreign import origin_of, read_foreign
-from rcpo.runs.comparison import RunSummary, made_with, rule_of, run_values
+from rcpo.runs.comparison import RunSummary, rule_of, run_values, settings_of_result
 from rcpo.runs.folder import (
     CHECKPOINT_RECORDS,
     CONFIG_FILE,
@@ -138,7 +138,7 @@ class Run:
         """The run as comparisons see it."""
         return RunSummary(
             self.name,
-            self.settings | made_with(self.folder),
+            settings_of_result(self.folder, self.settings),
             run_values(self.folder, self.evaluation, self.rows),
         )
 

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.config.changes import flatten, shapes_evaluation, shapes_judgement, shapes_result
+from rcpo.config.changes import (
+    EVALUATE_ONLY,
+    flatten,
+    shapes_evaluation,
+    shapes_judgement,
+    shapes_result,
+)
 from rcpo.config.paths import conf_dir
 from rcpo.runs.folder import (
     CONFIG_FILE,
@@ -184,25 +190,31 @@ def summarise_run(folder: Path) -> RunSummary:
     values = read_evaluation(folder / EVALUATION_FILE)
     return RunSummary(
         folder.name,
-        read_settings(folder / CONFIG_FILE) | made_with(folder),
+        settings_of_result(folder, read_settings(folder / CONFIG_FILE)),
         run_values(folder, values, read_rows(folder / METRICS_FILE)),
     )
 
 
-def made_with(folder: Path) -> dict[str, Any]:
-    """What a result was made with and config.yaml does not tell, as further settings.
+def settings_of_result(folder: Path, configured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's values depend on: its config.yaml (`configured`), and what that does not tell.
 
-    These are the contents of data and models, shortened, and the settings of later evaluations.
+    That is the contents of data and models, shortened, and the settings of later evaluations. Of the keys
+    that only those read, a run that had none has none.
     """
     finished, made = read_object(folder / FINISHED_FILE), read_object(folder / EVALUATION_SETTINGS)
     read = {**_node(finished, INPUTS)}
-    found: dict[str, Any] = {}
+    found = {key: value for key, value in configured.items() if not _is_of_evaluations(key)}
     for part, wanted in ((PAIRS, _shapes_pairs), (TASKS, TASK_KEYS.__contains__), (JUDGE, shapes_judgement)):
         record = _node(made, part)
         found |= {key: value for key, value in flatten(_node(record, "config")).items() if wanted(key)}
         if part == PAIRS:
             read |= {what: hash for what, hash in _node(record, INPUTS).items() if what == HELD_OUT}
     return found | {f"{CONTENTS}.{what}": str(content)[:8] for what, content in read.items()}
+
+
+def _is_of_evaluations(key: str) -> bool:
+    """Whether `rcpo evaluate` alone reads a key."""
+    return key in EVALUATE_ONLY or key.startswith("judge.")
 
 
 def _node(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -212,7 +224,7 @@ def _node(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _shapes_pairs(key: str) -> bool:
-    return shapes_evaluation(key) and key not in (*TASK_KEYS, "eval.judge", "eval.preferences")
+    return shapes_evaluation(key) and key not in EVALUATE_ONLY
 
 
 def run_values(
@@ -275,12 +287,13 @@ def as_equal(value: Any) -> str:
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys, sorted, that take more than one value and touch the result; never the seed.
 
-    Contents are known of evaluated runs alone, and one that is not known is not another.
+    Contents, and settings of later evaluations, are known of some runs alone, and one that is not known is
+    not another.
     """
 
     def values(key: str) -> set[str]:
-        known = [each for each in settings if key in each or not key.startswith(f"{CONTENTS}.")]
-        return {as_equal(each.get(key)) for each in known}
+        optional = key.startswith(f"{CONTENTS}.") or _is_of_evaluations(key)
+        return {as_equal(each.get(key)) for each in settings if key in each or not optional}
 
     keys = sorted({key for each in settings for key in each})
     return [key for key in keys if key != SEED and shapes_result(key) and len(values(key)) > 1]

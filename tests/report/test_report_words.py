@@ -67,7 +67,9 @@ def test_a_kept_mean_over_falling_winners_is_told(tmp_path: Path) -> None:
 
 def test_several_seeds_are_said_to_be_clear_or_not(tmp_path: Path) -> None:
     # differences 0.481, 0.482, 0.483: far from 0
-    assert "(dpo reduction=mean, 3 seeds)" in words.headline_of_contrasts([pair(tmp_path / "a", -0.51, -0.03, seeds=3)])
+    assert "(dpo reduction=mean, 3 seeds)" in words.headline_of_contrasts(
+        [pair(tmp_path / "a", -0.51, -0.03, seeds=3)]
+    )
     # differences 0.0012 and 0.0022: mean 0.0017, half-width 12.7 · 0.0005
     doubtful = words.headline_of_contrasts([pair(tmp_path / "b", -0.0302, -0.03, seeds=2)])
     assert "(dpo reduction=mean, 2 seeds; the difference's interval holds 0)" in doubtful

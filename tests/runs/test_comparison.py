@@ -92,6 +92,27 @@ def test_a_later_evaluation_with_other_settings_or_data_is_another_condition(tmp
     assert [[each.seed for each in condition.runs] for condition in found] == [[1, 4], [2], [3]]
 
 
+def test_a_run_that_was_benchmarked_or_judged_stays_with_its_seeds(tmp_path: Path) -> None:
+    """Tasks and a judge add figures of their own; what they were asked matters between those that have them."""
+    tasks = {1: None, 2: None, 3: ["arc"], 4: ["gsm8k"], 5: None}
+    for seed, names in tasks.items():
+        folder = tmp_path / f"seed-{seed}"
+        (folder / "evaluation").mkdir(parents=True)
+        own = "eval: {tasks: [], judge: false, preferences: true}\njudge: {model: null}\n"
+        (folder / "config.yaml").write_text(f"seed: {seed}\n{own}")
+        judged = {"config": {"judge": {"model": "a judge"}}}
+        record = {"judge": judged} if seed == 2 else {"tasks": {"config": {"eval": {"tasks": names}}}}
+        if names or seed == 2:
+            (folder / "evaluation" / "settings.json").write_text(json.dumps(record))
+
+    def groups(*seeds: int) -> list[list[int]]:
+        found = conditions([summarise_run(tmp_path / f"seed-{seed}") for seed in seeds])
+        return [[each.seed for each in condition.runs] for condition in found]
+
+    assert groups(1, 2, 3) == [[1, 2, 3]]  # one was judged, one benchmarked: they share all that both have
+    assert groups(3, 4) == [[3], [4]]  # other tasks
+
+
 def test_runs_on_data_that_changed_in_place_are_another_condition(tmp_path: Path) -> None:
     for seed, content in ((1, "aaaa"), (2, "aaaa"), (3, "bbbb")):
         folder = tmp_path / f"seed-{seed}"
