@@ -92,13 +92,13 @@ def write_pairs(folder: Path, made: Made, provenance: dict[str, Any]) -> dict[st
 
 
 def finished_pairs(folder: Path) -> dict[str, Any] | None:
-    """What pairs.json holds, if pairs.jsonl is the file that it describes; else None."""
+    """What pairs.json holds, if pairs.jsonl is the file that it describes and has a pair; else None."""
     about = read_object(folder / ABOUT)
     try:
         digest = hashlib.sha256((folder / PAIRS).read_bytes()).hexdigest()
     except OSError:
         return None
-    return about if about.get("sha256") == digest else None
+    return about if about.get("pairs") and about.get("sha256") == digest else None
 
 
 def lines(about: dict[str, Any]) -> list[str]:

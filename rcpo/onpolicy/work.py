@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from rcpo.models.contents import source_hash
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_tokenizer
 from rcpo.onpolicy import answers, scores
-from rcpo.onpolicy.pairs import lines, make_pairs, usable, write_pairs
+from rcpo.onpolicy.pairs import ABOUT, PAIRS, lines, make_pairs, usable, write_pairs
 from rcpo.onpolicy.prompts import Prompt, Prompts, load_prompts
 from rcpo.onpolicy.ranks import leave_if_asked, on_main_or_refused
 from rcpo.onpolicy.settings import Settings
@@ -62,7 +63,7 @@ def _make(settings: Settings, folder: Path, stop: Callable[[], bool]) -> None:
         on_main_or_refused(endpoint.check)
     score = scores.prepare(config, nodes.score, wanted_prompts, source, folder, say, stop)
     provenance = _provenance(settings, source, prompts)
-    on_main_or_refused(lambda: _refuse_other(folder / answers.FOLDER, provenance["asked"]))
+    on_main_or_refused(lambda: _refuse_other(folder, provenance["asked"]))
     leave_if_asked(stop)
     wanted = answers.draws(wanted_prompts, nodes.sample.n)
     if endpoint is None:
@@ -121,17 +122,26 @@ def _provenance(settings: Settings, source: ModelSource, prompts: Prompts) -> di
     }
 
 
-def _refuse_other(folder: Path, asked: dict[str, Any]) -> None:
-    """Raise ConfigError where a folder's answers are another model's, or to other prompts."""
+def _refuse_other(place: Path, asked: dict[str, Any]) -> None:
+    """Raise ConfigError where a folder's answers are another model's, or to other prompts.
+
+    Answers of which no pair came are of no use to anybody: they go.
+    """
+    folder = place / answers.FOLDER
     before = read_object(folder / ASKED)
-    if not before:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / ASKED, json.dumps(asked, indent=2) + "\n")
-        return
     changed = [
         f"{name}: {before.get(name)} -> {value}" for name, value in asked.items() if before.get(name) != value
     ]
-    if changed:
+    if before and changed and read_object(place / ABOUT).get("pairs") == 0:
+        say(f"{folder} holds answers of which no pair came, with other settings: they are removed")
+        for name in (PAIRS, ABOUT):
+            (place / name).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+        before = {}
+    if not before:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / ASKED, json.dumps(asked, indent=2) + "\n")
+    elif changed:
         shown = "\n".join(f"  {line}" for line in changed)
         raise ConfigError(
             f"{folder} holds answers that depend on other settings:\n{shown}\n"
@@ -153,6 +163,6 @@ def _conclude(
         say(line)
     if not made.rows:
         raise RunError(
-            f"no prompt gave a pair; {folder / 'pairs.json'} counts why. More answers (sample.n), a higher "
+            f"no prompt gave a pair; {folder / ABOUT} counts why. More answers (sample.n), a higher "
             "sample.temperature, or a longer sample.max_new_tokens may give some"
         )

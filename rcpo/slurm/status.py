@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import DONE, read_outcome
-from rcpo.runs.folder import EVALUATION, JOB_FILE, METRICS_FILE
+from rcpo.runs.folder import EVALUATION, JOB_FILE, METRICS_FILE, read_object
 from rcpo.runs.inputs import completed
 from rcpo.slurm.queue import Queued, Submitted, queue, read_submitted
 
@@ -86,7 +86,7 @@ def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -
 def left_behind(run_dir: Path) -> str:
     """What a run's folder says of its end."""
     outcome = read_outcome(run_dir)
-    if completed(run_dir) or (run_dir / PAIRS_FILE).exists():
+    if completed(run_dir) or read_object(run_dir / PAIRS_FILE).get("pairs"):
         return "DONE"
     if outcome is None or outcome.code == DONE:
         return "GONE"

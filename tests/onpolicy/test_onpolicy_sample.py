@@ -26,6 +26,7 @@ from rcpo.models.loading import load_tokenizer, model_folder
 from rcpo.onpolicy import scores, work
 from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept
+from rcpo.onpolicy.pairs import finished_pairs
 from rcpo.onpolicy.prompts import Prompt, load_prompts
 from rcpo.onpolicy.ratings import rating_of
 from rcpo.onpolicy.scoring_models import RewardModel
@@ -211,11 +212,17 @@ def test_other_settings_are_refused_and_other_scores_cost_no_answer(
     assert all(len(row["chosen"]) - len(row["rejected"]) >= 10 for row in made)
 
 
-def test_where_no_prompt_gives_a_pair(tmp_path: Path) -> None:
+def test_where_no_prompt_gives_a_pair(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RunError, match=r"no prompt gave a pair.*sample\.temperature"):
         work.make(settings(sample={"temperature": 1e-3, "prompts": 4}), tmp_path)
     assert sum(about(tmp_path)["prompts"].get(name, 0) for name in ("all_right", "one_answer")) == 4
-    assert rows(tmp_path) == []
+    assert rows(tmp_path) == [] and finished_pairs(tmp_path) is None
+    # what the message advises can be tried in the same folder: of the answers before, none is worth keeping
+    assert work.make(settings(), tmp_path) == 0 and results(tmp_path) == results(unbroken)
+    assert "answers of which no pair came, with other settings: they are removed" in capsys.readouterr().out
+    assert finished_pairs(tmp_path) is not None
 
 
 def endpoint(url: str, **more: Any) -> dict[str, Any]:
