@@ -50,7 +50,10 @@ METADATA = (
     ("logratios/rejected", "logratios/rejected", "Loser's mean log-ratio"),
 )
 # where a run was, what it showed and kept: none of it changes the weights or what is measured of them
-LOCAL_NODES = ("launch", "wandb", "tracking", "log", "checkpoint", "probe", "watch", "resume", "judge")
+LOCAL_NODES = (
+    *("launch", "wandb", "tracking", "mlflow", "trackio"),
+    *("log", "checkpoint", "probe", "watch", "resume", "judge"),
+)
 ABSOLUTE = r"(?<![\w~./])/(?:[^\s'\",\]/]+/)+"  # the folders of a path of this machine
 _SEAL = re.compile(r"\n<!-- written by rcpo: (\w+) -->\n$")
 

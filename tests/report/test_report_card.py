@@ -67,12 +67,13 @@ def test_a_card_names_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pyte
             "name": "pairs",
             "path": str(tmp_path / "secret" / "pairs.jsonl"),
             "sources": [{"path": f"{tmp_path}/secret/pairs.jsonl"}],
-        }
+        },
+        "mlflow": {"uri": "http://tracking.internal:5000"},
     }
     given = ["rcpo", "train", f"data.path={tmp_path}/secret/pairs.jsonl"]
     run_dir = trained(tmp_path / "run", tree, command=given)
     text = (run_dir / "final" / "README.md").read_text() if written(run_dir) else ""
-    assert str(tmp_path) not in text
+    assert str(tmp_path) not in text and "tracking.internal" not in text
     assert "data.path=~/secret/pairs.jsonl" in text and "| data | pairs.jsonl |" in text
 
 
