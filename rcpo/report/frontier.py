@@ -159,9 +159,9 @@ def labels(points: Sequence[Point]) -> dict[tuple[float, float], str]:
 
 
 def _short(point: Point, label: str) -> str:
-    """The label without the objective, and without what is as usual; a constant is α = its value."""
+    """The label without the objective and its reduction, and what is as usual; a constant is α = its value."""
     _, *parts = label.split(" ")
-    usual = ["nll_coef="] if point.nll == 0 else ["rc=off"]
+    usual = ["reduction=", "nll_coef=" if point.nll == 0 else "rc=off"]
     if point.rule == "fixed":
         usual += ["rc=fixed", "rc.alpha="]
         parts.append(f"α={point.alpha:g}")

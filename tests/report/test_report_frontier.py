@@ -17,7 +17,8 @@ from rcpo.runs.comparison import RunSummary, conditions
 
 
 def a_run(winner: float, loser: float, rule: str | None = None, seed: int = 1, **more: Any) -> RunSummary:
-    own = {"seed": seed, "objective.name": "dpo", "rc.enabled": rule is not None, "rc.rule": rule, **more}
+    own = {"seed": seed, "rc.enabled": rule is not None, "rc.rule": rule, **more}
+    own |= {"objective.name": "dpo", "objective.reduction": "mean"}
     return RunSummary(f"{rule}-{seed}", own, {WINNER: winner, LOSER: loser})
 
 
