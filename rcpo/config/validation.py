@@ -12,7 +12,7 @@ from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
 from rcpo.config.paths import is_file, readable_folder
-from rcpo.config.schema import BITSANDBYTES, OptimConfig, ReferenceConfig, RunConfig
+from rcpo.config.schema import BITSANDBYTES, CalibrationConfig, OptimConfig, ReferenceConfig, RunConfig
 from rcpo.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         )
     config.train.accumulation(world_size=1)
     _check_combinations(config)
-    _check_calibration(config)
+    check_calibration(config.rc)
     _check_sync(config)
     _check_scorer(config)
     check_data(config.data)
@@ -67,9 +67,8 @@ def validate(config: RunConfig, *, files: bool = True) -> None:
         _check_files(config)
 
 
-def _check_calibration(config: RunConfig) -> None:
-    """Keys of `rc` that only some rules read, and scopes that only some settings have."""
-    rc = config.rc
+def check_calibration(rc: CalibrationConfig) -> None:
+    """Raise ConfigError for keys of `rc` that its rule does not read, and settings that its scope lacks."""
     if rc.rule == "fixed" and rc.alpha is None:
         raise ConfigError("rc.rule=fixed needs its weight: rc.alpha=1.5, say")
     if rc.rule != "fixed" and rc.alpha is not None:

@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from rcpo.config.fields import check_keys
 from rcpo.config.schema import CalibrationConfig
+from rcpo.config.validation import check_calibration
 from rcpo.integrations.steering import Factor, Responses, Seen, last_hidden_states, score_head, steer
 from rcpo.method.calibration import RewardCalibrator, StepCalibration
 from rcpo.method.geometry import Sketch
@@ -47,10 +49,14 @@ class RewardCalibrationConfig(CalibrationConfig):
     reduction: str | None = None
 
     def __post_init__(self) -> None:
+        check_keys(self, "rc.")
+        check_calibration(self)
         if self.geometry != "head":
             raise ValueError(f"rc.geometry={self.geometry}: inside TRL the head's geometry is the only one")
         if self.scope != "batch":
             raise ValueError(f"rc.scope={self.scope}: inside TRL there is one α per batch")
+        if self.signal == "control":
+            raise ValueError("rc.signal=control: inside TRL, rule=loop reads training pairs alone")
         if self.reduction not in (None, "sum", "mean"):
             raise ValueError(f"rc.reduction={self.reduction}: sum or mean is expected, or None")
 

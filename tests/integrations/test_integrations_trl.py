@@ -377,6 +377,22 @@ def test_kto_with_unequal_sides(tmp_path: Path) -> None:
     assert row["rc/alpha"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"update": "Microbatch"}, r"rc\.update=Microbatch is not one of step, microbatch"),
+        ({"sketch": 0}, r"rc\.sketch=0 is out of range"),
+        ({"alpha": 2.0}, r"rc\.alpha=2 is read by rc=fixed alone"),
+        ({"rule": "loop", "signal": "control"}, r"rc\.signal=control: inside TRL"),
+    ],
+)
+def test_settings_of_the_calibration_are_checked_as_on_the_command_line(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardCalibrationConfig(**given)
+
+
 def test_an_old_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rcpo.integrations.trl.metadata.version", lambda _: "0.23.1")
     with pytest.raises(ImportError, match=r"needs TRL 0\.24 or newer; 0\.23\.1 is installed"):
