@@ -20,7 +20,7 @@ from rcpo.config.paths import conf_dir
 from rcpo.launch.outcomes import DONE, FAILED
 from rcpo.launch.ranks import external_ranks
 from rcpo.runs.environment import installed_version
-from rcpo.system.text import text_lines
+from rcpo.system.text import first_line, text_lines
 
 GOOD, WARN, BAD = "ok", "warn", "fail"
 _COLOURS = {GOOD: "green", WARN: "yellow", BAD: "red"}
@@ -42,7 +42,7 @@ class Finding:
 
 def examine() -> int:
     """Print the report; return 0, or 1 where `rcpo train` could not run."""
-    findings = [finding for check in CHECKS for finding in check()]
+    findings = [finding for check in CHECKS for finding in _examined(check)]
     table = Table(title="rcpo doctor", title_justify="left", show_lines=False)
     for column in ("", "what", "found", "what would fail, and the remedy"):
         table.add_column(column, overflow="fold")
@@ -58,6 +58,15 @@ def examine() -> int:
         f"`rcpo train` cannot run here: {', '.join(broken)}" if broken else "`rcpo train` can run here."
     )
     return FAILED if broken else DONE
+
+
+def _examined(check: Callable[[], list[Finding]]) -> list[Finding]:
+    """What a check finds; a warning where it cannot look, so that the others are shown."""
+    try:
+        return check()
+    except (OSError, subprocess.SubprocessError) as error:
+        name = check.__name__.strip("_")
+        return [Finding(name, WARN, f"cannot be examined: {first_line(error)}")]
 
 
 def _python() -> list[Finding]:

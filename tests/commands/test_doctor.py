@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from rcpo.commands import doctor
@@ -37,6 +40,21 @@ def test_only_what_stops_training_fails(
     text = capsys.readouterr().out
     assert "waning [sic]" in text
     assert ("cannot run here: moon phase" in text) == (code == 1)
+
+
+def test_what_cannot_be_looked_at_hides_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def _slow() -> list[Finding]:
+        raise subprocess.TimeoutExpired("python", 120)
+
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()  # as after another terminal removed the folder
+    monkeypatch.setattr(doctor, "CHECKS", (_slow, doctor._disk, doctor._memory))
+    assert doctor.examine() == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "slow" in text and "timed out after 120 seconds" in text
+    assert "disk" in text and "No such file or directory" in text and "GiB free of" in text
 
 
 def test_a_machine_without_a_compiler_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
