@@ -21,8 +21,9 @@ from rcpo.config.composition import (
     split_arguments,
     user_part,
 )
-from rcpo.config.nodes import refuse_command_keys
+from rcpo.config.nodes import node_of, refuse_command_keys
 from rcpo.config.parsing import parse, read_tree, structure, to_container
+from rcpo.config.paths import local
 from rcpo.config.refusals import SEVERAL, refusals_explained
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
@@ -51,6 +52,10 @@ class Call:
         overrides = self.overrides if overrides is None else overrides
         return compose_with(self.hydra, self.name, overrides, several=self.several)
 
+    def folder(self, key: str) -> Path:
+        """The folder that an own word names; raises ConfigError for what can be none."""
+        return local(key, self.own[key])
+
     def config(self) -> RunConfig:
         """Compose and validate the configuration of a run; raise ConfigError."""
         return parse(user_part(self.compose()))
@@ -60,7 +65,10 @@ class Call:
     ) -> RunConfig:
         """The configuration of the run in a folder, with overrides applied; raises ConfigError."""
         base = to_container(structure(read_tree(run_dir / CONFIG_FILE)))
+        base["resume"] = None  # where the run was continued from: another folder by now, where it was moved
         overrides = self.overrides if overrides is None else overrides
+        if given := [word for word in overrides if node_of(word) == "hydra"]:
+            raise ConfigError(f"{given[0]}: the run in {run_dir} keeps its folder; leave it out")
         return parse(over_run(self.hydra, base, overrides, self.several), files=files)
 
 

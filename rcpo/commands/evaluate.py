@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rcpo.commands.compose import command
 from rcpo.config.composition import resolved_dir, user_part
@@ -26,7 +25,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         if call.shown:
             return DONE
         if "run" in call.own:
-            run_dir = Path(call.own["run"])
+            run_dir = call.folder("run")
             if (run_dir / CONFIG_FILE).exists() and not (run_dir / METRICS_FILE).exists():
                 raise ConfigError(f"run={run_dir} was never trained: it has no metrics.jsonl")
             config = call.config_of(run_dir)

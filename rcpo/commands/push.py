@@ -33,7 +33,7 @@ def push(arguments: Sequence[str], *, dry_run: bool = False) -> int:
         if not call.own.get(key):
             raise ConfigError(f"rcpo push needs {key}={what}: rcpo push run=DIR repo=OWNER/NAME")
     settings.dry_run |= dry_run
-    _push(Path(call.own["run"]).expanduser(), call.own["repo"], settings)
+    _push(call.folder("run"), call.own["repo"], settings)
     return DONE
 
 

@@ -46,7 +46,7 @@ def _settings(call: Call) -> tuple[Settings, Path]:
     if "run" not in call.own:
         cfg = call.compose()
         return settings_of(cfg, parse(user_part(cfg)), None), resolved_dir(cfg, None)
-    run = Path(call.own["run"])
+    run = call.folder("run")
     own = [one for one in call.overrides if node_of(one) in _OWN]
     config = call.config_of(run, [one for one in call.overrides if one not in own])
     cfg = call.compose(own)

@@ -116,12 +116,12 @@ def _evaluate(call: Call) -> Submission:
     asked = [override for override in call.overrides if node_of(override) == "slurm"]
     own = [override for override in call.overrides if override not in asked]
     slurm = slurm_config(call.compose(asked))
-    run_dir = Path(run).absolute()
+    run_dir = call.folder("run").absolute()
     if not run_dir.is_dir():
         raise ConfigError(f"run={run_dir} is not a folder; give one that was trained, or submitted")
     _check_evaluation(call, run_dir, own, slurm)
-    own_options = call.flags.config_dir
-    place = [f"--config-dir={Path(own_options).absolute()}"] if own_options else []
+    flags = {"--config-dir": call.flags.config_dir, "--config-path": call.flags.config_path}
+    place = [f"{flag}={Path(given).absolute()}" for flag, given in flags.items() if given]
     words = ["rcpo.cli", "evaluate", f"run={run_dir}", *own, *place]
     return Submission(BatchJob(run_dir, "evaluate", run_dir / "code-evaluate", Path.cwd(), words), slurm, {})
 

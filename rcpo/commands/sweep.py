@@ -38,7 +38,7 @@ def sweep(arguments: Sequence[str]) -> int:
         if "compare" in call.own:
             if call.overrides:
                 raise ConfigError("compare=DIR stands alone: it starts no run")
-            conclude(Path(call.own["compare"]))
+            conclude(call.folder("compare"))
             return DONE
         return _sweep(call.hydra, call.name, call.overrides)
 

@@ -10,10 +10,11 @@ from rcpo.commands.compose import Call, command
 from rcpo.config.composition import resolved_dir, user_part
 from rcpo.config.nodes import refuse_command_keys
 from rcpo.config.parsing import parse
+from rcpo.config.paths import local
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
-from rcpo.launch.folder import ready_folder, refuse_other
+from rcpo.launch.folder import ready_folder, refuse_named_run, refuse_other
 from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import is_first, world_size
 from rcpo.launch.run import launch
@@ -54,18 +55,17 @@ def _wants_multirun(call: Call) -> bool:
 def _folder_to_resume(overrides: Sequence[str]) -> Path | None:
     """The folder that `resume=DIR` names; None without it, and for null and auto."""
     values = [override.partition("=")[2].strip("'\"") for override in overrides if override[:7] == "resume="]
-    return None if not values or values[0] in ("null", "auto") else Path(values[0])
+    return None if not values or values[0] in ("null", "auto") else local("resume", values[0])
 
 
 def _fresh(call: Call) -> tuple[RunConfig, Path]:
     """The configuration and the folder that the command line stands for."""
     cfg = call.compose()
-    return parse(user_part(cfg)), resolved_dir(cfg, None).absolute()
+    config = parse(user_part(cfg))
+    refuse_named_run(config.resume)
+    return config, resolved_dir(cfg, None).absolute()
 
 
 def _continued(call: Call, run_dir: Path) -> tuple[RunConfig, Path]:
     """`resume=DIR`: the run's own configuration with overrides applied, and its folder."""
-    given = [override for override in call.overrides if override.startswith("hydra.")]
-    if given:
-        raise ConfigError(f"{given[0]}: resume={run_dir} continues in that folder, as it was started")
     return call.config_of(run_dir), run_dir

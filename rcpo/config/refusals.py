@@ -148,6 +148,8 @@ def _explain(error: Exception, hydra: Hydra, config_name: str, overrides: Sequen
             f"{override} holds several values: {several}, write {key}=[{value}] for a list, or "
             f"quote a text with commas: {_quoted(key, value)}"
         )
+    if match := re.match(r"Multiple values for (\S+)\.", lines[0]):
+        return f"{match[1]} has an option already: leave out the plus sign, {match[1]}=OPTION"
     unknown = re.search(r"Could not (?:override|delete|append)[^']*'([^']+)'", lines[0])
     if unknown:
         return _explain_unknown(unknown[1], hydra, config_name, overrides, error, lines[0])

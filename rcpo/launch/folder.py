@@ -54,6 +54,15 @@ def refuse_other(run_dir: Path, config: RunConfig, processes: int | None = None)
         refuse_other_run(before, str(run_dir), config, processes or world_size(config))
 
 
+def refuse_named_run(resume: str | None) -> None:
+    """Raise ConfigError where a run that has a folder of its own is told to continue in another one."""
+    if resume not in (None, "auto"):
+        raise ConfigError(
+            f"resume={resume}: only the word resume=DIR of `rcpo train` continues the run in DIR; in a file, "
+            "or for several runs, resume is null or auto"
+        )
+
+
 def ready_folder(config: RunConfig, run_dir: Path, record: str = ".") -> Path | None:
     """Make the folder of a run, with its log and, in `record`, its resolved configuration.
 

@@ -19,7 +19,7 @@ from rcpo.config.parsing import parse, save_run_config
 from rcpo.config.refusals import refusals_explained
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
-from rcpo.launch.folder import make_folder, refuse_other
+from rcpo.launch.folder import make_folder, refuse_named_run, refuse_other
 from rcpo.launch.logs import close_log
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
 from rcpo.launch.pool import Pool, run_process, slots
@@ -63,12 +63,14 @@ def train_many(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
 
 
 def compose_many(hydra: Hydra, name: str, overrides: Sequence[str]) -> DictConfig:
-    """What the runs share, with the `hydra` node; raises ConfigError under an outer launcher."""
+    """What the runs share, with the `hydra` node; raises ConfigError for what no run of several can do."""
     if external_ranks() is not None:
         raise ConfigError(
             "several runs start processes of their own; leave the outer launcher out, or give it one run"
         )
-    return compose_with(hydra, name, overrides, multirun=True)
+    cfg = compose_with(hydra, name, overrides, multirun=True)
+    refuse_named_run(cfg.get("resume"))
+    return cfg
 
 
 def multirun(hydra: Hydra, name: str, overrides: Sequence[str], cfg: DictConfig) -> dict[Path, Outcome]:

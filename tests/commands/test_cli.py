@@ -346,6 +346,48 @@ def test_evaluate_takes_a_runs_configuration_with_overrides(
     assert load_run_config(Path("mine")).eval.batch_size == 64
 
 
+def test_a_run_that_was_continued_and_moved_is_evaluated_where_it_is_now(
+    runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(["hydra.run.dir=mine"])
+    Path("mine", "metrics.jsonl").touch()
+    train(["resume=mine"])
+    assert load_run_config(Path("mine")).resume == "mine"
+    Path("mine").rename("moved")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    seen: list[Path] = []
+    monkeypatch.setattr(
+        "rcpo.commands.evaluate.launch", lambda config, run_dir, task: seen.append(run_dir) or 0
+    )
+    assert evaluate(["run=moved"]) == 0 and evaluate(["run=~/moved"]) == 0
+    assert [path.resolve() for path in seen] == [Path("moved").resolve()] * 2
+    train(["resume='~/moved'"])
+    assert runs[-1][1] == Path.cwd() / "moved"
+
+
+def test_a_run_is_evaluated_in_its_own_folder_alone(runs: list[tuple[RunConfig, Path]]) -> None:
+    train(["hydra.run.dir=mine"])
+    Path("mine", "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=other: .*mine"):
+        evaluate(["run=mine", "hydra.run.dir=other"])
+
+
+@pytest.mark.parametrize("command", [train, lambda arguments: train(["-m", *arguments, "seed=1,2"]), sweep])
+def test_a_run_to_continue_that_only_a_file_names_is_refused(
+    command: Any, runs: list[tuple[RunConfig, Path]]
+) -> None:
+    """It would be taken for resume=auto, and a fresh run would start in another folder."""
+    Path("my_conf", "experiment").mkdir(parents=True)
+    text = "# @package _global_\nresume: my_conf\n"
+    Path("my_conf", "experiment", "again.yaml").write_text(text)
+    arguments = ["--config-dir", "my_conf", "experiment=again", "hydra.sweep.dir=out"]
+    if command is sweep:
+        arguments.append("resume=my_conf")
+    with pytest.raises(ConfigError, match=r"resume=my_conf"):
+        command(arguments)
+    assert runs == [] and not Path("out").exists()
+
+
 def test_a_model_without_a_run_is_not_evaluated_into_a_run(
     runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

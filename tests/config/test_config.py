@@ -448,6 +448,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["objective=dpo", "objective=simpo"], ["objective is given twice"]),
         (["seed=${nowhere}"], ["seed", "nowhere"]),
         (["+seed=4"], ["seed", "already"]),
+        (["+objective=ipo"], ["objective has an option already", "leave out the plus sign"]),
         # types that Hydra lets through
         (["train.batch_size=abc"], ["train.batch_size", "'abc'"]),
         (["train.batch_size=1.5"], ["train.batch_size", "1.5"]),

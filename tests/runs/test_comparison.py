@@ -93,7 +93,7 @@ def test_a_later_evaluation_with_other_settings_or_data_is_another_condition(tmp
 
 
 def test_a_run_that_was_benchmarked_or_judged_stays_with_its_seeds(tmp_path: Path) -> None:
-    """Tasks and a judge add figures of their own; what they were asked matters between those that have them."""
+    """Tasks and a judge add figures; what they were asked matters between runs that have some."""
     tasks = {1: None, 2: None, 3: ["arc"], 4: ["gsm8k"], 5: None}
     for seed, names in tasks.items():
         folder = tmp_path / f"seed-{seed}"
