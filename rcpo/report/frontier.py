@@ -159,7 +159,7 @@ def labels(points: Sequence[Point]) -> dict[tuple[float, float], str]:
 
 
 def _short(point: Point, label: str) -> str:
-    """The label without the objective and its reduction, and what is as usual; a constant is α = its value."""
+    """The label without objective, reduction, and what is as usual; a constant is α = its value."""
     _, *parts = label.split(" ")
     usual = ["reduction=", "nll_coef=" if point.nll == 0 else "rc=off"]
     if point.rule == "fixed":
