@@ -49,7 +49,9 @@ def asked(sample: Sample) -> tuple[dict[str, str], str | None, str | None]:
     system = next((name for name in SYSTEMS if isinstance(sample.example(name), str | dict)), None)
     if system is not None:
         names["system"] = system
-    more = sample.first(("input", "context")) if column == "instruction" else None
+    # files leave them out of rows that have none: one row that has some is enough
+    more = next((name for name in ("input", "context") if sample.example(name) is not None), None)
+    more = more if column == "instruction" else None
     history = "history" if column != "history" and isinstance(sample.example("history"), list) else None
     return names, more, history
 

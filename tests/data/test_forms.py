@@ -289,6 +289,15 @@ def test_a_template_writes_no_python_names_of_values() -> None:
     assert rename(row, columns)["prompt"] == 't p [{"text": "p"}]'
 
 
+@pytest.mark.parametrize("answers", [{"chosen": "a", "rejected": "b"}, {"output": "o"}])
+def test_an_input_that_few_rows_have_follows_their_instructions(answers: dict[str, str]) -> None:
+    """JSON leaves it out of the rows that have none, which may be most."""
+    row = {"instruction": "q", **answers}
+    name, rows = read([row, row, row | {"input": "i"}, row])
+    assert "with 'input' after it where it is not empty" in name
+    assert [one["prompt"] for one in rows] == ["q", "q", "q\ni", "q"]
+
+
 def test_what_labels_and_judgments_mean_can_be_said() -> None:
     row = {"prompt": "q", "completion": "a", "label": "meh"}
     assert read([row], labels={"meh": False})[1][0]["label"] is False
