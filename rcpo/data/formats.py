@@ -280,9 +280,24 @@ def _alike(*parts: Content | None) -> list[Any]:
 
 def _with_system(system: Any, prompt: Content, *answers: Content | None) -> list[Any]:
     """The prompt behind the row's own system message, and the answers; text becomes messages by it."""
-    message = {"role": "system", "content": _text(system, "system")}
+    message = _system_message(system)
     parts: list[Any] = _as_turns(prompt, *answers) if isinstance(prompt, str) else [prompt, *answers]
-    return [[message, *parts[0]], *parts[1:]]
+    has_own = parts[0][0]["role"] == "system"
+    if has_own and parts[0][0].get("content") != message["content"]:
+        raise BadRow(
+            "field 'system' differs from the conversation's own system message; to leave out the field: "
+            '"data.columns.system=\'{{ \\"\\" }}\'"'
+        )
+    return [parts[0] if has_own else [message, *parts[0]], *parts[1:]]
+
+
+def _system_message(system: Any) -> Message:
+    """Text, typed parts, or a message under another name, as Gemini's systemInstruction."""
+    if isinstance(system, list):
+        system = {"content": system}
+    if isinstance(system, dict):
+        return as_messages([system | {"role": "system"}], "system")[0]
+    return {"role": "system", "content": _text(system, "system")}
 
 
 def _tools(fields: dict[str, Any]) -> list[Any] | None:

@@ -148,6 +148,24 @@ def test_an_empty_system_message_is_none() -> None:
     assert why(TEXTS | {"system": 3}) == "field 'system' is not a string or a list of messages"
 
 
+def test_a_system_message_may_be_in_parts_or_under_other_names() -> None:
+    gemini = {"role": "user", "parts": [{"text": "s"}]}  # its systemInstruction, whose role is ignored
+    for system in (gemini, [{"type": "text", "text": "s"}], SYSTEM):
+        assert read_row(MESSAGES | {"system": system}).prompt == [SYSTEM, Q]
+    assert "a part of the type 'image'" in why(MESSAGES | {"system": [{"type": "image"}]})
+
+
+def test_a_system_message_is_written_once() -> None:
+    row = MESSAGES | {"prompt": [SYSTEM, Q]}
+    assert read_row(row | {"system": "s"}) == read_row(row)
+    assert why(row | {"system": "t"}) == (
+        "field 'system' differs from the conversation's own system message; to leave out the field: "
+        '"data.columns.system=\'{{ \\"\\" }}\'"'
+    )
+    later = [Q, A, SYSTEM, user("more")]
+    assert read_row(row | {"prompt": later, "system": "t"}).prompt[1:] == later
+
+
 def test_text_with_turns_behind_a_system_message_is_read_as_turns() -> None:
     found = read_row(TEXTS | {"prompt": "Human: 1\n\nAssistant: 2\n\nHuman: 3\n\nAssistant:", "system": "s"})
     assert found.prompt == [SYSTEM, user("1"), says("2"), user("3")]
