@@ -76,6 +76,11 @@ class Calibrated(_Trainer):
     def __init__(self, *args: Any, rc: RewardCalibrationConfig | None = None, **kwargs: Any) -> None:
         if rc is not None:
             self._refuse(*args, **kwargs)
+            if rc.loops and getattr(_settings(*args, **kwargs), "sync_ref_model", False):
+                raise ValueError(
+                    "rc.rule=loop reads log-ratios against the start, and sync_ref_model=True moves the "
+                    "reference: set sync_ref_model=False, or use another rule"
+                )
         super().__init__(*args, **kwargs)
         self.rc = rc
         self.calibrator: RewardCalibrator | None = None
@@ -99,7 +104,7 @@ class Calibrated(_Trainer):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         """Raise ValueError for settings under which the trainer does not show its log-probs."""
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
+        given = _settings(*args, **kwargs)
         for name in ("use_liger_loss", "use_liger_kernel"):
             if hasattr(type(self), "_compute_loss_liger") and getattr(given, name, False):
                 raise ValueError(
@@ -289,6 +294,11 @@ class Calibrated(_Trainer):
                 f"{folder} holds no {STATE_FILE}: it was saved without reward calibration; use rc=None"
             )
         self.calibrator.load_state_dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def _settings(*args: Any, **kwargs: Any) -> TrainingArguments | None:
+    """The arguments that a trainer is given, however it is given them."""
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
 
 
 def _per_token(difference: Tensor, responses: Responses) -> float:

@@ -183,6 +183,8 @@ def test_the_loop_needs_a_trainer_that_shows_its_reference(tmp_path: Path) -> No
             tmp_path, rows, RewardCalibrationConfig(rule="loop"), cls=CalibratedCPOTrainer, config=CPOConfig,
             max_length=64,
         )  # fmt: skip
+    with pytest.raises(ValueError, match=r"rc\.rule=loop .* sync_ref_model=True moves the reference"):
+        build(tmp_path, rows, RewardCalibrationConfig(rule="loop"), sync_ref_model=True)
     with pytest.raises(ValueError, match=r"rc\.scope=pair"):
         RewardCalibrationConfig(scope="pair")
 
