@@ -32,7 +32,7 @@ class Stored:
     """The values of an open entry, verified: `values` (T,) are mapped, not read."""
 
     def __init__(self, path: Path, key: str, total: int) -> None:
-        """Raise FileNotFoundError where there is no entry, Damaged where it is not whole or not this one."""
+        """Raise FileNotFoundError where there is none, DamagedEntry where it is not whole or not this one."""
         self.path = path
         self._file = path.open("rb")
         try:
@@ -154,7 +154,7 @@ def _header(key: str, total: int, digest: str, ingredients: dict[str, str]) -> b
 
 
 def _verify(descriptor: int, key: str, total: int) -> None:
-    """Raise Damaged; read the file once, a block at a time."""
+    """Raise DamagedEntry for what is not the entry `key`, whole; read the file once, a block at a time."""
     size, wanted = os.fstat(descriptor).st_size, HEADER + total * VALUES.itemsize
     if size != wanted:
         raise DamagedEntry(f"it has {size} bytes instead of {wanted}")

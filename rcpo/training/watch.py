@@ -100,10 +100,8 @@ def _number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-CERTAIN = -0.1
-
-
-FLOOR = -15.0
+CERTAIN = -0.1  # nats per token: a probability of 0.9, which has little room above and much below
+FLOOR = -15.0  # nats per token: a probability of 3e-7, from which a loser hardly falls any more
 
 
 def tokens_per_winner(reduction: str, lengths: np.ndarray) -> float:
