@@ -71,6 +71,12 @@ def check_calibration(rc: CalibrationConfig) -> None:
     """Raise ConfigError for keys of `rc` that its rule does not read, and settings that its scope lacks."""
     if rc.rule == "fixed" and rc.alpha is None:
         raise ConfigError("rc.rule=fixed needs its weight: rc.alpha=1.5, say")
+    limit = rc.alpha_max
+    if rc.rule == "fixed" and rc.alpha and limit is not None and not 1 / limit <= rc.alpha <= limit:
+        raise ConfigError(
+            f"rc.alpha={rc.alpha:g} is beyond the clamp [1/rc.alpha_max, rc.alpha_max] with "
+            f"rc.alpha_max={limit:g}, so another weight would be used: set rc.alpha_max=null"
+        )
     if rc.rule != "fixed" and rc.alpha is not None:
         raise ConfigError(f"rc.alpha={rc.alpha:g} is read by rc=fixed alone, and rc.rule is {rc.rule}")
     if rc.rule != "loop" and rc.target:

@@ -725,6 +725,8 @@ def test_every_gpu_has_all_its_figures(option: str) -> None:
     ("overrides", "reason"),
     [
         (["rc=fixed"], "rc.rule=fixed needs its weight: rc.alpha"),
+        (["rc=fixed", "rc.alpha=12"], r"rc.alpha=12 is beyond the clamp .* set rc.alpha_max=null"),
+        (["rc=fixed", "rc.alpha=0.4", "rc.alpha_max=2"], "rc.alpha=0.4 is beyond .* rc.alpha_max=2,"),
         (["rc=on", "rc.alpha=2"], "rc.alpha=2 is read by rc=fixed alone"),
         (["rc=edge", "rc.target=0.05"], "rc.target=0.05 is read by rc=loop alone"),
         (["rc=loop", "rc.scope=pair"], "rc.scope=pair .* needs rc.rule=center or edge"),
