@@ -263,7 +263,7 @@ class _Loader:
         read = meta.counts.get("read", 0)
         if not len(store):
             raise ConfigError(f"{spec.name}: no usable example in {read} rows{_reasons(meta.bad)}")
-        dropped = sum(count for _, count in meta.bad.values())
+        dropped = meta.counts.get("bad_rows", 0)  # a row of several answers may give several bad pairs
         if dropped > config.max_dropped * read:
             raise ConfigError(
                 f"{spec.name}: {dropped} of {read} rows ({dropped / read:.1%}) cannot be used, more than "

@@ -33,7 +33,7 @@ from rcpo.data.tokenise import PairTokeniser
 from rcpo.data.turns import contexts
 from rcpo.errors import ConfigError
 
-_MADE = "9"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "10"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ class Encoder:
         tally.counts.update(cuts.counts)
         tally.bad += [(str(found[int(place)].number), reason) for place, reason in cuts.bad]
         tally.bad.sort(key=lambda place: int(place[0]))
+        tally.counts["bad_rows"] = len({number for number, _ in tally.bad})
         examples.sort(key=lambda example: int(example.id))
         return self._arrays(examples, [found[int(example.id)] for example in examples], tally)
 

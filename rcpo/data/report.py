@@ -14,10 +14,10 @@ from rcpo.errors import ConfigError
 class Tally:
     """What became of some rows: `bad` places with their reasons, in order, and `counts` of what was changed.
 
-    The counts: rows `read`, those that a template rendered (`templated`); `truncated_prompts`,
-    `truncated_responses` and, in all, `tokens_cut`; responses of several messages (`longer_responses`), with
-    turns in their text (`turns_as_text`), or that spell special tokens (`special_tokens`); responses that the
-    finished conversation renders differently (`rendered_otherwise`).
+    The counts: rows `read`, those that give a bad pair (`bad_rows`), those that a template rendered
+    (`templated`); `truncated_prompts`, `truncated_responses` and, in all, `tokens_cut`; responses of several
+    messages (`longer_responses`), with turns in their text (`turns_as_text`), or that spell special tokens
+    (`special_tokens`); responses that the finished conversation renders differently (`rendered_otherwise`).
     """
 
     bad: list[tuple[str, str]] = field(default_factory=list)

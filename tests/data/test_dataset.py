@@ -358,6 +358,21 @@ def test_more_than_a_few_dropped_rows_are_refused(tmp_path: Path) -> None:
     assert len(load(path=path, on_bad="drop", max_dropped=0.1, eval_fraction=0).train) == 18
 
 
+def test_a_row_of_several_bad_pairs_is_one_row(tmp_path: Path) -> None:
+    """Of twenty rows one has three equal answers and another one: three of its six pairs are identical."""
+    row = {"answers": ["1", "2", "3", "4"], "scores": [4, 3, 2, 1]}
+    rows = [{"prompt": f"{n}+1=", **row} for n in range(20)]
+    rows[7] |= {"answers": ["1", "1", "1", "2"]}
+    path = write(tmp_path / "x.jsonl", rows)
+    data = load(path=path, pairing="all", on_bad="drop", max_dropped=0.05, eval_fraction=0)
+    assert len(data.train) == 19 * 6 + 3
+    assert data.report.dropped == {"identical responses": 3}
+    with pytest.raises(
+        ConfigError, match=r"1 of 20 rows \(5\.0%\) cannot be used, more than .*=0\.04 allows"
+    ):
+        load(path=path, pairing="all", on_bad="drop", max_dropped=0.04, eval_fraction=0)
+
+
 def test_a_prompt_is_not_guessed_from_what_answers_have_in_common(tmp_path: Path) -> None:
     rows = [
         {"task_text": "i", "chosen": f"45 kilometers is {n}", "rejected": f"45 kilometers is {n + 1}"}
