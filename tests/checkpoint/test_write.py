@@ -109,8 +109,10 @@ def test_the_best_step_of_a_run_stays_and_is_written_at_its_end(tmp_path: Path) 
     step = 1 + values.index(max(values))
     assert 1 < step < 6 and len(values) == 8  # before the stop, and no checkpoint that would be kept anyway
     expected = load_file(tmp_path / f"{step}.safetensors")
-    for name in ("whole", "parts"):
+    for name in ("whole", "parts", "killed"):
         run_dir = tmp_path / name
+        found_values = [row["eval/logratios/chosen"] for row in read_rows(run_dir / "metrics.jsonl")]
+        assert found_values == pytest.approx(values, rel=1e-6)
         assert [number for number, _ in checkpoint_folders(run_dir)] == [8, step]
         found = AutoModelForCausalLM.from_pretrained(run_dir / "best").state_dict()
         assert found.keys() == expected.keys()

@@ -1,6 +1,8 @@
 """Runs with `checkpoint.best`, on the ranks of one group, that leave each step's weights beside."""
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -51,10 +53,26 @@ def observer(folder: Path, stop: int, session: Session, _resume_step: int | None
     return look
 
 
+def as_killed(whole: Path, run_dir: Path) -> None:
+    """A copy of a finished run as it lies there where it is killed in its last evaluation."""
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "best")
+    *rows, last = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(rows))
+    state = json.loads((run_dir / "finished.json").read_text())
+    row = {name: value for name, value in json.loads(last).items() if not name.startswith("eval/")}
+    state |= {"evaluated": False, "last_row": row}
+    (run_dir / "finished.json").write_text(json.dumps(state))
+
+
 def runs(model: str, pairs: str, folder: Path, stop: int) -> None:
-    """`whole`, and `parts`, which is stopped after the step that follows `stop` and continued."""
+    """`whole`; `parts`, which is stopped after the step that follows `stop` and continued; and `killed`."""
     for name, place, code in (("whole", NEVER, 0), ("parts", stop, STOPPED), ("parts", NEVER, 0)):
         run_dir = folder / name
         run_dir.mkdir(exist_ok=True)
         watch = partial(observer, folder, place)
         assert train(configuration(model, pairs), run_dir, evaluate_in_training, watch) == code
+    if distributed.is_main():
+        as_killed(folder / "whole", folder / "killed")
+    distributed.barrier()
+    assert train(configuration(model, pairs), folder / "killed", evaluate_in_training) == 0
