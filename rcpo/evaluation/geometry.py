@@ -51,8 +51,7 @@ class HeldOutDynamics:
         for name, meter in self._meters.items():
             by_head = name == "dynamics"
             scores = output.head_scores() if by_head else output.parameter_scores(self._engine.trainable)
-            weights = output.pairs.pair_weights
-            meter.observe(d, scores, (weights, weights))
+            meter.observe(d, scores, output.parts())
         return d
 
     def metrics(self) -> dict[str, Any]:

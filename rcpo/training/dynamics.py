@@ -119,12 +119,9 @@ class StepDynamics:
         pairs = output.pairs
         none = pairs.chosen.detach()  # fillers alone: nothing to add, yet this rank joins the sums
         d = incentives(self.objective, pairs) if output.count else (none, none)
-        weights = pairs.pair_weights, pairs.pair_weights
         moved = output.token_means()[1] if self._fresh else None
         ratios = None if moved is None else (moved[0].detach(), moved[1].detach())
-        if output.count:  # an unpaired example has one side only
-            weights = weights[0] * pairs.has_chosen, weights[1] * pairs.has_rejected
-        self._statistics.observe(d, scores, weights, ratios)
+        self._statistics.observe(d, scores, output.parts(), ratios)
         return d
 
     def end(self) -> dict[str, Any]:

@@ -44,6 +44,11 @@ class PairOutput:
         """Real pairs."""
         return len(self.pairs.chosen)
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The parts in the loss's mean of the chosen and of the rejected responses, (B,): 0 where none is."""
+        pairs = self.pairs
+        return pairs.pair_weights * pairs.has_chosen, pairs.pair_weights * pairs.has_rejected
+
     def token_means(self) -> tuple[Tensor, Tensor | None]:
         """Mean log-prob, and log-ratio, a token: (sides, B) each, B real pairs, whatever the reduction.
 

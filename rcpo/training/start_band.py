@@ -63,8 +63,7 @@ def start_dynamics(
             output = _output(policy, objective, dataset, part, sketch, pad_id)
             if seen is not None:
                 seen(part, output)
-            weights = output.pairs.pair_weights, output.pairs.pair_weights
-            meter.observe(incentives(objective, output.pairs), output.head_scores(), weights)
+            meter.observe(incentives(objective, output.pairs), output.head_scores(), output.parts())
         yield meter.collect()
 
 

@@ -9,6 +9,13 @@ from typing import Any
 
 import forked
 import pytest
+from tiny import tiny_llama
+
+from rcpo.config.schema import ObjectiveConfig, RunConfig
+from rcpo.evaluation.heldout import evaluate
+from rcpo.system import distributed
+from rcpo.training.session import Session
+from rcpo.training.trainer import Trainer
 
 WANTED = [{"prompt": f"{n}+{n}=", "completion": f"it is {2 * n}", "label": True} for n in range(10, 22)]
 UNWANTED = [{"prompt": f"{n}+{n}=", "completion": f"= {2 * n + 1}", "label": False} for n in range(30, 34)]
@@ -48,6 +55,28 @@ def test_every_completion_counts_once_and_each_side_has_its_own_means(tmp_path: 
     examples = [json.loads(line) for line in (tmp_path / "run/evaluation/examples.jsonl").open()]
     assert [row.get("rewards/rejected") is None for row in examples] == [True] * 3 + [False] * 2
     assert json.loads((tmp_path / "run/data.json").read_text())["train"] == 16
+
+
+def test_held_out_completions_have_the_dynamics_of_a_batch_of_them(tmp_path: Path) -> None:
+    """12 of one side and 4 of the other: each norm is a mean over its own, as in training."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in WANTED + UNWANTED))
+    config = RunConfig()
+    config.wandb.mode, config.reference.cache = "disabled", "off"
+    config.model.path = tiny_llama(tmp_path / "model")
+    config.data.name, config.data.path, config.data.cache = "pairs", str(tmp_path / "rows.jsonl"), "off"
+    config.data.eval_path = config.data.path
+    config.eval.batch_size, config.eval.generate_examples = 5, 0
+    config.train.batch_size, config.train.micro_batch_size, config.train.max_steps = 16, 4, 1
+    config.objective = ObjectiveConfig(name="apo_zero_unpaired", hyperparameters={"beta": 0.1})
+    distributed.initialize()
+    session = Session(config, tmp_path, training=True)
+    session.prepare_reference()
+    record, row = evaluate(session), Trainer(session).train_step()
+    names = [name for name in row if name.startswith("dynamics/") and "/samples/" not in name]
+    assert row["dynamics/incentive_chosen"] == pytest.approx(0.1 * 12 * 0.25 / 8, rel=1e-4)  # as above
+    assert len(names) == 10
+    for name in names:
+        assert record[f"eval/{name}"] == pytest.approx(row[name], rel=1e-4), name
 
 
 @pytest.mark.parametrize(
