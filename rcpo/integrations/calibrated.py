@@ -226,7 +226,7 @@ class Calibrated(_Trainer):
         if not worst <= self._tolerance():
             raise ValueError(
                 f"the output head of {type(self._policy).__name__} is not W h + b with a known scale or cap: "
-                f"its log-probs differ by {worst:.2g} nats a token from the trainer's; use rc=None"
+                f"its log-probs differ by {worst:.2g} nats per token from the trainer's; use rc=None"
             )
 
     def _verify_forward(self, z: Tensor, seen: Seen, responses: Responses) -> None:
@@ -241,7 +241,7 @@ class Calibrated(_Trainer):
         worst = _per_token((logps * responses.weights).sum(1) - z, responses)
         if not worst <= self._tolerance():
             raise ValueError(
-                f"this TRL was not tested with rcpo, and its log-probs differ by {worst:.2g} nats a token "
+                f"this TRL was not tested with rcpo, and its log-probs differ by {worst:.2g} nats per token "
                 "from a plain forward pass; use a tested TRL (rcpo/integrations/README.md), or rc=None"
             )
 
@@ -302,7 +302,7 @@ def _settings(*args: Any, **kwargs: Any) -> TrainingArguments | None:
 
 
 def _per_token(difference: Tensor, responses: Responses) -> float:
-    """The largest difference of z (S,), in nats a token."""
+    """The largest difference of z (S,), in nats per token."""
     return float((difference.abs() / responses.weights.sum(1).clamp(min=1e-30)).max())
 
 

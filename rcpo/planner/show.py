@@ -158,7 +158,8 @@ class PlanLine:
 
 def lines(rows: list[PlanLine]) -> list[str]:
     """A Markdown table of plans."""
-    columns = ["changed so that it fits", "peak GB", "GB sent a step", "s a step", "bottleneck", "GPU-hours"]
+    columns = ["changed so that it fits", "peak GB", "GB sent per step", "s per step"]
+    columns += ["bottleneck", "GPU-hours"]
     names = [*rows[0].values, *columns]
     table = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in rows:

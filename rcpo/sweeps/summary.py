@@ -185,7 +185,7 @@ def _of_conditions(comparison: Comparison, strong: str) -> Sheet:
     for c in comparison.conditions:
         cells = [(c.label == winners[m.key], m.show_spread(spread(c.values(m.key)))) for m in metrics]
         rows.append([c.label, str(len(c.runs)), *_marked(cells, strong)])
-    title = "mean ± standard deviation over seeds; log-ratios in nats a token"
+    title = "mean ± standard deviation over seeds; log-ratios in nats per token"
     return title, ["runs of", "n", *(metric.title for metric in metrics)], rows
 
 

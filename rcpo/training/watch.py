@@ -105,7 +105,7 @@ FLOOR = -15.0  # nats per token: a probability of 3e-7, from which a loser hardl
 
 
 def tokens_per_winner(reduction: str, lengths: np.ndarray) -> float:
-    """Return what divides a winner's log-ratio to give nats a token, from its reduction and the lengths.
+    """Return what divides a winner's log-ratio to give nats per token, from its reduction and the lengths.
 
     Only sums grow with the response. A length of 0 is that of a response that unpaired data does not have.
     """
@@ -154,7 +154,7 @@ class DivergenceWatch:
         if fall is None or self._watch.winner is None or fall / self._unit > -self._watch.winner:
             return None
         return (
-            f"the winner lost {-fall / self._unit:.2f} nats a token against the reference "
+            f"the winner lost {-fall / self._unit:.2f} nats per token against the reference "
             f"(watch.winner={self._watch.winner:g}); {self._remedy(row)}"
         )
 
@@ -179,11 +179,11 @@ class DivergenceWatch:
         start = None if winner is None else (winner - row["logratios/chosen"]) / self._unit
         if start is not None and start > CERTAIN:
             reasons.append(
-                f"the winner was almost certain under the reference ({start:.2f} nats a token) "
+                f"the winner was almost certain under the reference ({start:.2f} nats per token) "
                 "and can only fall"
             )
         if loser is not None and loser / self._unit < FLOOR:
-            reasons.append(f"the loser is at its floor ({loser / self._unit:.1f} nats a token)")
+            reasons.append(f"the loser is at its floor ({loser / self._unit:.1f} nats per token)")
         return (
             f"rc=loop does not hold it: {' and '.join(reasons)}" if reasons else "rc=loop has not caught up"
         )

@@ -458,7 +458,7 @@ def test_an_untested_trl_with_other_log_probs_is_refused(tmp_path: Path) -> None
             else None
         )
     )
-    with pytest.raises(ValueError, match=r"log-probs differ by .* nats a token from a plain forward pass"):
+    with pytest.raises(ValueError, match=r"log-probs differ by .* nats per token from a plain forward pass"):
         trainer.train()
 
 

@@ -31,10 +31,10 @@ def said(rows: list[dict[str, Any]], judge: DivergenceWatch) -> list[str]:
     [("mean", 20.0, -0.31), ("sum", 20.0, -6.2), ("importance", 20.0, -0.31)],
 )
 def test_a_falling_winner_is_said_once(reduction: str, tokens: float, first: float) -> None:
-    # 0.3 nats a token: for sums over 20 tokens that is 6 nats
+    # 0.3 nats per token: for sums over 20 tokens that is 6 nats
     rows = [{"logratios/chosen": value} for value in (0.1, first * 0.96, first, 2 * first)]
     lines = said(rows, watch(reduction, tokens))
-    assert len(lines) == 1 and lines[0].startswith("step 3: the winner lost 0.31 nats a token")
+    assert len(lines) == 1 and lines[0].startswith("step 3: the winner lost 0.31 nats per token")
     assert not said(rows, watch(reduction, tokens, winner=None))
 
 
@@ -43,7 +43,7 @@ def test_only_the_winners_that_are_there_count() -> None:
     lengths = np.array([18, 0, 22, 0])
     assert tokens_per_winner("sum", lengths) == 20.0
     judge = watch("sum", tokens_per_winner("sum", lengths))
-    # 0.3 nats a token are 6 nats of a sum; with the empty ones counted, 3 would do
+    # 0.3 nats per token are 6 nats of a sum; with the empty ones counted, 3 would do
     lines = said([{"logratios/chosen": -3.5}, {"logratios/chosen": -5.9}, {"logratios/chosen": -6.1}], judge)
     assert len(lines) == 1 and lines[0].startswith("step 3:")
     assert tokens_per_winner("sum", np.zeros(3)) == tokens_per_winner("mean", lengths) == 1.0
@@ -97,13 +97,13 @@ def test_what_cannot_be_calibrated_is_not_advised_to_be() -> None:
         (
             {"logps/chosen": -10.0},
             "rc=loop does not hold it: the winner was almost certain under the reference "
-            "(-0.05 nats a token) and can only fall",
+            "(-0.05 nats per token) and can only fall",
         ),
         ({"logps/chosen": -12.0}, "rc=loop has not caught up"),  # from −3: −0.15 a token
         (
             {"rc/saturated": 1, "logps/rejected": -320.0},
             "rc=loop does not hold it: it asked for more than rc.alpha_max=10.0 in 1 reading and "
-            "the loser is at its floor (-16.0 nats a token)",
+            "the loser is at its floor (-16.0 nats per token)",
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_skipped_step_neither_warns_nor_uses_up_the_warning(bad: float) -> Non
     assert not said([{"logratios/chosen": bad, "rewards/margins": bad, **right}] * 5, judge)
     json.dumps(judge.state_dict(), allow_nan=False)  # a checkpoint can hold it
     lines = said([{"logratios/chosen": -0.4}], judge)
-    assert len(lines) == 1 and "the winner lost 0.40 nats a token" in lines[0]
+    assert len(lines) == 1 and "the winner lost 0.40 nats per token" in lines[0]
 
 
 def test_what_was_saved_stays_as_it_was() -> None:
