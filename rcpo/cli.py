@@ -75,7 +75,7 @@ def _root(
             "--show-completion",
             is_eager=True,
             metavar="bash|zsh|fish",
-            help="Print the script of completion.",
+            help="Print the completion script of a shell.",
         ),
     ] = None,
     _local_rank: Annotated[
@@ -86,18 +86,18 @@ def _root(
     """Preference optimization with reward calibration, on DeepSpeed ZeRO.
 
     \b
-    rcpo train objective=simpo rc=on     train the packaged task, two minutes on a laptop
-    rcpo evaluate run=outputs/...        evaluate what came out
+    rcpo train objective=simpo rc=on     train on the packaged task, a minute on a laptop
+    rcpo evaluate run=outputs/...        evaluate the trained model
     rcpo report outputs/...              show what happened, in one HTML file
-    rcpo sweep rc=off,on seed=1,2,3      many runs beside each other
-    rcpo plan engine=zero3 gpu=h200      what a run would take: memory, communication, time
-    rcpo push run=DIR repo=OWNER/NAME    upload what came out to the hub
+    rcpo sweep rc=off,on seed=1,2,3      compare many runs
+    rcpo plan engine=zero3 gpu=h200      estimate memory, communication, and time
+    rcpo push run=DIR repo=OWNER/NAME    upload the trained model to the hub
     rcpo init DIR                        a project folder for your own model and data
     rcpo doctor                          what this machine has, and what would fail
     rcpo list objectives                 names to choose from; also models, data, studies, keys
 
     \b
-    Exit codes: 0 done, 1 failed while running, 2 bad command line, configuration or data,
+    Exit codes: 0 done, 1 failed while running, 2 bad command line, configuration, or data,
     75 stopped by a signal with a checkpoint saved.
     """
     from rcpo.commands import shells
@@ -177,15 +177,15 @@ def evaluate(ctx: typer.Context) -> None:
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def sample(ctx: typer.Context) -> None:
-    """Preference pairs of answers that the policy itself writes. Arguments are KEY=VALUE, in any order.
+    """Make preference pairs of the policy's own answers. Arguments are KEY=VALUE, in any order.
 
     \b
-    From a run or a model, to the training prompts of any data:
+    Answers of a run or a model to the training prompts of any data:
       rcpo sample run=outputs/DIR score=number
-      rcpo sample model=local model.path=DIR data=pairs data.path=pairs.jsonl \
+      rcpo sample model=local model.path=DIR data=pairs data.path=pairs.jsonl \\
           score=reward_model score.path=DIR
-      rcpo sample ... sample.base_url=http://127.0.0.1:8000/v1 sample.model=NAME    a server of final/ answers
-      rcpo sample ... launch.processes=2                                            ranks of this machine do
+      rcpo sample ... sample.base_url=http://127.0.0.1:8000/v1 sample.model=NAME    ask a server of final/
+      rcpo sample ... launch.processes=2                                            sample on two ranks
 
     \b
     Scores and pairs:
@@ -193,7 +193,7 @@ def sample(ctx: typer.Context) -> None:
       pairing=best_worst|random|margin pairing.min_margin=0.5
 
     The folder that is printed at the start, or hydra.run.dir=DIR, gets pairs.jsonl, which data=pairs reads,
-    and pairs.json, which says where it comes from. The same call continues one that was killed.
+    and pairs.json, which tells where it comes from. The same call continues one that was killed.
     """
     from rcpo.commands.sample import sample as make
 
@@ -203,16 +203,16 @@ def sample(ctx: typer.Context) -> None:
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def iterate(ctx: typer.Context) -> None:
-    """Rounds of sampling, training and evaluation, each from the weights of the one before.
+    """Sample, train, and evaluate in rounds, each from the weights of the one before.
 
     \b
       rcpo iterate                                              the packaged task, in a few minutes
-      rcpo iterate rounds=2 model=local model.path=DIR data=pairs data.path=pairs.jsonl \
+      rcpo iterate rounds=2 model=local model.path=DIR data=pairs data.path=pairs.jsonl \\
           score=reward_model score.path=DIR objective=simpo rc=on
       rcpo submit iterate rounds=3 ... slurm.nodes=2            a chain of SLURM jobs
 
     Keys are those of train, sample.*, score, pairing (see `rcpo sample`), and iterate.reference=round|first.
-    The folder that is printed at the start (hydra.run.dir=DIR chooses it) has round-N/sample, train and
+    The folder that is printed at the start (hydra.run.dir=DIR chooses it) has round-N/sample, train, and
     evaluate; round 0 is the model before. The same call continues one that was stopped or killed.
     """
     from rcpo.commands.iterate import iterate as go_through
@@ -250,16 +250,16 @@ class FigureFormat(StrEnum):
 def report_runs(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs or sweeps.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file; report.html in DIR without it.")
+        Path | None, typer.Option("--output", "-o", help="The HTML file; default: report.html in DIR.")
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Also report.md, its figures as files.")
+        bool, typer.Option("--markdown", help="Also write report.md, with its figures as files.")
     ] = False,
     figures: Annotated[
-        FigureFormat | None, typer.Option("--figures", help="Also the figures as files of this format.")
+        FigureFormat | None, typer.Option("--figures", help="Also write the figures as files of this format.")
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Renew the report until training ends.")] = False,
-    every: Annotated[float, typer.Option("--every", min=1, help="Seconds between looks of --watch.")] = 10,
+    every: Annotated[float, typer.Option("--every", min=1, help="Seconds between looks.")] = 10,
 ) -> None:
     """Report on a run, a pair of runs, or a whole sweep: one HTML file that needs nothing else.
 
@@ -279,10 +279,10 @@ def report_runs(
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def sweep(ctx: typer.Context) -> None:
-    """Many runs and their comparison: means over seeds, calibration on minus off with an interval.
+    """Start many runs and compare them: means over seeds, calibration on minus off with an interval.
 
     \b
-    Each combination is a run, a process of its own; what fails is reported and the rest goes on:
+    Each combination is a run in a process of its own; rcpo reports those that fail and continues:
       rcpo sweep objective=dpo,simpo rc=off,on seed=1,2,3 hydra.sweep.dir=outputs/mine
     The same call again runs only what is missing. Several at a time, and on a cluster:
       rcpo sweep sweep.parallel=4 ...               sweep.parallel=null: one for each GPU
@@ -290,7 +290,7 @@ def sweep(ctx: typer.Context) -> None:
     A named sweep (conf/study), with keys of your own beside or instead of its own:
       rcpo sweep study=ema seed=1
     A search instead of a grid, with trials that fall behind stopped:
-      rcpo sweep sweep.search=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))' objective.beta=0.1,0.5,1
+      rcpo sweep sweep.search=optuna 'optim.lr=tag(log,interval(1e-5,1e-3))' objective.beta=0.1,0.5,1 \\
           sweep.trials=30 sweep.pruner=median eval.every=25
     The table of a sweep that ran before, `rcpo train -m` and SLURM's included:
       rcpo sweep compare=outputs/mine
@@ -305,17 +305,17 @@ def sweep(ctx: typer.Context) -> None:
 
 @app.command(context_settings=_RAW, options_metavar="[KEY=VALUE | FLAG]...")
 def plan(ctx: typer.Context) -> None:
-    """What a run would take: memory, communication, time. Nothing is loaded. Arguments are KEY=VALUE.
+    """Estimate a run's memory, communication, and time; load nothing. Arguments are KEY=VALUE.
 
     \b
       rcpo plan engine=zero2 launch.processes=2              processes on this machine
-      rcpo plan model=llama-3-8b engine=zero3 train.dtype=bf16 train.gradient_checkpointing=true
-          gpu=h100-80gb plan.gpus=64 train.batch_size=128 train.micro_batch_size=1
+      rcpo plan model=llama-3-8b engine=zero3 train.dtype=bf16 train.gradient_checkpointing=true \\
+          gpu=h100-80gb plan.gpus=64 train.batch_size=128 train.micro_batch_size=1 \\
           plan.pairs=60000 plan.prompt_tokens=200 plan.response_tokens=300
-    A preset's shapes are shipped; another model needs its folder with a config.json. The data are counted
-    where the tokenizer is at hand, else plan.pairs, plan.prompt_tokens and plan.response_tokens say enough.
+    A preset's shapes are shipped; another model needs its folder with a config.json. rcpo counts the data
+    where the tokenizer is at hand; else give plan.pairs, plan.prompt_tokens, and plan.response_tokens.
 
-    Where the plan does not fit the GPU, the nearest configuration that does is named, and the exit code is 1.
+    If the plan does not fit the GPU, rcpo names the nearest configuration that does and exits with code 1.
     """
     from rcpo.commands.plan import plan as make_plan
 
@@ -339,7 +339,7 @@ def submit(
     command: Annotated[Submittable, typer.Argument(metavar="train|sweep|evaluate|iterate|status")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the script and touch nothing.")] = False,
 ) -> None:
-    """Run on a SLURM cluster: a snapshot of code and configuration, a script, a job; or the state of jobs.
+    """Submit a job to SLURM, with a snapshot of code and configuration, or show the state of jobs.
 
     \b
       rcpo submit train objective=simpo rc=on slurm.nodes=2 slurm.gpus_per_node=8
@@ -352,11 +352,11 @@ def submit(
     \b
     One after another, when the first is done:
       rcpo submit train objective=sft hydra.run.dir=outputs/sft ...
-      rcpo submit train model=local model.path=outputs/sft/final slurm.after=outputs/sft \
+      rcpo submit train model=local model.path=outputs/sft/final slurm.after=outputs/sft \\
           hydra.run.dir=outputs/dpo
       rcpo submit evaluate run=outputs/dpo slurm.after=outputs/dpo
 
-    Before its time is over, or when it is pre-empted, a run saves a checkpoint and goes on in the next piece.
+    Before its time is over, or when it is preempted, a run saves a checkpoint and continues later.
     """
     from rcpo.commands.chain import submit_chain
     from rcpo.commands.submit import submit as submit_job
@@ -449,7 +449,7 @@ def main() -> None:
 
 
 def _complete(shell: str) -> None:
-    """Answers a shell that asks what may stand at the cursor."""
+    """Answer a shell that asks what may stand at the cursor."""
     from rcpo.commands.shells import answer
 
     for line in answer(shell, sys.argv[1:], known_commands()):

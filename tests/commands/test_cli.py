@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,16 @@ def test_each_command_has_our_help_wherever_the_flag_stands(command: str) -> Non
     text = shown.pop()
     assert "Hydra is" not in text
     assert f"rcpo {command}" in text
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "iterate", "sweep", "plan", "submit"])
+def test_a_command_of_the_help_can_be_copied(command: str) -> None:
+    """What goes on in the next line ends with a backslash, and no two lines are joined."""
+    lines = CliRunner().invoke(app, [command, "--help"]).output.split("\n")
+    for line, following in pairwise(lines):
+        if line.startswith("    rcpo ") and following.startswith("     "):
+            assert line.endswith(" \\"), line
+    assert not [line for line in lines if re.search(r"\S=\S+ {5,}\S+=", line)]
 
 
 def test_python_dash_m_is_the_command_line(tmp_path: Path) -> None:
