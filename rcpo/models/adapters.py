@@ -19,20 +19,24 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftType,
+    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from rcpo.config.schema import AdapterConfig
 from rcpo.errors import ConfigError
+from rcpo.models.hub import check_weights
 from rcpo.system import distributed
-from rcpo.system.text import first_line
+from rcpo.system.text import first_line, visible
 
 log = logging.getLogger(__name__)
 
+warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # rcpo refuses them
 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # a second one is meant
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's
 
@@ -96,12 +100,16 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str = POLICY) -> No
     try:
         model.add_adapter(settings, name)
     except ValueError as error:
-        raise ConfigError(f"the adapter in {folder} does not fit {type(model).__name__}: {error}") from error
+        raise ConfigError(
+            f"the adapter in {folder} does not fit {type(model).__name__}: {_said(error)}"
+        ) from error
     wanted = [key for key, _ in model.named_parameters() if name in key.split(".")]
     try:
         found: Any = set_peft_model_state_dict(model, own, adapter_name=name)
     except RuntimeError as error:  # sizes
-        raise ConfigError(f"the adapter in {folder} does not fit {type(model).__name__}: {error}") from error
+        raise ConfigError(
+            f"the adapter in {folder} does not fit {type(model).__name__}: {_said(error)}"
+        ) from error
     if found.unexpected_keys or len(own) != len(wanted):
         raise ConfigError(f"the adapter in {folder} is not one of {type(model).__name__}: its layers differ")
     for module in model.modules():
@@ -174,6 +182,11 @@ def _read_settings(folder: Path) -> Any:
         raise ConfigError(f"the adapter in {folder} cannot be read: {first_line(error)}") from error
 
 
+def _said(error: Exception) -> str:
+    """What an error says, in one line."""
+    return visible(" ".join(str(error).split()), lines=False)[:300]
+
+
 def switch(model: PreTrainedModel, name: str | None) -> None:
     """Let the adapters of this name act, none of them for None; only `POLICY` is left to be trained."""
     for module in model.modules():
@@ -197,7 +210,8 @@ def starting_adapters(model: PreTrainedModel) -> Iterator[None]:
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model with the adapter in a folder added to its weights, in their own precision.
 
-    Raises ConfigError where the base that the adapter was trained on cannot be made again.
+    Raises ConfigError where the base that the adapter was trained on cannot be made again, and for an adapter
+    of another model, of which peft would merge what fits.
     """
     settings = _read_settings(folder)
     init = getattr(settings, "init_lora_weights", True)
@@ -208,7 +222,23 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         )
     if model.config.tie_word_embeddings and _adapts_tied(model, folder):
         _untie(model)
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    name, base = type(model).__name__, {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    check_weights("the adapter", folder, pickle=True)
+    try:
+        own = set(adapter_weights(folder))
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
+        raise ConfigError(f"the adapter in {folder} does not fit {name}: {_said(error)}") from error
+    wanted = {
+        key.removeprefix(_PREFIX) for key in get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    }
+    others = {key for key in own - wanted if key.replace(".base_layer.", ".") not in base}  # peft copies some
+    if differing := others | (wanted - own):
+        raise ConfigError(
+            f"the adapter in {folder} is not one of {name}: its layers differ ({min(differing)}); give the "
+            "base model that it was trained on"
+        )
+    return adapted.merge_and_unload()
 
 
 def _adapts_tied(model: PreTrainedModel, folder: Path) -> bool:

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sessions import heldout_logratios
 from tiny import held_out, sums_file, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig, LlamaForCausalLM
 
 from rcpo.config.model import check_folder, holds_adapter
 from rcpo.config.schema import AdapterConfig, RunConfig
@@ -328,6 +328,45 @@ def test_adapters_that_changed_their_base_are_merged_and_else_refused(
         < 1e-3
         < difference(logits(load_model(base, RunConfig().model)), expected)
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]},
+        {"bias": "lora_only"},
+    ],
+)  # fmt: skip
+def test_whatever_peft_saves_is_merged(tmp_path: Path, base: Path, settings: dict[str, Any]) -> None:
+    expected = tuned_by_peft(base, tmp_path / "tuned", **settings)
+    merged = merge_adapter(load_model(base, RunConfig().model), tmp_path / "tuned")
+    assert difference(logits(merged), expected) < 1e-4
+    assert difference(logits(load_model(base, RunConfig().model)), expected) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_hidden_layers": 4}, r"its layers differ \(model\.layers\.2\..*; give the base model"),
+        ({"num_hidden_layers": 1}, r"its layers differ \(model\.layers\.1\."),
+        ({"hidden_size": 64}, "does not fit LlamaForCausalLM: .* size mismatch for .*q_proj"),
+        (None, "holds no weights"),
+    ],
+)
+def test_an_adapter_of_another_model_is_not_merged(
+    tmp_path: Path, base: Path, change: dict[str, int] | None, reason: str
+) -> None:
+    """peft itself merges the layers that fit, and at most warns of the others."""
+    settings = LlamaConfig.from_pretrained(base)
+    for name, value in (change or {}).items():
+        setattr(settings, name, value)
+    LlamaForCausalLM(settings).save_pretrained(tmp_path / "other")
+    tuned_by_peft(tmp_path / "other", tmp_path / "tuned")
+    if change is None:
+        (tmp_path / "tuned" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=reason) as refused:
+        merge_adapter(load_model(base, RunConfig().model), tmp_path / "tuned")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "orthogonal"])
