@@ -296,11 +296,10 @@ class Trainer:
         checkpoint.load(self.engine)
         state = checkpoint.state
         self.step = state["step"]
-        held = self.session.held_reference
-        if held is not None and self.config.reference.sync_every:
-            held.take_shares(checkpoint.tensors, REFERENCE)
-        before = state["config"]["rc"]
-        self.dynamics.load_state_dict(state["dynamics"], checkpoint.extra(PREVIOUS), before)
+        held, before = self.session.held_reference, state["config"]
+        if held is not None and self.config.reference.sync_every and before["reference"].get("sync_every"):
+            held.take_shares(checkpoint.tensors, REFERENCE)  # else it has not moved so far
+        self.dynamics.load_state_dict(state["dynamics"], checkpoint.extra(PREVIOUS), before["rc"])
         restore_objective(self.objective, state)
         self.objective.progress = min(1.0, self.step / self.session.total_steps)  # which may have changed
         self.watch.load_state_dict(state["nonfinite"])

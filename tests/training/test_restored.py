@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import sums_file, tiny_llama
+from workers import resume
 
 from rcpo import get_objective
 from rcpo.config.schema import ObjectiveConfig, RunConfig
@@ -130,3 +131,28 @@ def test_another_rule_or_geometry_begins_anew(
     assert (PREVIOUS in kept and torch.equal(kept[PREVIOUS], previous)) is samples_stay
     then.step = first.step
     then.train_step()
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"rc": "loop"}),
+        ({"rc": "loop"}, {"rc": "microbatch"}),
+        ({"objective": "bco"}, {"objective": "mix"}),
+        ({"reference": "model"}, {"reference": "model", "sync": 2}),
+        ({"optimizer": "sgd", "rc": "off"}, {"optimizer": "adamw"}),
+    ],
+)
+def test_a_run_goes_on_with_other_settings(
+    tmp_path: Path, first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    """What `resume_changed=allow` lets through continues: another rule, objective, reference, optimizer."""
+    distributed.initialize()
+    model, pairs = tiny_llama(tmp_path / "model"), sums_file(tmp_path / "pairs.jsonl", 24)
+    sums_file(tmp_path / resume.MANY, 89)
+    (tmp_path / "run").mkdir()
+    resume.part(resume.configuration(model, pairs, **first), tmp_path / "run", 2)
+    run = resume.part(resume.configuration(model, pairs, **then), tmp_path / "run", 4, save=False)
+    rows = resume.rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] < 0.5 * rows[0]["loss"]
+    assert run.objective.progress == pytest.approx(4 / resume.STEPS)
