@@ -57,7 +57,7 @@ class _Passing(Exception):
 class Reply:
     """What the model said, and the tokens that the endpoint counted (0 where it does not).
 
-    `finish` is why it ended, in the endpoint's words: `stop`, or `length` for an answer that was cut.
+    `finish` is why it ended, in the endpoint's words: `stop`, or `length` and others where it was cut off.
     """
 
     text: str

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER = "answers"
+# why an endpoint's answer ended before its end: its longest length, a filter of the provider, vLLM or SGLang
+CUT_OFF = ("length", "content_filter", "abort")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered; `ended` is false where the answer was cut off by its longest length."""
+    """What was answered; `ended` is false where the answer was cut off, as by its longest length."""
 
     prompt: Prompt
     number: int
@@ -151,7 +153,8 @@ def answer_by_endpoint(
             return
 
         def read(request: Request, reply: Reply) -> Row | None:
-            return _row(missing[request.key], reply.text, reply.finish != "length", reply.completion_tokens)
+            ended = reply.finish not in CUT_OFF
+            return _row(missing[request.key], reply.text, ended, reply.completion_tokens)
 
         progress = Progress("answers", folder / FOLDER, len(wanted))
         quiet: Callable[[str], None] = lambda line: None  # noqa: E731 - the progress says how far it is

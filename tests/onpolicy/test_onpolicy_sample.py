@@ -260,6 +260,15 @@ def test_an_endpoint_s_faults_change_nothing(tmp_path: Path) -> None:
     assert counts["cut_off"] == cut > 0 and counts["unanswered"] == 0
 
 
+@pytest.mark.parametrize("finish", ["length", "content_filter", "abort"])
+def test_an_answer_that_an_endpoint_cuts_off_is_in_no_pair(tmp_path: Path, finish: str) -> None:
+    reply = {"choices": [{"text": "9", "finish_reason": finish}]}
+    fails = pytest.raises(RunError, match="no prompt gave a pair")
+    with answering(faults={-1: f"raw {json.dumps(reply)}"}) as server, fails:
+        work.make(settings(sample=endpoint(server.url, prompts=2)), tmp_path)
+    assert about(tmp_path)["answers"]["cut_off"] == 8
+
+
 def test_an_endpoint_that_dies_is_asked_for_the_rest_alone(tmp_path: Path) -> None:
     with answering(faults=dict.fromkeys(range(12, 999), "status 503")) as server:
         with pytest.raises(RunError, match="10 requests in a row unanswered"):
