@@ -253,10 +253,14 @@ def _in_four_bits(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _turn_off_dropout(config: PreTrainedConfig) -> None:
-    """Before the model is made: attention keeps a copy of its rate."""
+    """Before the model is made, whose attention keeps a copy of its rate; parts of it have their own."""
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            _turn_off_dropout(part)
 
 
 def _wants_code(error: Exception) -> bool:

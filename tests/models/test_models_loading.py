@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -52,6 +53,19 @@ def test_a_model_in_training_mode_equals_itself(folder: Path, tmp_path: Path) ->
     for name in (folder, modules):
         model = load_model(name, ModelConfig()).train()
         assert torch.equal(logits(model), logits(model))
+
+
+def test_the_dropout_of_a_model_s_text_part_is_off_too(tmp_path: Path) -> None:
+    """Gemma 3's settings hold those of its text model, whose attention keeps a copy of the rate."""
+    sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = Gemma3Config(text_config={**sizes, "attention_dropout": 0.5}, vision_config=vision)
+    config.save_pretrained(tmp_path)
+    model = load_model(tmp_path, ModelConfig(), init="random").train()
+    kept = {part.attention_dropout for part in model.modules() if hasattr(part, "attention_dropout")}
+    assert kept == {0.0}
+    assert torch.equal(logits(model), logits(model))
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
