@@ -122,7 +122,6 @@ def _columns(
     indices = batch.on_host.indices[batch.on_host.weights > 0].numpy()
     chosen, rejected = objective.rewards(pairs)
     token_logps, token_logratios = output.token_means()
-    per_pair = not (objective.spec.couples_batch or objective.spec.token_weighted)
 
     def array(values: torch.Tensor | None) -> Any:
         return None if values is None else values.detach().double().cpu().numpy()
@@ -144,7 +143,7 @@ def _columns(
         rejected_token_logratios=(
             None if token_logratios is None or pairs.rejected is None else array(token_logratios[1])
         ),
-        losses=array(objective(pairs)) if per_pair else None,
+        losses=array(objective(pairs)) if objective.has_pair_losses else None,
         chosen_incentives=None if incentives is None else array(incentives[0]),
         rejected_incentives=None if incentives is None else array(incentives[1]),
         prompts=dataset.prompts[indices],

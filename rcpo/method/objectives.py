@@ -105,6 +105,11 @@ class Objective:
         return self.spec.sorts_batch
 
     @property
+    def has_pair_losses(self) -> bool:
+        """Whether a pair's loss is its own, whatever its company and its length."""
+        return not (self.spec.couples_batch or self.spec.token_weighted)
+
+    @property
     def margin_ranges(self) -> list[tuple[float, tuple[float, float]]]:
         """For each use of the pairs' margins, what they are multiplied by and where the products may lie."""
         if not self.spec.needs_margins:

@@ -73,6 +73,28 @@ def build_pair_calibrator(rc: CalibrationConfig) -> PairCalibrator | None:
     return PairCalibrator(edge=rc.rule == "edge", alpha_max=rc.alpha_max)
 
 
+def refuse_unmeasured(config: RunConfig, objective: Objective, kind: str, *, compared: bool) -> None:
+    """Raise ConfigError where no evaluation of a run will measure `checkpoint.best`.
+
+    The held-out data are of a `kind`; `compared` says whether any of them are compared with a reference.
+    """
+    best, reason = config.checkpoint.best, None
+    if best is None:
+        return
+    if best == "eval/loss" and not objective.has_pair_losses:
+        reason = (
+            f"objective={objective.name} has no loss of a pair by itself; choose eval/rewards/chosen, say"
+        )
+    elif ("logratios" in best or best == "eval/winner_fell") and not compared:
+        reason = "no held-out pair is compared with a reference; set reference.track=true"
+    elif best.endswith(("margins", "accuracies")) and kind != PAIRS:
+        reason = "the held-out data are single completions; choose eval/rewards/chosen, say"
+    elif best == "eval/exact_match" and config.eval.generate_examples == 0:
+        reason = "eval.generate_examples=0 asks for no answers; set it to null or above 0"
+    if reason is not None:
+        raise ConfigError(f"checkpoint.best={best} is not measured in this run: {reason}")
+
+
 def scored_sides(objective: Objective, dataset: PairDataset) -> tuple[str, ...]:
     """The responses that are scored outside training: both of each pair too where there are two."""
     compared = PAIR if (dataset.lengths[:, 2] > 0).all() else ()

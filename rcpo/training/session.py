@@ -50,6 +50,7 @@ from rcpo.training.objective import (
     refuse_kind,
     refuse_numbers,
     refuse_options,
+    refuse_unmeasured,
     scored_sides,
 )
 
@@ -110,6 +111,9 @@ class Session:
             self.tokenizer.chat_template = self.datasets.template.source
         changes = training or final is not None or (run_dir / METRICS_FILE).exists()
         self.tracking = tracking(config, self.objective, self.datasets, changes=changes)
+        if training and self.datasets.evaluation is not None:
+            compared, kind = self.tracking is not Tracking.NOTHING, self.datasets.evaluation.kind
+            refuse_unmeasured(config, self.objective, kind, compared=compared)
         if config.reference.sync_every and self.tracking is not Tracking.EVERYTHING:
             raise ConfigError(
                 f"reference.sync_every={config.reference.sync_every}: objective={self.objective.name} needs "
