@@ -183,7 +183,7 @@ class Custom:
         reader = registered(self.name, self.module)
         try:
             found = reader(fields)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except Exception as error:  # the user's function may raise anything
             raise BadRow(f"format {self.name} refuses the row: {type(error).__name__}: {error}") from error
         rows = [found] if isinstance(found, dict) else found
         if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):

@@ -103,13 +103,19 @@ class _Pool:
         except (EOFError, BrokenPipeError) as error:
             code = process.wait()
             raise RuntimeError(
-                f"a process that tokenises the data ended with exit code {code}; the machine may have run "
-                "out of memory: data.workers=1 takes less"
+                f"a process that tokenizes the data ended with exit code {code}{_hint(code)}"
             ) from error
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, Encoded)
         return answer
+
+
+def _hint(code: int) -> str:
+    """What may have ended a process with this code."""
+    if code < 0:
+        return "; the machine may have run out of memory: data.workers=1 takes less"
+    return ", after the error above; data.workers=1 raises it in this process"
 
 
 def _send(stream: IO[bytes] | None, content: bytes) -> None:

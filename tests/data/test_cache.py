@@ -177,6 +177,11 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_message() -> None:
         list(encoded)
 
 
+def test_memory_is_suspected_where_a_signal_ended_a_worker_alone() -> None:
+    assert "run out of memory" in workers._hint(-9)
+    assert workers._hint(1) == ", after the error above; data.workers=1 raises it in this process"
+
+
 def test_a_few_rows_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_Pool", None)
     encoder = make_encoder(DataConfig(name="pairs"), TOKENIZER)

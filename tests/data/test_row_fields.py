@@ -553,7 +553,9 @@ def test_rows_of_a_format_of_ones_own_may_be_none_or_a_tuple() -> None:
         assert Custom("own", None).rows({}) == list(returned)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyError, IndexError, TypeError, AttributeError])
+@pytest.mark.parametrize(
+    "error", [ValueError, KeyError, TypeError, ZeroDivisionError, AssertionError, NameError]
+)
 def test_what_a_format_of_ones_own_raises_makes_the_row_bad(error: type[Exception]) -> None:
     def refuses(row: dict[str, Any]) -> Any:
         raise error("why")
