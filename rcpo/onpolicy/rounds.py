@@ -104,6 +104,11 @@ class Iteration:
                 f"reference.path={config.reference.path}: rcpo iterate takes its reference from the rounds; "
                 "choose iterate.reference=round or iterate.reference=first"
             )
+        if config.model.init == "random":
+            raise ConfigError(
+                "model.init=random: rcpo iterate compares every round with the first model, whose weights "
+                "have to be in a folder; train it first, and give model=local model.path=…/final"
+            )
         if config.adapter.merge:
             raise ConfigError(
                 "adapter.merge=true makes a new base model, and rounds share one: merge it first, with "

@@ -121,6 +121,7 @@ def test_each_step_waits_for_the_one_it_needs(tmp_path: Path) -> None:
     ("node", "key", "value", "message"),
     [
         ("reference", "path", "some/model", "iterate.reference=round or iterate.reference=first"),
+        ("model", "init", "random", "model.init=random: rcpo iterate compares every round with the first"),
         ("adapter", "merge", True, "adapter.save_merged=true"),
         ("checkpoint", "best", "eval/loss", "checkpoint.best=eval/loss needs held-out pairs while training"),
         ("eval", "every", 5, "eval.every=5 needs held-out pairs while training"),
