@@ -6,7 +6,7 @@ LLaMA-Factory's training YAML, and of the handbook's recipes. A key whose meanin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,11 @@ HINTS = {
     "run_name": "see tracking and wandb.name",
     "resume_from_checkpoint": "resume=auto continues in hydra.run.dir",
 }
+NUMBERS = {
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("adam_beta1", "adam_beta2", "ref_model_sync_steps", "gamma_beta_ratio", "beta", "pref_beta"),
+}
+SWITCHES = {"bf16", "fp16", "precompute_ref_log_probs", "use_peft", "load_in_4bit", "sync_ref_model"}
 # what rcpo decides itself, or always does
 SILENT = {
     "do_train",
@@ -153,19 +158,45 @@ def read_foreign(path: Path) -> dict[str, Any]:
 
 
 def convert(tree: Mapping[str, Any]) -> Conversion:
-    """What a configuration of theirs is here."""
+    """What a configuration of theirs is here; a value of another kind than theirs is left."""
     made = Conversion()
+    tree = dict(_readable(tree, made.left))
     for name, value in tree.items():
-        if value is None or name in SILENT:
-            continue
         if name in SPECIAL:
-            SPECIAL[name](made, name, value)
+            try:
+                SPECIAL[name](made, name, value)
+            except (TypeError, AttributeError, LookupError):
+                made.left[name] = f"{value!r} is not what is expected there"
         elif name in SAME:
             made.settings[SAME[name]] = value
         else:
             made.left[name] = HINTS.get(name, "")
     _finish(made, tree)
     return made
+
+
+def _readable(tree: Mapping[str, Any], left: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """The keys with a value, numbers as numbers; `left` gets those that should be a number or a switch."""
+    for name, value in tree.items():
+        if value is None or name in SILENT:
+            continue
+        if name in SWITCHES and not isinstance(value, bool):
+            left[name] = f"{value!r} is not true or false"
+        elif name in NUMBERS and (number := _number(value)) is None:
+            left[name] = f"{value!r} is not a number"
+        else:
+            yield name, number if name in NUMBERS else value
+
+
+def _number(value: Any) -> float | int | None:
+    """A number, also from the text that YAML makes of quotes and of 1e-6; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else number
 
 
 def _finish(made: Conversion, tree: Mapping[str, Any]) -> None:
@@ -181,7 +212,8 @@ def _finish(made: Conversion, tree: Mapping[str, Any]) -> None:
     else:
         for key in [key for key in ours if key.startswith("adapter.")]:
             del ours[key]
-    if "per_device_train_batch_size" in tree or "gradient_accumulation_steps" in tree:
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if batch & {*tree} and not batch & {*made.left}:
         size, steps = tree.get("per_device_train_batch_size", 8), tree.get("gradient_accumulation_steps", 1)
         ours["train.batch_size"] = size * steps
         made.left["gradient_accumulation_steps"] = (
@@ -204,6 +236,7 @@ def _finish(made: Conversion, tree: Mapping[str, Any]) -> None:
 
 def _loss(made: Conversion, name: str, value: Any) -> None:
     losses = value if isinstance(value, list) else [value]
+    losses = losses or [value]
     if len(losses) > 1:
         made.left[name] = "several losses are objective=mix; see objective.parts"
     elif losses[0] == "aot":
@@ -239,8 +272,8 @@ def _half(made: Conversion, name: str, value: Any) -> None:
 
 
 def _epochs(made: Conversion, name: str, value: Any) -> None:
-    if float(value).is_integer():
-        made.settings["train.epochs"] = int(value)
+    if isinstance(value, int):
+        made.settings["train.epochs"] = value
     else:
         made.left[name] = f"{value} is not a whole number; give train.max_steps"
 
@@ -260,10 +293,11 @@ def _modules(made: Conversion, name: str, value: Any) -> None:
 
 
 def _mixer(made: Conversion, name: str, value: Any) -> None:
-    if len(value) == 1:
-        made.settings["data.path"] = next(iter(value))
+    weights = list(value.items())
+    if len(weights) == 1:
+        made.settings["data.path"] = weights[0][0]
     else:
-        made.settings["data.sources"] = [{"path": path, "weight": weight} for path, weight in value.items()]
+        made.settings["data.sources"] = [{"path": path, "weight": weight} for path, weight in weights]
 
 
 def _splits(made: Conversion, name: str, value: Any) -> None:

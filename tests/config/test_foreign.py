@@ -162,6 +162,41 @@ def test_what_has_no_counterpart_is_left_with_a_reason(tree: dict[str, Any], rea
     assert reason in made.left[next(iter(tree))]
 
 
+@pytest.mark.parametrize(
+    ("tree", "left"),
+    [
+        ({"max_steps": "many"}, "max_steps"),
+        ({"num_train_epochs": "three"}, "num_train_epochs"),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": "auto"},
+            "gradient_accumulation_steps",
+        ),
+        ({"bf16": "no"}, "bf16"),
+        ({"precompute_ref_log_probs": "false"}, "precompute_ref_log_probs"),
+        ({"dataset_mixer": ["a", "b"]}, "dataset_mixer"),
+        ({"dataset_mixer": "x"}, "dataset_mixer"),
+        ({"use_peft": True, "lora_target_modules": 5}, "lora_target_modules"),
+        ({"report_to": {"a": "b"}}, "report_to"),
+        ({"beta": 2.0, "gamma_beta_ratio": "half"}, "gamma_beta_ratio"),
+        ({"loss_type": []}, "loss_type"),
+    ],
+)
+def test_a_value_of_another_kind_is_left_out_and_named(tree: dict[str, Any], left: str) -> None:
+    made = convert(tree)
+    assert repr(tree[left]) in made.left[left]
+    assert not {"train.dtype", "reference.mode", "data.path", "objective", "objective.gamma"} & {
+        *made.settings
+    }
+
+
+def test_numbers_in_quotes_are_numbers() -> None:
+    """YAML reads 1e-1 as text, and people quote."""
+    tree = {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "2", "max_steps": "100"}
+    made = convert(tree | {"beta": "1e-1", "gamma_beta_ratio": "0.5"}).settings
+    assert (made["train.batch_size"], made["train.max_steps"]) == (8, 100)
+    assert (made["objective.beta"], made["objective.gamma"]) == (0.1, 0.05)
+
+
 def test_names_that_are_converted_to_exist_here() -> None:
     objectives = {file.stem for file in (conf_dir() / "objective").glob("*.yaml")}
     assert set(LOSSES.values()) <= objectives
