@@ -96,7 +96,10 @@ def _environment(extra: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def forward_signals(children: Callable[[], list[int]]) -> Iterator[list[int]]:
-    """Hand stop signals on to the processes that `children` lists, and yield the list of those received."""
+    """Hand stop signals on to the processes that `children` lists, and yield the list of those received.
+
+    A signal that this process ignores (SIGHUP under nohup) stays ignored, as the children ignore it too.
+    """
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
@@ -107,7 +110,8 @@ def forward_signals(children: Callable[[], list[int]]) -> Iterator[list[int]]:
             except ProcessLookupError:  # it left by itself in between
                 continue
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in heard}
     try:
         yield received
     finally:

@@ -147,3 +147,15 @@ def test_a_folder_without_a_configuration_is_refused(
     assert main([str(tmp_path)]) == 2
     assert "not the folder of a run" in capsys.readouterr().err
     assert main([]) == 2
+
+
+def test_a_signal_that_nohup_has_ignored_stays_ignored() -> None:
+    """A closed terminal does not stop `nohup rcpo sweep`, whose runs ignore the signal too."""
+    sent: list[int] = []
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with local.forward_signals(lambda: sent) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
