@@ -86,7 +86,11 @@ def lines(submitted: Submitted, known: dict[str, Queued], name: str = "train") -
 def left_behind(run_dir: Path) -> str:
     """What a run's folder says of its end."""
     outcome = read_outcome(run_dir)
-    if completed(run_dir) or read_object(run_dir / PAIRS_FILE).get("pairs"):
+    try:
+        done = completed(run_dir)
+    except ConfigError as error:  # a damaged record, which hides no other job
+        return str(error)
+    if done or read_object(run_dir / PAIRS_FILE).get("pairs"):
         return "DONE"
     if outcome is None or outcome.code == DONE:
         return "GONE"

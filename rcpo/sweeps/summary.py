@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rcpo.errors import ConfigError
-from rcpo.launch.outcomes import DONE, Outcome, read_outcome
+from rcpo.launch.outcomes import DONE, REFUSED, Outcome, read_outcome
 from rcpo.runs.comparison import (
     METRICS,
     REPETITION,
@@ -80,10 +80,17 @@ def compare(sweep_dir: Path) -> Comparison:
     folders = [path for path in inside if any((path / name).exists() for name in _RUN_FILES)]
     if not folders:
         raise ConfigError(f"{sweep_dir} holds no runs: it is not the folder of a sweep")
-    complete = [folder for folder in folders if completed(folder)]
-    runs = [summarise_run(folder) for folder in complete]
+    runs: list[RunSummary] = []
+    rest: dict[str, Outcome] = {}
+    for folder in folders:
+        try:
+            if completed(folder):
+                runs.append(summarise_run(folder))
+            else:
+                rest[folder.name] = _why_incomplete(folder)
+        except ConfigError as error:  # a damaged record, which costs no other run its place
+            rest[folder.name] = Outcome(REFUSED, str(error))
     found = conditions(runs)
-    rest = {folder.name: _why_incomplete(folder) for folder in folders if folder not in complete}
     return Comparison(runs, rest, found, contrasts(found))
 
 

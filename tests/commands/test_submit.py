@@ -332,6 +332,9 @@ def test_a_job_that_slurm_forgot_is_what_its_folder_says(slurm: Path) -> None:
     Path("mine/finished.json").write_text('{"evaluated": false}')  # trained, and its evaluation failed
     Outcome(1, "the harness failed").write(Path("mine"))
     assert [line.state for line in lines(submitted, {})] == ["exit code 1: the harness failed"]
+    Path("mine/finished.json").write_text("{")  # the other jobs are shown all the same
+    (state,) = [line.state for line in lines(submitted, {})]
+    assert "finished.json is damaged" in state
 
 
 def test_the_last_whole_row_counts(tmp_path: Path) -> None:

@@ -301,6 +301,19 @@ def test_runs_that_were_benchmarked_since_are_complete(runs: Runs) -> None:
     assert runs.started == ["seed-1", "seed-2"]
 
 
+def test_a_damaged_run_does_not_cost_the_others_their_table(runs: Runs) -> None:
+    assert sweep(["seed=1,2,3", HERE]) == 0
+    Path("out/seed-1/finished.json").write_text("{")
+    Path("out/seed-2/config.yaml").write_text("a: [")
+    assert sweep(["compare=out"]) == 0
+    found = record()
+    assert [run["name"] for run in found["runs"]] == ["seed-3"]
+    reasons = {each["name"]: each["reason"] for each in found["incomplete"]}
+    assert (
+        "finished.json is damaged" in reasons["seed-1"] and "config.yaml cannot be read" in reasons["seed-2"]
+    )
+
+
 def test_a_sweep_s_folder_that_is_a_file_is_refused(runs: Runs) -> None:
     Path("out").write_text("a file")
     for command in (sweep, lambda arguments: train(["-m", *arguments])):
