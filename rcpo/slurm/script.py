@@ -89,7 +89,7 @@ def directives(job: BatchJob, slurm: SlurmConfig, after: str | None) -> list[str
         "mem": slurm.memory,
         "time": slurm.time,
         "array": None if job.runs is None else f"0-{last}{at_a_time}",
-        "output": job.folder / output,
+        "output": f"{str(job.folder).replace('%', '%%')}/{output}",
         "open-mode": "append",
         "signal": f"B:USR1@{slurm.signal_seconds}",
         "dependency": None if after is None else f"afterok:{after}",

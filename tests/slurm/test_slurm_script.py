@@ -56,6 +56,11 @@ def test_an_array_has_a_task_for_each_run() -> None:
     assert '-m rcpo.slurm.conclude "$run_dir" "$code" /s\n' in script
 
 
+def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm_s() -> None:
+    job = BatchJob(Path("/r/beta-50%_a"), "train", Path("/r/code"), Path("/w"), ["rcpo.launch"])
+    assert "--output=/r/beta-50%%_a/slurm-%j.out" in directives(job, SlurmConfig(), None)
+
+
 def test_one_task_a_node_starts_the_node_s_ranks() -> None:
     slurm = SlurmConfig(nodes=2, gpus_per_node=4, tasks="node", python="python")
     assert "--ntasks-per-node=1" in directives(RUN, slurm, None)
