@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rcpo.config.nodes import COMMAND_NODES
-from rcpo.config.parsing import describe
+from rcpo.config.parsing import describe, known_keys
 from rcpo.config.paths import conf_dir
 from rcpo.config.refusals import SEVERAL, refusals_explained, refuse_odd_overrides
 from rcpo.config.validation import nearest
@@ -88,10 +88,12 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        flag = re.search(r"(?<!\S)-[-\w]+", message)
+        flag = re.search(r"(?<!\S)-[-\w.]+", message)
         flags = [*(option for action in parser._actions for option in action.option_strings), FOREIGN]
         flags = [option for option in flags if len(option) > 3 and option not in REFUSED]
         hint = f"; {nearest(flag[0], flags)}" if flag and "unrecognized" in message else ""
+        if flag and (key := flag[0].lstrip("-")) in known_keys():
+            hint = f"; a key has no dashes: {key}=VALUE"
         raise ConfigError(f"command line: {message}{hint}")
 
     parser.error = refuse  # type: ignore[method-assign]

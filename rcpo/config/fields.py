@@ -45,7 +45,10 @@ class Key:
     def check_number(self, name: str, value: Any) -> None:
         """The same for a key that no type protects: also raise ConfigError for what is not a number."""
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{name}={value!r} is not a number")
+            typed = (
+                "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+            )
+            raise ConfigError(f"{name}={typed} is not a number")
         self._check_number(name, value)
 
     @property
@@ -144,7 +147,7 @@ def keys_of(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raise ConfigError where a value is neither None nor one of the known ones."""
     if value is not None and value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{name}={value} is not one of {', '.join(known)}{hint}")
 

@@ -119,7 +119,7 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     """The message for an option that does not exist: the names most like it, or all."""
     options = sorted({*hydra.config_loader.get_group_options(group)} - _ALIASES.get(group, set()))
     holding = [name for name in options if option and name.partition("_")[0].endswith(option)]
-    near = difflib.get_close_matches(option, options, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(option.lower(), options, n=1, cutoff=0.6)
     if holding and not near and len(holding) <= 3:
         hint = f"did you mean {' or '.join(holding)}?"
     else:
@@ -191,6 +191,10 @@ def _in_words(reason: str) -> str:
     reason = re.sub(r"^\w+ while evaluating '.*?': ", "", reason)
     if reason.startswith("no viable alternative"):
         return "a bracket or a quotation mark stands alone"
+    if reason.startswith("missing EQUAL"):
+        return "it has no equals sign"
+    if "'<EOF>'" in reason:
+        return "it breaks off"
     if match := re.search(r"(?:error at:|input) '(.*?)'( expecting .*)?$", reason):
         return f"{match[1][:20]!r} is not expected there"
     return reason

@@ -19,7 +19,7 @@ from rcpo.errors import ConfigError
 def nearest(name: str, known: Iterable[str], limit: int = 12) -> str:
     """A hint that ends an error message: the name probably meant, or the first `limit` that exist."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
     if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from rcpo.slurm.conclude import main as conclude
 from rcpo.slurm.queue import Queued, job_id, queue, read_submitted
 from rcpo.slurm.settings import slurm_config, slurm_seconds
 from rcpo.slurm.status import cells, last_row, lines, report_status
+from rcpo.system.files import write_privately
 
 
 @pytest.fixture
@@ -209,6 +211,16 @@ def test_what_would_be_a_command_of_the_script_is_refused(given: str, part: str,
     with pytest.raises(ConfigError, match=part):
         submit("train", [given], dry_run=False)
     assert list(Path().iterdir()) == [] and not (slurm / "sent").exists()
+
+
+def test_a_private_file_leaves_no_unfinished_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rcpo.system.files.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_privately(tmp_path / "train.sbatch", "export KEY=secret")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["A B", "1A", "A;rm", "", "A=B", "Ä", "A\n"])
