@@ -37,8 +37,15 @@ def decoding_of(session: Session, dataset: PairDataset) -> Decoding:
         max_new_tokens=session.config.eval.max_new_tokens or longest_answer(dataset),
         stop_ids=stop_ids(session.tokenizer, session.engine.policy.model, dataset),
         pad_id=pad,
-        positions=positions_of(session.engine.policy.model, []),
+        positions=_positions(session),
     )
+
+
+def _positions(session: Session) -> int | None:
+    """How many tokens both the policy and its reference take, which score the answers too."""
+    engines = [session.engine, *([session.held_reference] if session.held_reference else [])]
+    limits = [positions_of(engine.policy.model, []) for engine in engines]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def positions_of(model: PreTrainedModel, prompts: Sequence[tuple[str, list[int]]]) -> int | None:

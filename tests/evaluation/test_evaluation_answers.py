@@ -156,6 +156,9 @@ def test_prompt_and_answer_are_as_long_as_the_model_takes(make: Make) -> None:
     session = make()
     model = session.engine.policy.model
     assert decoding_of(session, held_out(session)).positions == positions_of(model, []) == 64
+    assert session.held_reference is not None  # which scores the answers too
+    session.held_reference.policy.model.config.max_position_embeddings = 40
+    assert decoding_of(session, held_out(session)).positions == 40
     assert positions_of(model, [("x.jsonl:1", [5] * 63)]) == 64
     with pytest.raises(
         ConfigError, match=r"x\.jsonl:2: the prompt has 64 tokens, and the model takes 64 with"
