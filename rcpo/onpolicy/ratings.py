@@ -40,9 +40,11 @@ Stop = Callable[[], bool]
 
 
 def rating_of(text: str) -> float | None:
-    """The last [[number]] of a reply, or the number that is all of it, from 1 to 10; else None."""
-    found = _RATING.findall(text) or re.findall(r"^\W*(\d+(?:\.\d+)?)\W*$", text.strip())
-    value = float(found[-1]) if found else None
+    """The [[number]] of a reply, or the number that is all of it, 1 to 10; None where it is not clear."""
+    found = judge.in_brackets(_RATING, text)
+    if found is None and (alone := re.fullmatch(r"\W*(\d+(?:\.\d+)?)\W*", text.strip())):
+        found = alone[1]
+    value = None if found is None else float(found)
     return value if value is not None and LOWEST <= value <= HIGHEST else None
 
 

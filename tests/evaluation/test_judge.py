@@ -244,7 +244,10 @@ def test_verdicts_are_read_off_the_end() -> None:
     assert verdict_of("[[A]] looks good, yet [[B]]", 0) == "theirs"
     assert verdict_of("[[A]]", 1) == "theirs" and verdict_of("[[C]]", 1) == "tie"
     assert verdict_of(" B.\n", 1) == "ours" and verdict_of("**A**", 0) == "ours"
-    for text in ("", "[[D]]", "A or B", "[A, B]"):
+    assert verdict_of("[[B]]: it is right. **[[B]]**, so it wins.", 0) == "theirs"
+    assert verdict_of("[[A]] or [[B]]? **[[A]]**.\n", 0) == "ours"
+    unclear = "[[A]] is better than [[B]] in every way"  # the last one is not the verdict
+    for text in ("", "[[D]]", "A or B", "[A, B]", unclear):
         assert verdict_of(text, 0) is None
 
 

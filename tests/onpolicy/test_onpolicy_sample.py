@@ -578,7 +578,8 @@ def unrated(folder: Path) -> set[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("reply", "mark"),
     [("[[7]]", 7), ("From [[1]] to [[10]]: [[8.5]]", 8.5), (" 6.\n", 6), ("**9**", 9), ("[[11]]", None),
-     ("[[0]]", None), ("7 of 10", None), ("", None), ("[[seven]]", None)],
+     ("[[0]]", None), ("7 of 10", None), ("", None), ("[[seven]]", None),
+     ("[[7]], and not [[10]] as asked", None), ("[[7]]. A fair answer.", 7)],
 )  # fmt: skip
 def test_ratings_are_read_off_the_end(reply: str, mark: float | None) -> None:
     assert rating_of(reply) == mark

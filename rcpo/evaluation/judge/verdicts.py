@@ -85,9 +85,23 @@ def _question(config: JudgeConfig, template: str, pair: Duel, order: int) -> Que
 
 
 def verdict_of(text: str, order: int) -> str | None:
-    """ours, theirs or tie: the last [[A]], [[B]] or [[C]] of a reply, or its only letter; else None."""
-    found = _VERDICT.findall(text) or [text.strip(" \n.[]()*")]
-    return _MEANING[order].get(found[-1])
+    """ours, theirs or tie: what a reply has in brackets, or its only letter; None where it is not clear."""
+    found = in_brackets(_VERDICT, text)
+    if found is None and not _VERDICT.search(text):
+        found = text.strip(" \n.[]()*")
+    return _MEANING[order].get(found or "")
+
+
+def in_brackets(pattern: re.Pattern[str], text: str) -> str | None:
+    """The one thing that a reply has in brackets, or the one that it ends with; else None.
+
+    A reply that goes on after several may mention the one and mean the other.
+    """
+    found = list(pattern.finditer(text))
+    if not found:
+        return None
+    same = len({one[1] for one in found}) == 1
+    return found[-1][1] if same or not text[found[-1].end() :].strip(" \n\t.!*_`\"'") else None
 
 
 def asking(
