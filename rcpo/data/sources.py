@@ -51,8 +51,12 @@ class Part:
             return
         try:
             yield from arrow_pieces(_batches(self.dataset))
-        except (OSError, ValueError) as error:  # a connection that breaks, a damaged file of the hub
-            raise ConfigError(f"{self.place} cannot be read: {first_line(error)}") from error
+        except Exception as error:  # of the library that speaks HTTP, or of one that reads a damaged file
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigError(
+                f"{self.place} cannot be read: {reason}; try again, or fetch the set first: "
+                "`hf download NAME --repo-type dataset --local-dir DIR` and data.path=DIR"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import csv
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from rcpo.data.readers import ROWS, data_files, read_file
 from rcpo.data.records import BadRow
+from rcpo.data.sources import Part
 from rcpo.errors import ConfigError
 
 ROW = {"prompt": " é\u2028\r\n", "chosen": "\ufeffc ", "rejected": "\x00 𝕩\t"}
@@ -207,3 +209,22 @@ def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, suffix: 
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(ConfigError, match=r"cut\.jsonl.* cannot be read"):
         rows(cut)
+
+
+def test_a_stream_that_breaks_off_is_told_whichever_library_says_so() -> None:
+    """The hub's client raises errors of its HTTP library, which are no OSError."""
+
+    class Breaking:
+        def with_format(self, _: str) -> Any:
+            return self
+
+        def iter(self, _: int) -> Iterator[pa.Table]:
+            yield pa.table({"prompt": ["q"]})
+            raise httpx.ReadTimeout("The read operation timed out")
+
+    pieces = Part("o/n train", "n/train", dataset=Breaking()).pieces()
+    assert list(next(pieces).numbers) == [1]
+    with pytest.raises(
+        ConfigError, match=r"o/n train cannot be read: ReadTimeout: The read .*; try again, or"
+    ):
+        next(pieces)
