@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rcpo.config.schema import RunConfig
 from rcpo.config.validation import nearest
 from rcpo.errors import ConfigError
-from rcpo.models.contents import source_hash, tokenizer_hash
+from rcpo.models.contents import generation_hash, source_hash, tokenizer_hash
 from rcpo.models.hub import ModelSource
 from rcpo.runs.folder import HARNESS_FILE, HARNESS_FOLDER
 from rcpo.runs.jsonl import write_lines
@@ -124,7 +124,7 @@ class Harness:
             memo = None if cache is None else cache / "files"
             folder = Path(tokenizer.name_or_path)
             own = [source_hash(source, self.config.seed, memo), tokenizer_hash(folder, memo)]
-            own += self._settings()
+            own += [generation_hash(source.base, memo), *self._settings()]
         results: Results = {}
         model = None
         for spec, content in self.keys.items():

@@ -42,6 +42,11 @@ def tokenizer_hash(folder: Path, memo: Path | None) -> str:
     return _files_hash(_matching(folder, TOKENIZER), memo)
 
 
+def generation_hash(folder: Path, memo: Path | None) -> str:
+    """Of what a model's folder says of generation, such as a penalty of repetitions."""
+    return _files_hash(_matching(folder, ("generation_config.json",)), memo)
+
+
 def _files_hash(files: Iterable[Path], memo: Path | None) -> str:
     digest = hashlib.sha256()
     for path in files:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from rcpo.config.paths import conf_dir
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
+from rcpo.evaluation import harness
 from rcpo.evaluation.harness import Harness, TaskSpec, _task_manager, flat_record, write_results
 from rcpo.evaluation.heldout import merge_record
 from rcpo.models.hub import ModelSource
@@ -126,6 +127,29 @@ def test_results_are_kept_by_content(config: RunConfig, tasks: tuple[str, str], 
     assert kept[tasks[1]]["results"] == first[tasks[1]]["results"]
     lines = (tmp_path / "harness" / "sums_choice.jsonl").read_text().splitlines()
     assert len(lines) == 21 and json.loads(lines[0])["doc"]["question"] == "31+12="
+
+
+def test_results_are_those_of_the_model_s_own_way_to_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness calls `generate`, which takes penalties and more from generation_config.json."""
+    folder = tiny_llama(tmp_path / "model")
+    monkeypatch.setattr(harness, "_language_model", lambda model, *_: model)
+    monkeypatch.setattr(Harness, "_evaluate", lambda self, model, spec: {"results": {}})
+    config = RunConfig()
+    config.reference.cache = str(tmp_path / "cache")
+    tokenizer = load_tokenizer(Path(folder), config.model)
+    found = Harness(config, None, {TaskSpec("task"): "content"})
+    loaded: list[object] = []
+
+    def load() -> Any:
+        loaded.append(object())
+        return loaded[-1]
+
+    for penalty, count in ((1.0, 1), (1.0, 1), (1.3, 2)):
+        Path(folder, "generation_config.json").write_text(json.dumps({"repetition_penalty": penalty}))
+        found.run(ModelSource(Path(folder)), tokenizer, load)
+        assert len(loaded) == count
 
 
 def reversed_lines(tasks: tuple[str, str]) -> str:
