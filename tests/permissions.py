@@ -1,10 +1,11 @@
-"""Files that may not be read, also where the tests run as root."""
+"""Files that may not be read, also where the tests run as root, and files that the disk has no room for."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,17 @@ def no_permission(path: Path) -> Iterator[None]:
             yield
     finally:
         path.chmod(mode)
+
+
+@contextlib.contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """Inside, this process can write no file beyond `size` bytes, as on a disk that is full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -124,10 +124,11 @@ def install(shell: str | None = None) -> int:
     settings = Path.home() / ".bashrc" if shell == "bash" else _folder("ZDOTDIR", "") / ".zshrc"
     _write(file, SCRIPTS[shell])
     line = f"source {shlex.quote(str(file))}  # rcpo's tab completion"
-    before = settings.read_text(encoding="utf-8") if settings.exists() else ""
+    before = settings.read_text(encoding="utf-8", errors="replace") if settings.exists() else ""
     if line not in before.splitlines():
         gap = "" if not before or before.endswith("\n") else "\n"
-        settings.write_text(f"{before}{gap}{line}\n", encoding="utf-8")
+        with settings.open("a", encoding="utf-8") as out:  # what is there is never written again
+            out.write(f"{gap}{line}\n")
     print(f"rcpo: wrote {file}, which {settings} now reads; new {shell} shells complete rcpo")
     return 0
 

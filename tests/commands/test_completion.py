@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from permissions import files_no_longer_than
 
 from rcpo.cli import known_commands
 from rcpo.commands import completion, keys, listing
@@ -180,11 +181,11 @@ def test_installing_twice_changes_a_file_once(
     for variable in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".bashrc").write_text("alias ll='ls -l'")  # without a last line's end
+    (tmp_path / ".bashrc").write_bytes(b"alias ll='ls -l' # \xe9")  # Latin 1, without a last line's end
     for shell in ("bash", "bash", "zsh", "fish"):
         assert install(shell) == 0
-    lines = (tmp_path / ".bashrc").read_text().splitlines()
-    assert lines[0] == "alias ll='ls -l'" and len(lines) == 2 and lines[1].startswith("source ")
+    lines = (tmp_path / ".bashrc").read_bytes().splitlines()
+    assert lines[0] == b"alias ll='ls -l' # \xe9" and len(lines) == 2 and lines[1].startswith(b"source ")
     assert (tmp_path / ".local/share/rcpo/completion.bash").read_text() == script("bash")
     assert "completion.zsh" in (tmp_path / ".zshrc").read_text()
     assert (tmp_path / ".config/fish/completions/rcpo.fish").read_text() == script("fish")
@@ -193,6 +194,18 @@ def test_installing_twice_changes_a_file_once(
         install("tcsh")
     with pytest.raises(ConfigError, match="--show-completion tcsh: give one of bash, zsh, fish"):
         script("tcsh")
+
+
+def test_a_full_disk_costs_no_line_of_the_shell_s_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    own = "alias ll='ls -l'\n" * 500
+    (tmp_path / ".bashrc").write_text(own)
+    with files_no_longer_than(len(own) - 1), pytest.raises(OSError, match="File too large"):
+        install("bash")
+    assert (tmp_path / ".bashrc").read_text() == own
 
 
 @pytest.mark.parametrize(
