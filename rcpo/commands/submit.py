@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,12 +19,11 @@ from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
 from rcpo.launch.folder import make_folder, refuse_other
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
-from rcpo.runs.environment import redact
 from rcpo.runs.folder import CODE, CONFIG_FILE, EVALUATION, FINAL, OUTCOME_FILE
 from rcpo.runs.inputs import completed
 from rcpo.slurm.queue import job_id, read_submitted, refuse_queued, submit_job
 from rcpo.slurm.script import BatchJob, render
-from rcpo.slurm.settings import SlurmConfig, slurm_config
+from rcpo.slurm.settings import SlurmConfig, slurm_config, without_secrets
 from rcpo.slurm.snapshot import snapshot
 from rcpo.sweeps.multirun import compose_many
 from rcpo.system.files import write_privately
@@ -64,8 +63,7 @@ def submit(what: str, arguments: Sequence[str], *, dry_run: bool) -> int:
         return REFUSED if plan.refused else DONE
     after = None if plan.slurm.after is None else job_id(plan.slurm.after)
     script = render(plan.job, plan.slurm, after)
-    hidden = dict.fromkeys(plan.slurm.env or {}, "***")
-    print(render(plan.job, replace(plan.slurm, env=hidden), after))
+    print(render(plan.job, plan.slurm.shown, after))
     if dry_run:
         for folder in plan.job.runs or ():
             print(f"# {folder}")
@@ -73,15 +71,10 @@ def submit(what: str, arguments: Sequence[str], *, dry_run: bool) -> int:
     refuse_queued(plan.job.folder, plan.job.name)
     _write(plan, script)
     runs, array = plan.job.runs or [plan.job.folder], plan.job.runs is not None
-    words = [what, *map(_without_secrets, arguments)]
+    words = [what, *map(without_secrets, arguments)]
     job = submit_job(plan.job.script, plan.job.name, runs, words, array=array)
     print(f"rcpo: submitted {plan.job.script} as job {job}; rcpo submit status shows it")
     return FAILED if plan.refused else DONE
-
-
-def _without_secrets(argument: str) -> str:
-    key = argument.partition("=")[0]
-    return f"{key}=***" if key.lstrip("+").startswith("slurm.env") else redact(argument)
 
 
 def _train(call: Call) -> Submission:

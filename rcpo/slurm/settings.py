@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rcpo.config.fields import key
 from rcpo.config.nodes import read_node
 from rcpo.errors import ConfigError
+from rcpo.runs.environment import redact
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,11 @@ class SlurmConfig:
     @property
     def world_size(self) -> int:
         return self.nodes * self.ranks
+
+    @property
+    def shown(self) -> SlurmConfig:
+        """The same with its environment's values, which may be secrets, hidden."""
+        return dataclasses.replace(self, env=dict.fromkeys(self.env or {}, "***"))
 
 
 # the forms of a time limit in sbatch's manual, and the seconds that each of their numbers counts
@@ -101,6 +107,12 @@ def _check_lines(config: SlurmConfig) -> None:
     for name, text in (config.env or {}).items():
         if "\0" in text:
             raise ConfigError(f"slurm.env.{name} holds a null character, which no variable can")
+
+
+def without_secrets(argument: str) -> str:
+    """A word of the command line without what may be a secret in it."""
+    key = argument.partition("=")[0]
+    return f"{key}=***" if key.lstrip("+").startswith("slurm.env") else redact(argument)
 
 
 def slurm_seconds(time: str) -> float:

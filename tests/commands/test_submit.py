@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from rcpo.cli import app
+from rcpo.commands.chain import submit_chain
 from rcpo.commands.submit import submit
 from rcpo.config.parsing import load_run_config, save_run_config
 from rcpo.config.schema import RunConfig
@@ -193,6 +194,21 @@ def test_secrets_of_the_environment_are_neither_shown_nor_readable(
     assert json.loads(Path("mine/job-train.json").read_text())["command"] == [
         "train", "slurm.env=***", "+slurm.env.OTHER=***", "hydra.run.dir=mine",
     ]  # fmt: skip
+
+
+def test_secrets_of_a_chain_of_jobs_are_neither_shown_nor_readable(
+    slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["rounds=1", "slurm.env={HF_HUB_AUTH: planted1}", "train.micro_batch_size=8", "hydra.run.dir=it"]
+    assert submit_chain(keys, dry_run=True) == 0
+    said = capsys.readouterr()
+    assert "planted" not in said.out + said.err and "export HF_HUB_AUTH='***'" in said.out
+    assert submit_chain(keys, dry_run=False) == 0
+    script = Path("it/round-1/train/train.sbatch")
+    assert "export HF_HUB_AUTH=planted1\n" in script.read_text()
+    assert script.stat().st_mode & 0o777 == 0o600
+    others = [path for path in Path("it").rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert not any(b"planted" in path.read_bytes() for path in others)
 
 
 @pytest.mark.parametrize(
