@@ -16,6 +16,7 @@ from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.config.shapes import refuse_shapes
 from rcpo.config.validation import unknown_key, validate
 from rcpo.errors import ConfigError
+from rcpo.system.files import replace_text
 from rcpo.system.text import first_line
 
 _OBJECTIVE_KEYS = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"hyperparameters"}
@@ -69,7 +70,7 @@ def to_container(config: RunConfig) -> dict[str, Any]:
 
 def save_run_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML; `load_run_config` reads it back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_container(config))), encoding="utf-8")
+    replace_text(path, OmegaConf.to_yaml(OmegaConf.create(to_container(config))))
 
 
 def read_tree(path: Path) -> DictConfig:
@@ -82,6 +83,8 @@ def read_tree(path: Path) -> DictConfig:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except (YAMLError, OSError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {first_line(error)}") from error
+    if not tree:
+        raise ConfigError(f"{path} is empty, as a full disk leaves a file")
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} is not a mapping of keys to values")
     return tree

@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped]
 
 from rcpo.config.changes import flatten
 from rcpo.errors import ConfigError
+from rcpo.system.files import replace_text
 from rcpo.system.text import text_lines
 
 LOCK_FILE = ".lock"
@@ -202,7 +203,7 @@ def stored_id(path: Path) -> str:
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
     identity = secrets.token_hex(4)
-    path.write_text(identity + "\n", encoding="utf-8")
+    replace_text(path, f"{identity}\n")
     return identity
 
 

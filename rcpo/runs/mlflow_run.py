@@ -16,6 +16,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.runs.folder import MLFLOW_ID_FILE
 from rcpo.runs.jsonl import Scalar
 from rcpo.runs.naming import group_of, name_of
+from rcpo.system.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class MlflowRun:
         continued = resume_step is not None and file.exists()
         self._id = file.read_text(encoding="utf-8").strip() if continued else self._create(run_dir, config)
         self.seen = self._last_step() if continued else -1
-        file.write_text(f"{self._id}\n", encoding="utf-8")
+        replace_text(file, f"{self._id}\n")
         self._client.update_run(self._id, status="RUNNING")
         self._error: Exception | None = None
         self._requests: queue.Queue[Callable[[], object] | None] = queue.Queue()

@@ -12,6 +12,7 @@ from rcpo.errors import ConfigError
 from rcpo.runs.folder import WANDB_ID_FILE, WANDB_STEP_FILE, stored_id
 from rcpo.runs.jsonl import Scalar
 from rcpo.runs.naming import group_of, name_of
+from rcpo.system.files import replace_text
 
 
 class WandbRun:
@@ -94,4 +95,4 @@ class WandbRun:
         """
         self._run.finish(exit_code=exit_code)
         self._teardown()
-        self._ended.write_text(f"{self._last}\n", encoding="utf-8")
+        replace_text(self._ended, f"{self._last}\n")

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from hydra._internal.hydra import Hydra
-from permissions import no_permission
+from permissions import files_no_longer_than, no_permission
 
 from rcpo.config.composition import PRIMARY, compose_with, hydra_session, split_arguments, user_part
-from rcpo.config.parsing import load_run_config, parse
+from rcpo.config.parsing import load_run_config, parse, save_run_config
 from rcpo.config.paths import conf_dir
 from rcpo.config.schema import RunConfig
 from rcpo.config.validation import validate
@@ -303,4 +303,20 @@ def test_a_run_s_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> N
         assert str(file) in str(caught.value) and "\n" not in str(caught.value)
     file.write_bytes(b"seed: 3\n")
     with no_permission(file), pytest.raises(ConfigError, match="Permission denied"):
+        load_run_config(tmp_path)
+
+
+def test_a_full_disk_leaves_a_run_its_configuration(tmp_path: Path) -> None:
+    """A continued run writes its configuration again; half of one, or none, would read as defaults."""
+    config = RunConfig(seed=7)
+    config.trackio.project = "mine"  # at the end of the file
+    save_run_config(config, tmp_path / "config.yaml")
+    with files_no_longer_than(100), pytest.raises(OSError, match="File too large"):
+        save_run_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path) == config
+
+
+def test_an_empty_configuration_of_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml is empty"):
         load_run_config(tmp_path)
