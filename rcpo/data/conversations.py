@@ -250,6 +250,17 @@ def has_turns(text: str) -> bool:
     return ("Human:" in text or TURN in text) and _TURNS.search(text) is not None
 
 
+def are_whole(*texts: str) -> bool:
+    """Whether texts are conversations in HH-RLHF's turns, from the first question on.
+
+    Raises BadRow where some are and others are not.
+    """
+    whole = {text.lstrip().startswith("Human:") and TURN in text for text in texts}
+    if whole == {True, False}:
+        raise BadRow("one response is a whole conversation, the other is not")
+    return whole == {True}
+
+
 def without_prompt(prompt: str, *responses: str) -> list[str]:
     """Responses to a prompt with turns, without the prompt where all of them repeat it; raises BadRow."""
     repeated = {response.startswith(prompt) for response in responses}

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from rcpo.data.conversations import (
+    are_whole,
     as_messages,
     has_turns,
     is_asked,
@@ -134,6 +135,11 @@ def _preference(fields: dict[str, Any], row: Mapping[str, Any]) -> tuple[Content
     if isinstance(chosen, str) or isinstance(rejected, str):
         if isinstance(prompt, str) and has_turns(prompt):
             chosen, rejected = without_prompt(prompt, str(chosen), str(rejected))
+        elif isinstance(prompt, str) and are_whole(str(chosen), str(rejected)):
+            asked = prompt.strip()
+            prompt, chosen, rejected = split_texts(str(chosen), str(rejected))
+            if asked not in prompt:
+                raise BadRow("the prompt is not in the conversations' common beginning")
         return prompt, chosen, rejected
     return _explicit(prompt, chosen, rejected)
 

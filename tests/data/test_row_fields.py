@@ -291,6 +291,16 @@ def test_a_prompt_with_turns_is_taken_off_both_texts() -> None:
     assert read_row(plain) == Row(PAIRS, "q", "q a", "q b")
 
 
+def test_whole_conversations_of_text_beside_their_question_are_taken_apart() -> None:
+    asked = "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: 3\n\nAssistant:"
+    row = {"prompt": "3", "chosen": asked + " a", "rejected": asked + " b"}
+    found = read_row(row)
+    assert (found.prompt, found.chosen, found.rejected) == (asked, " a", " b")
+    assert why(row | {"prompt": "4"}) == "the prompt is not in the conversations' common beginning"
+    assert why(row | {"rejected": " b"}) == "one response is a whole conversation, the other is not"
+    assert read_row(row | {"chosen": "Human: a", "rejected": "b"}).chosen == "Human: a"  # without an answer
+
+
 def test_the_longest_common_beginning_is_the_prompt() -> None:
     begin = "Human: 1\n\nAssistant: 2\n\nHuman: 3\n\nAssistant:"
     assert split_texts(begin + " x", begin + " y") == (begin, " x", " y")
