@@ -391,9 +391,9 @@ def _complete(config: RunConfig, run_dir: Path, differences: list[str], evaluate
 
 
 def _catch_up(session: Session, state: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What a run that ended in its last evaluation still lacks: that step's row, and `best/`. Collective.
+    """Write what a run that ended in its last evaluation lacks: that step's row, and `best/`. Collective.
 
-    Returns what changes in its state.
+    Return what changes in its state.
     """
     step, best = state["step"], BestStep(session.config.checkpoint)
     best.load_state_dict(state["best"])
@@ -407,7 +407,7 @@ def _catch_up(session: Session, state: dict[str, Any], values: dict[str, Any]) -
 
 
 def write_best(session: Session, best: BestStep, step: int, tell: Callable[[str], None]) -> None:
-    """`best/` of a session with the weights after `step`, where `checkpoint.best` is set. Collective."""
+    """Write `best/`, where `checkpoint.best` is set; the policy has the weights after `step`. Collective."""
     if best.step is not None:
         checkpoint = session.run_dir / CHECKPOINTS / f"step-{best.step}"
         problem = save_best(session, checkpoint, best.step == step)
