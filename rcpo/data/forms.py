@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from rcpo.data.conversations import speaker
 from rcpo.data.records import BadRow
 from rcpo.errors import ConfigError
+from rcpo.system.modules import search_working_folder
 from rcpo.system.text import first_line
 
 Fields = dict[str, Any]
@@ -205,13 +207,14 @@ def registered(name: str, module: str | None) -> Reader:
 
 
 def _imported(module: str) -> ModuleType:
+    search_working_folder()
     try:
         return importlib.import_module(module)
     except Exception as error:  # a module of the user's may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(
-            f"data.format_module={module} cannot be imported: {reason}; give a module that Python finds "
-            "(PYTHONPATH)"
+            f"data.format_module={module} cannot be imported: {reason}; give a module that is installed, in "
+            f"{os.getcwd()}, or in a folder of PYTHONPATH"
         ) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from rcpo.config.model import check_folder
@@ -13,6 +12,7 @@ from rcpo.errors import ConfigError
 from rcpo.launch.ranks import is_first
 from rcpo.models import hub
 from rcpo.runs.backends import check_installed
+from rcpo.system.modules import search_working_folder
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -110,8 +110,7 @@ def _check_objective(config: RunConfig) -> None:
 
     wanted = config.objective
     if wanted.module is not None:
-        # last: a file there that is named like a library's module is not meant
-        sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
+        search_working_folder()
         if importlib.util.find_spec(wanted.module.partition(".")[0]) is None:
             raise ConfigError(
                 f"objective.module={wanted.module} is not installed and not in {os.getcwd()}; "

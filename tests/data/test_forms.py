@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,19 @@ def test_a_module_that_cannot_be_used_is_refused_before_tokens_are_looked_for(
             FormOptions(module=module).describe()
     with pytest.raises(ConfigError, match=r"data\.format_module=sys has no Python file"):
         FormOptions(module="sys").describe()
+
+
+def test_a_module_of_formats_may_lie_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "formats_of_here.py").write_text(
+        "from rcpo.data.forms import register_format\n"
+        "register_format('of here')(lambda row: {'completion': row['q']})\n"
+    )
+    assert registered("of here", "formats_of_here")({"q": 1}) == {"completion": 1}
+    assert sys.path[-1] == str(tmp_path)  # after all that is installed
 
 
 def test_tokens_follow_the_files_of_a_package_of_formats(
