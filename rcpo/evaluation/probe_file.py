@@ -53,7 +53,10 @@ class ProbeFile:
         columns = [_column([_finite(row.get(name)) for row in rows], kind) for name, kind in COLUMNS.items()]
         self._tables.append(pyarrow.Table.from_arrays(columns, names=list(COLUMNS)))
         scratch = self._path.with_name(f".{self._path.name}.new")
-        self._parquet.write_table(pyarrow.concat_tables(self._tables).combine_chunks(), scratch)
+        with scratch.open("wb") as file:
+            self._parquet.write_table(pyarrow.concat_tables(self._tables).combine_chunks(), file)
+            file.flush()
+            os.fsync(file.fileno())  # a resumed run reads it, after a power failure too
         os.replace(scratch, self._path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -189,6 +190,17 @@ def test_which_examples_are_followed(config: RunConfig, tmp_path: Path) -> None:
     )
     session.total_steps = 1
     assert probe_positions(session, train, 6) == session.batches.indices(0)
+
+
+def test_the_rows_are_on_the_disk_before_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "probes.parquet"
+    synced: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, path.exists())))
+    ProbeFile(path, None).add([{"step": 0, "example_id": "a"}])
+    assert synced == [(path.stat().st_ino, False)]
+    assert parquet.read_table(path)["example_id"].to_pylist() == ["a"]
 
 
 def test_what_is_not_finite_or_not_there_is_null(tmp_path: Path) -> None:
