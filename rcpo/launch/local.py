@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, WORKER
 from rcpo.runs.folder import LOG_FILE
-from rcpo.system.signals import STOP_SIGNALS, STOPPED
+from rcpo.system.signals import STOP_SIGNALS, STOPPED, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -133,7 +133,7 @@ def _outcome(failures: list[ProcessFailure], *, stopping: bool) -> int:
         return REFUSED
     end = f"; its traceback is in the run's {LOG_FILE}"
     if first.exitcode < 0:
-        name = signal.Signals(-first.exitcode).name
+        name = signal_name(-first.exitcode)
         why = " while it was being stopped" if stopping else ""
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
         message, end = f"it was ended by {name}{why}{hint}", ""

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from rcpo.errors import ConfigError
 from rcpo.runs.folder import LOG_FILE, OUTCOME_FILE, read_record
 from rcpo.system.files import replace_text
-from rcpo.system.signals import STOPPED
+from rcpo.system.signals import STOPPED, signal_name
 from rcpo.system.text import text_lines
 
 DONE, FAILED, REFUSED = 0, 1, 2
@@ -63,7 +62,7 @@ def outcome_of(code: int, run_dir: Path, since: int = 0) -> Outcome:
     if code == DONE:
         return Outcome(DONE)
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal_name(-code)
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
         return Outcome(FAILED, f"ended by {name}{hint}")
     if code not in (FAILED, REFUSED, STOPPED):

@@ -100,9 +100,9 @@ def meeting_point(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def first_node(nodes: str) -> str:
-    """The first host of a SLURM node list, `gpu[007-012],cpu1` → `gpu007`; this machine for an empty one."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    return "127.0.0.1" if match is None else match[1] + (match[2] or "") + (match[3] or "")
+    """The first host of a SLURM node list, `r[1-2]n[07-12],x` → `r1n07`; this machine for an empty one."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return "127.0.0.1" if match is None else re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def node_address(node: str) -> str:

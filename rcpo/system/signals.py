@@ -11,6 +11,14 @@ STOPPED = 75  # the exit code of a run that a signal stopped, with its checkpoin
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+def signal_name(number: int) -> str:
+    """A signal as people call it; real-time ones have no name of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class Stopped(Exception):
     """A signal ended the run; the message says where."""
 

@@ -103,6 +103,7 @@ def test_an_error_ends_what_is_under_way(tmp_path: Path) -> None:
         ("", Outcome(0)),
         ("sys.exit(9)", Outcome(1, "ended with exit code 9")),
         ("os.kill(os.getpid(), 9)", Outcome(1, "ended by SIGKILL; the machine may have run out of memory")),
+        ("os.kill(os.getpid(), 40)", Outcome(1, "ended by signal 40")),  # a real-time one has no name
         (
             f"(here / {LOG_FILE!r}).write_text({RECORD.format('INFO', 'refused: objective=x is unknown')!r})"
             "\nsys.exit(2)",

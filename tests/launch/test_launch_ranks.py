@@ -97,6 +97,8 @@ def test_srun_s_ranks_become_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("gpu007", "gpu007"),
         ("gpu[007-012,020],cpu1", "gpu007"),
+        ("r[1-2]n[07-12],x", "r1n07"),
+        ("r[1,3]n[4]-ib,x[1-2]", "r1n4-ib"),
         ("a1,b2", "a1"),
         ("rack[1-2].example.org", "rack1.example.org"),
         ("node-3-[12,14]", "node-3-12"),
