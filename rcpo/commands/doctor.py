@@ -194,7 +194,8 @@ def _netrc_has(host: str) -> bool:
 
 
 def _hub(environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    home = Path(environment.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    caches = environment.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(environment.get("HF_HOME", f"{caches}/huggingface")).expanduser()
     cache = Path(environment.get("HF_HUB_CACHE", str(home / "hub"))).expanduser()
     models = sorted(cache.glob("models--*")) if cache.is_dir() else []
     offline = environment.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")

@@ -57,6 +57,19 @@ def test_what_cannot_be_looked_at_hides_nothing_else(
     assert "disk" in text and "No such file or directory" in text and "GiB free of" in text
 
 
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/scratch/cache"}, "/scratch/cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/scratch/cache", "HF_HOME": "/scratch/hf"}, "/scratch/hf/hub"),
+        ({"HF_HUB_CACHE": "/scratch/hub"}, "/scratch/hub"),
+    ],
+)
+def test_the_hub_s_cache_is_where_the_hub_s_library_has_it(environment: dict[str, str], folder: str) -> None:
+    (finding,) = doctor._hub(environment)
+    assert finding.found.startswith(f"{folder}: ")
+
+
 def test_a_machine_without_a_compiler_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
     assert [finding.state for finding in doctor._compiler()] == [BAD, BAD]
