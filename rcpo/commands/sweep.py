@@ -59,10 +59,13 @@ def _sweep(hydra: Hydra, name: str, overrides: Sequence[str]) -> int:
 
 
 def conclude(sweep_dir: Path, search: dict[str, object] | None = None) -> None:
-    """Compare what is in a sweep's folder: sweep.json, sweep.md and the terminal."""
-    summary.compare(sweep_dir)  # a folder that is none is refused before anything is written there
-    comparison = summary.conclude(sweep_dir, search)
+    """Compare what is in a sweep's folder: the terminal, sweep.json, and sweep.md.
+
+    The table comes first: neither a full disk nor a folder that only others write to hides it.
+    """
+    comparison = summary.compare(sweep_dir)
     summary.show(comparison, Console(width=None if sys.stdout.isatty() else 160))
+    summary.conclude(sweep_dir, search)
     print(f"rcpo: {len(comparison.runs)} complete runs; draw them: rcpo report {sweep_dir}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -299,6 +300,21 @@ def test_runs_that_were_benchmarked_since_are_complete(runs: Runs) -> None:
         write_evaluation_settings(folder, config, TASKS)
     assert sweep(["seed=1,2", HERE]) == 0
     assert runs.started == ["seed-1", "seed-2"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_compared_all_the_same(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(["seed=1,2", HERE]) == 0
+    capsys.readouterr()
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "out/sweep.json")
+
+    monkeypatch.setattr("rcpo.sweeps.summary.write_atomically", read_only)
+    with pytest.raises(OSError, match="Read-only"):
+        sweep(["compare=out"])
+    assert "preference accuracy" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_damaged_run_does_not_cost_the_others_their_table(runs: Runs) -> None:
