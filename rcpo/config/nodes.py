@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rcpo.config.fields import check_keys
 from rcpo.config.parsing import describe
+from rcpo.config.shapes import refuse_shapes
 from rcpo.config.validation import unknown_key
 from rcpo.errors import ConfigError
 
@@ -44,6 +45,8 @@ def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
         if f"{name}.{key}" not in known:
             raise ConfigError(unknown_key(f"{name}.{key}", known))
     try:
+        tree = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
+        refuse_shapes(tree, type(default), f"{name}.")
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), given))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}.{describe(error)}") from error

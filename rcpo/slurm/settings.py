@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rcpo.config.fields import key
 from rcpo.config.nodes import read_node
@@ -75,6 +75,12 @@ SLURM_TIMES = (
 
 def slurm_config(cfg: DictConfig) -> SlurmConfig:
     """The validated `slurm` node of a composed configuration; raises ConfigError with key, value, remedy."""
+    time = OmegaConf.select(cfg, "slurm.time")
+    if isinstance(time, int):  # YAML counts 12:00:00 in sixties, and sbatch reads 43200 as minutes
+        raise ConfigError(
+            f"slurm.time={time} is a bare number, and YAML makes one of 12:00:00; put a file's time in "
+            "quotes, and give minutes with a colon: slurm.time=90:00"
+        )
     config = read_node(cfg, "slurm", SlurmConfig())
     if config.gpus_per_node and config.ranks > config.gpus_per_node:
         raise ConfigError(
@@ -127,6 +133,6 @@ def slurm_seconds(time: str) -> float:
     if time.upper() in ("INFINITE", "UNLIMITED"):
         return math.inf
     raise ConfigError(
-        f"slurm.time={time} is not a time as sbatch reads it: give MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
+        f"slurm.time={time} is not a time as sbatch reads it: give MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
         "D-HH:MM:SS, or UNLIMITED"
     )

@@ -131,7 +131,15 @@ def test_the_user_s_objective_is_in_the_snapshot(slurm: Path, monkeypatch: pytes
         ("train", ["launch.processes=2"], "slurm.ranks_per_node"),
         ("train", ["resume=/"], "resume=/: a job continues in its own folder: hydra.run.dir"),
         ("train", ["slurm.time=8h"], "slurm.time=8h is not a time .* HH:MM:SS"),
-        ("train", ["slurm.time=2"], "slurm.time=2 is no longer than slurm.signal_seconds=120: .* a longer"),
+        (
+            "train",
+            ["slurm.time=2:00"],
+            "slurm.time=2:00 is no longer than slurm.signal_seconds=120: .* a longer",
+        ),
+        ("train", ["slurm.time=43200"], "slurm.time=43200 is a bare number, .* 12:00:00"),
+        ("train", ["slurm.modules=cuda"], r"slurm.modules=cuda is not a list; write slurm.modules=\[cuda\]"),
+        ("train", ["slurm.env=[a]"], "slurm.env=.* is not a mapping; set its keys: slurm.env.NAME=VALUE"),
+        ("train", ["slurm.partition="], "slurm.partition= is empty; give a value, or null for none"),
         ("train", ["slurm.time=0-1", "slurm.signal_seconds=3600"], "no longer than slurm.signal_seconds"),
         ("train", ["slurm.after=nowhere"], "neither a job id nor the folder"),
         ("train", ["-m", "seed=1,2"], "rcpo submit sweep"),
@@ -166,6 +174,15 @@ def test_a_refused_submission_leaves_nothing(
 )
 def test_a_time_limit_counts_what_it_counts_for_sbatch(time: str, seconds: float) -> None:
     assert slurm_seconds(time) == seconds
+
+
+def test_a_time_that_yaml_reads_as_a_number_of_seconds_is_refused(slurm: Path) -> None:
+    """43200 would be a month of minutes for sbatch."""
+    folder = Path("my_conf", "slurm")
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("defaults: [default, _self_]\ntime: 12:00:00\n")
+    with pytest.raises(ConfigError, match=r"slurm\.time=43200 is a bare number.*put a file's time in quotes"):
+        submit("train", ["--config-dir", "my_conf", "slurm=mine"], dry_run=True)
 
 
 @pytest.mark.parametrize("time", ["", "8h", "1:2:3:4", "1-", "-5", "1.5", "1-2-3", "01:00:00 "])
