@@ -39,13 +39,17 @@ def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
 
     A primary configuration of the user's own may lack the node.
     """
-    given = OmegaConf.select(cfg, name, default={})
+    given: Any = OmegaConf.select(cfg, name, default=OmegaConf.create({}))
+    if not isinstance(given, DictConfig):
+        shown = "null" if given is None else given
+        raise ConfigError(f"{name}={shown}: {name} holds keys, not a value; set them as {name}.KEY=VALUE")
     known = {f"{name}.{field.name}" for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     for key in given:
         if f"{name}.{key}" not in known:
             raise ConfigError(unknown_key(f"{name}.{key}", known))
     try:
-        tree = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
+        tree = OmegaConf.to_container(given, resolve=True)
+        assert isinstance(tree, dict)
         refuse_shapes(tree, type(default), f"{name}.")
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(default), given))
     except OmegaConfBaseException as error:

@@ -75,13 +75,13 @@ SLURM_TIMES = (
 
 def slurm_config(cfg: DictConfig) -> SlurmConfig:
     """The validated `slurm` node of a composed configuration; raises ConfigError with key, value, remedy."""
+    config = read_node(cfg, "slurm", SlurmConfig())
     time = OmegaConf.select(cfg, "slurm.time")
     if isinstance(time, int):  # YAML counts 12:00:00 in sixties, and sbatch reads 43200 as minutes
         raise ConfigError(
             f"slurm.time={time} is a bare number, and YAML makes one of 12:00:00; put a file's time in "
             "quotes, and give minutes with a colon: slurm.time=90:00"
         )
-    config = read_node(cfg, "slurm", SlurmConfig())
     if config.gpus_per_node and config.ranks > config.gpus_per_node:
         raise ConfigError(
             f"slurm.ranks_per_node={config.ranks} is more than slurm.gpus_per_node={config.gpus_per_node}: "
