@@ -41,10 +41,10 @@ def read_node(cfg: DictConfig, name: str, default: Node) -> Node:
     """
     given: Any = OmegaConf.select(cfg, name, default=OmegaConf.create({}))
     if not isinstance(given, DictConfig):
-        shown = "null" if given is None else given
+        shown = "null" if given is None else str(given)
         raise ConfigError(f"{name}={shown}: {name} holds keys, not a value; set them as {name}.KEY=VALUE")
     known = {f"{name}.{field.name}" for field in dataclasses.fields(default)}  # type: ignore[arg-type]
-    for key in given:
+    for key in map(str, given):
         if f"{name}.{key}" not in known:
             raise ConfigError(unknown_key(f"{name}.{key}", known))
     try:

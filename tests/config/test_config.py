@@ -253,8 +253,8 @@ def test_an_adapter_s_folder_is_no_model_but_may_be_a_reference(tmp_path: Path) 
 
 
 def test_what_is_asked_of_slurm_is_checked() -> None:
-    for value, shown in (("5", "5"), ("null", "null"), ("[a]", r"\['a'\]")):
-        with pytest.raises(ConfigError, match=f"slurm={shown}: slurm holds keys, not a value"):
+    for value, part in (("5", "5"), ("null", "null"), ("[a]", r"\['a'\]")):
+        with pytest.raises(ConfigError, match=f"slurm={part}: slurm holds keys, not a value"):
             slurm_config(OmegaConf.create(f"slurm: {value}"))
     eight = slurm_config(compose_with(shipped(), PRIMARY, ["slurm.nodes=2", "slurm.gpus_per_node=8"]))
     assert (eight.ranks, eight.world_size) == (8, 16)
