@@ -60,9 +60,9 @@ def test_what_cannot_be_looked_at_hides_nothing_else(
 @pytest.mark.parametrize(
     ("environment", "folder"),
     [
-        ({"XDG_CACHE_HOME": "/scratch/cache"}, "/scratch/cache/huggingface/hub"),
-        ({"XDG_CACHE_HOME": "/scratch/cache", "HF_HOME": "/scratch/hf"}, "/scratch/hf/hub"),
-        ({"HF_HUB_CACHE": "/scratch/hub"}, "/scratch/hub"),
+        ({"XDG_CACHE_HOME": "/nowhere/cache"}, "/nowhere/cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/nowhere/cache", "HF_HOME": "/nowhere/hf"}, "/nowhere/hf/hub"),
+        ({"HF_HUB_CACHE": "/nowhere/hub"}, "/nowhere/hub"),
     ],
 )
 def test_the_hub_s_cache_is_where_the_hub_s_library_has_it(environment: dict[str, str], folder: str) -> None:
