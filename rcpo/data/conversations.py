@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from rcpo.data.names import STRUCTURED
+from rcpo.data.reasoning import FIELDS
 from rcpo.data.records import BadRow, Message
 
 TURN = "Assistant:"
@@ -26,6 +27,7 @@ _ROLES = {  # the names of ShareGPT, Open Assistant, Gemini, and other formats
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text", "parts")  # `parts` are Gemini's
+_SAID = ("role", "content", "tool_calls", "name", *FIELDS)
 _TURN_KEYS = (("user", "assistant"), ("human", "assistant"), ("input", "output"), ("question", "answer"),
               ("prompt", "response"))  # fmt: skip
 
@@ -228,14 +230,20 @@ def _turn_list(value: Any) -> list[Any] | None:
     return found if known else None
 
 
+def said(messages: list[Message]) -> list[Message]:
+    """Who says what in some messages, without what else they hold, such as times and ids."""
+    return [{name: one[name] for name in _SAID if name in one} for one in messages]
+
+
 def split_conversations(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """Two whole conversations: the longest common beginning after which both go on with the assistant."""
-    if chosen == rejected:
+    both = said(chosen), said(rejected)
+    if both[0] == both[1]:
         raise BadRow("identical responses")
     end = 0
-    for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)):
+    for place, (one, other) in enumerate(zip(*both, strict=False)):
         if one["role"] == other["role"] == "assistant":
             end = place
         if one != other:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rcpo.data.columns import check_templates, is_template, rename
-from rcpo.data.conversations import has_turns, is_open, parse_prompt, read_json_cells
+from rcpo.data.conversations import has_turns, is_open, parse_prompt, read_json_cells, said
 from rcpo.data.detection import find_form, unread
 from rcpo.data.formats import COLUMNS, as_conversation, read_row
 from rcpo.data.forms import Form, FormOptions
@@ -33,7 +33,7 @@ from rcpo.data.tokenise import PairTokeniser
 from rcpo.data.turns import contexts
 from rcpo.errors import ConfigError
 
-_MADE = "11"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "12"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -329,18 +329,20 @@ def prompt_key(row: Row) -> str:
     """What makes two rows' prompts the same: the words and roles in the file, whatever renders them.
 
     Text with turns and the messages that it is read as are the same prompt, and so are a single message of
-    the user and its text. Text without a prompt (`text`) is its own.
+    the user and its text. What else a message holds, such as a time or an id, makes no other prompt of it.
+    Text without a prompt (`text`) is its own.
     """
     prompt = row.prompt or row.chosen or row.rejected or ""
     try:
         messages = parse_prompt(prompt) if isinstance(prompt, str) else prompt
     except BadRow:  # text before its first turn
         return str(prompt)
-    if len(messages) == 1 and messages[0].keys() == {"role", "content"} and messages[0]["role"] == "user":
-        content = messages[0]["content"]
+    words = said(messages)
+    if len(words) == 1 and words[0].keys() == {"role", "content"} and words[0]["role"] == "user":
+        content = words[0]["content"]
         if isinstance(content, str):
             return content
-    return json.dumps(messages, sort_keys=True, ensure_ascii=False)
+    return json.dumps(words, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def prompt_hash(prompt: str) -> int:

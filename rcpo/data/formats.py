@@ -27,6 +27,7 @@ from rcpo.data.conversations import (
     is_open,
     parse_prompt,
     parse_response,
+    said,
     speaker,
     split_conversations,
     split_texts,
@@ -192,7 +193,7 @@ def _explicit(
             raise BadRow("the prompt is not in the conversations' common beginning")
         return shared, chosen, rejected
     count = len(prompt)
-    repeated = [side[:count] == prompt for side in (chosen, rejected)]
+    repeated = [said(side[:count]) == said(prompt) for side in (chosen, rejected)]
     if all(repeated):
         return prompt, chosen[count:], rejected[count:]
     if any(repeated) or not answers or prompt[-1]["role"] == "assistant":
@@ -216,7 +217,7 @@ def _gold(fields: dict[str, Any], prompt: Content) -> Content | None:
         return gold[len(prompt) :]
     if isinstance(gold, str) or gold[0]["role"] == "assistant":
         return gold
-    if isinstance(prompt, str) or gold[: len(prompt)] != prompt:
+    if isinstance(prompt, str) or said(gold[: len(prompt)]) != said(prompt):
         raise BadRow("field 'gold' does not begin with the prompt's messages")
     return gold[len(prompt) :]
 
@@ -227,8 +228,9 @@ def _completion(fields: dict[str, Any]) -> tuple[str, tuple[Content, Content | N
     prompt, completion = (_content(fields[name], name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and isinstance(completion, list) and completion[: len(prompt)] == prompt:
-        completion = completion[len(prompt) :]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        repeats = said(completion[: len(prompt)]) == said(prompt)
+        completion = completion[len(prompt) :] if repeats else completion
     elif isinstance(prompt, str) and isinstance(completion, str) and has_turns(prompt):
         [completion] = without_prompt(prompt, completion)
     if "label" not in fields:

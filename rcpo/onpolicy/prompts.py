@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from rcpo.data.sources import find_source
 from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
 from rcpo.evaluation.answers import longest_answer
+from rcpo.evaluation.harness import plain
 from rcpo.onpolicy.kept import whole_rows
 from rcpo.onpolicy.ranks import on_main_or_refused
 from rcpo.runs.jsonl import write_lines
@@ -85,7 +87,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         found = _sums(config, tokenizer, seed) if sums_alone else _rows(config, tokenizer, datasets.train)
         prompts = sorted(found, key=lambda prompt: _drawn(seed, prompt.id))
         folder.mkdir(parents=True, exist_ok=True)
-        write_lines(path, [asdict(prompt) for prompt in prompts])
+        write_lines(path, map(_written, prompts))
 
     on_main_or_refused(make)
     prompts = [Prompt(**row) for row in whole_rows(path)]
@@ -93,6 +95,12 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     ends = [] if template is None else [template.end_id(tokenizer)]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Prompts(prompts, ends, longest_answer(datasets.train), digest)
+
+
+def _written(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as JSON: Parquet's messages may hold times and other values that JSON lacks."""
+    row: dict[str, Any] = plain(json.loads(json.dumps(asdict(prompt), default=str)))
+    return row
 
 
 def _drawn(seed: int, name: str) -> str:

@@ -1,10 +1,14 @@
 """Configured data to tokenised splits."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from permissions import no_permission
 from transformers import AutoTokenizer
@@ -12,6 +16,8 @@ from transformers import AutoTokenizer
 import rcpo.data
 from rcpo.config.data import DataConfig, SourceConfig
 from rcpo.data.dataset import load_datasets
+from rcpo.data.encode import prompt_key
+from rcpo.data.formats import read_row
 from rcpo.errors import ConfigError
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(rcpo.data.__file__).parents[1] / "assets" / "tiny")
@@ -427,3 +433,25 @@ def test_unknown_fields_and_templates_are_refused(tmp_path: Path) -> None:
 def test_a_set_that_cannot_be_fetched_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"data.path=nobody/nothing .*hub cannot be reached.*hf download"):
         load(path="nobody/nothing")
+
+
+def test_messages_with_times_and_ids_are_one_prompt_where_their_words_are(tmp_path: Path) -> None:
+    """As in WildChat's Parquet files: what JSON cannot hold is no obstacle, and what differs is no prompt."""
+
+    def said(role: str, text: str, number: int) -> dict[str, Any]:
+        extra = {"timestamp": datetime(2024, 1, 1, number), "cost": Decimal(number), "id": number}
+        return {"role": role, "content": text, **extra}
+
+    rows = [
+        {"messages": [said("user", f"{n % 3}+1=", n), said("assistant", "2", n), said("user", "more", n),
+                      said("assistant", f"a{n}", n)]}
+        for n in range(12)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    data = load(path=str(tmp_path / "x.parquet"), template="chatml", eval_fraction=0.34)
+    assert data.evaluation is not None
+    assert (len(data.train), len(data.evaluation)) == (8, 4)  # one of three prompts, four times
+    assert len(set(data.evaluation.prompts.tolist())) == 1 and data.report.shared_prompts == 0
+    plain = {"messages": [{"role": one["role"], "content": one["content"]} for one in rows[0]["messages"]]}
+    keys = {prompt_key(read_row(row)) for row in (rows[0], rows[3], plain)}
+    assert len(keys) == 1

@@ -291,6 +291,22 @@ def test_a_prompt_with_turns_is_taken_off_both_texts() -> None:
     assert read_row(plain) == Row(PAIRS, "q", "q a", "q b")
 
 
+def test_what_two_conversations_share_is_who_says_what() -> None:
+    """Times and ids of messages differ from side to side."""
+    own, other = ({**Q, "id": number} for number in (1, 2))
+    for row in (
+        {"chosen": [own, A], "rejected": [other, B]},
+        {"prompt": [Q], "chosen": [own, A], "rejected": [other, B]},
+    ):
+        found = read_row(row)
+        assert [one["content"] for one in found.prompt] == ["q"]
+        assert (found.chosen, found.rejected) == ([A], [B])
+    assert why({"chosen": [own, A], "rejected": [other, A]}) == "identical responses"
+    assert read_row({"prompt": [Q], "completion": [own, A]}).chosen == [A]
+    gold = read_row({"prompt": [Q], "chosen": [A], "rejected": [B], "gold": [own, G]}).gold
+    assert gold == [G]
+
+
 def test_whole_conversations_of_text_beside_their_question_are_taken_apart() -> None:
     asked = "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: 3\n\nAssistant:"
     row = {"prompt": "3", "chosen": asked + " a", "rejected": asked + " b"}

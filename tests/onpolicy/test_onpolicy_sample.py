@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rcpo.onpolicy import scores, work
 from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept
 from rcpo.onpolicy.pairs import finished_pairs
-from rcpo.onpolicy.prompts import Prompt, load_prompts
+from rcpo.onpolicy.prompts import Prompt, _written, load_prompts
 from rcpo.onpolicy.ratings import rating_of
 from rcpo.onpolicy.scoring_models import RewardModel
 from rcpo.onpolicy.settings import Settings
@@ -583,6 +584,13 @@ def unrated(folder: Path) -> set[tuple[str, str]]:
 )  # fmt: skip
 def test_ratings_are_read_off_the_end(reply: str, mark: float | None) -> None:
     assert rating_of(reply) == mark
+
+
+def test_prompts_may_hold_what_json_does_not() -> None:
+    said = {"role": "user", "content": "2+3=", "at": datetime(2024, 1, 1), "score": float("nan")}
+    row = _written(Prompt("p", "x:1", [said], "2+3=", [5], None, {}))
+    assert row["content"] == [said | {"at": "2024-01-01 00:00:00", "score": "nan"}]
+    assert Prompt(**json.loads(json.dumps(row, allow_nan=False))).tokens == [5]
 
 
 def test_verifiable_scores_need_a_right_answer(tmp_path: Path) -> None:
