@@ -61,7 +61,7 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
         print(f"rcpo: {step.name}: job {jobs[step]}", flush=True)
     where = os.path.relpath(folder)
     print(
-        f"rcpo: rcpo submit status {where} shows them; when all are done, rcpo report {where} does the rounds"
+        f"rcpo: `rcpo submit status {where}` shows them; `rcpo report {where}` reports on the rounds later"
     )
     return DONE
 

@@ -81,7 +81,7 @@ def run(iteration: Iteration) -> int:
             where = os.path.relpath(step.folder)
             ended = "stopped" if code == STOPPED else f"ended with exit code {code}"
             print(
-                f"rcpo: {step.name} ({where}) {ended}; the same command goes on from there", file=sys.stderr
+                f"rcpo: {step.name} ({where}) {ended}; the same command continues from there", file=sys.stderr
             )
             return code
     conclude(iteration.folder)

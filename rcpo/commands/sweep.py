@@ -37,7 +37,7 @@ def sweep(arguments: Sequence[str]) -> int:
             return DONE
         if "compare" in call.own:
             if call.overrides:
-                raise ConfigError("compare=DIR stands alone: it starts no run")
+                raise ConfigError("compare=DIR starts no run and takes no other argument")
             conclude(call.folder("compare"))
             return DONE
         return _sweep(call.hydra, call.name, call.overrides)

@@ -125,7 +125,7 @@ def refuse_changes(found: list[str], where: str, config: RunConfig) -> None:
         lines = "\n".join(f"  {line}" for line in found)
         raise ConfigError(
             f"resume={config.resume}: this is not the run that {where} holds:\n{lines}\n"
-            "give the same values, or resume_changed=allow to go on with the new ones"
+            "give the same values, or resume_changed=allow to continue with the new ones"
         )
 
 

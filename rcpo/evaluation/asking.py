@@ -90,7 +90,7 @@ class Asking:
                     if not running:
                         return asked
                     if self.stop():
-                        raise Stopped(f"{self.who}: stopped; the same command goes on from there")
+                        raise Stopped(f"{self.who}: stopped; the same command continues from there")
                     for future in wait(running, _LOOK_SECONDS, FIRST_COMPLETED).done:
                         del running[future]
                         try:
@@ -126,7 +126,7 @@ class Asking:
         if silent >= PATIENCE:
             raise RunError(
                 f"the {self.who} left {silent} requests in a row unanswered ({problem}); what it "
-                "said is kept, and the same command goes on from there"
+                "said is kept, and the same command continues from there"
             ) from problem
 
     def estimate(self, requests: Sequence[Request], most: int | None) -> str:

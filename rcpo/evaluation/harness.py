@@ -103,7 +103,7 @@ class Harness:
             return
         except (OSError, ValueError) as error:  # what `datasets` raises for data that it cannot find or read
             raise ConfigError(
-                f"eval.tasks: the data of {spec} cannot be had: {first_line(error)}; "
+                f"eval.tasks: the data of {spec} cannot be obtained: {first_line(error)}; "
                 "download it once on a machine with a network (HF_HOME says where), or leave the task out"
             ) from error
         self.keys[spec] = _content(loaded["tasks"])

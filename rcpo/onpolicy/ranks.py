@@ -59,7 +59,7 @@ def nothing_lacks(kept: Kept, items: Sequence[Item]) -> bool:
 def leave_if_asked(stop: Callable[[], bool]) -> None:
     """Raise Stopped on all ranks where `stop` says on any that the process is to end. Collective."""
     if any(distributed.gather_objects(bool(stop()))):
-        raise Stopped("stopped; the same command goes on from there")
+        raise Stopped("stopped; the same command continues from there")
 
 
 def on_main_or_refused(task: Callable[[], None]) -> None:

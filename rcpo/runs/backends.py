@@ -121,4 +121,4 @@ class Backends:
                 log.exception("tracking=%s failed", name)
                 del self._open[name]
                 reason = f"{type(error).__name__}: {first_line(error)}"
-                self._say(f"warning: tracking={name} failed ({reason}); training goes on without it")
+                self._say(f"warning: tracking={name} failed ({reason}); training continues without it")

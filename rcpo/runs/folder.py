@@ -169,7 +169,7 @@ def finished_state(run_dir: Path) -> dict[str, Any] | None:
 
     Raises ConfigError where the file is damaged.
     """
-    return read_record(run_dir / FINISHED_FILE, "remove it, and the run goes on from its last checkpoint")
+    return read_record(run_dir / FINISHED_FILE, "remove it, and the run continues from its last checkpoint")
 
 
 def read_record(path: Path, remedy: str) -> dict[str, Any] | None:

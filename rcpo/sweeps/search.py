@@ -75,7 +75,7 @@ def _refuse(varied: list[str], settings: SweepConfig, cfg: DictConfig) -> None:
             "'optim.lr=tag(log,interval(1e-5,1e-3))' objective.beta=0.1,0.5,1"
         )
     if "seed" in varied:
-        raise ConfigError("seed is nothing to search; give one value, and sweep the best trial over seeds")
+        raise ConfigError("a search cannot vary seed; give one value, and sweep the best trial over seeds")
     if cfg.hydra.launcher._target_ != BASIC_LAUNCHER:
         raise ConfigError("sweep.search=optuna starts its trials on this machine: leave hydra/launcher out")
     if settings.pruner != "none" and cfg.eval.every == 0:

@@ -58,7 +58,7 @@ class LastingStream(io.TextIOWrapper):
             if self is sys.stdout and error.errno != errno.EPIPE:
                 print(
                     f"rcpo: standard output cannot be written to ({error.strerror}) and is left out; "
-                    "a run goes on",
+                    "the run continues",
                     file=sys.stderr,
                 )
 

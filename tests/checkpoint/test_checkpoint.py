@@ -402,7 +402,7 @@ def test_a_run_that_ended_is_complete_and_not_taken_again(
     (tmp_path / "finished.json").write_text(json.dumps(finished))
     assert resume.finished_standing(config, tmp_path) == Standing([], [])
     longer = RunConfig(**{**vars(config), "seed": 5, "resume_changed": "allow"})
-    with pytest.raises(ConfigError, match="left no checkpoint to go on from with seed: 1 -> 5"):
+    with pytest.raises(ConfigError, match="left no checkpoint to continue from with seed: 1 -> 5"):
         resume.finished_standing(longer, tmp_path)
     save(trained, tmp_path, 1)
     assert resume.finished_standing(longer, tmp_path) == Standing(["seed: 1 -> 5"], [])

@@ -189,7 +189,7 @@ def test_what_cannot_be_run_is_said_before_a_weight_is_read(tmp_path: Path, task
     choice = Path(tasks[0]).read_text()
     (tmp_path / "gone.yaml").write_text(choice.replace("sums.jsonl", "gone.jsonl"))
     config.eval.tasks = [str(tmp_path / "gone.yaml")]
-    with pytest.raises(ConfigError, match=r"the data of .*gone\.yaml cannot be had"):
+    with pytest.raises(ConfigError, match=r"the data of .*gone\.yaml cannot be obtained"):
         Harness.prepare(config)
     (tmp_path / "lacking.py").write_text("import no_such_package\n")
     (tmp_path / "lacking.yaml").write_text(

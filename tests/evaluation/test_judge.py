@@ -219,7 +219,7 @@ def test_an_endpoint_that_dies_ends_the_run_with_what_it_said(tmp_path: Path) ->
     pairs = pairs_of(["**"] * 30, ["*"] * 30)
     server = JudgeServer(quality, faults=dict.fromkeys(range(25, 1000), "status 503"))
     with server.running():
-        with pytest.raises(RunError, match=r"10 requests in a row unanswered .*503.*goes on from there"):
+        with pytest.raises(RunError, match=r"10 requests in a row unanswered .*503.*continues from there"):
             record_of(server, pairs, tmp_path, retries=0)
         assert len(lines(tmp_path / "judge.jsonl")) == 25
         server.faults = {}

@@ -157,7 +157,7 @@ def test_a_tracker_that_fails_is_left_out_after_one_warning(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     text = text_of(console)
     assert text.count("tracking=mlflow failed") == 1
-    assert "(ConnectionError: the server is gone); training goes on without it" in text
+    assert "(ConnectionError: the server is gone); training continues without it" in text
 
 
 def test_a_step_that_a_tracker_has_does_not_reach_it_again(

@@ -206,7 +206,7 @@ def test_a_finished_sweep_is_compared_again_without_a_run(
     assert runs.started == [] and "2 complete runs" in capsys.readouterr().out
     for arguments, part in (
         (["compare=nowhere"], "holds no runs"),
-        (["compare=out", "seed=1"], "stands alone"),
+        (["compare=out", "seed=1"], "takes no other argument"),
     ):
         with pytest.raises(ConfigError, match=part):
             sweep(arguments)
