@@ -116,7 +116,7 @@ def refuse_other_training(run_dir: Path, found: Standing, config: RunConfig) -> 
     refuse_changes(found.trained, str(run_dir), config)
     if found.trained and not checkpoint_folders(run_dir):
         raise ConfigError(
-            f"resume={config.resume}: the run in {run_dir} is finished and left no checkpoint to continue from "
+            f"resume={config.resume}: the finished run in {run_dir} left no checkpoint to continue from "
             f"with {'; '.join(found.trained)}"
         )
 
