@@ -10,7 +10,7 @@ from typing import Any
 from rcpo.data.conversations import begins_with_answer
 from rcpo.data.formats import FIELDS
 from rcpo.data.forms import FORMATS, Custom, Fields, Form, FormOptions, OtherAnswer, Renamed, registered
-from rcpo.data.judged import Comparisons, normal
+from rcpo.data.judged import Comparisons, normal, number
 from rcpo.data.names import (
     ANSWERS,
     CONTRARY_WORDS,
@@ -106,7 +106,10 @@ def _preferences(sample: Sample, options: FormOptions, _: str) -> Form | None:
     for side, column in (("chosen", chosen), ("rejected", rejected)):
         words = [f"{one}{mark}{other}" for word in (side, column) for kind in SCORES for mark in "_-"
                  for one, other in ((word, kind), (kind, word))]  # fmt: skip
-        score = sample.first([f"score_{side}", *words])
+        guessed = (
+            name for name in words if name in sample.names and any(map(_is_number, sample.values(name)))
+        )
+        score = f"score_{side}" if f"score_{side}" in sample.names else next(guessed, None)
         if score is not None:
             names[f"score_{side}"] = score
     kind = "preference pairs"
@@ -153,6 +156,14 @@ def _is_said(value: Any) -> bool:
     return isinstance(value, str | dict) or (
         isinstance(value, list) and isinstance(next(iter(value), None), dict)
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a score, and not a word or a list that a column of such a name may hold too."""
+    try:
+        return number(value) is not None
+    except BadRow:
+        return False
 
 
 def _exchanged(name: str, better: str, worse: str) -> str:

@@ -33,7 +33,7 @@ from rcpo.data.tokenise import PairTokeniser
 from rcpo.data.turns import contexts
 from rcpo.errors import ConfigError
 
-_MADE = "12"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "13"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,20 @@ def test_a_template_writes_no_python_names_of_values() -> None:
     assert rename(row, columns)["prompt"] == 't p [{"text": "p"}]'
 
 
+@pytest.mark.parametrize(("good", "bad"), [("high", "low"), ([5, 4], [1, 2]), (True, False)])
+def test_a_column_of_scores_without_numbers_is_none(good: Any, bad: Any) -> None:
+    """Its name is like that of scores, and its values would refuse every row."""
+    row = {**PAIR, "chosen_rating": good, "rejected_rating": bad}
+    assert read([row]) == ("preference pairs", [PAIR])
+    scores = {"score_chosen": "5", "score_rejected": 4}
+    assert read([{**PAIR, "chosen_rating": "5", "rejected_rating": 4}])[1] == [{**PAIR, **scores}]
+    nan = {**PAIR, "chosen_rating": float("nan"), "rejected_rating": 4}  # refused, for the others have one
+    assert "score_chosen" in read([nan, {**PAIR, "chosen_rating": "5", "rejected_rating": 4}])[1][0]
+    assert read([{**PAIR, "score_chosen": good}])[1] == [
+        {**PAIR, "score_chosen": good}
+    ]  # its own name: refused
+
+
 @pytest.mark.parametrize("answers", [{"chosen": "a", "rejected": "b"}, {"output": "o"}])
 def test_an_input_that_few_rows_have_follows_their_instructions(answers: dict[str, str]) -> None:
     """JSON leaves it out of the rows that have none, which may be most."""
