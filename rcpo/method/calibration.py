@@ -140,8 +140,9 @@ class RewardCalibrator:
     `update(dynamics)` moves the rule's averages and α, `calibrate(logps)` uses α. The rule is the band's
     `center` (the paper's), its nearest `edge` (α = 1 inside), a `fixed` `alpha`, or the closed `loop` that
     holds fresh winners at `target` nats per token; `band` is the batch's own or the one across samples, and
-    `ema` the decay of the averages. A batch that says nothing leaves α as it is and is counted in `skipped`.
-    α is clamped to [1/alpha_max, alpha_max] (None: not), counted in `clamped`.
+    `ema` the decay of the averages. α is 1 at first, unless it is fixed. A batch that says nothing leaves α
+    as it is and is counted in `skipped`. α is clamped to [1/alpha_max, alpha_max] (None: not), counted in
+    `clamped`.
 
     Raises ValueError for settings that do not exist or are out of range.
 
@@ -173,13 +174,14 @@ class RewardCalibrator:
             raise ValueError(f"rc.alpha={alpha}: rc.rule=fixed needs a positive number")
         self._limit = math.inf if alpha_max is None else math.log(alpha_max)
         self.rule: Rule
+        start = 0.0
         if rule == "fixed" and alpha is not None:
-            self.rule = FixedRule(alpha)
+            self.rule, start = FixedRule(alpha), math.log(alpha)
         elif rule == "loop":
             self.rule = LoopRule(target=target, limit=self._limit)
         else:
             self.rule = BandRule(edge=rule == "edge", samples=band == "samples", ema=ema)
-        self.alpha = 1.0
+        self.alpha = math.exp(max(-self._limit, min(self._limit, start)))
         self.skipped = 0
         self.clamped = 0
 

@@ -103,7 +103,7 @@ def test_alpha_waits_for_a_band_across_samples() -> None:
 
 def test_a_fixed_alpha_is_fixed() -> None:
     calibrator = RewardCalibrator("fixed", alpha=2.5)
-    assert calibrator.alpha == 1.0  # step 0, as for every rule
+    assert calibrator.alpha == pytest.approx(2.5, rel=1e-15)  # in the first step, too
     for batch in (dynamics(1, 1, 1, 1, 0.5), dynamics(1, -1, 0, 1, 0.5)):
         calibrator.update(batch)
         assert calibrator.alpha == pytest.approx(2.5, rel=1e-15)

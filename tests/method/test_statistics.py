@@ -176,7 +176,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 def test_settings_at_the_edge_of_their_range_are_taken() -> None:
     RewardCalibrator(ema=0.0)
-    assert RewardCalibrator("fixed", alpha=1e-300).alpha == 1.0
+    assert RewardCalibrator("fixed", alpha=1e-300).alpha == pytest.approx(0.1)  # the clamp's
     held = RewardCalibrator(alpha_max=1.0)
     held.update(Dynamics(1.0, 4.0, ScoreGeometry(1.0, 4.0, 0.5)))
     assert (held.alpha, held.clamped) == (1.0, 1)

@@ -126,7 +126,7 @@ def test_another_rule_or_geometry_begins_anew(
     calibrator, earlier = then.dynamics.calibrator, first.dynamics.calibrator
     assert earlier is not None and earlier.alpha != 1.0
     if calibrator is not None:
-        assert calibrator.alpha == (earlier.alpha if alpha_stays else 1.0)
+        assert calibrator.alpha == (earlier.alpha if alpha_stays else changes.get("alpha", 1.0))
     kept = then.dynamics.tensors()
     assert (PREVIOUS in kept and torch.equal(kept[PREVIOUS], previous)) is samples_stay
     then.step = first.step
