@@ -60,9 +60,7 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
         jobs[step] = submit_job(job.script, job.name, [step.folder], words, array=False)
         print(f"rcpo: {step.name}: job {jobs[step]}", flush=True)
     where = os.path.relpath(folder)
-    print(
-        f"rcpo: `rcpo submit status {where}` shows them; `rcpo report {where}` reports on the rounds later"
-    )
+    print(f"rcpo: `rcpo submit status {where}` shows them; `rcpo report {where}` reports on the rounds later")
     return DONE
 
 

@@ -63,7 +63,10 @@ class RewardModel:
                 f"score.path={score.path} has {self._own.num_labels} labels, and a reward model has one: "
                 "give a sequence-classification model with num_labels=1"
             )
-        read_classifier(self._folder, self._own, config.model, {"device_map": "meta"})
+        # a repository's own code may compute where it is made, and quantised weights need their device:
+        # both are looked at when they load
+        if not config.model.trust_remote_code and not hasattr(self._own, "quantization_config"):
+            read_classifier(self._folder, self._own, config.model, {"device_map": "meta"})
         self.limit = score.max_length or getattr(self._own.get_text_config(), "max_position_embeddings", None)
 
     def ids(self, prompt: Prompt, text: str) -> Ids:
