@@ -171,14 +171,17 @@ def _read(
 def read_classifier(
     folder: Path, architecture: PreTrainedConfig, config: ModelConfig, settings: dict[str, Any]
 ) -> PreTrainedModel:
-    """The sequence-classification model in a folder; raises ConfigError where it lacks weights.
+    """The sequence-classification model in a folder; raises ConfigError where it is none or lacks weights.
 
     Weights that it has no place for, such as the head of a language model, are left out.
     """
     from transformers import AutoModelForSequenceClassification
 
     hub.check_weights("the model", folder, pickle=config.allow_pickle)
-    model, report = _reported(AutoModelForSequenceClassification, folder, architecture, config, settings)
+    try:
+        model, report = _reported(AutoModelForSequenceClassification, folder, architecture, config, settings)
+    except Exception as error:  # of transformers, safetensors, torch, or a repository's own code
+        raise ConfigError(f"the model in {folder} cannot be loaded: {_reason(error)}") from error
     whole = report | {"unexpected_keys": []} if not report["missing_keys"] else report
     _refuse_differences(folder, type(model).__name__, whole, "a whole sequence-classification model")
     return model

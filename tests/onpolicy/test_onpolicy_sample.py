@@ -450,6 +450,13 @@ def test_a_reward_model_without_its_head_is_refused_first(tmp_path: Path) -> Non
     more = {"score.weight": head, "lm_head.weight": torch.zeros(100, 8)}  # saved with the head that it had
     save_file(weights | more, path / "model.safetensors", {"format": "pt"})
     RewardModel(given.config, given.nodes.score)
+    settings_file = path / "config.json"
+    changed = json.loads(settings_file.read_text()) | {"model_type": "mamba", "architectures": None}
+    settings_file.write_text(json.dumps(changed))
+    with pytest.raises(
+        ConfigError, match=r"the model in .* cannot be loaded: Unrecognized configuration class"
+    ):
+        RewardModel(given.config, given.nodes.score)
 
 
 def test_a_conversation_that_a_reward_model_s_template_refuses_is_refused_first(tmp_path: Path) -> None:
