@@ -88,6 +88,9 @@ def _from_means(config: RunConfig, settings: PlanConfig, sides: int, layout: str
     """Every pair of the mean lengths; the largest micro-batch has the longest that the limits let through."""
     assert settings.prompt_tokens is not None and settings.response_tokens is not None
     prompt, response = settings.prompt_tokens, settings.response_tokens
+    both, data = "prompt_tokens + plan.response_tokens", config.data
+    _refuse_longer("prompt_tokens", prompt, "max_prompt_length", data.max_prompt_length)
+    _refuse_longer(both, prompt + response, "max_length", data.max_length)
     usual = _alike(config.train.microbatch(ranks), prompt, response, sides, layout)
     longest, limits = (prompt, response), config.data
     if limits.max_length is not None:
@@ -104,6 +107,14 @@ def _from_means(config: RunConfig, settings: PlanConfig, sides: int, layout: str
         _alike(config.eval.batch_size, *longest, max(sides, 2), layout),
         f"{prompt} tokens a prompt, {response} a response, as given",
     )
+
+
+def _refuse_longer(name: str, mean: int, key: str, limit: int | None) -> None:
+    """Raise ConfigError for a mean that no row has, as all are cut before."""
+    if limit is not None and mean > limit:
+        raise ConfigError(
+            f"plan.{name}={mean} is longer than data.{key}={limit}, to which rows are cut: give less"
+        )
 
 
 def _alike(pairs: int, prompt: int, response: int, sides: int, layout: str) -> BatchShape:

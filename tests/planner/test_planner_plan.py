@@ -74,6 +74,21 @@ def test_means_stand_for_data_that_are_not_read(tmp_path: Path) -> None:
         Planner(MEANS, None).plan(config, 3)
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("max_prompt_length", r"plan\.prompt_tokens=40 is longer than data\.max_prompt_length=39"),
+        ("max_length", r"plan\.prompt_tokens \+ plan\.response_tokens=50 is longer than data\.max_length=39"),
+    ],
+)
+def test_means_above_the_limits_are_refused(limit: str, message: str) -> None:
+    config = RunConfig()
+    setattr(config.data, limit, 39)
+    settings = PlanConfig(pairs=100, prompt_tokens=40, response_tokens=10)
+    with pytest.raises(ConfigError, match=message):
+        Planner(settings, None).plan(config, 1)
+
+
 def test_the_nearest_plan_that_fits(tmp_path: Path) -> None:
     config = configuration(tmp_path)
     config.eval.batch_size = 1
