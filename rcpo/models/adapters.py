@@ -177,9 +177,12 @@ def adapter_settings(folder: Path) -> LoraConfig:
 
 def _read_settings(folder: Path) -> Any:
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        settings = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ConfigError(f"the adapter in {folder} cannot be read: {first_line(error)}") from error
+    if settings.peft_type is None:
+        raise ConfigError(f"the adapter in {folder} cannot be read: its adapter_config.json has no peft_type")
+    return settings
 
 
 def _said(error: Exception) -> str:

@@ -315,6 +315,14 @@ def tuned_by_peft(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
     return logits(model)
 
 
+@pytest.mark.parametrize("settings", ["{}", "[]", "{", '{"peft_type": "NOBODY"}'])
+def test_settings_of_no_adapter_are_refused(tmp_path: Path, base: Path, settings: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(settings)
+    for use in (read_adapter, merge_adapter):
+        with pytest.raises(ConfigError, match=f"the adapter in {tmp_path} cannot be read: "):
+            use(load_model(base, RunConfig().model), tmp_path)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_adapters_that_changed_their_base_are_merged_and_else_refused(
     tmp_path: Path, base: Path, init: str
