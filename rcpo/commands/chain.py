@@ -14,9 +14,10 @@ from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
 from rcpo.launch.outcomes import DONE
 from rcpo.onpolicy.rounds import EVALUATE, SAMPLE, TRAIN, Iteration, Step
+from rcpo.runs.environment import redact
 from rcpo.slurm.queue import job_id, refuse_queued, submit_job
 from rcpo.slurm.script import BatchJob, render
-from rcpo.slurm.settings import SlurmConfig, slurm_config, without_secrets
+from rcpo.slurm.settings import SlurmConfig, slurm_config
 from rcpo.slurm.snapshot import snapshot
 from rcpo.system.files import write_privately
 
@@ -56,7 +57,7 @@ def submit_chain(arguments: Sequence[str], *, dry_run: bool) -> int:
         job = job_of(step, iteration)
         after = before if needed is None else jobs[needed]
         write_privately(job.script, script_of(step, iteration, slurm, after))  # slurm.env may hold secrets
-        words = ["iterate", *map(without_secrets, arguments)]
+        words = ["iterate", *map(redact, arguments)]
         jobs[step] = submit_job(job.script, job.name, [step.folder], words, array=False)
         print(f"rcpo: {step.name}: job {jobs[step]}", flush=True)
     where = os.path.relpath(folder)

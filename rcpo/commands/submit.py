@@ -19,11 +19,12 @@ from rcpo.errors import ConfigError
 from rcpo.launch.checks import check_run
 from rcpo.launch.folder import make_folder, refuse_other
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, Outcome
+from rcpo.runs.environment import redact
 from rcpo.runs.folder import CODE, CONFIG_FILE, EVALUATION, FINAL, OUTCOME_FILE
 from rcpo.runs.inputs import completed
 from rcpo.slurm.queue import job_id, read_submitted, refuse_queued, submit_job
 from rcpo.slurm.script import BatchJob, render
-from rcpo.slurm.settings import SlurmConfig, slurm_config, without_secrets
+from rcpo.slurm.settings import SlurmConfig, slurm_config
 from rcpo.slurm.snapshot import snapshot
 from rcpo.sweeps.multirun import compose_many
 from rcpo.system.files import write_privately
@@ -71,7 +72,7 @@ def submit(what: str, arguments: Sequence[str], *, dry_run: bool) -> int:
     refuse_queued(plan.job.folder, plan.job.name)
     _write(plan, script)
     runs, array = plan.job.runs or [plan.job.folder], plan.job.runs is not None
-    words = [what, *map(without_secrets, arguments)]
+    words = [what, *map(redact, arguments)]
     job = submit_job(plan.job.script, plan.job.name, runs, words, array=array)
     print(f"rcpo: submitted {plan.job.script} as job {job}; rcpo submit status shows it")
     return FAILED if plan.refused else DONE

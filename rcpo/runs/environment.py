@@ -81,7 +81,14 @@ def typed_command() -> list[str]:
 
 
 def redact(argument: str) -> str:
-    """A command-line argument without the values of keys that name a secret or a URL's password."""
+    """A command-line argument without what may be a secret.
+
+    That is the values of keys that name one, a URL's password, and a job's environment. SLURM hands the
+    submitting command on to the job, whose environment.json and model card hold it.
+    """
+    key, sign, _ = argument.partition("=")
+    if sign and key.lstrip("+~").startswith("slurm.env"):
+        return f"{key}=***"
     return _CREDENTIALS.sub(r"\1***@", _SECRET.sub(r"\1***", argument))
 
 

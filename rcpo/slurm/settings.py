@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from rcpo.config.fields import key
 from rcpo.config.nodes import read_node
 from rcpo.errors import ConfigError
-from rcpo.runs.environment import redact
 
 
 @dataclass(kw_only=True)
@@ -113,12 +112,6 @@ def _check_lines(config: SlurmConfig) -> None:
     for name, text in (config.env or {}).items():
         if "\0" in text:
             raise ConfigError(f"slurm.env.{name} holds a null character, which no variable can")
-
-
-def without_secrets(argument: str) -> str:
-    """A word of the command line without what may be a secret in it."""
-    key = argument.partition("=")[0]
-    return f"{key}=***" if key.lstrip("+").startswith("slurm.env") else redact(argument)
 
 
 def slurm_seconds(time: str) -> float:

@@ -48,6 +48,8 @@ def test_a_continued_run_keeps_the_command_that_started_it(
     [
         ("data.max_prompt_tokens=512", "data.max_prompt_tokens=512"),
         ("hub.token=abc", "hub.token=***"),
+        ("slurm.env={HF_HUB_AUTH: planted}", "slurm.env=***"),  # the job's environment.json has the command
+        ("+slurm.env.MY_PASS=planted", "+slurm.env.MY_PASS=***"),
         ("judge.base_url=https://me:pass@host/v1", "judge.base_url=https://me:***@host/v1"),
         ("judge.base_url=http://host:8000/v1", "judge.base_url=http://host:8000/v1"),
     ],
