@@ -172,7 +172,7 @@ class Endpoint:
             finish = choice.get("finish_reason")
             usage = answer.get("usage") or {}
             counts = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise _Passing("the answer is not a chat completion") from error
         if text is None and finish == "length":
             text = ""  # a model that thinks first was cut off before it answered

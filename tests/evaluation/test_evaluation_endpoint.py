@@ -41,6 +41,8 @@ def own_key(monkeypatch: pytest.MonkeyPatch) -> None:
             "raw []",
             'raw {"choices": []}',
             'raw {"choices": [{"message": {"content": null}}]}',
+            'raw {"choices": [{"message": null}]}',
+            'raw {"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}',
         ),
     ],
 )
