@@ -15,12 +15,13 @@ from rcpo.config.parsing import parse
 from rcpo.config.schema import RunConfig
 from rcpo.launch.checks import check
 from rcpo.launch.logs import configure_log
-from rcpo.launch.outcomes import DONE
+from rcpo.launch.outcomes import DONE, REFUSED
 from rcpo.launch.ranks import is_first, world_size
 from rcpo.models import hub
 from rcpo.onpolicy.settings import SETTINGS_FILE, Settings, dated
 from rcpo.onpolicy.start import start
 from rcpo.runs.folder import refuse_locked
+from rcpo.system.files import replace_text
 
 NODES = ("sample", "score", "pairing")
 _OWN = (*NODES, "hydra")
@@ -34,12 +35,17 @@ def sample(arguments: Sequence[str]) -> int:
             return DONE
         settings, folder = _settings(call)
     ready(settings)
-    dated(settings.config, folder / SETTINGS_FILE)
+    path = folder / SETTINGS_FILE
+    dated(settings.config, path)
+    before = path.read_text(encoding="utf-8") if is_first() and path.exists() else None
     if is_first():
         refuse_locked(folder)
         settings.write(folder)
     configure_log(folder, file=is_first())
-    return start(settings, folder if is_first() else None)
+    code = start(settings, folder if is_first() else None)
+    if code == REFUSED and before is not None:
+        replace_text(path, before)  # what the answers there were made with
+    return code
 
 
 def _settings(call: Call) -> tuple[Settings, Path]:

@@ -23,6 +23,7 @@ from rcpo.config.onpolicy import (
 from rcpo.config.parsing import parse
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
+from rcpo.onpolicy.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,16 @@ def test_rounds_have_settings_of_their_own_which_the_command_line_overrides(hydr
     assert (own.objective.name, own.optim.lr) == ("cpo", 1e-5)
     given = parse(user_part(compose_with(hydra, "rounds", ["objective=simpo", "optim.lr=1e-6", "rc=on"])))
     assert (given.objective.name, given.optim.lr, given.rc.enabled) == ("simpo", 1e-6, True)
+
+
+def test_a_refused_call_leaves_the_settings_of_the_answers_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rcpo.commands import sample as command
+
+    words = ["sample.prompts=4", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(command, "start", lambda settings, folder: 0)
+    assert command.sample([*words, "sample.n=6"]) == 0
+    monkeypatch.setattr(command, "start", lambda settings, folder: 2)
+    assert command.sample([*words, "sample.n=6", "sample.temperature=0.5"]) == 2
+    assert Settings.read(tmp_path).nodes.sample.temperature == 1.0
