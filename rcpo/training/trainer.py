@@ -26,13 +26,14 @@ from rcpo.checkpoint.resume import (
     shared_inputs,
 )
 from rcpo.checkpoint.write import CheckpointWriter
-from rcpo.config.parsing import to_container
+from rcpo.config.parsing import save_run_config, to_container
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError, RunError
 from rcpo.method.types import TokenBatch
 from rcpo.runs.environment import write_environment
 from rcpo.runs.folder import (
     CHECKPOINTS,
+    CONFIG_FILE,
     DATA_FILE,
     ENVIRONMENT_FILE,
     EVALUATED,
@@ -347,6 +348,8 @@ def train(
     """
     distributed.initialize()
     with StopRequest() as stop, alone_in(run_dir):
+        if distributed.is_main():  # another command may have written its own before this one had the lock
+            save_run_config(config, run_dir / CONFIG_FILE)
         finished = None if config.resume is None else finished_standing(config, run_dir)
         if finished is not None and not finished.trained:
             _complete(config, run_dir, finished.evaluated, evaluate)

@@ -14,6 +14,7 @@ from tiny import sums_file, tiny_llama
 from workers import resume
 
 from rcpo import get_objective
+from rcpo.config.parsing import load_run_config, save_run_config
 from rcpo.config.schema import ObjectiveConfig, RunConfig
 from rcpo.errors import ConfigError
 from rcpo.runs.folder import FINISHED_FILE
@@ -82,6 +83,16 @@ def test_an_objective_takes_over_progress_and_means_of_its_own_kind() -> None:
     assert mixture.state.state_dict() == {"0": {"total": 0.0, "count": 0.0}}
     restore_objective(mixture, {**half, "objective": {"0": means}})
     assert mixture.state.state_dict() == {"0": means}
+
+
+def test_of_two_runs_started_in_one_folder_the_one_that_trains_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both write config.yaml before they ask for the folder's lock, which takes seconds to come to."""
+    save_run_config(RunConfig(seed=2), tmp_path / "config.yaml")  # of the one that is then refused
+    monkeypatch.setattr(trainer, "finished_standing", lambda *_: Standing([], []))
+    assert trainer.train(RunConfig(seed=1, resume="auto"), tmp_path) == 0
+    assert load_run_config(tmp_path).seed == 1
 
 
 def test_a_finished_run_stays_finished_where_another_one_cannot_start(
