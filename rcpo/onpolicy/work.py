@@ -125,7 +125,7 @@ def _provenance(settings: Settings, source: ModelSource, prompts: Prompts) -> di
 def _refuse_other(place: Path, asked: dict[str, Any]) -> None:
     """Raise ConfigError where a folder's answers are another model's, or to other prompts.
 
-    Answers of which no pair came are of no use to anybody: they go.
+    Remove answers that gave no pair, which nobody can use.
     """
     folder = place / answers.FOLDER
     before = read_object(folder / ASKED)
@@ -133,7 +133,7 @@ def _refuse_other(place: Path, asked: dict[str, Any]) -> None:
         f"{name}: {before.get(name)} -> {value}" for name, value in asked.items() if before.get(name) != value
     ]
     if before and changed and read_object(place / ABOUT).get("pairs") == 0:
-        say(f"{folder} holds answers of which no pair came, with other settings: they are removed")
+        say(f"the answers in {folder} gave no pair and were made with other settings: they are removed")
         for name in (PAIRS, ABOUT):
             (place / name).unlink(missing_ok=True)
         shutil.rmtree(folder)

@@ -222,7 +222,7 @@ def test_where_no_prompt_gives_a_pair(
     assert rows(tmp_path) == [] and finished_pairs(tmp_path) is None
     # what the message advises can be tried in the same folder: of the answers before, none is worth keeping
     assert work.make(settings(), tmp_path) == 0 and results(tmp_path) == results(unbroken)
-    assert "answers of which no pair came, with other settings: they are removed" in capsys.readouterr().out
+    assert "gave no pair and were made with other settings: they are removed" in capsys.readouterr().out
     assert finished_pairs(tmp_path) is not None
 
 
