@@ -388,7 +388,8 @@ def labelled(
 def _is_unusual_reduction(settings: Mapping[str, Any]) -> bool:
     """Whether an objective takes log-probs otherwise than its option does: DPO on means, not on sums."""
     usual = _usual_reduction(str(settings.get("objective.name")))
-    return usual is not None and settings.get(REDUCTION, usual) != usual
+    alike = {"average"} if usual in ("mean", "importance") else set()  # it keeps either
+    return usual is not None and settings.get(REDUCTION, usual) not in {usual, *alike}
 
 
 @functools.cache

@@ -136,7 +136,9 @@ def test_a_reduction_that_is_not_the_objective_s_own_is_in_the_name() -> None:
     assert labels("sum") == ["dpo"] and labels("mean") == ["dpo reduction=mean"]
     assert labels("mean", "mean") == ["dpo reduction=mean"] * 2
     assert labels("sum", "mean") == ["dpo reduction=sum", "dpo reduction=mean"]
-    assert labels("mean", objective="simpo") == ["simpo"]
+    assert labels("mean", objective="simpo") == labels("average", objective="simpo") == ["simpo"]
+    assert labels("average", objective="tidpo") == ["tidpo"]
+    assert labels("average") == ["dpo reduction=average"]
     assert labels("mean", objective="mine") == ["mine"]  # a user's, of which rcpo knows no usual one
     pairs = contrasts(conditions([run(rc=rc, **{"objective.reduction": "mean"}) for rc in (False, True)]))
     assert [pair.label for pair in pairs] == ["dpo reduction=mean"]
