@@ -160,11 +160,15 @@ def put_in_place(scratch: Path, folder: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a whole file so that a reader, or a crash, sees the old content or the new, nothing between.
 
-    Half of a surrogate pair, which UTF-8 cannot hold, becomes its escape: JSON reads it as the same again.
+    Processes that write the same file do not disturb each other: the last one's content stays. Half of a
+    surrogate pair, which UTF-8 cannot hold, becomes its escape: JSON reads it as the same again.
     """
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)  # of a full disk
