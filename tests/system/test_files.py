@@ -12,7 +12,7 @@ from rcpo.system.files import replace_text
 
 
 def test_two_processes_may_write_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As two commands do that are started in one folder: the other one writes while this one waits for the disk."""
+    """As two commands do that start in one folder: one writes while the other waits for the disk."""
     path, sync, others = tmp_path / "config.yaml", os.fsync, [os.getpid() + 1]
 
     def meanwhile(descriptor: int) -> None:
