@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -105,7 +105,8 @@ class Pool:
             self._free.put(slot)
         if outcome.code == STOPPED and not gave_up:
             self._stopped.set()
-        outcome.write(run_dir)
+        with suppress(OSError):  # a full disk ends one run, not those beside it; the outcome is reported
+            outcome.write(run_dir)
         return outcome
 
     def _wait(

@@ -118,6 +118,22 @@ def test_an_outcome_is_kept_in_the_run_s_folder(body: str, outcome: Outcome, tmp
     assert read_outcome(folder) == outcome
 
 
+@pytest.mark.usefixtures("program")
+def test_an_outcome_that_cannot_be_written_ends_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(outcome: Outcome, run_dir: Path) -> None:
+        if run_dir.name == "full":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Outcome, "write", full)
+    with Pool([{}]) as pool:
+        jobs = [
+            pool.start(run(tmp_path / name, f"sys.exit({code})")) for name, code in (("full", 9), ("b", 0))
+        ]
+        assert [job.result().code for job in jobs] == [1, 0]
+
+
 def test_the_last_message_is_a_record_s_or_a_traceback_s_end(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     assert last_message(log) == "no x.log"
