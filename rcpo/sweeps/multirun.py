@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from rcpo.runs.inputs import completed
 from rcpo.sweeps.naming import refuse_shared_folders
 from rcpo.sweeps.settings import sweep_config
 from rcpo.system.signals import STOPPED
+from rcpo.system.text import os_message
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -152,7 +153,10 @@ Started = Future[Outcome] | Outcome
 
 
 def start(run_dir: Path, config: RunConfig | ConfigError, begin: Callable[[], Started]) -> Started:
-    """Write the run's configuration into its folder and begin it, unless it is refused or complete."""
+    """Write the run's configuration into its folder and begin it, unless it is refused or complete.
+
+    What fails for one run does not end the others.
+    """
     try:
         if isinstance(config, ConfigError):
             raise config
@@ -160,13 +164,17 @@ def start(run_dir: Path, config: RunConfig | ConfigError, begin: Callable[[], St
             print(f"rcpo: {run_dir.name}: complete before", flush=True)
             return Outcome(DONE)
         refuse_other(run_dir, config)
+        save_run_config(config, run_dir / CONFIG_FILE)
     except ConfigError as error:
         outcome = Outcome(REFUSED, str(error))
-        report(run_dir, outcome)
+    except OSError as error:  # a full disk
+        outcome = Outcome(FAILED, os_message(error))
+    else:
+        return begin()
+    report(run_dir, outcome)
+    with suppress(OSError):
         outcome.write(run_dir)
-        return outcome
-    save_run_config(config, run_dir / CONFIG_FILE)
-    return begin()
+    return outcome
 
 
 def report(run_dir: Path, outcome: Outcome) -> None:

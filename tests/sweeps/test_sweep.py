@@ -30,6 +30,7 @@ from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import Outcome, read_outcome
 from rcpo.method.objectives import get_objective
 from rcpo.runs.inputs import PAIRS, TASKS, write_evaluation_settings
+from rcpo.sweeps import multirun
 from rcpo.sweeps.naming import run_name
 
 HERE = "hydra.sweep.dir=out"
@@ -315,6 +316,22 @@ def test_a_folder_that_cannot_be_written_to_is_compared_all_the_same(
     with pytest.raises(OSError, match="Read-only"):
         sweep(["compare=out"])
     assert "preference accuracy" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_whose_configuration_cannot_be_written_ends_no_other(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = multirun.save_run_config
+
+    def full(config: RunConfig, path: Path) -> None:
+        if config.seed == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(config, path)
+
+    monkeypatch.setattr(multirun, "save_run_config", full)
+    assert sweep(["seed=1,2,3", HERE]) == 1
+    assert runs.started == ["seed-1", "seed-3"]
+    assert "seed-2: exit code 1: " in (said := capsys.readouterr().err) and "No space left" in said
 
 
 def test_a_damaged_run_does_not_cost_the_others_their_table(runs: Runs) -> None:
