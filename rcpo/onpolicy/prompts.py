@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +115,15 @@ def _sums(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     return [_prompt(encoder, row, place) for place, row in rows]
 
 
-def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, train: PairDataset) -> Iterator[Prompt]:
-    """The first row of each prompt that `train` holds, read again for what tokens do not show."""
+def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, train: PairDataset) -> Iterable[Prompt]:
+    """The prompts that `train` holds, read again for what tokens do not show.
+
+    Each is that of its first row, with the first chosen response that any of its rows has: those of unpaired
+    data may begin with an unwanted one.
+    """
     encoder = make_encoder(config, tokenizer)
     wanted = {int(prompt) for prompt in train.prompts}
+    found: dict[int, Prompt] = {}
     cache = cache_folder(config.cache)
     memo = None if cache is None else cache / "hashes"
     for spec in train_sources(config):
@@ -128,26 +133,27 @@ def _rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, train: PairDat
                 fitted = encoder.fitted(piece, part.place) if fitted is None else fitted
                 for number, value in piece.parsed():
                     for row in fitted.read(value):
-                        prompt = _wanted(fitted, row, f"{part.label}:{number}", wanted)
-                        if prompt is not None:
-                            yield prompt
-    if wanted:
-        raise ConfigError(f"data: {len(wanted)} prompts of the tokenised data are not in its files any more")
+                        _take(fitted, row, f"{part.label}:{number}", wanted, found)
+    if lost := len(wanted) - len(found):
+        raise ConfigError(f"data: {lost} prompts of the tokenized data are not in its files any more")
+    return found.values()
 
 
-def _wanted(encoder: Encoder, found: Row | BadRow, place: str, wanted: set[int]) -> Prompt | None:
-    """A row's prompt if it is one of those `wanted`, from which it is taken."""
+def _take(
+    encoder: Encoder, read: Row | BadRow, place: str, wanted: set[int], found: dict[int, Prompt]
+) -> None:
+    """Put a row's prompt into `found` if it is one of those `wanted`, or the chosen response that lacks."""
     try:
-        _, row, pair = encoder.render(found, place)
+        _, row, pair = encoder.render(read, place)
     except BadRow:
-        return None
+        return
     if not pair.prompt:
         raise ConfigError(f"{place}: text without a prompt (`text`) leaves nothing to answer")
     name = prompt_hash(prompt_key(row))
-    if name not in wanted:
-        return None
-    wanted.discard(name)
-    return _prompt(encoder, row, place)
+    if name in wanted and name not in found:
+        found[name] = _prompt(encoder, row, place)
+    elif name in found and found[name].chosen is None:
+        found[name] = replace(found[name], chosen=_said(row.chosen))
 
 
 def _prompt(encoder: Encoder, row: Row, place: str) -> Prompt:

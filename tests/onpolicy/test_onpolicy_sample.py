@@ -611,6 +611,24 @@ def test_verifiable_scores_need_a_right_answer(tmp_path: Path) -> None:
         work.make(given, tmp_path / "out")
 
 
+def test_a_prompt_of_unpaired_rows_has_the_chosen_response_of_any_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "unpaired.jsonl"
+    lines = [
+        {"prompt": f"{n}+1=", "completion": f"{n + wrong}", "label": wrong == 1}
+        for n in range(10, 30)
+        for wrong in (2, 1, 3)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = RunConfig()
+    config.data.name, config.data.path, config.data.workers = "pairs", str(path), 0
+    distributed.initialize()
+    tokenizer = load_tokenizer(Path(tiny_llama(tmp_path / "model")), config.model)
+    prompts = load_prompts(config.data, tokenizer, 1, tmp_path / "out").prompts
+    assert len(prompts) == 18
+    assert all(one.chosen == str(int(one.text[:2]) + 1) for one in prompts)
+    assert all(int(one.place.split(":")[1]) % 3 == 1 for one in prompts)  # the first row, an unwanted one
+
+
 def test_a_file_s_prompts_each_once_with_their_first_chosen(tmp_path: Path) -> None:
     path = sums_file(tmp_path / "pairs.jsonl", 20)
     content = Path(path).read_text()
