@@ -115,7 +115,8 @@ def compare(
 ) -> dict[str, float]:
     """Each answer's share of wins over the prompt's others, a tie as half a win, by its key.
 
-    Each two are compared in both orders; an answer has no score where one of its verdicts is missing.
+    Each two are compared in both orders; an answer has no score where one of its verdicts is missing. Where
+    all answers to a prompt are equal, there is nothing to ask, and they tie.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_prompt: defaultdict[str, list[Answer]] = defaultdict(list)
@@ -128,7 +129,8 @@ def compare(
     ]
     asked = judge.questions(config, pairs)
     verdicts = judge.judge(config, endpoint, asked, folder / VERDICTS_FILE, say, stop)
-    return shares_of_wins(asked, verdicts)
+    equal = [group for group in by_prompt.values() if len({one.text for one in group}) == 1]
+    return {one.key: 0.5 for group in equal for one in group} | shares_of_wins(asked, verdicts)
 
 
 def shares_of_wins(asked: Sequence[judge.Question], verdicts: Mapping[str, str]) -> dict[str, float]:

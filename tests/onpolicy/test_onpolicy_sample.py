@@ -22,6 +22,7 @@ from rcpo.config.onpolicy import OnPolicyConfig, PairingConfig, SampleConfig, Sc
 from rcpo.config.schema import RunConfig
 from rcpo.data.dataset import load_datasets
 from rcpo.errors import ConfigError, RunError
+from rcpo.evaluation.endpoint import Endpoint
 from rcpo.models.hub import ModelSource
 from rcpo.models.loading import load_tokenizer, model_folder
 from rcpo.onpolicy import scores, work
@@ -29,7 +30,7 @@ from rcpo.onpolicy.answers import Answer
 from rcpo.onpolicy.kept import Kept
 from rcpo.onpolicy.pairs import finished_pairs
 from rcpo.onpolicy.prompts import Prompt, _written, load_prompts
-from rcpo.onpolicy.ratings import rating_of
+from rcpo.onpolicy.ratings import compare, rating_of
 from rcpo.onpolicy.scoring_models import RewardModel
 from rcpo.onpolicy.settings import Settings
 from rcpo.system import distributed
@@ -551,6 +552,16 @@ def test_a_judge_compares_each_two_answers_in_both_orders(tmp_path: Path) -> Non
     assert all(row["score_chosen"] in (0.5, 0.75, 1.0) for row in made)
     texts = [row["text"] for row in Kept(tmp_path / "answers").read().values()]
     assert asked <= 6 * 3 * 2 and len(texts) == 18
+
+
+def test_equal_answers_tie_without_a_question(tmp_path: Path) -> None:
+    prompt = Prompt("p", "x:1", "2+3=", "2+3=", [], None, {})
+    with JudgeServer().running() as server:
+        judge = judge_settings(server, "pairwise").config.judge
+        answers = [Answer(prompt, number, "5", True) for number in range(3)]
+        found = compare(judge, Endpoint(judge), answers, tmp_path, lambda line: None, lambda: False)
+        assert not server.requests
+    assert found == {"p/0": 0.5, "p/1": 0.5, "p/2": 0.5}
 
 
 def test_a_judge_s_ratings_and_those_that_are_none(tmp_path: Path) -> None:
