@@ -46,7 +46,7 @@ def _heading(plan: Plan) -> list[str]:
         f"{'all' if trained == total else f'{trained:,}'} trained",
         f"{plan.ranks} x {'process on a CPU' if plan.gpu is None else plan.gpu.name}: {', '.join(how)}",
         f"a step: {train.batch_size} pairs, {work.microbatches} micro-batch(es) of "
-        f"{train.microbatch(plan.ranks)} a rank, {work.tokens:,} tokens with padding ({work.source})",
+        f"{train.microbatch(plan.ranks)} per rank, {work.tokens:,} tokens with padding ({work.source})",
         f"the largest micro-batch: {rows.rows} row(s) of {rows.length:,} tokens, {rows.responses:,} scored",
     ]
 
@@ -108,7 +108,7 @@ def _communication(plan: Plan) -> Table:
 def _time(plan: Plan) -> list[str]:
     work = plan.workload
     lines = [
-        f"{work.steps:,} steps, {work.total_tokens:,} tokens, {plan.work.flops:.3g} FLOP a step and rank"
+        f"{work.steps:,} steps, {work.total_tokens:,} tokens, {plan.work.flops:.3g} FLOP per step and rank"
     ]
     times = plan.times
     if times is None or plan.seconds is None or plan.gpu_hours is None:

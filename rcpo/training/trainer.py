@@ -445,7 +445,7 @@ def _prepare(
     if session.config.train.micro_batch_size is None:
         ranks = distributed.world_size()
         size, parts = session.config.train.microbatch(ranks), session.config.train.accumulation(ranks)
-        tracker.message(f"train.micro_batch_size=null: {size} pairs a process, {parts} times a step")
+        tracker.message(f"train.micro_batch_size=null: {size} pairs per process, {parts} times per step")
     if any(distributed.gather_objects(bool(stop))):
         raise Stopped("stopped before the first step")
     session.prepare_reference(tracker.message, stop.__bool__)

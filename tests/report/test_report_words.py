@@ -155,7 +155,7 @@ def test_every_downstream_score_is_joined(tmp_path: Path) -> None:
     ]
     run = a_run(tmp_path / "run", metrics=rows(1), evaluation=values)
     main, judged, length, scores, dynamics = tables.held_out(run)
-    assert list(main.rows) == [("exact match", "50 %"), ("KL to the reference, an answer", "0.12")]
+    assert list(main.rows) == [("exact match", "50 %"), ("KL to the reference per answer", "0.12")]
     assert list(length.rows) == [("1-1", "50 %"), ("16-31", "25 %")]
     assert list(judged.rows) == [
         ("win rate", "60 % [50 %, 70 %]"),
