@@ -9,7 +9,7 @@ from rcpo.config.composition import resolved_dir, user_part
 from rcpo.config.parsing import parse
 from rcpo.errors import ConfigError
 from rcpo.launch.checks import check
-from rcpo.launch.folder import ready_folder
+from rcpo.launch.folder import keeping, ready_folder
 from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import world_size
 from rcpo.launch.run import TASKS, launch
@@ -42,4 +42,5 @@ def evaluate(arguments: Sequence[str]) -> int:
     config.train.batch_size = (config.train.micro_batch_size or 1) * world_size(config)
     check(config, world_size(config))
     task = TASKS["evaluate"]
-    return launch(config, ready_folder(config, run_dir, task.record), task)
+    end = keeping(run_dir / task.record / CONFIG_FILE)  # what the figures there were measured with
+    return end(launch(config, ready_folder(config, run_dir, task.record), task))

@@ -14,14 +14,14 @@ from rcpo.config.onpolicy import ScoreConfig, onpolicy_config
 from rcpo.config.parsing import parse
 from rcpo.config.schema import RunConfig
 from rcpo.launch.checks import check
+from rcpo.launch.folder import keeping
 from rcpo.launch.logs import configure_log
-from rcpo.launch.outcomes import DONE, REFUSED
+from rcpo.launch.outcomes import DONE
 from rcpo.launch.ranks import is_first, world_size
 from rcpo.models import hub
 from rcpo.onpolicy.settings import SETTINGS_FILE, Settings, dated
 from rcpo.onpolicy.start import start
 from rcpo.runs.folder import refuse_locked
-from rcpo.system.files import replace_text
 
 NODES = ("sample", "score", "pairing")
 _OWN = (*NODES, "hydra")
@@ -37,15 +37,12 @@ def sample(arguments: Sequence[str]) -> int:
     ready(settings)
     path = folder / SETTINGS_FILE
     dated(settings.config, path)
-    before = path.read_text(encoding="utf-8") if is_first() and path.exists() else None
+    end = keeping(path)  # what the answers there were made with
     if is_first():
         refuse_locked(folder)
         settings.write(folder)
     configure_log(folder, file=is_first())
-    code = start(settings, folder if is_first() else None)
-    if code == REFUSED and before is not None:
-        replace_text(path, before)  # what the answers there were made with
-    return code
+    return end(start(settings, folder if is_first() else None))
 
 
 def _settings(call: Call) -> tuple[Settings, Path]:

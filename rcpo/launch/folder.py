@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from rcpo.config.changes import refuse_other_run
@@ -10,6 +11,7 @@ from rcpo.config.parsing import save_run_config
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.logs import configure_log
+from rcpo.launch.outcomes import REFUSED
 from rcpo.launch.ranks import is_first, world_size
 from rcpo.runs.folder import (
     CHECKPOINTS,
@@ -20,6 +22,7 @@ from rcpo.runs.folder import (
     stored_state,
 )
 from rcpo.runs.inputs import read_inputs, refuse_other_training, standing
+from rcpo.system.files import replace_text
 from rcpo.system.text import os_message
 
 
@@ -73,6 +76,18 @@ def ready_folder(config: RunConfig, run_dir: Path, record: str = ".") -> Path | 
         save_run_config(config, run_dir / record / CONFIG_FILE)
     configure_log(run_dir, file=is_first())
     return run_dir if is_first() else None
+
+
+def keeping(path: Path) -> Callable[[int], int]:
+    """Return a function that passes an exit code on and, after a refusal, writes the file as it is now."""
+    before = path.read_text(encoding="utf-8") if is_first() and path.exists() else None
+
+    def end(code: int) -> int:
+        if code == REFUSED and before is not None:
+            replace_text(path, before)
+        return code
+
+    return end
 
 
 def make_folder(folder: Path, key: str) -> None:

@@ -377,6 +377,15 @@ def test_a_run_that_was_continued_and_moved_is_evaluated_where_it_is_now(
     assert runs[-1][1] == Path.cwd() / "moved"
 
 
+def test_a_refused_evaluation_leaves_the_record_of_the_one_before(
+    runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code, seed in ((0, 5), (2, 6)):
+        monkeypatch.setattr("rcpo.commands.evaluate.launch", lambda *_, code=code: code)
+        assert evaluate([f"seed={seed}", "hydra.run.dir=mine"]) == code
+    assert load_run_config(Path("mine/evaluation")).seed == 5
+
+
 def test_a_run_is_evaluated_in_its_own_folder_alone(runs: list[tuple[RunConfig, Path]]) -> None:
     train(["hydra.run.dir=mine"])
     Path("mine", "metrics.jsonl").touch()
