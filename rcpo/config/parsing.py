@@ -69,8 +69,13 @@ def to_container(config: RunConfig) -> dict[str, Any]:
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML; `load_run_config` reads it back."""
-    replace_text(path, OmegaConf.to_yaml(OmegaConf.create(to_container(config))))
+    """Write the resolved configuration as YAML; `load_run_config` reads it back.
+
+    A file that holds it already is left as it is: a command that finds nothing left to do changes nothing.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.create(to_container(config)))
+    if not path.is_file() or path.read_bytes() != text.encode():
+        replace_text(path, text)
 
 
 def read_tree(path: Path) -> DictConfig:
