@@ -307,12 +307,16 @@ def test_a_run_s_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> N
 
 
 def test_a_full_disk_leaves_a_run_its_configuration(tmp_path: Path) -> None:
-    """A continued run writes its configuration again; half of one, or none, would read as defaults."""
+    """A continued run writes its configuration anew; half of one, or none, would read as defaults."""
     config = RunConfig(seed=7)
     config.trackio.project = "mine"  # at the end of the file
-    save_run_config(config, tmp_path / "config.yaml")
+    path = tmp_path / "config.yaml"
+    save_run_config(config, path)
     with files_no_longer_than(100), pytest.raises(OSError, match="File too large"):
-        save_run_config(config, tmp_path / "config.yaml")
+        save_run_config(RunConfig(seed=8), path)
+    assert load_run_config(tmp_path) == config
+    with files_no_longer_than(100):
+        save_run_config(config, path)  # which is there: nothing is written
     assert load_run_config(tmp_path) == config
 
 
