@@ -28,7 +28,14 @@ from rcpo.config.schema import RunConfig
 from rcpo.engine.pieces import Piece
 from rcpo.engine.zero import Engine
 from rcpo.errors import RunError
-from rcpo.runs.folder import CHECKPOINTS, DAMAGED, STATE_FILE, checkpoint_folders, damaged_folders
+from rcpo.runs.folder import (
+    CHECKPOINTS,
+    DAMAGED,
+    STATE_FILE,
+    checkpoint_folder,
+    checkpoint_folders,
+    damaged_folders,
+)
 from rcpo.system import distributed
 from rcpo.system.files import replace_text, sync_folder
 
@@ -134,10 +141,6 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
         self._moving = Lock()  # the heartbeat's thread may end the run
         _writers.add(self)
-
-    def place(self, step: int) -> Path:
-        """The folder of a step's checkpoint."""
-        return self.folder / f"step-{step}"
 
     def save(
         self,
@@ -251,7 +254,7 @@ class CheckpointWriter:
 
     def _place(self, pending: _Pending) -> None:
         step = pending.step
-        scratch, place = self._scratch(step), self.place(step)
+        scratch, place = self._scratch(step), checkpoint_folder(self.run_dir, step)
         records = [_read_record(path) for path in self._records(step)]
         files = {f"{TENSORS}/{record['file']}": record["written"] for record in records}
         state = {**pending.state, "rng": [record["rng"] for record in records]}
@@ -296,7 +299,8 @@ class CheckpointWriter:
     def _refuse(self, step: int, problem: str | None) -> None:
         if problem is not None:
             raise RunError(
-                f"the checkpoint {self.place(step)} could not be written: {problem}; earlier ones are intact"
+                f"the checkpoint {checkpoint_folder(self.run_dir, step)} could not be written: {problem}; "
+                "earlier ones are intact"
             )
 
 

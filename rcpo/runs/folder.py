@@ -134,6 +134,11 @@ def is_locked(run_dir: Path) -> bool:
     return False
 
 
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run_dir / CHECKPOINTS / f"step-{step}"
+
+
 def checkpoint_folders(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of each checkpoint there, newest first, unverified."""
     return _steps(run_dir, damaged=False)

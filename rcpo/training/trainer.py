@@ -32,13 +32,13 @@ from rcpo.errors import ConfigError, RunError
 from rcpo.method.types import TokenBatch
 from rcpo.runs.environment import write_environment
 from rcpo.runs.folder import (
-    CHECKPOINTS,
     CONFIG_FILE,
     DATA_FILE,
     ENVIRONMENT_FILE,
     EVALUATED,
     FINAL,
     FINISHED_FILE,
+    checkpoint_folder,
     finished_state,
     locked,
 )
@@ -412,7 +412,7 @@ def _catch_up(session: Session, state: dict[str, Any], values: dict[str, Any]) -
 def write_best(session: Session, best: BestStep, step: int, tell: Callable[[str], None]) -> None:
     """Write `best/`, where `checkpoint.best` is set; the policy has the weights after `step`. Collective."""
     if best.step is not None:
-        checkpoint = session.run_dir / CHECKPOINTS / f"step-{best.step}"
+        checkpoint = checkpoint_folder(session.run_dir, best.step)
         problem = save_best(session, checkpoint, best.step == step)
         tell(f"best/ is step {best.step}, with {best}" if problem is None else problem)
 
