@@ -127,7 +127,7 @@ def install(shell: str | None = None) -> int:
     before = settings.read_text(encoding="utf-8", errors="replace") if settings.exists() else ""
     if line not in before.splitlines():
         gap = "" if not before or before.endswith("\n") else "\n"
-        with settings.open("a", encoding="utf-8") as out:  # what is there is never written again
+        with settings.open("a", encoding="utf-8") as out:  # so that a full disk cannot empty it
             out.write(f"{gap}{line}\n")
     print(f"rcpo: wrote {file}, which {settings} now reads; new {shell} shells complete rcpo")
     return 0

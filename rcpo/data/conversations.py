@@ -14,7 +14,7 @@ from rcpo.data.records import BadRow, Message
 TURN = "Assistant:"
 _TURNS = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _JSON_MESSAGES = re.compile(r'\s*\[?\s*\{\s*"(role|from|content|value)"\s*:')
-_BROKEN_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|from)"\s*:')  # a text that begins so is no answer
+_BROKEN_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(role|from)"\s*:')  # not an answer, even if it is broken
 _PYTHON_LIST = re.compile(
     r"\s*(array\()?\[?\s*\{\s*('(role|from)'\s*:.*'(content|value)'|'(content|value)'\s*:.*'(role|from)')\s*:",
     re.DOTALL,

@@ -96,7 +96,7 @@ def read_row(row: dict[str, Any]) -> Row:
 
 
 def _are_rows(value: Any) -> bool:
-    """Whether a value is a list of objects that are no messages."""
+    """Whether a value is a list of objects other than messages."""
     return (
         isinstance(value, list) and bool(value) and isinstance(value[0], dict) and speaker(value[0]) is None
     )

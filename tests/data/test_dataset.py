@@ -436,7 +436,7 @@ def test_a_set_that_cannot_be_fetched_says_what_to_do() -> None:
 
 
 def test_messages_with_times_and_ids_are_one_prompt_where_their_words_are(tmp_path: Path) -> None:
-    """As in WildChat's Parquet files: what JSON cannot hold is no obstacle, and what differs is no prompt."""
+    """Times and decimals, as in WildChat's Parquet files, neither fail nor make another prompt."""
 
     def said(role: str, text: str, number: int) -> dict[str, Any]:
         extra = {"timestamp": datetime(2024, 1, 1, number), "cost": Decimal(number), "id": number}

@@ -212,7 +212,7 @@ def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, suffix: 
 
 
 def test_a_stream_that_breaks_off_is_told_whichever_library_says_so() -> None:
-    """The hub's client raises errors of its HTTP library, which are no OSError."""
+    """The hub's client raises its HTTP library's errors, which are not OSErrors."""
 
     class Breaking:
         def with_format(self, _: str) -> Any:

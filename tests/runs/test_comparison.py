@@ -60,7 +60,7 @@ def test_a_number_written_as_1_or_as_1_point_0_is_one_condition() -> None:
     runs = [run(seed=seed, **own) for seed, own in enumerate(written)]
     (condition,) = conditions(runs)
     assert len(condition.runs) == 2 and differing([each.settings for each in runs]) == []
-    assert len(conditions([run(**{"train.shuffle": flag}) for flag in (True, 1)])) == 2  # true is no number
+    assert len(conditions([run(**{"train.shuffle": flag}) for flag in (True, 1)])) == 2  # true is not 1
 
 
 def test_what_a_run_shows_and_where_it_runs_makes_no_condition() -> None:
