@@ -114,6 +114,20 @@ def test_other_ranks_write_nothing_and_never_import_wandb(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["quiet"]
 
 
+def test_wandb_starts_without_the_modules_of_its_launch_agent(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from rcpo.config.schema import RunConfig, WandbConfig\n"
+        "from rcpo.runs.tracker import Tracker\n"
+        "with Tracker(Path(sys.argv[1]), RunConfig(wandb=WandbConfig(mode='offline')), 2, True) as t:\n"
+        "    t.log({'step': 1})\n"
+        "assert 'wandb' in sys.modules and 'wandb.sdk.launch.agent' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 def wandb_records(run_dir: Path) -> list[Any]:
     """The records of every offline run in the folder, oldest first.
 
