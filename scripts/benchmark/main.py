@@ -321,8 +321,8 @@ class Bench:
     def start(self) -> None:
         """The default run with nothing cached, and again."""
         rows, result = [], {}
-        environment = os.environ | {"RCPO_CACHE": str(self.work / "start-cache"), "OMP_NUM_THREADS": "1",
-                                    "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}  # fmt: skip
+        environment = os.environ | {"RCPO_CACHE": str(self.work / "start-cache"), "PYTHONPATH": str(ROOT),
+                                    "WANDB_MODE": "offline"}  # fmt: skip
         for name in ("nothing cached", "reference cached"):
             folder = self.work / "start" / name.split()[0]
             command = [sys.executable, "-m", "rcpo.cli", "train", f"hydra.run.dir={folder}"]

@@ -40,7 +40,9 @@ class Side:
             "OMP_NUM_THREADS": str(threads),
             "TQDM_DISABLE": "1",
             "HF_HUB_OFFLINE": "1",
-            "OMP_WAIT_POLICY": "passive",  # threads that wait do not take the other side's turn
+            # as the command sets it: threads that wait soon leave the other side its turn
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "2000",
         }
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         if not torch.cuda.is_available():
