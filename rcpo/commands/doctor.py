@@ -20,6 +20,7 @@ from rcpo.config.paths import conf_dir
 from rcpo.launch.outcomes import DONE, FAILED
 from rcpo.launch.ranks import external_ranks
 from rcpo.runs.environment import installed_version
+from rcpo.system.machine import cores
 from rcpo.system.text import first_line, text_lines
 
 GOOD, WARN, BAD = "ok", "warn", "fail"
@@ -156,12 +157,12 @@ def _compiler() -> list[Finding]:
 
 
 def _ranks() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = cores()
     ranks = external_ranks()
     if ranks is None:
         return [
             Finding(
-                "ranks", GOOD, f"one process, {cores} cores", f"launch.processes={cores} at most is useful"
+                "ranks", GOOD, f"one process, {count} cores", f"launch.processes={count} at most is useful"
             )
         ]
     found = f"rank {ranks.rank} of {ranks.world_size}, started by {ranks.launcher}"

@@ -22,6 +22,7 @@ from typing import IO, Any
 from rcpo.data.encode import Encoded, Encoder
 from rcpo.data.readers import RowBlock
 from rcpo.errors import ConfigError
+from rcpo.system.machine import cores
 
 ALONE = 6  # pieces that this process encodes by itself: as long as the workers would take to start
 AHEAD = 2  # pieces for each worker that are read before they are asked for
@@ -50,11 +51,6 @@ def encode_all(
         yield from pool.map(chain(head, remaining))
     finally:
         pool.close()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Pool:

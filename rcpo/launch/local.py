@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.launch.outcomes import DONE, FAILED, REFUSED, WORKER
 from rcpo.runs.folder import LOG_FILE
+from rcpo.system.machine import cores
 from rcpo.system.signals import STOP_SIGNALS, STOPPED, signal_name
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def launch_workers(processes: int, command: list[str], node: Node | None = None)
 
     # the agent's own reports would come beside ours; failures come as an exception anyway
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks_share = {"OMP_NUM_THREADS": str(max(1, cores // processes)), WORKER: "1"}
+    ranks_share = {"OMP_NUM_THREADS": str(max(1, cores() // processes)), WORKER: "1"}
     with tempfile.TemporaryDirectory(prefix="rcpo-launch-") as folder:
         agent = LaunchConfig(
             **_meeting(node, Path(folder).name),

@@ -16,6 +16,7 @@ from types import TracebackType
 from rcpo.launch.local import forward_signals, run_command
 from rcpo.launch.outcomes import Outcome, outcome_of, size_of
 from rcpo.runs.folder import CONSOLE_FILE, LOG_FILE
+from rcpo.system.machine import cores
 from rcpo.system.signals import STOPPED
 
 _POLL_SECONDS = 0.5
@@ -38,7 +39,7 @@ def slots(parallel: int | None, processes: int) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": ",".join(groups[i % len(groups)])} for i in range(count)]
     if "OMP_NUM_THREADS" in os.environ:
         return [{}] * count
-    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (count * processes)))}] * count
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // (count * processes)))}] * count
 
 
 def _devices() -> list[str]:

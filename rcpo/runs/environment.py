@@ -16,6 +16,7 @@ from typing import Any
 
 from rcpo.runs.folder import read_object
 from rcpo.system.files import replace_text
+from rcpo.system.machine import cores
 
 PACKAGES = (
     "torch",
@@ -64,7 +65,7 @@ def describe_environment() -> dict[str, Any]:
         "git": git_state(Path(__file__)),
         "hardware": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
             "memory_bytes": _memory_bytes(),
             "gpus": _gpu_names(),
         },

@@ -1,12 +1,15 @@
 """A run's folder: who trains in it, its checkpoints, what it wrote down. Nothing here imports torch.
 
-The lock is the kernel's: it goes when its holder dies, however it dies.
+The lock is the kernel's: it goes when its holder dies, however it dies. NFS makes an exclusive lock of a file
+that is open for writing, and a shared one of a file that is open for reading.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -61,24 +64,34 @@ EVALUATED = "evaluated"  # in it: whether the evaluation at the end succeeded
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where it was built
 DAMAGED = ".damaged"  # ends the name of a checkpoint that was set aside
 _NAME = re.compile(r"step-(\d+)(\.damaged)?")
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)  # what a lock that another process has raises
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder's lock; raise ConfigError, naming the holder, where another process has it.
 
-    A file system without locks (some network ones) gives none, and two runs are then not kept apart.
+    A file system without locks (some network ones) gives none, and two runs are then not kept apart, which a
+    warning reports.
     """
     path = run_dir / LOCK_FILE
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ConfigError(
-                f"{run_dir} is in use: {holder} trains in it; wait for it, or choose another hydra.run.dir"
-            ) from error
+        except OSError as error:
+            if error.errno in _HELD:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ConfigError(
+                    f"{run_dir} is in use: {holder} trains in it; wait for it, or choose another hydra.run.dir"
+                ) from error
+            log.warning(
+                "%s cannot be locked (%s), so nothing keeps a second run out: start one at a time there",
+                run_dir,
+                error.strerror,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -88,7 +101,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def sweeping(sweep_dir: Path) -> Iterator[None]:
     """Mark a folder, while entered, as one whose runs this process starts one after another."""
-    with (sweep_dir / SWEEP_LOCK).open("a", encoding="utf-8") as file:
+    with (sweep_dir / SWEEP_LOCK).open("a+", encoding="utf-8") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
         yield
@@ -97,7 +110,7 @@ def sweeping(sweep_dir: Path) -> Iterator[None]:
 def is_sweeping(sweep_dir: Path) -> bool:
     """Whether a process is starting the runs in a folder at this moment."""
     try:
-        with (sweep_dir / SWEEP_LOCK).open(encoding="utf-8") as file:
+        with (sweep_dir / SWEEP_LOCK).open("r+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import fcntl
 import io
 import json
 import os
@@ -471,6 +473,19 @@ def test_other_data_and_another_model_are_refused(trained: Trainer, saved: Path)
 def test_the_stored_configuration_is_that_of_the_run(config: RunConfig, saved: Path) -> None:
     assert (stored_state(saved) or {})["config"] == to_container(config)
     assert stored_state(saved / "nothing") is None
+
+
+def test_a_file_system_without_locks_keeps_no_run_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: object, operation: int) -> None:  # as of Lustre, mounted without `flock`
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path):
+        pass
+    (message,) = caplog.messages
+    assert f"{tmp_path} cannot be locked (Function not implemented)" in message
 
 
 def test_two_runs_in_a_folder_the_second_is_refused(tmp_path: Path) -> None:

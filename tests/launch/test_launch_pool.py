@@ -202,7 +202,9 @@ def test_slots_share_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots(None, 1) == [{}]
     assert slots(2, 1) == [{}, {}]
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    # of a node of 64 cores a job has 8
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     assert slots(2, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
 
 

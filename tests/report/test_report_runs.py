@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from rcpo.config.paths import conf_dir
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import Outcome
 from rcpo.report.runs import Status, find_runs, read_run, read_runs
-from rcpo.runs.folder import sweeping
+from rcpo.runs.folder import is_sweeping, sweeping
 
 
 def test_runs_are_found_at_any_depth_and_counted_naturally(tmp_path: Path) -> None:
@@ -128,6 +130,23 @@ def test_a_run_of_a_sweep_under_way_is_queued(tmp_path: Path) -> None:
         with sweeping(tmp_path):  # two calls may fill one folder
             assert read_run(folder, "run").status is Status.QUEUED
     assert read_run(folder, "run").status is Status.ENDED
+
+
+def test_a_sweep_under_way_is_seen_on_nfs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def of_nfs(file: IO[str], operation: int) -> None:
+        """Locks of ranges of bytes stand behind it, which depend on how the file is open."""
+        wanted = file.writable() if operation & fcntl.LOCK_EX else file.readable()
+        if not wanted:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    assert not is_sweeping(tmp_path)
+    with sweeping(tmp_path):
+        assert is_sweeping(tmp_path)
+    assert not is_sweeping(tmp_path)
 
 
 def test_watching_goes_on_while_a_run_waits(tmp_path: Path) -> None:
