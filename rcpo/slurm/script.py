@@ -128,10 +128,10 @@ def _srun(slurm: SlurmConfig) -> list[str]:
     """srun's own flags.
 
     A rank that ended takes the others with it only after they had time to save, and SLURM to find a lost node
-    (SlurmdTimeout, 300 s unless set): a step that ends before has failed, and is not requeued.
+    (SlurmdTimeout, 300 s unless set): a step that ends before has failed, and is not requeued. The ranks get the
+    script's environment even where the job was submitted without one (`--export=NONE`).
     """
-    cores = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
-    return ["--wait=360", *cores, *slurm.srun]
+    return ["--wait=360", "--export=ALL", *slurm.srun]
 
 
 def _conclusion(job: BatchJob, slurm: SlurmConfig, interpreter: str) -> list[str]:

@@ -113,13 +113,27 @@ def test_a_shell_runs_the_script_as_it_was_meant(code: int, end: int, requeue: b
     assert (log / "module").read_text() == "load gcc/13 cuda/12\n"
     given = {path.stem: path.read_text().splitlines() for path in log.glob("*.log")}
     image = ["apptainer", "exec", "my image.sif"]
-    assert given["srun"] == ["--wait=360", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
+    assert given["srun"] == ["--wait=360", "--export=ALL", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
     assert (log / "pwd").read_text().strip() == str(cwd)
     found = (log / "env").read_text().splitlines()
     for line in ("NCCL_SOCKET_IFNAME=ib0 $X", "MINE=yes", f"PYTHONPATH={run / 'code'}", "OMP_NUM_THREADS=1"):
         assert line in found
     assert given["apptainer"] == [*image[1:], "python", "-m", "rcpo.slurm.conclude", str(run), str(end)]
     assert given.get("scontrol", []) == (["requeue", "9"] if end == 75 and requeue else [])
+
+
+@pytest.mark.parametrize("cores", [None, "6"])
+def test_a_task_gets_the_cores_that_the_job_asked_for(cores: str | None, tmp_path: Path) -> None:
+    by_hand = Path(__file__).parents[2] / "scripts" / "train.sbatch"
+    job = BatchJob(tmp_path / "run", "train", tmp_path / "code", tmp_path, ["rcpo.launch"])
+    for script in (render(job, SlurmConfig(python="true")), by_hand.read_text()):
+        environment = programs(tmp_path, {"srun": 'env >"$LOG/env"', "rcpo": ""})
+        environment["SLURM_SUBMIT_DIR"] = str(tmp_path)
+        if cores is not None:  # as sbatch sets it, also where the script's line was edited
+            environment["SLURM_CPUS_PER_TASK"] = cores
+        subprocess.run(["bash", "-c", script], env=environment, check=True)
+        found = dict(line.partition("=")[::2] for line in (tmp_path / "env").read_text().splitlines())
+        assert (found.get("SRUN_CPUS_PER_TASK"), found["OMP_NUM_THREADS"]) == (cores, cores or "1")
 
 
 def test_a_module_that_cannot_be_loaded_ends_the_job(tmp_path: Path) -> None:
