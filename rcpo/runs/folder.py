@@ -85,7 +85,8 @@ def locked(run_dir: Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ConfigError(
-                    f"{run_dir} is in use: {holder} trains in it; wait for it, or choose another hydra.run.dir"
+                    f"{run_dir} is in use: {holder} trains in it; wait for it, or choose another "
+                    "hydra.run.dir"
                 ) from error
             log.warning(
                 "%s cannot be locked (%s), so nothing keeps a second run out: start one at a time there",

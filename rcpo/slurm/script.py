@@ -128,8 +128,8 @@ def _srun(slurm: SlurmConfig) -> list[str]:
     """srun's own flags.
 
     A rank that ended takes the others with it only after they had time to save, and SLURM to find a lost node
-    (SlurmdTimeout, 300 s unless set): a step that ends before has failed, and is not requeued. The ranks get the
-    script's environment even where the job was submitted without one (`--export=NONE`).
+    (SlurmdTimeout, 300 s unless set): a step that ends before has failed, and is not requeued. The ranks get
+    the script's environment even where the job was submitted without one (`--export=NONE`).
     """
     return ["--wait=360", "--export=ALL", *slurm.srun]
 

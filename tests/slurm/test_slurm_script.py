@@ -113,7 +113,8 @@ def test_a_shell_runs_the_script_as_it_was_meant(code: int, end: int, requeue: b
     assert (log / "module").read_text() == "load gcc/13 cuda/12\n"
     given = {path.stem: path.read_text().splitlines() for path in log.glob("*.log")}
     image = ["apptainer", "exec", "my image.sif"]
-    assert given["srun"] == ["--wait=360", "--export=ALL", "--label", *image, "python", "-m", "rcpo.launch", str(run)]
+    flags, command = ["--wait=360", "--export=ALL", "--label"], ["python", "-m", "rcpo.launch", str(run)]
+    assert given["srun"] == [*flags, *image, *command]
     assert (log / "pwd").read_text().strip() == str(cwd)
     found = (log / "env").read_text().splitlines()
     for line in ("NCCL_SOCKET_IFNAME=ib0 $X", "MINE=yes", f"PYTHONPATH={run / 'code'}", "OMP_NUM_THREADS=1"):
