@@ -134,6 +134,9 @@ def _with_foreign(arguments: Sequence[str]) -> list[str]:
     made = convert(read_foreign(Path(file)))
     settings = as_overrides(made, words)
     print(f"rcpo: {file} is here: {' '.join(settings)}", file=sys.stderr)
+    for key, note in made.notes.items():
+        if given := [setting for setting in settings if setting.partition("=")[0] == key]:
+            print(f"rcpo: {file}: {given[0]} {note}", file=sys.stderr)
     for key, reason in made.left.items():
         print(f"rcpo: {file}: {key} is not converted{f' ({reason})' if reason else ''}", file=sys.stderr)
     return [*settings, *words]

@@ -1,7 +1,6 @@
 """Settings of TRL, LLaMA-Factory, and alignment-handbook as overrides, and what has no counterpart here.
 
-Key names are those of TRL's DPOConfig, CPOConfig, KTOConfig, ModelConfig, and ScriptArguments, of
-LLaMA-Factory's training YAML, and of the handbook's recipes. A key whose meaning differs is left out.
+A key whose meaning differs is left out.
 """
 
 from __future__ import annotations
@@ -13,130 +12,33 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from rcpo.config.foreign_names import (
+    ATTENTION,
+    DIVERGENCES,
+    HINTS,
+    INTERVALS,
+    LOSSES,
+    NUMBERS,
+    OPTIMIZERS,
+    PLACES,
+    SAME,
+    SCHEDULES,
+    SILENT,
+    STRATEGIES,
+    SWITCHES,
+    UNLIMITED,
+)
 from rcpo.errors import ConfigError
 from rcpo.system.text import first_line
-
-# their key: ours, where the value is the same
-SAME = {
-    "learning_rate": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "adam_epsilon": "optim.eps",
-    "seed": "seed",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "per_device_eval_batch_size": "eval.batch_size",
-    "logging_steps": "log.every",
-    "eval_steps": "eval.every",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "output_dir": "hydra.run.dir",
-    "model_name_or_path": "model.path",
-    "model_revision": "model.revision",
-    "trust_remote_code": "model.trust_remote_code",
-    "adapter_name_or_path": "adapter.path",
-    "lora_r": "adapter.r",
-    "lora_rank": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "ref_model": "reference.path",
-    "ref_model_mixup_alpha": "reference.mixup",
-    "dataset_name": "data.path",
-    "dataset_config": "data.subset",
-    "dataset_train_split": "data.split",
-    "dataset_test_split": "data.eval_split",
-    "dataset_streaming": "data.streaming",
-    "streaming": "data.streaming",
-    "max_samples": "data.max_examples",
-    "max_length": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "max_prompt_length": "data.max_prompt_length",
-    "truncation_mode": "data.truncation",
-    "dataset_num_proc": "data.workers",
-    "preprocessing_num_workers": "data.workers",
-    "val_size": "data.eval_fraction",
-    "label_smoothing": "objective.epsilon",
-    "dpo_label_smoothing": "objective.epsilon",
-    "rpo_alpha": "objective.nll_coef",
-    "pref_ftx": "objective.nll_coef",
-    "simpo_gamma": "objective.gamma",
-    "desirable_weight": "objective.lambda_chosen",
-    "undesirable_weight": "objective.lambda_rejected",
-    "kto_chosen_weight": "objective.lambda_chosen",
-    "kto_rejected_weight": "objective.lambda_rejected",
-    "ld_alpha": "objective.length_alpha",
-}
-LOSSES = {
-    "sigmoid": "dpo",
-    "hinge": "hinge",
-    "ipo": "ipo",
-    "robust": "robust",
-    "exo_pair": "exo",
-    "nca_pair": "nca",
-    "bco_pair": "bco",
-    "sppo_hard": "sppo",
-    "aot_pair": "aot",
-    "aot_unpaired": "aot_unpaired",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "discopop": "discopop",
-    "sft": "sft",
-    "simpo": "simpo",
-    "orpo": "orpo",
-    "kto": "kto",
-    "kto_pair": "kto",
-}
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "cosine_with_min_lr": "cosine_with_min_lr",
-}
-OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw") | {
-    "sgd": "sgd",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-}
-ATTENTION = {
-    "fa2": "flash_attention_2",
-    "flash_attention_2": "flash_attention_2",
-    "sdpa": "sdpa",
-    "eager": "eager",
-}
-HINTS = {
-    "lora_dropout": "adapters have no dropout",
-    "deepspeed": "choose engine=zero0 to zero3_offload",
-    "template": "rcpo takes the tokenizer's template; see data.template",
-    "chat_template": "rcpo takes the tokenizer's template; see data.template",
-    "dataset": "name the file: data=pairs data.path=FILE",
-    "push_to_hub": "afterwards: rcpo push run=DIR repo=OWNER/NAME",
-    "hub_model_id": "afterwards: rcpo push run=DIR repo=OWNER/NAME",
-    "run_name": "see tracking and wandb.name",
-    "resume_from_checkpoint": "resume=auto continues in hydra.run.dir",
-}
-NUMBERS = {
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("adam_beta1", "adam_beta2", "ref_model_sync_steps", "gamma_beta_ratio", "beta", "pref_beta"),
-}
-SWITCHES = {"bf16", "fp16", "precompute_ref_log_probs", "use_peft", "load_in_4bit", "sync_ref_model"}
-# what rcpo decides itself, or always does
-SILENT = {
-    "do_train",
-    "do_eval",
-    "overwrite_output_dir",
-    "overwrite_cache",
-    "remove_unused_columns",
-    "log_level",
-}
 
 
 @dataclass
 class Conversion:
-    """`settings` are ours by key; `left` says of each of their keys that is not converted why."""
+    """`settings` are ours by key, with `notes` on some; `left` says why a key of theirs is not converted."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def choose(self, their_key: str, value: Any, known: Mapping[str, str], ours: str) -> None:
         """Set ours to what a name of theirs is called here; a name without a counterpart is left."""
@@ -178,7 +80,7 @@ def convert(tree: Mapping[str, Any]) -> Conversion:
 def _readable(tree: Mapping[str, Any], left: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """The keys with a value, numbers as numbers; `left` gets those that should be a number or a switch."""
     for name, value in tree.items():
-        if value is None or name in SILENT:
+        if name in SILENT or (value is None and name not in UNLIMITED):
             continue
         if name in SWITCHES and not isinstance(value, bool):
             left[name] = f"{value!r} is not true or false"
@@ -206,41 +108,138 @@ def _finish(made: Conversion, tree: Mapping[str, Any]) -> None:
         ours["model"] = "local"
     if "data.path" in ours or "data.sources" in ours:
         ours["data"] = "pairs"
-    four_bits = bool(tree.get("load_in_4bit")) or tree.get("quantization_bit") == 4
-    if tree.get("use_peft") or tree.get("finetuning_type") == "lora":
-        ours["adapter"] = "qlora" if four_bits else "lora"
-    else:
-        for key in [key for key in ours if key.startswith("adapter.")]:
-            del ours[key]
+    _finish_adapter(made, tree)
+    _finish_batch(made, tree)
+    _finish_lengths(made, tree)
+    _finish_schedule(made, tree)
+    _finish_reference(made, tree)
+    _finish_objective(made, tree)
+    if "adam_beta1" in tree or "adam_beta2" in tree:
+        ours["optim.betas"] = [tree.get("adam_beta1", 0.9), tree.get("adam_beta2", 0.999)]
+
+
+def _finish_adapter(made: Conversion, tree: Mapping[str, Any]) -> None:
+    bits, kind = tree.get("quantization_bit"), tree.get("finetuning_type")
+    if bits not in (None, 4):
+        made.left["quantization_bit"] = HINTS["load_in_8bit"]
+    if tree.get("use_peft") or kind == "lora":
+        made.settings["adapter"] = "qlora" if tree.get("load_in_4bit") or bits == 4 else "lora"
+        return
+    if kind not in (None, "full"):
+        made.left["finetuning_type"] = f"rcpo has no {kind}; it trains all weights, or adapter=lora"
+    for name in tree:
+        ours = SAME.get(name) or PLACES.get(name, "")
+        if ours.startswith("adapter.") or (ours == "adapter=qlora" and tree[name]):
+            made.settings.pop(ours, None)
+            made.left.setdefault(name, "without use_peft or finetuning_type=lora rcpo trains all weights")
+
+
+def _finish_batch(made: Conversion, tree: Mapping[str, Any]) -> None:
     batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if batch & {*tree} and not batch & {*made.left}:
         size, steps = tree.get("per_device_train_batch_size", 8), tree.get("gradient_accumulation_steps", 1)
-        ours["train.batch_size"] = size * steps
-        made.left["gradient_accumulation_steps"] = (
-            f"train.batch_size={size * steps} is for one process; multiply it by their number"
-        )
-    if "adam_beta1" in tree or "adam_beta2" in tree:
-        ours["optim.betas"] = [tree.get("adam_beta1", 0.9), tree.get("adam_beta2", 0.999)]
-    if ours.get("objective") == "ipo" and "objective.beta" in ours:
-        ours["objective.tau"] = ours.pop("objective.beta")
-    if ours.get("objective.epsilon") == 0:
-        del ours["objective.epsilon"]  # the default, which some objectives lack
+        made.settings["train.batch_size"] = size * steps
+        made.notes["train.batch_size"] = "is for one process; multiply it by their number"
+
+
+def _finish_lengths(made: Conversion, tree: Mapping[str, Any]) -> None:
+    if "max_prompt_length" in tree:
+        if "truncation_mode" in tree:
+            made.settings["data.truncation"] = tree["truncation_mode"]
+        return
+    if "data.max_length" in made.settings:
+        made.settings["data.max_prompt_length"] = None  # one limit for prompt and response, as there
+    if "truncation_mode" in tree:
+        made.left["truncation_mode"] = "it cuts prompt and response as one; data.truncation is about prompts"
+
+
+def _finish_schedule(made: Conversion, tree: Mapping[str, Any]) -> None:
+    if tree.get("lr_scheduler_type") == "constant":
+        for name in ("warmup_ratio", "warmup_steps"):
+            if made.settings.pop(f"optim.{name}", None) is not None:
+                made.left[name] = "their constant has no warm-up; constant_with_warmup has"
+    for name, key in STRATEGIES.items():
+        value = tree.get(name, "steps")
+        if value == "steps":
+            continue
+        made.settings.pop(key, None)
+        if value not in ("no", False):
+            made.left[name] = f"rcpo counts steps: give {key}=STEPS"
+        elif name == "save_strategy":
+            made.left[name] = "rcpo also saves by time, see checkpoint.minutes"
+
+
+def _finish_reference(made: Conversion, tree: Mapping[str, Any]) -> None:
     if tree.get("sync_ref_model"):
-        ours["reference.sync_every"] = tree.get("ref_model_sync_steps", 512)
-        ours["reference.mode"] = "model"
+        made.settings["reference.sync_every"] = tree.get("ref_model_sync_steps", 512)
+        made.settings["reference.mode"] = "model"
+        return
+    made.settings.pop("reference.mixup", None)
+    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+        if name in tree:
+            made.left[name] = "without sync_ref_model the reference stays as it is"
+
+
+def _finish_objective(made: Conversion, tree: Mapping[str, Any]) -> None:
+    ours = made.settings
+    for key in ("objective.epsilon", "objective.alpha"):
+        if ours.get(key) == 0:
+            del ours[key]  # off there; most objectives lack it
+    if "gamma_beta_ratio" in tree:
+        if "objective.beta" in ours:
+            ours["objective.gamma"] = tree["gamma_beta_ratio"] * ours["objective.beta"]
+        else:
+            made.left["gamma_beta_ratio"] = "a share of beta, which the file lacks; give objective.gamma"
+    if "objective.alpha" in ours and ours.get("objective") == "simpo":
+        ours["objective"] = "alphapo"
+    if "cpo_alpha" in tree:
+        _finish_cpo(made, tree["cpo_alpha"])
+    if ours.get("objective") == "mix":
+        _finish_mixture(made, tree.get("loss_weights"))
+    elif ours.get("objective") == "ipo" and "objective.beta" in ours:
+        ours["objective.tau"] = ours.pop("objective.beta")
+
+
+def _finish_cpo(made: Conversion, weight: float) -> None:
+    """The losses of their CPOTrainer have no reference, sums, and an NLL term of means."""
+    objective = made.settings.get("objective", "dpo")
+    if objective in ("simpo", "alphapo"):
+        made.settings["objective.nll_coef"] = weight
+    elif objective == "dpo":
+        cpo = {"reduction": "sum", "lambda_nll": 0.0, "nll_coef": weight}
+        made.settings |= {"objective": "cpo"} | {f"objective.{name}": value for name, value in cpo.items()}
     else:
-        ours.pop("reference.mixup", None)
-    if "gamma_beta_ratio" in tree and "objective.beta" in ours:
-        ours["objective.gamma"] = tree["gamma_beta_ratio"] * ours["objective.beta"]
+        del made.settings["objective"]
+        made.left["loss_type"] = f"rcpo has no {objective} without a reference; see objective=slic"
+
+
+def _finish_mixture(made: Conversion, weights: Any) -> None:
+    """Weights of the parts, and the settings that are each part's own here."""
+    ours, parts = made.settings, made.settings["objective.parts"]
+    beta, epsilon = ours.pop("objective.beta", None), ours.pop("objective.epsilon", None)
+    if weights is not None and (not isinstance(weights, list) or len(weights) != len(parts)):
+        made.left["loss_weights"] = f"{weights!r} is not a list of {len(parts)} weights"
+        weights = None
+    for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
+        name = part["name"]
+        part["weight"] = weight
+        if name == "dpo_mean":
+            part |= {"name": "dpo", "reduction": "mean"}
+        if beta is not None and name != "sft":
+            part["tau" if name == "ipo" else "beta"] = beta
+        if epsilon is not None and name in ("dpo", "dpo_mean", "robust", "exo"):
+            part["epsilon"] = epsilon
 
 
 def _loss(made: Conversion, name: str, value: Any) -> None:
     losses = value if isinstance(value, list) else [value]
     losses = losses or [value]
-    if len(losses) > 1:
-        made.left[name] = "several losses are objective=mix; see objective.parts"
-    elif losses[0] == "aot":
+    if "aot" in losses:
         made.left[name] = "aot means pairs or not, by TRL's version: choose objective=aot or aot_unpaired"
+    elif len(losses) > 1 and all(loss in LOSSES for loss in losses):
+        made.settings |= {"objective": "mix", "objective.parts": [{"name": LOSSES[loss]} for loss in losses]}
+    elif len(losses) > 1:
+        made.left[name] = "rcpo does not have all of these; see objective=mix and objective.parts"
     else:
         made.choose(name, losses[0], LOSSES, "objective")
 
@@ -264,6 +263,25 @@ def _schedule_settings(made: Conversion, name: str, value: Any) -> None:
         made.settings["optim.min_lr_ratio"] = rest.pop("min_lr_rate")
     if rest:
         made.left[name] = f"{', '.join(map(str, rest))}: see optim.*"
+
+
+def _interval(made: Conversion, name: str, value: Any) -> None:
+    if 0 < value < 1:
+        made.left[name] = f"{value} is a share of all steps; give {INTERVALS[name]}=STEPS"
+    else:
+        made.settings[INTERVALS[name]] = value
+
+
+def _divergence_alpha(made: Conversion, name: str, value: Any) -> None:
+    if value == 0.5:
+        made.settings["objective.divergence_alpha"] = value
+    else:
+        made.left[name] = "α or 1 − α, by TRL's version: give objective.divergence_alpha"
+
+
+def _weighting(made: Conversion, name: str, value: Any) -> None:
+    if value:
+        made.settings["objective.weighting"] = "wpo"
 
 
 def _half(made: Conversion, name: str, value: Any) -> None:
@@ -316,7 +334,7 @@ def _reference_mode(made: Conversion, name: str, value: Any) -> None:
 
 
 def _trackers(made: Conversion, name: str, value: Any) -> None:
-    names = value if isinstance(value, list) else [value]
+    names = (value or ["none"]) if isinstance(value, list) else [value]
     if set(names) <= {"wandb", "tensorboard", "mlflow", "trackio", "none"}:
         made.settings["tracking"] = names
     else:
@@ -333,6 +351,12 @@ SPECIAL: dict[str, Callable[[Conversion, str, Any], None]] = {
     "stage": _stage,
     "beta": lambda made, name, value: made.settings.__setitem__("objective.beta", value),
     "pref_beta": lambda made, name, value: made.settings.__setitem__("objective.beta", value),
+    "f_divergence_type": lambda made, name, value: made.choose(
+        name, value, DIVERGENCES, "objective.divergence"
+    ),
+    "f_alpha_divergence_coef": _divergence_alpha,
+    "use_weighting": _weighting,
+    **dict.fromkeys(INTERVALS, _interval),
     "lr_scheduler_type": lambda made, name, value: made.choose(name, value, SCHEDULES, "optim.schedule"),
     "lr_scheduler_kwargs": _schedule_settings,
     "optim": lambda made, name, value: made.choose(name, value, OPTIMIZERS, "optim"),
@@ -355,7 +379,8 @@ SPECIAL: dict[str, Callable[[Conversion, str, Any], None]] = {
         (
             *("gradient_accumulation_steps", "adam_beta1", "adam_beta2", "use_peft", "finetuning_type"),
             *("load_in_4bit", "quantization_bit", "sync_ref_model"),
-            *("ref_model_sync_steps", "gamma_beta_ratio"),
+            *("ref_model_sync_steps", "gamma_beta_ratio", "loss_weights", "cpo_alpha", "truncation_mode"),
+            *STRATEGIES,
         ),
         _ignore,
     ),

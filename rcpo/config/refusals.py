@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
+from rcpo.config.foreign_names import LOSSES, OPTIMIZERS
 from rcpo.config.parsing import describe, known_keys
 from rcpo.config.paths import conf_dir
 from rcpo.config.validation import nearest, unknown_key
@@ -120,7 +121,10 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     options = sorted({*hydra.config_loader.get_group_options(group)} - _ALIASES.get(group, set()))
     holding = [name for name in options if option and name.partition("_")[0].endswith(option)]
     near = difflib.get_close_matches(option.lower(), options, n=1, cutoff=0.6)
-    if holding and not near and len(holding) <= 3:
+    theirs = {"objective": LOSSES, "optim": OPTIMIZERS}.get(group, {}).get(option)
+    if theirs:
+        hint = f"did you mean {theirs}?"
+    elif holding and not near and len(holding) <= 3:
         hint = f"did you mean {' or '.join(holding)}?"
     else:
         hint = nearest(option, options, limit=40)

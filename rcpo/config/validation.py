@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from rcpo.config.data import check_data
 from rcpo.config.fields import check_keys, check_pattern
+from rcpo.config.foreign_names import counterpart
 from rcpo.config.hyperparameters import check_hyperparameters
 from rcpo.config.judge import check_judge
 from rcpo.config.model import check_models
@@ -28,12 +29,14 @@ def nearest(name: str, known: Iterable[str], limit: int = 12) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for a key that does not exist: the same leaf elsewhere, else its nearest sibling."""
+    """The message for a key that does not exist: the same leaf elsewhere, a name of TRL's, or a sibling."""
     names = sorted(known)
     parent, _, leaf = key.rpartition(".")
     elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"unknown key {key}; did you mean {' or '.join(elsewhere[:3])}?"
+    if theirs := counterpart(leaf):
+        return f"unknown key {key}; {theirs}"
     prefix = f"{parent}." if parent else ""
     siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == parent]
     if siblings:

@@ -9,17 +9,10 @@ from typing import Any
 import pytest
 
 from rcpo.config.composition import compose, split_arguments
-from rcpo.config.foreign import (
-    LOSSES,
-    OPTIMIZERS,
-    SAME,
-    SCHEDULES,
-    SPECIAL,
-    as_overrides,
-    convert,
-    in_grammar,
-)
-from rcpo.config.parsing import parse
+from rcpo.config.foreign import SPECIAL, as_overrides, convert, in_grammar
+from rcpo.config.foreign_names import LOSSES, OPTIMIZERS, PLACES, SAME, SCHEDULES, counterpart
+from rcpo.config.hyperparameters import HYPERPARAMETERS
+from rcpo.config.parsing import known_keys, parse
 from rcpo.config.paths import conf_dir
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
@@ -103,6 +96,7 @@ def test_a_recipe_of_the_handbook_is_converted(tmp_path: Path, capsys: pytest.Ca
         "train.batch_size=16 is for one process",
     ):
         assert line in left
+    assert "gradient_accumulation_steps is not converted" not in left  # it is
     assert "do_eval" not in left and "seed=42" not in left
 
 
@@ -124,6 +118,55 @@ def test_a_configuration_of_llama_factory_is_converted(tmp_path: Path) -> None:
         ({"warmup_steps": 0.1}, {"optim.warmup_ratio": 0.1}),
         ({"warmup_steps": 100}, {"optim.warmup_steps": 100}),
         ({"label_smoothing": 0.0}, {}),
+        ({"label_smoothing": 0.1, "loss_type": "robust"}, {"objective": "robust", "objective.epsilon": 0.1}),
+        ({"loss_type": "sigmoid_norm", "beta": 2.0}, {"objective": "dpo_mean", "objective.beta": 2}),
+        ({"loss_type": "apo_zero_unpaired"}, {"objective": "apo_zero_unpaired"}),
+        (
+            {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.5},
+            {
+                "objective": "mix",
+                "objective.parts": [
+                    {"name": "dpo", "weight": 0.8, "beta": 0.5},
+                    {"name": "bco", "weight": 0.2, "beta": 0.5},
+                    {"name": "sft", "weight": 1.0},
+                ],
+            },
+        ),
+        (
+            {"loss_type": ["sigmoid_norm", "ipo"], "beta": 0.5, "label_smoothing": 0.1},
+            {
+                "objective": "mix",
+                "objective.parts": [
+                    {"name": "dpo", "weight": 1.0, "reduction": "mean", "beta": 0.5, "epsilon": 0.1},
+                    {"name": "ipo", "weight": 1.0, "tau": 0.5},
+                ],
+            },
+        ),
+        ({"loss_type": "simpo", "cpo_alpha": 0.5}, {"objective": "simpo", "objective.nll_coef": 0.5}),
+        (
+            {"cpo_alpha": 1.0, "beta": 0.2},
+            {
+                "objective": "cpo",
+                "objective.beta": 0.2,
+                "objective.reduction": "sum",
+                "objective.lambda_nll": 0.0,
+                "objective.nll_coef": 1,
+            },
+        ),
+        ({"loss_type": "simpo", "alpha": 0.25}, {"objective": "alphapo", "objective.alpha": 0.25}),
+        ({"f_divergence_type": "js_divergence"}, {"objective.divergence": "js"}),
+        ({"use_weighting": True}, {"objective.weighting": "wpo"}),
+        ({"max_length": 2048}, {"data.max_length": 2048, "data.max_prompt_length": None}),
+        ({"max_length": None}, {"data.max_length": None, "data.max_prompt_length": None}),
+        (
+            {"max_length": 64, "max_prompt_length": 32, "truncation_mode": "keep_start"},
+            {"data.max_length": 64, "data.max_prompt_length": 32, "data.truncation": "keep_start"},
+        ),
+        ({"learning_rate": "5.0e-6"}, {"optim.lr": 5e-6}),  # in quotes
+        ({"eval_strategy": "steps", "eval_steps": 50}, {"eval.every": 50}),
+        ({"eval_strategy": False, "eval_steps": 50}, {}),  # what YAML makes of no
+        ({"torch_compile": True}, {"train.compile": True}),
+        ({"report_to": []}, {"tracking": ["none"]}),
         ({"lora_r": 16}, {}),  # without use_peft all weights are trained
         ({"adam_beta2": 0.95}, {"optim.betas": [0.9, 0.95]}),
         ({"report_to": ["wandb", "tensorboard"]}, {"tracking": ["wandb", "tensorboard"]}),
@@ -148,12 +191,26 @@ def test_keys_that_need_more_than_another_name(tree: dict[str, Any], settings: d
 @pytest.mark.parametrize(
     ("tree", "reason"),
     [
-        ({"loss_type": ["sigmoid", "sft"]}, "several losses are objective=mix"),
+        ({"loss_type": ["sigmoid", "unheard_of"]}, "rcpo does not have all of these"),
         ({"loss_type": "aot"}, "by TRL's version"),
         ({"loss_type": "unheard_of"}, "unheard_of has no counterpart"),
         ({"num_train_epochs": 0.5}, "0.5 is not a whole number"),
         ({"stage": "ppo"}, "rcpo trains on preferences"),
         ({"padding_free": True}, ""),
+        ({"save_steps": 0.1}, "give checkpoint.every=STEPS"),
+        ({"save_strategy": "epoch"}, "give checkpoint.every=STEPS"),
+        ({"save_strategy": "no"}, "rcpo also saves by time"),
+        ({"truncation_mode": "keep_start"}, "cuts prompt and response as one"),
+        ({"f_alpha_divergence_coef": 0.3}, "by TRL's version"),
+        ({"gamma_beta_ratio": 0.5}, "a share of beta, which the file lacks"),
+        ({"finetuning_type": "freeze"}, "rcpo has no freeze"),
+        ({"quantization_bit": 8}, "rcpo holds frozen weights in 4 bits"),
+        ({"load_in_4bit": True}, "rcpo trains all weights"),
+        ({"lora_r": 16}, "rcpo trains all weights"),
+        ({"lora_target": "all"}, "rcpo trains all weights"),
+        ({"ref_model_mixup_alpha": 0.5}, "without sync_ref_model"),
+        ({"ref_model_sync_steps": 64}, "without sync_ref_model"),
+        ({"reference_free": True}, "choose an objective without a reference"),
     ],
 )
 def test_what_has_no_counterpart_is_left_with_a_reason(tree: dict[str, Any], reason: str) -> None:
@@ -187,6 +244,68 @@ def test_a_value_of_another_kind_is_left_out_and_named(tree: dict[str, Any], lef
     assert not {"train.dtype", "reference.mode", "data.path", "objective", "objective.gamma"} & {
         *made.settings
     }
+
+
+def test_a_constant_rate_of_theirs_does_not_warm_up() -> None:
+    """transformers' `constant` ignores the warm-up; its `constant_with_warmup` has one."""
+    made = convert({"lr_scheduler_type": "constant", "warmup_ratio": 0.1})
+    assert made.settings == {"optim.schedule": "constant"} and list(made.left) == ["warmup_ratio"]
+    made = convert({"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1})
+    assert made.settings == {"optim.schedule": "constant", "optim.warmup_ratio": 0.1} and not made.left
+
+
+def test_losses_of_cpo_without_a_counterpart_do_not_become_losses_with_a_reference() -> None:
+    made = convert({"loss_type": "hinge", "cpo_alpha": 1.0})
+    assert made.settings == {} and "rcpo has no hinge without a reference" in made.left["loss_type"]
+
+
+def test_weights_that_do_not_match_their_losses_are_left_out() -> None:
+    made = convert({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8]})
+    assert [part["weight"] for part in made.settings["objective.parts"]] == [1.0, 1.0]
+    assert "not a list of 2 weights" in made.left["loss_weights"]
+
+
+def test_a_mixture_of_losses_is_a_configuration_that_trains(tmp_path: Path) -> None:
+    config = converted("loss_type: [sigmoid, sft]\nloss_weights: [0.8, 1.0]\nbeta: 0.3", tmp_path)
+    assert config.objective.name == "mix"
+    assert config.objective.hyperparameters["parts"] == [
+        {"name": "dpo", "weight": 0.8, "beta": 0.3},
+        {"name": "sft", "weight": 1.0},
+    ]
+
+
+def test_a_batch_size_of_the_user_s_needs_no_note_on_theirs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = converted("per_device_train_batch_size: 4", tmp_path, "train.batch_size=64")
+    assert config.train.batch_size == 64
+    assert "for one process" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("learning_rate=1e-6", "unknown key learning_rate; did you mean optim.lr?"),
+        ("optim.learning_rate=1e-6", "unknown key optim.learning_rate; did you mean optim.lr?"),
+        ("train.save_steps=5", "unknown key train.save_steps; did you mean checkpoint.every?"),
+        ("gradient_accumulation_steps=4", "did you mean train.batch_size (the pairs of a step, over all"),
+        ("bf16=true", "unknown key bf16; did you mean train.dtype=bf16?"),
+        ("lora_dropout=0.1", "unknown key lora_dropout; adapters have no dropout"),
+        ("reference_free=true", "choose an objective without a reference, such as simpo, cpo, or orpo"),
+        ("objective=exo_pair", "there is no such objective; did you mean exo?"),
+        ("optim=adamw_torch_fused", "there is no such optim; did you mean adamw?"),
+    ],
+)
+def test_a_name_of_theirs_on_the_command_line_is_answered_with_ours(given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(compose([given]))
+
+
+def test_every_name_of_theirs_has_a_place_here() -> None:
+    ours = {*known_keys()} | {f"objective.{name}" for name in HYPERPARAMETERS} | {"hydra.run.dir"}
+    leaves = {key.rpartition(".")[2] for key in ours}
+    assert {name for name in (*SAME, *SPECIAL) if counterpart(name) is None} <= leaves
+    assert {re.split("[ =]", place)[0] for place in (*SAME.values(), *PLACES.values())} <= ours
 
 
 def test_numbers_in_quotes_are_numbers() -> None:
@@ -229,6 +348,7 @@ def test_names_of_theirs_are_those_of_the_installed_trl() -> None:
             "kto_rejected_weight",
         ),
         *("dataset_mixer", "dataset_splits", "gamma_beta_ratio", "preprocessing_num_workers"),
+        *("cpo_alpha", "alpha", "evaluation_strategy", "group_by_length"),
     }
     assert ours - theirs <= others
 
