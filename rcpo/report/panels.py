@@ -83,7 +83,7 @@ def fresh(axes: Axes, runs: Sequence[Run], width: int) -> None:
 def _held_out(axes: Axes, run: Run, key: str, colour: str) -> None:
     steps, values = run.held_out(key)
     final = run.evaluation.get(f"eval/{key}")
-    if final is not None and run.last_step:
+    if final is not None and run.evaluation_is_final and run.last_step:
         steps, values = np.append(steps, run.last_step), np.append(values, final)
     axes.plot(steps, values, "D", color=colour, markersize=5.5, markeredgecolor=theme.PAPER, clip_on=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -22,6 +22,7 @@ from rcpo.runs.folder import (
     CHECKPOINT_RECORDS,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    EVALUATED,
     EVALUATED_CONFIG,
     EVALUATION_FILE,
     FINISHED_FILE,
@@ -39,10 +40,12 @@ from rcpo.runs.folder import (
     read_rows,
     read_settings,
 )
+from rcpo.runs.inputs import EVALUATION_SETTINGS, PAIRS
 from rcpo.system.text import text_lines
 
 Column = NDArray[np.float64]
 
+LATER = ("eval/harness/", "eval/judge/")  # what `rcpo evaluate` alone measures
 PLANNED = "train.max_steps"  # the key of how many steps a run is to take
 STARTING = 60.0  # seconds in which a run that has just been configured takes its lock
 LOG_TAIL = 200_000  # bytes of rcpo.log that are searched for the end of a failed run
@@ -107,6 +110,16 @@ class Run:
         found = sorted({row["step"]: row[f"eval/{key}"] for row in records}.items())
         steps, values = zip(*found, strict=True) if found else ((), ())
         return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+
+    @property
+    def evaluation_is_final(self) -> bool:
+        """Whether `evaluation` is of the trained weights, not of an evaluation on the way to them."""
+        return self.status is not Status.RUNNING and self.status is not Status.ENDED and not self.origin
+
+    @property
+    def last_evaluated(self) -> int | None:
+        """The last step after which the rows have held-out values; None where they have none."""
+        return _last_evaluated(self.rows)
 
     @property
     def last_step(self) -> int:
@@ -236,13 +249,30 @@ def read_run(folder: Path, name: str) -> Run:
         settings=settings,
         rows=rows,
         checkpoints=read_rows(folder / CHECKPOINT_RECORDS),
-        evaluation=read_evaluation(folder / EVALUATION_FILE),
+        evaluation=_evaluation(folder, rows),
         judge=read_object(folder / JUDGE_FILE),
         environment=read_object(folder / ENVIRONMENT_FILE),
         samples=read_lines(folder / SAMPLES_FILE),
         status=status,
         error=error if status is Status.ENDED else None,
     )
+
+
+def _last_evaluated(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    return max((row["step"] for row in rows if any(key.startswith("eval/") for key in row)), default=None)
+
+
+def _evaluation(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers of evaluation.json.
+
+    Of a run that was killed in its last evaluation they are those of a step before, and left out, but for
+    what benchmarks and a judge measured later.
+    """
+    values, finished = read_evaluation(folder / EVALUATION_FILE), read_object(folder / FINISHED_FILE)
+    later = PAIRS in read_object(folder / EVALUATION_SETTINGS)
+    if finished.get(EVALUATED, True) or later or _last_evaluated(rows) == finished.get("step"):
+        return values
+    return {key: value for key, value in values.items() if key.startswith(LATER)}
 
 
 def _read_other(folder: Path, name: str) -> Run:

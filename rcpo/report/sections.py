@@ -207,7 +207,7 @@ def _with_spread(condition: Condition, metric: Metric) -> str:
         low, high = (own.get(f"{metric.key}/{end}") for end in ("low", "high"))
         if low is not None and high is not None:
             return f"{metric.show(own[metric.key])} [{metric.show(low)}, {metric.show(high)}]"
-    return metric.show_spread(spread(condition.values(metric.key)))
+    return condition.show(metric)
 
 
 def _at_a_glance(found: Sequence[Condition], pairs: Sequence[Contrast]) -> list[Block]:

@@ -11,7 +11,7 @@ from rcpo.report.document import Table
 from rcpo.report.probes import ANSWERS, Probes, first_and_last
 from rcpo.report.runs import Run, natural
 from rcpo.runs.comparison import METRICS, Condition, Contrast, Metric
-from rcpo.runs.statistics import rank_correlation, spread
+from rcpo.runs.statistics import rank_correlation
 
 HARNESS = "eval/harness/"
 JUDGED = (
@@ -132,10 +132,7 @@ def _dynamics(values: Mapping[str, float]) -> list[Table]:
 def of_conditions(found: Sequence[Condition]) -> Table:
     """Means ± standard deviations over seeds, a row a condition."""
     metrics = present([*METRICS, *downstream_of(found)], found)
-    rows = [
-        (c.label, str(len(c.runs)), *(metric.show_spread(spread(c.values(metric.key))) for metric in metrics))
-        for c in found
-    ]
+    rows = [(c.label, str(len(c.runs)), *map(c.show, metrics)) for c in found]
     header = ("condition", "runs", *(metric.title for metric in metrics))
     return Table(
         header, rows, "Means ± standard deviations over the runs of a condition, which differ by their seed."
@@ -148,9 +145,7 @@ def of_contrasts(pairs: Sequence[Contrast]) -> Table:
     metrics = present([*METRICS, *downstream_of(both)], both)
     rows = []
     for pair in pairs:
-        differences = [pair.difference(metric.key) for metric in metrics]
-        seeds = max((found.count for found in differences if found), default=0)
-        shown = [metric.show_difference(found) for metric, found in zip(metrics, differences)]
+        seeds, shown = pair.show(metrics)
         rows.append((pair.label, str(seeds), *(text.replace(" [", "\n[") for text in shown)))
     header = ("with − without calibration", "seeds", *(metric.title for metric in metrics))
     return Table(header, rows, "Mean differences of runs with the same seed, [95 % t interval over seeds].")

@@ -34,7 +34,7 @@ from rcpo.runs.folder import (
     read_settings,
 )
 from rcpo.runs.inputs import EVALUATION_SETTINGS, HELD_OUT, INPUTS, JUDGE, PAIRS, TASKS
-from rcpo.runs.statistics import Difference, Spread, paired_difference
+from rcpo.runs.statistics import Difference, Spread, paired_difference, spread
 
 SEED = "seed"
 CALIBRATED = "rc.enabled"
@@ -130,6 +130,11 @@ class Condition:
         """The metric's value of each run that has it."""
         return [run.values[key] for run in self.runs if key in run.values]
 
+    def show(self, metric: Metric) -> str:
+        """Mean ± standard deviation over the runs, with their number where some lack the metric."""
+        values = self.values(metric.key)
+        return metric.show_spread(spread(values)) + _of_how_many(len(values), len(self.runs))
+
     def by_seed(self, key: str) -> dict[Any, float]:
         """The metric by seed, a mean where a seed ran more than once."""
         found: dict[Any, list[float]] = {}
@@ -150,6 +155,16 @@ class Contrast:
     def difference(self, key: str) -> Difference | None:
         """Calibrated minus uncalibrated, paired by seed: the same data in the same order."""
         return paired_difference(self.base.by_seed(key), self.calibrated.by_seed(key))
+
+    def show(self, metrics: Sequence[Metric]) -> tuple[int, list[str]]:
+        """How many pairs of runs there are; each metric's difference, with its pairs where some lack it."""
+        found = [self.difference(metric.key) for metric in metrics]
+        counts = [0 if difference is None else difference.count for difference in found]
+        pairs = max(counts, default=0)
+        return pairs, [
+            metric.show_difference(difference) + _of_how_many(count, pairs)
+            for metric, difference, count in zip(metrics, found, counts)
+        ]
 
     def means(self, key: str) -> tuple[float, float] | None:
         """Both sides' means over the seeds that both have, so that they differ by `difference`'s mean."""
@@ -180,6 +195,11 @@ class Overall:
     clearly_higher: int
     lower: int
     clearly_lower: int
+
+
+def _of_how_many(count: int, every: int) -> str:
+    """Of how many runs, or pairs, a mean is, where it is of some."""
+    return f" ({count} of {every})" if 0 < count < every else ""
 
 
 def summarise_run(folder: Path) -> RunSummary:

@@ -190,7 +190,7 @@ def _of_conditions(comparison: Comparison, strong: str) -> Sheet:
     winners = {metric.key: comparison.winner(metric.key) for metric in metrics}
     rows = []
     for c in comparison.conditions:
-        cells = [(c.label == winners[m.key], m.show_spread(spread(c.values(m.key)))) for m in metrics]
+        cells = [(c.label == winners[m.key], c.show(m)) for m in metrics]
         rows.append([c.label, str(len(c.runs)), *_marked(cells, strong)])
     title = "mean ± standard deviation over seeds; log-ratios in nats per token"
     return title, ["runs of", "n", *(metric.title for metric in metrics)], rows
@@ -201,8 +201,8 @@ def _of_contrasts(comparison: Comparison, strong: str) -> Sheet:
     rows = []
     for contrast in comparison.contrasts:
         differences = [contrast.difference(m.key) for m in metrics]
-        cells = [(d is not None and d.clear, m.show_difference(d)) for m, d in zip(metrics, differences)]
-        pairs = max((d.count for d in differences if d is not None), default=0)
+        pairs, shown = contrast.show(metrics)
+        cells = [(d is not None and d.clear, text) for d, text in zip(differences, shown)]
         rows.append([contrast.label, str(pairs), *_marked(cells, strong)])
     title = f"with calibration minus rc=off, paired by seed, {CONFIDENCE:.0%} t interval"
     return title, ["runs of", "pairs", *(metric.title for metric in metrics)], rows

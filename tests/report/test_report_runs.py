@@ -12,13 +12,16 @@ from typing import IO
 
 import numpy as np
 import pytest
-from report_folders import rows, settings, write_run
+from report_folders import evaluation, rows, settings, write_run
 
 from rcpo.commands import report as command
 from rcpo.config.paths import conf_dir
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import Outcome
+from rcpo.report import panels
+from rcpo.report.figures import new_figure
 from rcpo.report.runs import Status, find_runs, read_run, read_runs
+from rcpo.report.words import headline_of_run, warnings_of_run
 from rcpo.runs.folder import is_sweeping, sweeping
 
 
@@ -65,6 +68,32 @@ def test_columns_hold_nan_where_a_value_is_null_or_absent(tmp_path: Path) -> Non
     steps, values = read_run(run.folder, "run").held_out("loss")
     assert (steps.tolist(), values.tolist()) == ([0, 1, 2], [0.5, 0.375, 0.125])
     assert run.has("loss") and not run.has("rc/alpha")
+
+
+def test_figures_on_the_way_are_not_those_of_the_end(tmp_path: Path) -> None:
+    """The evaluation after step 10 is in evaluation.json; training went on to step 20 of 40."""
+    metrics = rows(20)
+    metrics[9] |= {"eval/logratios/chosen": -0.25}
+    early = evaluation(-0.25, -0.5) | {"eval/harness/arc/acc": 0.3}
+    tree = settings(train__max_steps=40)
+    run = read_run(write_run(tmp_path / "run", tree, metrics, early, finished=False), "run")
+    assert (run.status, run.evaluation["eval/logratios/chosen"]) == (Status.ENDED, -0.25)
+    assert "in means over runs too, are those after step 10 of 40." in " ".join(warnings_of_run(run))
+    (axes,) = new_figure(3).subplots(1, 1, squeeze=False)[0]
+    panels.sides(axes, [run], 1)
+    diamonds = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"]
+    assert diamonds == [[10.0], []]  # not at step 20
+    # trained to its end, and killed in the evaluation there
+    unevaluated = json.dumps({"step": 20, "evaluated": False})
+    (run.folder / "finished.json").write_text(unevaluated)
+    run = read_run(run.folder, "run")
+    assert (run.status, run.evaluation) == (Status.FINISHED, {"eval/harness/arc/acc": 0.3})
+    assert headline_of_run(run).startswith("Finished after 20 steps, not evaluated")
+    # killed after it, when best/ was written
+    metrics[19] |= {"eval/logratios/chosen": -0.25}
+    other = write_run(tmp_path / "other", tree, metrics, early)
+    (other / "finished.json").write_text(unevaluated)
+    assert read_run(other, "other").evaluation["eval/logratios/chosen"] == -0.25
 
 
 def test_planned_steps_come_from_the_limit_or_the_pace(tmp_path: Path) -> None:

@@ -248,6 +248,23 @@ def test_values_are_shown_with_their_unit() -> None:
     assert SHARE.show_difference(Difference(0.1, -0.05, 0.25, 3)) == "+10.0 points [−5.0, +25.0]"
 
 
+def test_a_mean_over_some_of_the_runs_tells_of_how_many() -> None:
+    """With calibration, seed 2 ended without a finite y, and the mean is over the two others."""
+    values = {False: (0.5, 0.5, 0.5), True: (0.75, 0.25, None)}
+    runs = [
+        run(values={"x": 1.0} | ({} if y is None else {"y": y}), seed=seed, rc=rc)
+        for rc, each in values.items()
+        for seed, y in enumerate(each)
+    ]
+    base, calibrated = conditions(runs)
+    assert (base.show(SHARE), calibrated.show(SHARE)) == ("50 % ± 0", "50 % ± 35 (2 of 3)")
+    assert calibrated.show(NATS) == "+1.000 ± 0.000" and calibrated.show(Metric("z", "none")) == "–"
+    (contrast,) = contrasts([base, calibrated])
+    pairs, (of_all, of_two) = contrast.show([NATS, SHARE])
+    assert pairs == 3 and of_all == "+0.000 [+0.000, +0.000]"
+    assert of_two.startswith("+0.0 points [") and of_two.endswith("] (2 of 3)")
+
+
 def test_a_run_is_read_from_its_folder_as_far_as_it_came(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
         summarise_run(tmp_path)
