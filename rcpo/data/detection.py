@@ -132,9 +132,15 @@ def _other_answer(sample: Sample) -> Form | None:
 
 def _pair(sample: Sample) -> tuple[str, str] | None:
     """The columns of the better and the worse answer."""
-    if "chosen" in sample.names or "rejected" in sample.names:
-        judged = "rejected" not in sample.names and find_judges(sample) and two_answers(sample) is not None
-        return None if judged else ("chosen", "rejected")
+    named = {"chosen", "rejected"} & {*sample.names}
+    found = None if len(named) == 2 else _pair_of_other_names(sample)
+    if not named or (found and named <= {*found}):
+        return found
+    judged = "rejected" not in named and find_judges(sample) and two_answers(sample) is not None
+    return None if judged else ("chosen", "rejected")
+
+
+def _pair_of_other_names(sample: Sample) -> tuple[str, str] | None:
     for better, worse in KNOWN_PAIRS:
         if better in sample.names and worse in sample.names:
             return better, worse

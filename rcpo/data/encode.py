@@ -33,7 +33,7 @@ from rcpo.data.tokenise import PairTokeniser
 from rcpo.data.turns import contexts
 from rcpo.errors import ConfigError
 
-_MADE = "13"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "14"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Encoder:
         other = copy.copy(self)
         renamed_rows = [renamed for _, renamed in rows]
         other.form = find_form(renamed_rows, self.options, place)
-        passed_over = unread(other.form, renamed_rows)
+        passed_over = [name or "a column without a name" for name in unread(other.form, renamed_rows)]
         other.form_name = other.form.name + (f"; not read: {', '.join(passed_over)}" if passed_over else "")
         return other
 

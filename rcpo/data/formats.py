@@ -126,7 +126,7 @@ def _said_by_assistant(text: str) -> list[Message]:
 def _preference(fields: dict[str, Any], row: Mapping[str, Any]) -> tuple[Content, Content, Content]:
     for name in ("chosen", "rejected"):
         if name not in fields:
-            raise BadRow(f"no field {name!r}")
+            raise BadRow(f"no field {name!r}{_likely_answer(name, row)}")
     chosen, rejected = (_content(fields[name], name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("one response is a string, the other a list of messages")
@@ -175,6 +175,14 @@ def _likely_prompt(row: Mapping[str, Any]) -> str:
     )
 
 
+def _likely_answer(name: str, row: Mapping[str, Any]) -> str:
+    """Advice with the columns that may hold the answer; none where the row has no other one."""
+    others = [other for other, value in row.items() if isinstance(value, str | list) and other not in FIELDS]
+    if not others:
+        return ""
+    return f"; name the column that holds it (data.columns.{name}): there are {', '.join(map(repr, others))}"
+
+
 def _is_question(value: Any) -> bool:
     """Whether a value is a conversation that the assistant has not answered."""
     return isinstance(value, list) and bool(value) and speaker(value[-1]) not in (None, "assistant")
@@ -196,7 +204,9 @@ def _explicit(
     repeated = [said(side[:count]) == said(prompt) for side in (chosen, rejected)]
     if all(repeated):
         return prompt, chosen[count:], rejected[count:]
-    if any(repeated) or not answers or prompt[-1]["role"] == "assistant":
+    if prompt[-1]["role"] == "assistant" and answers and not any(repeated):
+        raise BadRow("the prompt ends with an answer, which the responses do not repeat")
+    if any(repeated) or not answers:
         raise BadRow("the conversations do not begin with the prompt's messages")
     return prompt, chosen, rejected
 
@@ -262,6 +272,11 @@ def _refuse_object(value: Mapping[str, Any], name: str) -> None:
     """Raise BadRow for an object that is not a message, but has a part that may hold the text."""
     if speaker(value) is None and not isinstance(value.get("messages"), list):
         texts = [key for key, part in value.items() if isinstance(part, str)]
+        if value and all(str(key).isdecimal() for key in value):
+            raise BadRow(
+                f"field {name!r} holds a whole column by row numbers, as pandas writes it; write rows: "
+                'to_json(FILE, orient="records", lines=True)'
+            )
         told = min(texts, key=lambda key: ("text" not in key, "content" not in key), default="KEY")
         raise BadRow(
             f"field {name!r} is an object without a role; name the part that holds the text, as "
@@ -271,7 +286,8 @@ def _refuse_object(value: Mapping[str, Any], name: str) -> None:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"field {name!r} is not a string or a list of messages")
+        found = "null" if value is None else "a number" if type(value) in (int, float) else "another value"
+        raise BadRow(f"field {name!r} is {found}, not a string or a list of messages")
     return value
 
 

@@ -80,12 +80,12 @@ CONTRARY_WORDS = frozenset((
 WANTED = frozenset((
     "true", "1", "yes", "good", "positive", "desirable", "acceptable", "accepted", "accept", "like",
     "liked", "up", "thumbs up", "thumb up", "upvote", "+1", "win", "correct", "chosen", "helpful",
-    "preferred", "safe", "harmless", "appropriate",
+    "preferred", "safe", "harmless", "appropriate", "👍",
 ))  # fmt: skip
 UNWANTED = frozenset((
     "false", "0", "no", "bad", "negative", "undesirable", "unacceptable", "rejected", "reject",
     "dislike", "disliked", "down", "thumbs down", "thumb down", "downvote", "-1", "lose", "incorrect",
-    "wrong", "unhelpful", "dispreferred", "unsafe", "harmful", "toxic", "inappropriate",
+    "wrong", "unhelpful", "dispreferred", "unsafe", "harmful", "toxic", "inappropriate", "👎",
 ))  # fmt: skip
 MODELS = ("model", "response", "answer", "assistant", "output", "option", "choice", "candidate", "summary",
           "completion", "winner", "prefer")  # fmt: skip

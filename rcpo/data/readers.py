@@ -251,20 +251,43 @@ def _csv(path: Path) -> Iterator[RowBlock]:
                 raise ConfigError(f"{path}:1: the columns are separated by tabs; name the file .tsv")
             if len(set(header)) < len(header):
                 raise ConfigError(f"{path}:1: a column's name is there twice")
-            rows = (_csv_row(header, values, reader.line_num) for values in reader if values)
+            rows = _csv_rows(reader, header, path)
             while some := list(islice(rows, ROWS)):
                 yield RowBlock([number for number, _ in some], [row for _, row in some])
-        except (csv.Error, UnicodeDecodeError) as error:
-            # a quote that never ends or another encoding: where rows begin is not known any more
+        except csv.Error as error:
+            raise ConfigError(f"{path}:1: not CSV: {first_line(error)}; correct it") from error
+        except UnicodeDecodeError as error:
+            line = _undecodable_line(path)
+            raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
+
+
+def _csv_rows(reader: Any, header: list[str], path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """The rows with the line on which each begins; a cell in quotes may hold several lines."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:  # where the next row begins is not known any more
             raise ConfigError(
-                f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {first_line(error)}; correct it"
+                f"{path}:{line}: not CSV, in the row that begins here: {first_line(error)}; correct it"
             ) from error
+        if values is None:
+            return
+        if len(values) == len(header):
+            yield line, dict(zip(header, values, strict=True))
+        elif values:
+            yield line, BadRow("not as many fields as the first line")
 
 
-def _csv_row(header: list[str], values: list[str], line: int) -> tuple[int, dict[str, Any] | BadRow]:
-    if len(values) != len(header):
-        return line, BadRow("not as many fields as the first line")
-    return line, dict(zip(header, values, strict=True))
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8; the decoder's error counts from the piece that it was given."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _parquet(path: Path) -> Iterator[RowBlock]:

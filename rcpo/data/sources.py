@@ -95,7 +95,8 @@ def _of_files(spec: SourceSpec, splits: Mapping[str, Sequence[Path]], memo: Path
     for file, window in chosen:
         if not kind(file):
             raise ConfigError(
-                f"{file}: neither JSON (Lines), CSV, Parquet nor Arrow by its name; unpack an archive first"
+                f"{file}: neither JSON (Lines), CSV, Parquet nor Arrow by its name; unpack an archive, and "
+                "save a spreadsheet as CSV"
             )
         digest.update(f"{file.name} {window} {file_hash(file, memo)}\n".encode("utf-8", "surrogateescape"))
         # where two files have one name, their folders' names tell them apart

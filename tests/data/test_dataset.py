@@ -353,6 +353,14 @@ def test_at_most_max_examples_are_read_and_nothing_is_said_of_the_rows_behind_th
     assert (len(data.train), data.report.counts["read"], sum(data.report.dropped.values())) == (600, 601, 1)
 
 
+def test_a_column_without_a_name_is_reported_as_such(tmp_path: Path) -> None:
+    """pandas writes its index so."""
+    path = tmp_path / "x.csv"
+    path.write_text(",prompt,chosen,rejected\n0,q,a,b\n")
+    [form] = load(path=str(path), eval_fraction=0).report.forms.values()
+    assert form == "preference pairs; not read: a column without a name"
+
+
 def test_more_than_a_few_dropped_rows_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [*pairs(18), {"prompt": "p"}, {"chosen": "c"}])
     reason = (

@@ -159,11 +159,18 @@ BAD_ROWS: dict[bytes, str] = {
     b"null": "not a JSON object",
     b"{}": "no field 'chosen', 'completion', 'messages' or 'text'",
     b'{"prompt": "p", "rejected": "r"}': "no field 'chosen'",
+    b'{"prompt": "p", "best_of": "b", "rejected": "r"}':
+        "no field 'chosen'; name the column that holds it (data.columns.chosen): there are 'best_of'",
+    b'{"prompt": {"0": "p"}, "chosen": {"0": "c"}, "rejected": {"0": "r"}}':
+        "field 'chosen' holds a whole column by row numbers, as pandas writes it; write rows: to_json(FILE, ",
+    b'{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Sure"}], "chosen": '
+    b'[{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}':
+        "the prompt ends with an answer, which the responses do not repeat",
     b'{"prompt": "p", "chosen": "c"}': "no field 'rejected'",
-    b'{"prompt": null, "chosen": "c", "rejected": "r"}': "field 'prompt' is not a string",
+    b'{"prompt": null, "chosen": "c", "rejected": "r"}': "field 'prompt' is null, not a string",
     b'{"prompt": "p", "chosen": ["c"], "rejected": "r"}': "field 'chosen' is a list of texts",
     b'{"prompt": "p", "chosen": [], "rejected": "r"}': "field 'chosen' has no message",
-    b'{"prompt": "p", "chosen": "c", "rejected": 3}': "field 'rejected' is not a string",
+    b'{"prompt": "p", "chosen": "c", "rejected": 3}': "field 'rejected' is a number, not a string",
     b'{"prompt": " ", "chosen": "c", "rejected": "r"}': "empty prompt",
     b'{"prompt": "p", "chosen": "", "rejected": "r"}': "empty chosen response",
     b'{"prompt": "p", "chosen": "c", "rejected": " \\n"}': "empty rejected response",

@@ -267,7 +267,22 @@ def test_an_array_in_another_encoding_names_the_line(tmp_path: Path) -> None:
 
 def test_a_broken_table_names_the_line_and_the_reason(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", b'a,b\n1,2\n1,"2"3\n4,5\n')
-    assert reason(path) == f"{path}:4: not CSV in UTF-8: ',' expected after '\"'; correct it"
+    begins = "not CSV, in the row that begins here"
+    assert reason(path) == f"{path}:3: {begins}: ',' expected after '\"'; correct it"
+    path = write(tmp_path / "open.csv", b'a,b\n1,"2\n3"\n\n4,"5\n6,7\n')  # the last quote never ends
+    assert reason(path) == f"{path}:5: {begins}: unexpected end of data; correct it"
+
+
+def test_a_row_of_several_lines_has_the_number_of_its_first_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", b'a,b\n1,"2\n\n3"\n\n4,5\n6\n')
+    found = rows(path)
+    assert found[:2] == [(2, {"a": "1", "b": "2\n\n3"}), (6, {"a": "4", "b": "5"})]
+    assert found[2][0] == 7
+
+
+def test_a_table_in_another_encoding_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", b"a,b\n" + b"1,2\n" * 5000 + b"1,caf\xe9\n" + b"1,2\n" * 5000)
+    assert reason(path) == f"{path}:5002: not UTF-8; save the file as UTF-8"
 
 
 def test_the_header_of_a_table(tmp_path: Path) -> None:

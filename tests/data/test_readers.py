@@ -73,7 +73,7 @@ def test_a_json_array(tmp_path: Path, name: str) -> None:
 def test_csv_is_text(tmp_path: Path) -> None:
     content = '\ufeffprompt,chosen,rejected\r\n"a ""b"",\nc",NA,2020-01-01\r\n\r\nx,y\r\n007,1e3,null\r\n'
     found = rows(write(tmp_path / "x.csv", content.encode()))
-    assert found[0] == (3, {"prompt": 'a "b",\nc', "chosen": "NA", "rejected": "2020-01-01"})
+    assert found[0] == (2, {"prompt": 'a "b",\nc', "chosen": "NA", "rejected": "2020-01-01"})
     assert found[1][0] == 5 and isinstance(found[1][1], BadRow)
     assert found[2] == (6, {"prompt": "007", "chosen": "1e3", "rejected": "null"})
     tabs = write(tmp_path / "x.tsv", b"prompt\tchosen\np\tc,d\n")
@@ -152,7 +152,7 @@ GOOD = lines({"prompt": "p", "chosen": "c", "rejected": "r"})
         ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', "latin.json:2: invalid UTF-8"),
         ("first.json", b'\n[{"a": "caf\xe9"}]', "first.json:2: invalid UTF-8"),
         ("below.json", b"\n[1 2]", "below.json:2: broken JSON"),
-        ("latin.csv", b"a,b\n1,caf\xe9\n", "latin.csv:.*not CSV in UTF-8"),
+        ("latin.csv", b"a,b\n1,caf\xe9\n", "latin.csv:2: not UTF-8"),
         ("quote.csv", b'a,b\n1,"2\n', "quote.csv:.*not CSV"),
         (
             "excel.csv",

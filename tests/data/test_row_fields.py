@@ -145,7 +145,7 @@ def test_an_empty_system_message_is_none() -> None:
         assert read_row(TEXTS | {"system": empty}) == read_row(TEXTS)
     assert read_row(MESSAGES | {"system": "s"}).prompt == [SYSTEM, Q]
     assert read_row(TEXTS | {"system": "s"}) == Row(PAIRS, [SYSTEM, user("p")], [says("c")], [says("r")])
-    assert why(TEXTS | {"system": 3}) == "field 'system' is not a string or a list of messages"
+    assert why(TEXTS | {"system": 3}) == "field 'system' is a number, not a string or a list of messages"
 
 
 def test_a_system_message_may_be_in_parts_or_under_other_names() -> None:
@@ -348,7 +348,7 @@ def test_a_completion_may_repeat_its_prompt(prompt: Any, completion: Any, expect
 def test_a_completion_has_a_prompt() -> None:
     assert why({"completion": "c"}) == "no field 'prompt'"
     assert why({"prompt": "p", "completion": None}) == (
-        "field 'completion' is not a string or a list of messages"
+        "field 'completion' is null, not a string or a list of messages"
     )
 
 

@@ -434,11 +434,19 @@ ONES: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
         ({"prompt": "q", "response": "a", "is_safe": True}, True),
         ({"prompt": "q", "response": "a", "label": "unsafe"}, False),
         ({"prompt": "q", "response": "a", "helpful": 0}, False),
+        ({"prompt": "q", "response": "a", "feedback": "👍"}, True),
+        ({"prompt": "q", "response": "a", "feedback": "👎"}, False),
     ],
 )
 def test_safety_and_helpfulness_are_labels(row: dict[str, Any], wanted: bool) -> None:
     [found] = read(row)
     assert (found.chosen, found.rejected) == (("a", None) if wanted else (None, "a"))
+
+
+@pytest.mark.parametrize(("better", "worse"), [("accepted", "rejected"), ("chosen", "reject")])
+def test_one_side_may_have_another_name(better: str, worse: str) -> None:
+    [found] = read({"prompt": "q", better: "a", worse: "b"})
+    assert (found.prompt, found.chosen, found.rejected) == ("q", "a", "b")
 
 
 @pytest.mark.parametrize("name", ONES)
