@@ -1,7 +1,9 @@
 """A run's ranks hear from each other every few seconds, and end the run where one falls silent.
 
-A cut link closes no connection, and neither does a process that stands still: without this, the others wait
-in a collective for half an hour, and do not learn for whom. Each has a socket and a thread for it.
+A cut link closes no connection, and neither does a process that stands still; nor does every collective
+notice that a rank has ended. Without this, the others wait in it for half an hour, and do not learn for whom.
+Each has a socket and a thread for it. A rank that leaves in order sends a farewell; one that ends without it
+is silent.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -24,7 +27,7 @@ from rcpo.launch.outcomes import FAILED, report_failure
 from rcpo.launch.ranks import Ranks
 
 _BEATS = 6  # within the silence that is one too many
-_BEAT = b"."
+_BEAT, _FAREWELL = b".", b"!"
 _GREETING_BYTES = 512  # the longest first line of a rank: its token and its name
 _STRANGERS = 16  # connections beyond the ranks' own that are listened to at a time
 
@@ -38,7 +41,8 @@ def end_run(rank: str) -> None:
     A checkpoint that is being written is finished first: the lost rank's part may be on the disk.
     """
     error = RunError(
-        f"{node_name()}: {rank} fell silent: it stands still, or its machine or the network to it is gone"
+        f"{node_name()}: {rank} fell silent: it failed, it stands still, or its machine or the network to it "
+        "is gone"
     )
     log.info("%s", error)
     report_failure(error, everywhere=True)
@@ -60,6 +64,7 @@ class Heartbeat:
         self._sockets: list[socket.socket] = []
         self._token = ""
         self._places = threading.BoundedSemaphore(_STRANGERS)
+        self._followed: list[socket.socket] = []  # rank 0's connections to the others
         self._threads: list[threading.Thread] = []
 
     def begin(self, ranks: Ranks, store: Any) -> None:
@@ -89,6 +94,9 @@ class Heartbeat:
     def stop(self) -> None:
         """Leave; the others do not take it for a loss."""
         self._leaving.set()
+        for each in [*self._sockets, *self._followed]:
+            with suppress(OSError):  # it ended before, or is rank 0's, which only listens
+                each.sendall(_FAREWELL)
         for thread in self._threads:
             thread.join(0.2)
         for each in self._sockets:
@@ -115,7 +123,7 @@ class Heartbeat:
             self._thread(self._listen, connection)
 
     def _listen(self, connection: socket.socket) -> None:
-        """Rank 0's side of a rank: whoever leaves, or dies, closes the connection; a cut link does not."""
+        """Rank 0's side of a rank."""
         try:
             self._follow(connection)
         finally:
@@ -131,26 +139,39 @@ class Heartbeat:
             if not hmac.compare_digest(token.encode(), self._token.encode()):
                 log.info("heartbeat: a stranger was turned away")
                 return
+            self._followed.append(connection)
             try:
-                while _heard(connection) == _BEAT:
+                while (word := _heard(connection)) == _BEAT:
                     connection.sendall(_BEAT)
             except TimeoutError:
                 self._tell(name)
+                return
             except OSError as error:
                 log.info("heartbeat of %s: %s", name, error)
+                word = b""
+            if word != _FAREWELL:
+                self._miss(name)
 
     def _beat(self, connection: socket.socket) -> None:
         """The other rank's side."""
-        while not self._leaving.wait(self._seconds / _BEATS):
+        word = _BEAT
+        while word == _BEAT and not self._leaving.wait(self._seconds / _BEATS):
             try:
                 connection.sendall(_BEAT)
-                if not _heard(connection):
-                    return
+                word = _heard(connection)
             except TimeoutError:
                 self._tell("rank 0")
+                return
             except OSError as error:
                 log.info("heartbeat: %s", error)
-                return
+                word = _last_word(connection)
+        if word == b"":
+            self._miss("rank 0")
+
+    def _miss(self, rank: str) -> None:
+        """Wait: a rank that ended may yet make this one fail by itself, with a better message."""
+        if not self._leaving.wait(self._seconds):
+            self._tell(rank)
 
     def _tell(self, rank: str) -> None:
         if not self._leaving.is_set():
@@ -181,6 +202,14 @@ def _heard(connection: socket.socket) -> bytes:
         except TimeoutError:
             continue
     return connection.recv(1)
+
+
+def _last_word(connection: socket.socket) -> bytes:
+    """What was said on a connection before it was reset."""
+    try:
+        return connection.recv(1)
+    except OSError:
+        return b""
 
 
 def _line(connection: socket.socket, seconds: float) -> str:

@@ -264,6 +264,41 @@ def test_a_silent_rank_is_lost_by_name() -> None:
     assert lost == ["n7"]
 
 
+def test_a_rank_that_ends_without_a_farewell_is_lost_to_rank_0() -> None:
+    """A rank that raised has closed its connection; the others wait in a collective that does not notice."""
+    lost: list[str] = []
+    first, _, store = heartbeats(lost.append, 0.3)
+    with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as ended:
+        ended.sendall(store["heartbeat token"].encode() + b" n7\n.")
+        assert ended.recv(1) == b"."
+    wait_until(lambda: lost)
+    first.stop()
+    assert lost == ["n7"]
+
+
+@pytest.mark.parametrize(("farewell", "expected"), [(b"", ["rank 0"]), (b"!", [])])
+def test_a_rank_0_that_ends_without_a_farewell_is_lost_to_the_others(
+    farewell: bytes, expected: list[str]
+) -> None:
+    lost: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        beat = Heartbeat(0.3, lost.append)
+        beat.begin(Ranks(1, 2, 0, "srun"), Store(heartbeat=str(server.getsockname()[1])))
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(farewell)
+    (thread,) = beat._threads
+    thread.join(120)  # it follows rank 0 until it has lost it, or was bidden farewell
+    beat.stop()
+    assert lost == expected
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    end = time.monotonic() + 120
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("words", [b"n7\n.", b"0" * 32 + b" n7\n.", b"\n.", b"x" * 100_000, b"\xff\n."])
 def test_a_stranger_who_talks_ends_nothing(words: bytes) -> None:
     lost: list[str] = []
