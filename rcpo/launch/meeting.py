@@ -39,6 +39,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 # what may differ between ranks: each node has its own caches
 _OWN = ("reference.cache", "data.cache", "launch.processes")
 _TOKEN = ".seen"
+_MORE_TIME = "launch.meeting_seconds gives slow starts, as from a busy file system, more time"
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ def meet(ranks: Ranks, mine: Rank, seconds: float = SECONDS) -> Any:
     try:
         store.wait(["rank0"], timedelta(seconds=seconds))  # a launcher's store is there before rank 0 is
     except RuntimeError as error:
-        raise RunError(f"{mine}: rank 0 did not come ({first_line(error)}); look for its error") from error
+        raise RunError(
+            f"{mine}: rank 0 did not come ({first_line(error)}); look for its error; {_MORE_TIME}"
+        ) from error
     try:
         # rank 0 waits for the last to come
         store.wait(["verdict"], timedelta(seconds=seconds + _WORD_SECONDS))
@@ -115,6 +118,7 @@ def _store(ranks: Ranks, mine: Rank, seconds: float) -> Any:
         raise RunError(
             f"{mine} cannot {what} {place} ({first_line(error)}); look for an error of rank 0, a wrong "
             "address (MASTER_ADDR, MASTER_PORT), or a firewall between the nodes"
+            + ("" if ranks.rank == 0 else f"; {_MORE_TIME}")
         ) from error
 
 
@@ -144,8 +148,7 @@ def _verdict(found: Sequence[Rank], missing: Sequence[int], seconds: float) -> t
         numbers = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         return None, (
             f"{len(missing)} of {len(found) + len(missing)} ranks did not come within {seconds:.0f} s: "
-            f"{numbers}; here are {here}. Look for their errors, a wrong address, or a firewall; "
-            "launch.meeting_seconds gives them more time"
+            f"{numbers}; here are {here}. Look for their errors, a wrong address, or a firewall; {_MORE_TIME}"
         )
     return refused or _versions(found) or _gpus(found) or _settings(found), None
 

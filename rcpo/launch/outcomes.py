@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,10 +124,16 @@ def _first_of_node() -> bool:
 
 
 def report_failure(error: Exception, *, everywhere: bool = False) -> None:
-    """One message on standard error from rank 0, or every rank, or by the local launcher."""
+    """One message on standard error from rank 0, or every rank, or by the local launcher.
+
+    An error of the operating system, such as a full disk, may be one rank's alone, which then names itself.
+    """
+    rank = os.environ.get("RANK") or "0"
     if os.environ.get(WORKER) == "1":
         tell_agent(error)
-    elif everywhere or (os.environ.get("RANK") or "0") == "0":
+    elif isinstance(error, OSError) and rank != "0":
+        print(f"rcpo: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+    elif everywhere or rank == "0":
         print(f"rcpo: {error}", file=sys.stderr, flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,8 +18,10 @@ import pytest
 
 from rcpo.config.parsing import save_run_config
 from rcpo.config.schema import RunConfig
+from rcpo.errors import RunError
 from rcpo.launch import local
 from rcpo.launch.__main__ import main
+from rcpo.launch.outcomes import report_failure
 
 ROOT = Path(local.__file__).parents[2]
 
@@ -118,6 +121,20 @@ def test_ranks_exit_codes_become_one(body: str, code: int, parts: list[str], tmp
     if code == 2:
         assert err.count("rcpo: ") == 1
         assert "Traceback" not in err
+
+
+def test_a_full_disk_of_one_rank_is_reported_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RCPO_WORKER", raising=False)
+    monkeypatch.setenv("RANK", "3")  # of srun
+    report_failure(RunError("the loss is not finite"))  # on all ranks, of which rank 0 reports it
+    assert capsys.readouterr().err == ""
+    report_failure(OSError(28, "No space left on device", "/tmp/x"))
+    name = socket.gethostname()
+    assert (
+        capsys.readouterr().err == f"rcpo: rank 3 on {name}: [Errno 28] No space left on device: '/tmp/x'\n"
+    )
 
 
 def test_a_stop_signal_reaches_the_ranks_and_comes_back_as_75(tmp_path: Path) -> None:
