@@ -76,6 +76,7 @@ def load_policy(config: RunConfig, start: ModelSource, final: Path | None = None
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = name if on_hub else str(start.base.resolve())
         settings.revision = config.model.revision if on_hub else None
+        settings.task_type = settings.task_type or "CAUSAL_LM"  # peft's AutoPeftModelForCausalLM wants it
     return Policy(model)
 
 

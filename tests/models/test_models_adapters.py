@@ -14,7 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sessions import heldout_logratios
 from tiny import held_out, sums_file, tiny_llama
@@ -242,7 +242,9 @@ def test_what_is_saved_loads_with_transformers_and_merged(
     adapted = AutoModelForCausalLM.from_pretrained(folder / "final")
     merged = AutoModelForCausalLM.from_pretrained(folder / "final" / "merged")
     assert type(merged) is type(load_model(base, config.model))
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(str(folder / "final"))
     assert difference(logits(adapted), expected) == 0.0
+    assert difference(logits(by_peft.get_base_model()), expected) == 0.0
     assert difference(logits(merged), expected) < 1e-4
     assert (
         difference(logits(merge_adapter(load_model(base, config.model), folder / "final")), expected) < 1e-4
