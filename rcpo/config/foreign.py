@@ -13,6 +13,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from rcpo.config.foreign_names import (
+    ALWAYS,
     ATTENTION,
     DIVERGENCES,
     HINTS,
@@ -71,7 +72,7 @@ def convert(tree: Mapping[str, Any]) -> Conversion:
                 made.left[name] = f"{value!r} is not what is expected there"
         elif name in SAME:
             made.settings[SAME[name]] = value
-        else:
+        elif value is not (name in ALWAYS):
             made.left[name] = HINTS.get(name, "")
     _finish(made, tree)
     return made
@@ -104,6 +105,8 @@ def _number(value: Any) -> float | int | None:
 def _finish(made: Conversion, tree: Mapping[str, Any]) -> None:
     """Groups that keys imply, and keys that depend on each other."""
     ours = made.settings
+    if ours.get("model.trust_remote_code") is False:
+        del ours["model.trust_remote_code"]  # the default, which packaged models lack
     if "model.path" in ours:
         ours["model"] = "local"
     if "data.path" in ours or "data.sources" in ours:
@@ -185,6 +188,10 @@ def _finish_objective(made: Conversion, tree: Mapping[str, Any]) -> None:
     for key in ("objective.epsilon", "objective.alpha"):
         if ours.get(key) == 0:
             del ours[key]  # off there; most objectives lack it
+    if ours.get("objective.divergence") != "alpha":
+        ours.pop("objective.divergence_alpha", None)
+    if ours.get("objective.divergence") == "reverse_kl":
+        del ours["objective.divergence"]
     if "gamma_beta_ratio" in tree:
         if "objective.beta" in ours:
             ours["objective.gamma"] = tree["gamma_beta_ratio"] * ours["objective.beta"]
@@ -205,7 +212,9 @@ def _finish_cpo(made: Conversion, weight: float) -> None:
     objective = made.settings.get("objective", "dpo")
     if objective in ("simpo", "alphapo"):
         made.settings["objective.nll_coef"] = weight
-    elif objective == "dpo":
+        return
+    made.settings.pop("objective.gamma", None)  # SimPO's
+    if objective == "dpo":
         cpo = {"reduction": "sum", "lambda_nll": 0.0, "nll_coef": weight}
         made.settings |= {"objective": "cpo"} | {f"objective.{name}": value for name, value in cpo.items()}
     else:

@@ -188,6 +188,7 @@ SILENT = {
     "remove_unused_columns",
     "log_level",
 }
+ALWAYS = {"disable_dropout"}  # switches that rcpo cannot turn off; it lacks those that it does not know
 
 
 def counterpart(name: str) -> str | None:

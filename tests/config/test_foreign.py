@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from rcpo.config.composition import compose, split_arguments
 from rcpo.config.foreign import SPECIAL, as_overrides, convert, in_grammar
@@ -155,6 +156,11 @@ def test_a_configuration_of_llama_factory_is_converted(tmp_path: Path) -> None:
         ),
         ({"loss_type": "simpo", "alpha": 0.25}, {"objective": "alphapo", "objective.alpha": 0.25}),
         ({"f_divergence_type": "js_divergence"}, {"objective.divergence": "js"}),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+            {"objective.divergence": "alpha", "objective.divergence_alpha": 0.5},
+        ),
+        ({"push_to_hub": False, "padding_free": False, "disable_dropout": True}, {}),
         ({"use_weighting": True}, {"objective.weighting": "wpo"}),
         ({"max_length": 2048}, {"data.max_length": 2048, "data.max_prompt_length": None}),
         ({"max_length": None}, {"data.max_length": None, "data.max_prompt_length": None}),
@@ -210,6 +216,7 @@ def test_keys_that_need_more_than_another_name(tree: dict[str, Any], settings: d
         ({"lora_target": "all"}, "rcpo trains all weights"),
         ({"ref_model_mixup_alpha": 0.5}, "without sync_ref_model"),
         ({"ref_model_sync_steps": 64}, "without sync_ref_model"),
+        ({"disable_dropout": False}, "rcpo always turns dropout off"),
         ({"reference_free": True}, "choose an objective without a reference"),
     ],
 )
@@ -272,6 +279,36 @@ def test_a_mixture_of_losses_is_a_configuration_that_trains(tmp_path: Path) -> N
         {"name": "dpo", "weight": 0.8, "beta": 0.3},
         {"name": "sft", "weight": 1.0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "objective"),
+    [
+        ("DPO", {"loss_type": "hinge", "beta": 0.2}, ("hinge", "sum", {"beta": 0.2})),
+        ("DPO", {"loss_type": "ipo", "beta": 0.2}, ("ipo", "mean", {"tau": 0.2})),
+        ("KTO", {}, ("kto", "sum", {"beta": 0.1, "lambda_chosen": 1.0, "lambda_rejected": 1.0})),
+        ("CPO", {}, ("cpo", "sum", {"beta": 0.1, "lambda_nll": 0.0})),
+        (
+            "CPO",
+            {"loss_type": "alphapo", "alpha": 0.25, "beta": 2.0},
+            ("alphapo", "mean", {"beta": 2, "gamma": 0.5, "alpha": 0.25}),
+        ),
+    ],
+)
+def test_all_that_a_configuration_of_trl_holds_is_converted(
+    trainer: str, settings: dict[str, Any], objective: tuple[str, str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its dictionary has every default of TRL's, which are rcpo's settings then."""
+    import trl
+    from trl.experimental.cpo import CPOConfig
+
+    kind = CPOConfig if trainer == "CPO" else getattr(trl, f"{trainer}Config")
+    args = kind(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **settings)
+    config = converted(yaml.safe_dump(args.to_dict()), tmp_path, "data=pairs", "data.path=org/pairs")
+    found = config.objective
+    assert (found.name, found.reduction, found.hyperparameters) == objective
+    assert (config.optim.lr, config.optim.schedule, config.train.epochs) == (1e-6, "linear", 3)
+    assert (config.data.max_length, config.data.max_prompt_length, config.seed) == (1024, None, 42)
 
 
 def test_a_batch_size_of_the_user_s_needs_no_note_on_theirs(
