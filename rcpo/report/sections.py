@@ -21,7 +21,7 @@ FEW = 8  # conditions that are shown in full; more show what says most, so that 
 
 HOW_TO_READ = (
     "The winner should stay at 0, the loser fall. While the ratio r is in the batch's band, a small step "
-    "neither lowers the batch's winners nor raises its losers; at the centre r* both sides pull equally. "
+    "neither lowers the batch's winners nor raises its losers; at the center r* both sides pull equally. "
     "Other text has a band of its own, the samples' band, drawn once it stands clear of noise. Calibration "
     "makes α² r of r."
 )
