@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ _EVALUATED = re.compile(r"eval after (\d+): (\{.*\})")
 
 @dataclass(frozen=True)
 class Foreign:
-    """A log of another tool: `rows` by rcpo's names, the last evaluation, how many steps were planned."""
+    """A log of another tool: `rows` by rcpo's names, the last evaluation.
+
+    `planned` steps and those `taken` are None where the log does not tell; rows may lack the last ones taken.
+    """
 
     origin: str
     rows: list[dict[str, Any]]
     evaluation: dict[str, float]
     planned: int | None = None
+    taken: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,8 +82,10 @@ def _transformers(folder: Path, origin: str) -> Foreign:
         step = row.get("step")
         if isinstance(step, int) and "train_runtime" not in row:
             rows.setdefault(step, {"step": step}).update(_renamed(row))
-    planned = state.get("max_steps")
-    return _log(origin, rows.values(), planned if isinstance(planned, int) else None, {})
+    planned, taken = (
+        value if isinstance(value := state.get(key), int) else None for key in ("max_steps", "global_step")
+    )
+    return replace(_log(origin, rows.values(), {}), planned=planned, taken=taken)
 
 
 def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def _halos(folder: Path) -> Foreign:
     for examples, values in [*_printed(folder), *_saved(folder)]:
         step = max(1, round(examples / size))
         rows.setdefault(step, {"step": step}).update(_of_halos(values))
-    return _log(HALOS, [rows[step] for step in sorted(rows)], None, settings)
+    return _log(HALOS, [rows[step] for step in sorted(rows)], settings)
 
 
 def _printed(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -138,7 +144,7 @@ def _of_halos(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _log(origin: str, rows: Any, planned: int | None, settings: dict[str, Any]) -> Foreign:
+def _log(origin: str, rows: Any, settings: dict[str, Any]) -> Foreign:
     """The log with margins where a tool gives both sides alone, and the last value of each held-out key."""
     kept = list(rows)
     for row in kept:
@@ -148,7 +154,7 @@ def _log(origin: str, rows: Any, planned: int | None, settings: dict[str, Any]) 
     last: dict[str, float] = {}
     for row in kept:
         last |= {k: float(v) for k, v in row.items() if k.startswith("eval/") and isinstance(v, int | float)}
-    return Foreign(origin, kept, last, planned, settings)
+    return Foreign(origin, kept, last, settings=settings)
 
 
 def has_reference(rows: Sequence[Mapping[str, Any]]) -> bool | None:

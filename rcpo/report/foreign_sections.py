@@ -61,7 +61,7 @@ def headline(run: Run) -> str:
     found = {side: _ends(run, f"rewards/{side}") for side in ("chosen", "rejected", "margins")}
     winner, loser, margin = found["chosen"], found["rejected"], found["margins"]
     if winner is None:
-        return f"{run.origin}, step {progress(run)}: no rewards of the two sides are logged."
+        return f"{run.origin}, logged up to step {progress(run)}: no rewards of the two sides are logged."
     text = f"The winner's reward went from {number(winner[0])} to {number(winner[1])}"
     if loser is not None:
         text += f", the loser's from {number(loser[0])} to {number(loser[1])}"

@@ -278,8 +278,8 @@ def _evaluation(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, fl
 def _read_other(folder: Path, name: str) -> Run:
     """A run of another tool, as far as its log tells."""
     log = read_foreign(folder)
-    last = max((row["step"] for row in log.rows), default=0)
-    early = log.planned is not None and last < log.planned
+    taken = max([log.taken or 0, *(row["step"] for row in log.rows)])
+    early = log.planned is not None and taken < log.planned
     return Run(
         name=name,
         folder=folder,

@@ -10,7 +10,8 @@ import pytest
 from report_folders import evaluation, rows, settings, write_run
 
 from rcpo.commands.report import ReportRequest, report
-from rcpo.report import foreign_sections
+from rcpo.report import foreign_sections, panels
+from rcpo.report.figures import new_figure
 from rcpo.report.foreign import HALOS, LLAMA_FACTORY, TRANSFORMERS, has_reference, origin_of
 from rcpo.report.foreign_sections import headline, unknowns
 from rcpo.report.runs import Status, find_runs, read_runs
@@ -68,6 +69,20 @@ def test_the_last_checkpoint_stands_for_a_run_that_was_killed(tmp_path: Path) ->
     [run] = read_runs([tmp_path])
     assert (run.last_step, run.status) == (10, Status.ENDED)
     assert "What holds on unseen pairs" in " ".join(unknowns(run))
+
+
+def test_a_run_whose_last_steps_were_not_logged_is_finished(tmp_path: Path) -> None:
+    """logging_steps=10 of max_steps=25, and an evaluation in between, which is not drawn at the end."""
+    folder = state(tmp_path / "out", [*dpo(20)[9:20:10], {"step": 15, "eval_rewards/chosen": -0.5}], 25)
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"global_step": 25}))
+    [run] = read_runs([folder])
+    assert (run.last_step, run.status) == (20, Status.FINISHED)
+    (axes,) = new_figure(3).subplots(1, 1, squeeze=False)[0]
+    panels.rewards(axes, [run], 1)
+    assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"] == [[15.0], []]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"global_step": 20}))
+    assert read_runs([folder])[0].status is Status.ENDED
 
 
 def test_rewards_without_a_reference_are_told_apart() -> None:
