@@ -33,7 +33,7 @@ from rcpo.data.tokenise import PairTokeniser
 from rcpo.data.turns import contexts
 from rcpo.errors import ConfigError
 
-_MADE = "14"  # counts changes of what is made of a row: tokens stored before one are made anew
+_MADE = "15"  # counts changes of what is made of a row: tokens stored before one are made anew
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,8 @@ class Encoder:
         """
         if isinstance(row, BadRow):
             raise row
+        if counts is not None:
+            counts["repeated_prompts"] += _repeats_prompt(row)
         if self._always:
             row = as_conversation(row)
         if isinstance(row.prompt, str):
@@ -319,6 +321,17 @@ def _other_template(row: Row) -> str:
     if row.tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         return f"data.template=hermes{more} renders tools, calls, and results"
     return f"data.template=chatml{more} renders any roles"
+
+
+def _repeats_prompt(row: Row) -> bool:
+    """Whether the responses are text that begins with the whole prompt, as files of whole texts have it."""
+    answers = [answer for answer in (row.chosen, row.rejected) if answer is not None]
+    prompt = row.prompt
+    return (
+        isinstance(prompt, str)
+        and bool(prompt.strip())
+        and all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers)
+    )
 
 
 def _as_text(part: Content | None) -> str | None:

@@ -17,7 +17,8 @@ class Tally:
     The counts: rows `read`, those that give a bad pair (`bad_rows`), those that a template rendered
     (`templated`); `truncated_prompts`, `truncated_responses` and, in all, `tokens_cut`; responses of several
     messages (`longer_responses`), with turns in their text (`turns_as_text`), or that spell special tokens
-    (`special_tokens`); responses that the finished conversation renders differently (`rendered_otherwise`).
+    (`special_tokens`); rows whose responses begin with the prompt (`repeated_prompts`); responses that the
+    finished conversation renders differently (`rendered_otherwise`).
     """
 
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -136,6 +137,12 @@ class DataReport:
             told.append(
                 f"{counts['turns_as_text']} responses hold further turns as text, which are learned too; "
                 "data.template=tokenizer, or a named template, makes messages of them"
+            )
+        if counts["repeated_prompts"]:
+            told.append(
+                f"{counts['repeated_prompts']} rows have responses that begin with the whole prompt, which "
+                "is learned with them; to take it out: data.columns.prompt=prompt and for each response "
+                "\"data.columns.chosen='{{ chosen[prompt | length:] }}'\""
             )
         if counts["rendered_otherwise"]:
             told.append(

@@ -108,6 +108,11 @@ def refuse_kind(objective: Objective, kind: str) -> None:
             f"objective={objective.spec.name} needs a rejected response, and the data has one completion a "
             "prompt: use objective=sft, or give pairs"
         )
+    if kind == UNPAIRED and not objective.needs_rejected:
+        raise ConfigError(
+            f"objective={objective.spec.name} would imitate unwanted completions too: give a file of the "
+            "wanted ones without the label, or use objective=kto"
+        )
     if kind == UNPAIRED and not objective.spec.takes_unpaired:
         raise ConfigError(
             f"objective={objective.spec.name} needs pairs, and the data has single completions with labels: "

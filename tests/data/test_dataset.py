@@ -353,6 +353,25 @@ def test_at_most_max_examples_are_read_and_nothing_is_said_of_the_rows_behind_th
     assert (len(data.train), data.report.counts["read"], sum(data.report.dropped.values())) == (600, 601, 1)
 
 
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_responses_that_begin_with_the_prompt_are_counted(tmp_path: Path, template: str | None) -> None:
+    """Files of whole texts repeat the prompt in both; a template of the columns takes it out, as told."""
+    rows = [{"prompt": f"{n}+1=", "chosen": f"{n}+1=2", "rejected": f"{n}+1=3"} for n in range(4)]
+    rows.append({"prompt": "5+1=", "chosen": "5+1=6", "rejected": "7"})
+    path = write(tmp_path / "x.jsonl", rows)
+    told = "\n".join(load(path=path, template=template, eval_fraction=0).report.lines())
+    assert "4 rows have responses that begin with the whole prompt" in told
+    columns = {side: f"{{{{ {side}[prompt | length:] }}}}" for side in ("chosen", "rejected")}
+    assert columns["chosen"] in told
+    columns["prompt"] = "prompt"
+    whole = write(tmp_path / "y.jsonl", rows[:4])
+    data = load(path=whole, columns=columns, template=template, eval_fraction=0)
+    plain = [{"prompt": f"{n}+1=", "chosen": "2", "rejected": "3"} for n in range(4)]
+    wanted = load(path=write(tmp_path / "z.jsonl", plain), template=template, eval_fraction=0)
+    assert [example.parts for example in data.train] == [example.parts for example in wanted.train]
+    assert "begin with the whole prompt" not in "\n".join(data.report.lines())
+
+
 def test_a_column_without_a_name_is_reported_as_such(tmp_path: Path) -> None:
     """pandas writes its index so."""
     path = tmp_path / "x.csv"

@@ -113,7 +113,7 @@ def test_gold_answers(row: dict[str, Any], gold: Any) -> None:
         ({"chosen": f"{TURNS} c", "rejected": f"{TURNS} r", "gold": "g"}, "as the two responses"),
         ({"chosen": [Q, A], "rejected": [Q, B], "gold": [Q | {"content": "z"}, G]}, "the prompt's messages"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "gold": "  "}, "empty gold response"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "gold": 3}, "field 'gold' is not a string"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "gold": 3}, "field 'gold' is a number"),
     ],
 )
 def test_gold_answers_that_do_not_fit(row: dict[str, Any], reason: str) -> None:

@@ -83,10 +83,11 @@ def test_held_out_completions_have_the_dynamics_of_a_batch_of_them(tmp_path: Pat
     ("objective", "rows", "reason"),
     [
         ("dpo", WANTED[:1] + UNWANTED[:1], "objective=dpo needs pairs, and the data has single completions"),
+        ("sft", WANTED[:1] + UNWANTED[:1], "objective=sft would imitate unwanted completions too"),
         ("dpo", [{"text": "1+1=2"}], "objective=dpo needs a rejected response"),
     ],
 )
-def test_an_objective_that_needs_pairs_says_so(
+def test_an_objective_refuses_data_of_another_kind(
     tmp_path: Path, objective: str, rows: list[dict[str, Any]], reason: str
 ) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
