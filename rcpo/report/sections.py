@@ -133,7 +133,10 @@ def _of_runs(runs: Sequence[Run], title: str) -> Document:
         status=_status(runs),
         headline=_headline(runs, found, pairs),
         details=[words.sentence_of_contrast(pair) for pair in pairs],
-        notes=[f"{run.name}: {note}" for run in runs for note in words.warnings_of_run(run)],
+        notes=[
+            *words.other_code(runs),
+            *(f"{run.name}: {note}" for run in runs for note in words.warnings_of_run(run)),
+        ],
         sections=[part for part in parts if part.blocks],
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rcpo.config.changes import flatten
 from rcpo.evaluation.summary import NOTICEABLE, UNITS, against_the_mean, describe, interval
 from rcpo.report.dynamics import Prediction
 from rcpo.report.probes import CROSSED, Crossings
@@ -108,6 +109,14 @@ def warnings_of_run(run: Run) -> list[str]:
         if len(counts) and counts[-1] > 0:
             notes.append(f"{int(counts[-1])} {text}.")
     return notes
+
+
+def other_code(runs: Sequence[Run]) -> list[str]:
+    """A note where runs that are compared were not made by the same code."""
+    every = [flatten(run.environment) for run in runs if run.environment]
+    keys = [key for each in every for key in each if key.partition(".")[0] in ("git", "packages")]
+    found = [key for key in dict.fromkeys(keys) if len({str(each.get(key)) for each in every}) > 1]
+    return [f"The runs were made by different code ({', '.join(found)}): see Environment."] if found else []
 
 
 def headline_of_contrasts(pairs: Sequence[Contrast]) -> str:

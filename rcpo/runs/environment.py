@@ -36,6 +36,7 @@ PACKAGES = (
     "trl",
     "lm-eval",
 )
+COPIED_FILE = "copied.json"  # beside a submitted job's copy of rcpo
 COMMAND = "RCPO_COMMAND"  # holds the command line of the outermost `rcpo`, for the processes that it starts
 _SECRET = re.compile(r"((?:key|token|secret|password|passwd)\s*[=:]\s*)\S+", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(//[^/@\s:]+:)[^/@\s]+@")
@@ -96,8 +97,13 @@ def redact(argument: str) -> str:
 def git_state(file: Path) -> dict[str, Any] | None:
     """Commit of the checkout that tracks `file`, and whether tracked files differ from it; None outside.
 
-    A copy installed into some other project's checkout is not tracked there: it borrows no commit.
+    A copy installed into some other project's checkout is not tracked there: it borrows no commit. The copy
+    of a submitted job has a record of what it was made from.
     """
+    for above in file.resolve().parents:
+        if (above / COPIED_FILE).is_file():
+            found = read_object(above / COPIED_FILE).get("git")
+            return found if isinstance(found, dict) else None
     folder = file.resolve().parent
     if _git(folder, "ls-files", "--error-unmatch", file.name) is None:
         return None

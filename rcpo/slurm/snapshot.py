@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
 
 from rcpo.config.paths import conf_dir
+from rcpo.runs.environment import COPIED_FILE, git_state
+from rcpo.system.files import replace_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def snapshot(folder: Path, modules: set[str], cwd: Path) -> None:
-    """Copy rcpo, its conf/ and the user's `modules` that lie in `cwd` into a new or renewed `folder`."""
+    """Copy rcpo, its conf/ and the user's `modules` that lie in `cwd` into a new or renewed `folder`.
+
+    The commit goes with them, for a copy is in no checkout.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(PACKAGE, folder / "rcpo", ignore=ignored)
     if conf_dir().parent != PACKAGE:
         shutil.copytree(conf_dir(), folder / "conf", ignore=ignored)
+    replace_text(folder / COPIED_FILE, json.dumps({"git": git_state(PACKAGE / "__init__.py")}) + "\n")
     for name in modules:
         source = _source(name.partition(".")[0], cwd)
         if source is not None and source.is_dir():

@@ -19,6 +19,7 @@ from rcpo.config.parsing import load_run_config, save_run_config
 from rcpo.config.schema import RunConfig
 from rcpo.errors import ConfigError
 from rcpo.launch.outcomes import Outcome, read_outcome
+from rcpo.runs.environment import git_state
 from rcpo.slurm.conclude import main as conclude
 from rcpo.slurm.queue import Queued, job_id, queue, read_submitted
 from rcpo.slurm.settings import slurm_config, slurm_seconds
@@ -56,6 +57,14 @@ def test_a_submitted_run_has_configuration_code_and_script(slurm: Path) -> None:
     assert (submitted.job, submitted.runs, submitted.array) == ("41", [str(run)], False)
     assert submitted.command == ["train", "objective=simpo", "hydra.run.dir=mine", "slurm.nodes=2"]
     assert job_id("mine") == "41" and job_id("7_3") == "7_3"
+
+
+def test_a_job_s_copy_of_the_code_knows_its_commit(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"commit": "0" * 40, "dirty": True}
+    monkeypatch.setattr("rcpo.slurm.snapshot.git_state", lambda file: here)
+    assert submit("train", ["objective=simpo", "hydra.run.dir=mine"], dry_run=False) == 0
+    # environment.json of the run, which the job writes, takes it from here
+    assert git_state(Path("mine/code/rcpo/runs/environment.py")) == here
 
 
 def test_a_dry_run_shows_the_script_and_touches_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,17 @@ def test_environments_that_differ_are_shown_apart(tmp_path: Path) -> None:
     varied, _ = appendix.environment(read_runs([tmp_path / "sweep"]))
     assert varied.header == ("run", "packages.torch")
     assert [row[1] for row in varied.rows] == ["2.14.0", "2.13.0", "2.13.0", "2.13.0"]
+
+
+def test_a_comparison_of_different_code_is_noted(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep", seeds=1)
+    assert sections.document_of(read_runs([tmp_path / "sweep"]), "sweep").notes == []
+    for number, folder in enumerate(sorted((tmp_path / "sweep").iterdir())):
+        record = {"hostname": f"n{number}", "git": {"commit": str(number // 2), "dirty": False}}
+        (folder / "environment.json").write_text(json.dumps(record))
+    assert sections.document_of(read_runs([tmp_path / "sweep"]), "sweep").notes == [
+        "The runs were made by different code (git.commit): see Environment."
+    ]
 
 
 def test_samples_show_first_last_and_between(tmp_path: Path) -> None:
