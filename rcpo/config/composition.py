@@ -133,7 +133,7 @@ def _with_foreign(arguments: Sequence[str]) -> list[str]:
         file = words.pop(places[0])
     made = convert(read_foreign(Path(file)))
     settings = as_overrides(made, words)
-    print(f"rcpo: {file} is here: {' '.join(settings)}", file=sys.stderr)
+    print(f"rcpo: {file} is here: {' '.join(settings) or 'nothing'}", file=sys.stderr)
     for key, note in made.notes.items():
         if given := [setting for setting in settings if setting.partition("=")[0] == key]:
             print(f"rcpo: {file}: {given[0]} {note}", file=sys.stderr)

@@ -6,7 +6,7 @@ A key whose meaning differs is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from rcpo.config.foreign_names import (
     SWITCHES,
     UNLIMITED,
 )
+from rcpo.config.paths import conf_dir
+from rcpo.config.schema import ObjectiveConfig
 from rcpo.errors import ConfigError
 from rcpo.system.text import first_line
 
@@ -161,6 +163,9 @@ def _finish_schedule(made: Conversion, tree: Mapping[str, Any]) -> None:
         for name in ("warmup_ratio", "warmup_steps"):
             if made.settings.pop(f"optim.{name}", None) is not None:
                 made.left[name] = "their constant has no warm-up; constant_with_warmup has"
+    if {"optim.warmup_ratio", "optim.warmup_steps"} <= {*made.settings}:
+        del made.settings["optim.warmup_ratio"]
+        made.left["warmup_ratio"] = "warmup_steps take precedence there"
     for name, key in STRATEGIES.items():
         value = tree.get(name, "steps")
         if value == "steps":
@@ -281,6 +286,13 @@ def _interval(made: Conversion, name: str, value: Any) -> None:
         made.settings[INTERVALS[name]] = value
 
 
+def _held_out(made: Conversion, name: str, value: Any) -> None:
+    if value < 1:
+        made.settings["data.eval_fraction"] = value
+    else:
+        made.left[name] = f"{value} examples; rcpo holds out a share: give data.eval_fraction"
+
+
 def _divergence_alpha(made: Conversion, name: str, value: Any) -> None:
     if value == 0.5:
         made.settings["objective.divergence_alpha"] = value
@@ -366,6 +378,7 @@ SPECIAL: dict[str, Callable[[Conversion, str, Any], None]] = {
     "f_alpha_divergence_coef": _divergence_alpha,
     "use_weighting": _weighting,
     **dict.fromkeys(INTERVALS, _interval),
+    "val_size": _held_out,
     "lr_scheduler_type": lambda made, name, value: made.choose(name, value, SCHEDULES, "optim.schedule"),
     "lr_scheduler_kwargs": _schedule_settings,
     "optim": lambda made, name, value: made.choose(name, value, OPTIMIZERS, "optim"),
@@ -397,10 +410,32 @@ SPECIAL: dict[str, Callable[[Conversion, str, Any], None]] = {
 
 
 def as_overrides(made: Conversion, given: Sequence[str]) -> list[str]:
-    """The overrides of a conversion, groups first, without those whose key the user gives."""
-    taken = {word.lstrip("+").partition("=")[0] for word in given}
+    """The overrides of a conversion, groups first, without those whose key the user gives.
+
+    Settings that the objective does not have, which may be the user's choice, join what is left out.
+    """
+    words = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in given)}
+    taken = set(words)
+    elsewhere = {"experiment", "--config-name", "-cn"} & taken  # these may choose another than the default
+    objective = words.get("objective", made.settings.get("objective", "" if elsewhere else "dpo"))
+    known = _settings_of(objective)
+    for key in [key for key in made.settings if key.startswith("objective.") and key not in taken]:
+        name = key.removeprefix("objective.")
+        if known and name not in known:
+            del made.settings[key]
+            made.left[key] = f"objective={objective} has no {name}"
     order = sorted(made.settings.items(), key=lambda item: "." in item[0])
     return [f"{key}={in_grammar(value)}" for key, value in order if key not in taken]
+
+
+def _settings_of(objective: str) -> set[str]:
+    """The settings that a packaged objective has; empty for any other."""
+    file = conf_dir() / "objective" / f"{objective}.yaml"
+    if not file.is_file():
+        return set()
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    bases = [base for base in tree.get("defaults", ()) if base != "_self_"]
+    return {*tree, *(field.name for field in fields(ObjectiveConfig))}.union(*map(_settings_of, bases))
 
 
 def in_grammar(value: Any) -> str:

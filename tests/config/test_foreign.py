@@ -203,6 +203,7 @@ def test_keys_that_need_more_than_another_name(tree: dict[str, Any], settings: d
         ({"num_train_epochs": 0.5}, "0.5 is not a whole number"),
         ({"stage": "ppo"}, "rcpo trains on preferences"),
         ({"padding_free": True}, ""),
+        ({"val_size": 500}, "give data.eval_fraction"),
         ({"save_steps": 0.1}, "give checkpoint.every=STEPS"),
         ({"save_strategy": "epoch"}, "give checkpoint.every=STEPS"),
         ({"save_strategy": "no"}, "rcpo also saves by time"),
@@ -386,6 +387,7 @@ def test_names_of_theirs_are_those_of_the_installed_trl() -> None:
         ),
         *("dataset_mixer", "dataset_splits", "gamma_beta_ratio", "preprocessing_num_workers"),
         *("cpo_alpha", "alpha", "evaluation_strategy", "group_by_length"),
+        "sft_weight",
     }
     assert ours - theirs <= others
 
@@ -411,6 +413,43 @@ def test_values_survive_hydra_s_grammar(value: Any, text: str) -> None:
 def test_a_key_that_the_user_gives_is_not_taken_from_the_file() -> None:
     made = convert({"learning_rate": 1e-5, "beta": 0.3, "loss_type": "hinge"})
     assert as_overrides(made, ["optim.lr=1e-6"]) == ["objective=hinge", "objective.beta=0.3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected", "left"),
+    [
+        ("loss_type: ipo\nbeta: 0.3", ["objective=simpo"], ("simpo", {"beta": 2.0, "gamma": 1.0}), "tau"),
+        ("loss_type: [sigmoid, sft]", ["objective=orpo"], ("orpo", {"beta": 0.1}), "parts"),
+        ("loss_type: ipo\nlabel_smoothing: 0.1", [], ("ipo", {"tau": 0.1}), "epsilon"),
+        ("loss_type: sigmoid_norm\nlabel_smoothing: 0.1", [], ("dpo", None), None),
+    ],
+)
+def test_settings_that_the_objective_lacks_are_left_out_and_named(
+    text: str,
+    given: list[str],
+    expected: tuple[str, dict[str, float] | None],
+    left: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = converted(text, tmp_path, *given).objective
+    name, settings = expected
+    assert found.name == name and settings in (None, found.hyperparameters)
+    told = capsys.readouterr().err
+    if left is None:
+        assert found.hyperparameters["epsilon"] == 0.1 and "not converted" not in told
+    else:
+        assert f"objective.{left} is not converted (objective=" in told
+
+
+def test_an_experiment_s_objective_keeps_its_settings() -> None:
+    assert as_overrides(convert({"simpo_gamma": 1.2}), ["experiment=mine"]) == ["objective.gamma=1.2"]
+    assert as_overrides(convert({"simpo_gamma": 1.2}), []) == []  # the default is dpo, which has none
+
+
+def test_steps_of_warm_up_take_precedence_over_a_share_as_there() -> None:
+    made = convert({"warmup_ratio": 0.1, "warmup_steps": 10})
+    assert made.settings == {"optim.warmup_steps": 10} and list(made.left) == ["warmup_ratio"]
 
 
 @pytest.mark.parametrize(
