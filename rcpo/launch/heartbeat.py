@@ -91,10 +91,10 @@ class Heartbeat:
             connection.sendall(f"{self._token} rank {ranks.rank} on {node_name()}\n".encode())
             self._thread(self._beat, connection)
 
-    def stop(self) -> None:
-        """Leave; the others do not take it for a loss."""
+    def stop(self, *, in_order: bool = True) -> None:
+        """Leave; the others do not take it for a loss, unless it is not `in_order`."""
         self._leaving.set()
-        for each in [*self._sockets, *self._followed]:
+        for each in [*self._sockets, *self._followed] if in_order else []:
             with suppress(OSError):  # it ended before, or is rank 0's, which only listens
                 each.sendall(_FAREWELL)
         for thread in self._threads:

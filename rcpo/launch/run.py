@@ -106,9 +106,9 @@ def launch(config: RunConfig, run_dir: Path | None, task: Task = TASKS["train"])
         code = task.run(config, folder)
         _leave(heartbeat)
         return code
-    except ConfigError as error:  # of all ranks alike
+    except ConfigError as error:  # of all ranks alike, or of one that the others wait for
         report_refusal(error)
-        _leave(heartbeat)
+        _leave(heartbeat, in_order=False)
         return REFUSED
     except (RunError, OSError) as error:
         # the message says what happened (a full disk, a number that is not finite); the log has where
@@ -139,11 +139,11 @@ def _join(config: RunConfig, heartbeat: Heartbeat) -> None:
     heartbeat.begin(ranks, store)
 
 
-def _leave(heartbeat: Heartbeat) -> None:
-    """Leave the other ranks in order: a group that is left to the interpreter's end at times aborts it."""
+def _leave(heartbeat: Heartbeat, *, in_order: bool = True) -> None:
+    """Leave the other ranks: a group that is left to the interpreter's end at times aborts it."""
     from rcpo.system import distributed
 
-    heartbeat.stop()
+    heartbeat.stop(in_order=in_order)
     distributed.shutdown()
 
 

@@ -278,6 +278,17 @@ def test_a_rank_that_ends_without_a_farewell_is_lost_to_rank_0() -> None:
     assert lost == ["n7"]
 
 
+def test_a_rank_that_leaves_out_of_order_is_lost_to_rank_0() -> None:
+    lost: list[str] = []
+    first, second, store = heartbeats(lost.append, 2)
+    second.begin(Ranks(1, 2, 1, "srun"), store)
+    wait_until(lambda: first._followed)  # its greeting has come
+    second.stop(in_order=False)
+    wait_until(lambda: lost)
+    first.stop()
+    assert [name.partition(" on ")[0] for name in lost] == ["rank 1"]
+
+
 @pytest.mark.parametrize(("farewell", "expected"), [(b"", ["rank 0"]), (b"!", [])])
 def test_a_rank_0_that_ends_without_a_farewell_is_lost_to_the_others(
     farewell: bytes, expected: list[str]
