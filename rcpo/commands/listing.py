@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcpo.config.foreign_names import counterpart
 from rcpo.config.paths import conf_dir
 from rcpo.config.validation import nearest
 from rcpo.errors import ConfigError
@@ -112,6 +113,7 @@ def explain(topic: str, tree: Mapping[str, Any], extra: Path | None = None) -> l
     names = {row.name for row in rows} | {row.name.rpartition(".")[2] for row in rows}
     near = difflib.get_close_matches(topic, [*nodes(), *groups(extra), *names], n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(nodes())}"
+    hint = counterpart(topic) or hint
     raise ConfigError(f"help={topic}: there is no such group or key; {hint}")
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rcpo.config.foreign_names import counterpart
+from rcpo.config.hyperparameters import HYPERPARAMETERS
 from rcpo.config.nodes import COMMAND_NODES
 from rcpo.config.parsing import describe, known_keys
 from rcpo.config.paths import conf_dir
@@ -92,8 +94,8 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         flags = [*(option for action in parser._actions for option in action.option_strings), FOREIGN]
         flags = [option for option in flags if len(option) > 3 and option not in REFUSED]
         hint = f"; {nearest(flag[0], flags)}" if flag and "unrecognized" in message else ""
-        if flag and (key := flag[0].lstrip("-")) in known_keys():
-            hint = f"; a key has no dashes: {key}=VALUE"
+        if flag and flag[0].startswith("--") and (meant := _meant_key(flag[0].removeprefix("--"))):
+            hint = f"; {meant}"
         raise ConfigError(f"command line: {message}{hint}")
 
     parser.error = refuse  # type: ignore[method-assign]
@@ -116,6 +118,18 @@ def split_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _refuse_repeats(flags.overrides)
     flags.parser = parser
     return flags
+
+
+def _meant_key(flag: str) -> str | None:
+    """A hint for a key of rcpo's or of TRL's that was given as a flag; None for any other flag."""
+    name = flag.replace("-", "_")
+    if name in known_keys():
+        return f"a key has no dashes: {name}=VALUE"
+    if theirs := counterpart(name):
+        return f"{theirs} (KEY=VALUE, without dashes)"
+    keys = {*known_keys(), *(f"objective.{setting}" for setting in HYPERPARAMETERS)}
+    found = sorted(key for key in keys if key.rpartition(".")[2] == name)
+    return f"a key has no dashes: {found[0]}=VALUE" if len(found) == 1 else None
 
 
 def _with_foreign(arguments: Sequence[str]) -> list[str]:

@@ -118,7 +118,13 @@ def test_help_on_a_key_or_a_group_without_keys(topic: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topic", "hint"), [("objectiv", "objective"), ("optim.lrr", "optim.lr"), ("bach_size", "batch_size")]
+    ("topic", "hint"),
+    [
+        ("objectiv", "objective"),
+        ("optim.lrr", "optim.lr"),
+        ("bach_size", "batch_size"),
+        ("learning_rate", "optim.lr"),
+    ],
 )
 def test_help_on_what_does_not_exist_names_the_nearest(topic: str, hint: str) -> None:
     with pytest.raises(
