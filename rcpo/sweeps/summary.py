@@ -64,8 +64,12 @@ class Comparison:
         return [metric for metric in METRICS if any(metric.key in run.values for run in self.runs)]
 
     def winner(self, key: str) -> str | None:
-        """The condition with the best mean; None of one condition, a tie, or a metric without a direction."""
-        found = [(c.label, s.mean) for c in self.conditions if (s := spread(c.values(key))) is not None]
+        """The condition with the best mean; None of one condition, a tie, or a metric without a direction.
+
+        A condition of which some run has no value, because it diverged, is not the best by the others.
+        """
+        whole = [c for c in self.conditions if len(c.values(key)) == len(c.runs)]
+        found = [(c.label, s.mean) for c in whole if (s := spread(c.values(key))) is not None]
         if key not in BETTER or len(found) < 2:
             return None
         ranked = sorted(found, key=lambda pair: -BETTER[key] * pair[1])

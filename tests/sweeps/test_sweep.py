@@ -82,6 +82,22 @@ def test_a_clear_difference_is_marked(runs: Runs) -> None:
     assert record()["winners"] == {"eval/winner_fell": "dpo rc=on"}
 
 
+def test_the_runs_that_did_not_diverge_make_no_best_condition(runs: Runs) -> None:
+    """Of three rates the highest has the best seed, and one that ended without a finite accuracy."""
+
+    def accuracy(config: RunConfig) -> dict[str, float]:
+        if config.optim.lr == 0.25:
+            return {"eval/rewards/accuracies": 0.9} if config.seed == 1 else {}
+        return {"eval/rewards/accuracies": 0.5 + config.optim.lr}
+
+    runs.value = accuracy
+    sweep(["optim.lr=0.0625,0.125,0.25", "seed=1,2", HERE])
+    assert record()["winners"] == {"eval/rewards/accuracies": "dpo optim.lr=0.125"}
+    text = Path("out", "sweep.md").read_text()
+    assert "| dpo optim.lr=0.125 | 2 | **62 % ± 0** |" in text
+    assert "| dpo optim.lr=0.25 | 2 | 90 % (1 of 2) |" in text
+
+
 def test_a_sweep_over_several_objectives_ends_with_their_medians(runs: Runs) -> None:
     value = {"dpo": 0.5, "simpo": 0.7, "cpo": 0.6}
     runs.value = lambda config: {
