@@ -446,7 +446,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["--seed", "1"], ["a key has no dashes: seed=VALUE"]),
         (["--learning_rate", "1e-6"], ["did you mean optim.lr? (KEY=VALUE, without dashes)"]),
         (["--run_name=x"], ["see tracking and wandb.name (KEY=VALUE"]),
-        (["--weight-decay=0.1"], ["a key has no dashes: optim.weight_decay=VALUE"]),
+        (["--sync-every=8"], ["a key has no dashes: reference.sync_every=VALUE"]),
         (["--beta=0.1"], ["a key has no dashes: objective.beta=VALUE"]),
         (["seed=[1,2"], ["seed=[1,2", "KEY=VALUE"]),
         (["seed=1,2"], ["seed=1,2", "add -m"]),
