@@ -134,9 +134,11 @@ def of_conditions(found: Sequence[Condition]) -> Table:
     metrics = present([*METRICS, *downstream_of(found)], found)
     rows = [(c.label, str(len(c.runs)), *map(c.show, metrics)) for c in found]
     header = ("condition", "runs", *(metric.title for metric in metrics))
-    return Table(
-        header, rows, "Means ± standard deviations over the runs of a condition, which differ by their seed."
+    caption = (
+        "Means ± standard deviations over the runs of a condition, which differ by their seed. A run that is "
+        "not finished counts with its latest evaluation."
     )
+    return Table(header, rows, caption)
 
 
 def of_contrasts(pairs: Sequence[Contrast]) -> Table:

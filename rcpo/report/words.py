@@ -96,7 +96,7 @@ def warnings_of_run(run: Run) -> list[str]:
         notes.append(f"{lost} logged values were not finite; they are gaps in the figures.")
     if run.status in (Status.RUNNING, Status.ENDED) and run.evaluation and run.last_evaluated is not None:
         steps = f"{run.last_evaluated:,} of {run.planned_steps or run.last_step:,}"
-        notes.append(f"The held-out figures, in means over runs too, are those after step {steps}.")
+        notes.append(f"The held-out figures are those after step {steps}.")
     for key, text in (
         (
             "rc/skipped",

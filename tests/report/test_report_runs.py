@@ -78,7 +78,7 @@ def test_figures_on_the_way_are_not_those_of_the_end(tmp_path: Path) -> None:
     tree = settings(train__max_steps=40)
     run = read_run(write_run(tmp_path / "run", tree, metrics, early, finished=False), "run")
     assert (run.status, run.evaluation["eval/logratios/chosen"]) == (Status.ENDED, -0.25)
-    assert "in means over runs too, are those after step 10 of 40." in " ".join(warnings_of_run(run))
+    assert "The held-out figures are those after step 10 of 40." in " ".join(warnings_of_run(run))
     (axes,) = new_figure(3).subplots(1, 1, squeeze=False)[0]
     panels.sides(axes, [run], 1)
     diamonds = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"]
