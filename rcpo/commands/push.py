@@ -14,7 +14,7 @@ from rcpo.models.hub import check_weights
 from rcpo.models.upload import PushConfig, check_repo, files_of, upload
 from rcpo.report.card import renew_card
 from rcpo.report.provenance import CARD
-from rcpo.runs.folder import CONFIG_FILE, FINAL
+from rcpo.runs.folder import CONFIG_FILE, FINAL, read_object
 
 NODE = "push"
 
@@ -50,6 +50,7 @@ def _push(run_dir: Path, repo: str, settings: PushConfig) -> None:
     kind = "private" if settings.private else "public"
     for path in files_of(folder):
         print(f"  {path.stat().st_size:>15,}  {path.relative_to(folder)}")
+    _warn_of_local_base(folder)
     total = sum(path.stat().st_size for path in files_of(folder))
     what = f"{len(files_of(folder))} files, {total:,} bytes, to {repo} ({kind}, {settings.revision})"
     if settings.dry_run:
@@ -58,3 +59,14 @@ def _push(run_dir: Path, repo: str, settings: PushConfig) -> None:
     print(f"rcpo: sends {what}")
     message = settings.message or f"Upload {run_dir.resolve().name}, trained by rcpo"
     print(f"rcpo: done: {upload(folder, repo, settings, message)}")
+
+
+def _warn_of_local_base(folder: Path) -> None:
+    """Warn of an adapter on a base model that is a folder of this machine: others cannot load it."""
+    settings = folder / "adapter_config.json"
+    base = read_object(settings).get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_absolute():
+        print(
+            f"rcpo: warning: the adapter's base model is {base}, which is on this machine alone; for others, "
+            f"write the base model's name on the hub as base_model_name_or_path into {settings}"
+        )

@@ -70,6 +70,16 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(
     assert hub.requests == []
 
 
+def test_an_adapter_on_a_base_of_this_machine_is_pushed_with_a_warning(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = run_dir / "final" / "adapter_config.json"
+    for base, warned in (("/models/base", True), ("org/base", False)):
+        settings.write_text(f'{{"base_model_name_or_path": "{base}"}}')
+        assert push(words(run_dir), dry_run=True) == 0
+        assert ("others, write the base model's name" in capsys.readouterr().out) is warned
+
+
 def test_an_interrupted_upload_is_tried_again(hub: HubServer, run_dir: Path) -> None:
     hub.cut = 2
     assert push(words(run_dir)) == 0
