@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
+from rcpo.config.data import SUFFIXES
 from rcpo.config.foreign_names import LOSSES, OPTIMIZERS
 from rcpo.config.parsing import describe, known_keys
 from rcpo.config.paths import conf_dir
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _SECRET = re.compile(r"[+~]*(judge|score|slurm\.env)\b")  # such values may hold a key
 SEVERAL = "add -m for a run each"  # what to do about several values where a command takes them
+# how a model or data set of the user's own is given, where an option of these groups is expected
+_OWN = {"model": "model=local model.path", "data": "data=pairs data.path"}
 _ALIASES = {"rc": {"true", "false"}}  # options that exist for YAML's sake
 
 
@@ -122,7 +125,9 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     holding = [name for name in options if option and name.partition("_")[0].endswith(option)]
     near = difflib.get_close_matches(option.lower(), options, n=1, cutoff=0.6)
     theirs = {"objective": LOSSES, "optim": OPTIMIZERS}.get(group, {}).get(option)
-    if theirs:
+    if group in _OWN and ("/" in option or option.endswith(SUFFIXES) or Path(option or "?").exists()):
+        hint = f"for one of your own, write {_OWN[group]}={option}"
+    elif theirs:
         hint = f"did you mean {theirs}?"
     elif holding and not near and len(holding) <= 3:
         hint = f"did you mean {' or '.join(holding)}?"
@@ -218,7 +223,9 @@ def _quoted(key: str, value: str) -> str:
 
 
 def _explain_missing(file: str, hydra: Hydra, line: str) -> str:
-    group, _, option = file.removesuffix(".yaml").rpartition("/")
+    group, _, option = file.removesuffix(".yaml").partition("/")
+    if group not in _OWN:
+        group, _, option = file.removesuffix(".yaml").rpartition("/")
     if group and hydra.config_loader.get_group_options(group):
         return no_such_option(hydra, group, option)
     return f"configuration file {file} was not found ({line})"

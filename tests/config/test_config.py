@@ -435,6 +435,11 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         # unknown options
         (["rc=On"], ["rc=On: there is no such rc", "did you mean on?"]),
         (["objective=SimPO"], ["did you mean simpo?"]),
+        # a name or file where an option is expected
+        (["model=org/name"], ["there is no such model", "write model=local model.path=org/name"]),
+        (["model=./name"], ["there is no such model", "write model=local model.path=./name"]),
+        (["data=/a/b.parquet"], ["there is no such data", "write data=pairs data.path=/a/b.parquet"]),
+        (["data=pairs.jsonl"], ["there is no such data", "write data=pairs data.path=pairs.jsonl"]),
         (["objective=smpo"], ["objective=smpo", "did you mean simpo?"]),
         (["engine=zero5"], ["engine=zero5", "did you mean zero"]),
         (["rc=maybe"], ["rc=maybe", "off, on"]),
