@@ -125,7 +125,10 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     holding = [name for name in options if option and name.partition("_")[0].endswith(option)]
     near = difflib.get_close_matches(option.lower(), options, n=1, cutoff=0.6)
     theirs = {"objective": LOSSES, "optim": OPTIMIZERS}.get(group, {}).get(option)
-    if group in _OWN and ("/" in option or option.endswith(SUFFIXES) or Path(option or "?").exists()):
+    file = Path(f"{option}.yaml")
+    if file.parent.name == group and file.is_file():
+        hint = f"for your own file, write --config-dir {file.parent.parent} {group}={file.stem}"
+    elif group in _OWN and ("/" in option or option.endswith(SUFFIXES) or Path(option or "?").exists()):
         hint = f"for one of your own, write {_OWN[group]}={option}"
     elif theirs:
         hint = f"did you mean {theirs}?"
@@ -223,11 +226,11 @@ def _quoted(key: str, value: str) -> str:
 
 
 def _explain_missing(file: str, hydra: Hydra, line: str) -> str:
-    group, _, option = file.removesuffix(".yaml").partition("/")
-    if group not in _OWN:
-        group, _, option = file.removesuffix(".yaml").rpartition("/")
-    if group and hydra.config_loader.get_group_options(group):
-        return no_such_option(hydra, group, option)
+    name = file.removesuffix(".yaml")
+    # a path may stand where an option is expected; hydra/launcher is a group in a group
+    for group, _, option in (name.partition("/"), name.rpartition("/")):
+        if group not in ("", "hydra") and hydra.config_loader.get_group_options(group):
+            return no_such_option(hydra, group, option)
     return f"configuration file {file} was not found ({line})"
 
 

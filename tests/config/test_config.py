@@ -437,6 +437,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["objective=SimPO"], ["did you mean simpo?"]),
         # a name or file where an option is expected
         (["model=org/name"], ["there is no such model", "write model=local model.path=org/name"]),
+        (["hydra/launcher=x"], ["hydra/launcher=x: there is no such hydra/launcher"]),
         (["model=./name"], ["there is no such model", "write model=local model.path=./name"]),
         (["data=/a/b.parquet"], ["there is no such data", "write data=pairs data.path=/a/b.parquet"]),
         (["data=pairs.jsonl"], ["there is no such data", "write data=pairs data.path=pairs.jsonl"]),
@@ -569,6 +570,16 @@ def test_what_no_run_could_use_is_refused_by_name(overrides: list[str], parts: l
         assert part in message
     assert "\n" not in message
     assert "hyperparameters" not in message and "secret" not in message
+
+
+def test_a_path_of_an_own_file_is_refused_with_its_folder_and_name(tmp_path: Path) -> None:
+    for group in ("experiment", "model"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text("seed: 1\n")
+        for end in ("", ".yaml"):
+            given = f"{group}={tmp_path}/{group}/mine{end}"
+            with pytest.raises(ConfigError, match=rf"write --config-dir {tmp_path} {group}=mine$"):
+                compose([given])
 
 
 @pytest.mark.parametrize(
