@@ -214,6 +214,8 @@ def _finish_objective(made: Conversion, tree: Mapping[str, Any]) -> None:
 
 def _finish_cpo(made: Conversion, weight: float) -> None:
     """The losses of their CPOTrainer have no reference, sums, and an NLL term of means."""
+    if "loss_type" in made.left:
+        return  # not converted, so not known to be theirs without a reference
     objective = made.settings.get("objective", "dpo")
     if objective in ("simpo", "alphapo"):
         made.settings["objective.nll_coef"] = weight

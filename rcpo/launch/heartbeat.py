@@ -169,9 +169,13 @@ class Heartbeat:
             self._miss("rank 0")
 
     def _miss(self, rank: str) -> None:
-        """Wait: a rank that ended may yet make this one fail by itself, with a better message."""
-        if not self._leaving.wait(self._seconds):
-            self._tell(rank)
+        """Wait: a rank that ended may yet make this one fail by itself, with a better message.
+
+        A rank that is failing, as all may alike, first closes its trackers and checkpoints, however long it takes.
+        """
+        while not self._leaving.wait(self._seconds):
+            if not _failing():
+                self._tell(rank)
 
     def _tell(self, rank: str) -> None:
         if not self._leaving.is_set():
@@ -192,6 +196,12 @@ def server(name: str, backlog: int) -> socket.socket:
     except OSError as error:
         log.info("heartbeat: not at %s alone (%s)", name, error)
     return socket.create_server(("", 0), backlog=backlog)
+
+
+def _failing() -> bool:
+    """Whether an exception is on its way through this process's main thread."""
+    found = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    return found not in (None, (None, None, None))  # a tuple before Python 3.12
 
 
 def _heard(connection: socket.socket) -> bytes:
@@ -215,7 +225,7 @@ def _last_word(connection: socket.socket) -> bytes:
 def _line(connection: socket.socket, seconds: float) -> str:
     """What a rank begins with, up to its line's end; raises OSError where that is long, or long in coming."""
     line, end = b"", time.monotonic() + seconds
-    while (byte := connection.recv(1)) not in (b"\n", b""):
+    while (byte := _heard(connection)) not in (b"\n", b""):
         line += byte
         if len(line) > _GREETING_BYTES or time.monotonic() > end:
             raise OSError("a greeting without an end")

@@ -278,6 +278,22 @@ def test_a_rank_that_ends_without_a_farewell_is_lost_to_rank_0() -> None:
     assert lost == ["n7"]
 
 
+def test_a_rank_that_is_failing_itself_ends_with_its_own_message() -> None:
+    """All raised alike; rank 0 still closes its trackers, which may take longer than the silence."""
+    lost: list[str] = []
+    first, _, store = heartbeats(lost.append, 0.3)
+    try:
+        raise RunError("the loss is not finite")
+    except RunError:
+        with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as ended:
+            ended.sendall(store["heartbeat token"].encode() + b" n7\n")
+        time.sleep(0.8)
+        assert lost == []
+    wait_until(lambda: lost)  # it has caught its exception, and goes on
+    first.stop()
+    assert lost == ["n7"]
+
+
 def test_a_rank_that_leaves_out_of_order_is_lost_to_rank_0() -> None:
     lost: list[str] = []
     first, second, store = heartbeats(lost.append, 2)
