@@ -208,14 +208,18 @@ def _finish_objective(made: Conversion, tree: Mapping[str, Any]) -> None:
         _finish_cpo(made, tree["cpo_alpha"])
     if ours.get("objective") == "mix":
         _finish_mixture(made, tree.get("loss_weights"))
-    elif ours.get("objective") == "ipo" and "objective.beta" in ours:
+        return
+    if tree.get("loss_weights", [1.0]) != [1.0]:
+        made.left["loss_weights"] = "rcpo weights only the parts of objective=mix"
+    if ours.get("objective") == "ipo" and "objective.beta" in ours:
         ours["objective.tau"] = ours.pop("objective.beta")
 
 
 def _finish_cpo(made: Conversion, weight: float) -> None:
     """The losses of their CPOTrainer have no reference, sums, and an NLL term of means."""
     if "loss_type" in made.left:
-        return  # not converted, so not known to be theirs without a reference
+        made.left["cpo_alpha"] = "it belongs to their loss_type"
+        return
     objective = made.settings.get("objective", "dpo")
     if objective in ("simpo", "alphapo"):
         made.settings["objective.nll_coef"] = weight

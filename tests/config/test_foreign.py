@@ -270,6 +270,16 @@ def test_losses_of_cpo_without_a_counterpart_do_not_become_losses_with_a_referen
     assert made.settings == {} and "rcpo has no hinge without a reference" in made.left["loss_type"]
 
 
+def test_a_loss_of_cpo_that_is_not_known_does_not_become_cpo() -> None:
+    made = convert({"loss_type": "unheard_of", "cpo_alpha": 1.0})
+    assert made.settings == {} and list(made.left) == ["loss_type", "cpo_alpha"]
+
+
+def test_the_weight_of_a_loss_alone_is_left_out_unless_it_is_one() -> None:
+    assert list(convert({"loss_type": "ipo", "loss_weights": [0.5]}).left) == ["loss_weights"]
+    assert not convert({"loss_type": "ipo", "loss_weights": [1.0]}).left
+
+
 def test_weights_that_do_not_match_their_losses_are_left_out() -> None:
     made = convert({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8]})
     assert [part["weight"] for part in made.settings["objective.parts"]] == [1.0, 1.0]
