@@ -110,8 +110,9 @@ def sweeping(sweep_dir: Path) -> Iterator[None]:
 
 def is_sweeping(sweep_dir: Path) -> bool:
     """Whether a process is starting the runs in a folder at this moment."""
-    try:
-        with (sweep_dir / SWEEP_LOCK).open("r+", encoding="utf-8") as file:
+    path = sweep_dir / SWEEP_LOCK
+    try:  # for reading, the lock can be tried as well, though not on NFS
+        with path.open("r+" if os.access(path, os.W_OK) else "r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

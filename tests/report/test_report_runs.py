@@ -178,6 +178,20 @@ def test_a_sweep_under_way_is_seen_on_nfs_too(tmp_path: Path, monkeypatch: pytes
     assert not is_sweeping(tmp_path)
 
 
+def test_a_sweep_that_one_may_only_read_is_seen_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, mode: str = "r", encoding: str | None = None) -> IO[str]:
+        if mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(path, encoding=encoding)
+
+    with sweeping(tmp_path):
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        monkeypatch.setattr(Path, "open", read_only)
+        assert is_sweeping(tmp_path)
+
+
 def test_watching_goes_on_while_a_run_waits(tmp_path: Path) -> None:
     done = write_run(tmp_path / "done", settings(), rows(2))
     queued = write_run(tmp_path / "queued", settings(), [], finished=False)
