@@ -198,7 +198,7 @@ class Overall:
 
 
 def _of_how_many(count: int, every: int) -> str:
-    """Of how many runs, or pairs, a mean is, where it is of some."""
+    """How many of the runs, or pairs, a mean covers; nothing where it covers all or none."""
     return f" ({count} of {every})" if 0 < count < every else ""
 
 
