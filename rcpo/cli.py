@@ -450,8 +450,8 @@ def main() -> None:
 def _limit_waiting(environment: MutableMapping[str, str]) -> None:
     """Let a thread that waits for others sleep after 0.07 ms, unless the user has set how long it waits.
 
-    A step of the default run takes 58 ms on two quiet cores, and 97 ms where threads sleep at once. Beside two
-    other processes it takes 140 and 90 to 140 ms, and more than ten seconds with GNU OpenMP's own few ms.
+    A step of the default run takes 58 ms on two quiet cores, and 97 ms where threads sleep at once. Beside
+    two other processes it takes 140 and 90 to 140 ms, and more than ten seconds with GNU OpenMP's few ms.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="2000")

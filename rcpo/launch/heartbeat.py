@@ -171,7 +171,7 @@ class Heartbeat:
     def _miss(self, rank: str) -> None:
         """Wait: a rank that ended may yet make this one fail by itself, with a better message.
 
-        A rank that is failing, as all may alike, first closes its trackers and checkpoints, however long it takes.
+        A rank that is failing, as all may alike, closes its trackers and checkpoints first, however long.
         """
         while not self._leaving.wait(self._seconds):
             if not _failing():
