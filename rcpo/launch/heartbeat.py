@@ -3,7 +3,7 @@
 A cut link closes no connection, and neither does a process that stands still; nor does every collective
 notice that a rank has ended. Without this, the others wait in it for half an hour, and do not learn for whom.
 Each has a socket and a thread for it. A rank that leaves in order sends a farewell; one that ends without it
-is silent.
+counts as lost.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Heartbeat:
             self._thread(self._beat, connection)
 
     def stop(self, *, in_order: bool = True) -> None:
-        """Leave; the others do not take it for a loss, unless it is not `in_order`."""
+        """Leave; the others take it for a loss only where it is not `in_order`."""
         self._leaving.set()
         for each in [*self._sockets, *self._followed] if in_order else []:
             with suppress(OSError):  # it ended before, or is rank 0's, which only listens
@@ -215,7 +215,7 @@ def _heard(connection: socket.socket) -> bytes:
 
 
 def _last_word(connection: socket.socket) -> bytes:
-    """What was said on a connection before it was reset."""
+    """What a connection that was reset still holds; nothing where it holds nothing."""
     try:
         return connection.recv(1)
     except OSError:

@@ -281,13 +281,13 @@ def test_a_rank_that_ends_without_a_farewell_is_lost_to_rank_0() -> None:
 def test_a_rank_that_is_failing_itself_ends_with_its_own_message() -> None:
     """All raised alike; rank 0 still closes its trackers, which may take longer than the silence."""
     lost: list[str] = []
-    first, _, store = heartbeats(lost.append, 0.3)
+    first, _, store = heartbeats(lost.append, 0.5)
     try:
         raise RunError("the loss is not finite")
     except RunError:
         with socket.create_connection(("127.0.0.1", int(store["heartbeat"]))) as ended:
             ended.sendall(store["heartbeat token"].encode() + b" n7\n")
-        time.sleep(0.8)
+        time.sleep(1.2)
         assert lost == []
     wait_until(lambda: lost)  # it has caught its exception, and goes on
     first.stop()
@@ -317,7 +317,7 @@ def test_a_rank_0_that_ends_without_a_farewell_is_lost_to_the_others(
         with connection:
             connection.sendall(farewell)
     (thread,) = beat._threads
-    thread.join(120)  # it follows rank 0 until it has lost it, or was bidden farewell
+    thread.join(120)  # it follows rank 0 until it has lost it, or heard its farewell
     beat.stop()
     assert lost == expected
 
