@@ -101,9 +101,9 @@ def git_state(file: Path) -> dict[str, Any] | None:
     of a submitted job has a record of what it was made from.
     """
     for above in file.resolve().parents:
-        if (above / COPIED_FILE).is_file():
-            found = read_object(above / COPIED_FILE).get("git")
-            return found if isinstance(found, dict) else None
+        record = above / COPIED_FILE
+        if record.is_file() and isinstance(found := read_object(record).get("git"), dict):
+            return found
     folder = file.resolve().parent
     if _git(folder, "ls-files", "--error-unmatch", file.name) is None:
         return None
