@@ -43,7 +43,7 @@ SWING, EASE = 0.05, 0.6
 """What e is, in nats per token, on both sides of a swing, and what a swing multiplies k_p and k_i by.
 
 A winner that α moves by 0.12 nats a step, as SmolLM2's does at 3e-5, is driven to swings of 0.8 nats
-without (simulated; 0.05 with). Of 125 runs that were measured with smaller steps, two swing so far once.
+without (simulated; 0.02 with). Of 125 runs that were measured with smaller steps, two swing so far once.
 """
 
 
