@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from rcpo import __version__
 from rcpo.system import terminal
+from rcpo.system.machine import limit_waiting
 
 if TYPE_CHECKING:
     from rcpo.commands.completion import Command
@@ -442,19 +443,9 @@ def main() -> None:
     terminal.prepare()
     gc.set_threshold(50_000, 20, 20)  # imported objects stay; to look at them took an eighth of a start
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own exists in its kernel alone; rcpo draws to files
-    _limit_waiting(os.environ)
+    limit_waiting(os.environ)
     os.environ.setdefault("RCPO_COMMAND", json.dumps(["rcpo", *sys.argv[1:]]))  # environment.json keeps it
     app(prog_name="rcpo")
-
-
-def _limit_waiting(environment: MutableMapping[str, str]) -> None:
-    """Let a thread that waits for others sleep after 0.07 ms, unless the user has set how long it waits.
-
-    A step of the default run takes 58 ms on two quiet cores, and 97 ms where threads sleep at once. Beside
-    two other processes it takes 140 and 90 to 140 ms, and more than ten seconds with GNU OpenMP's few ms.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
-        environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="2000")
 
 
 def _complete(shell: str) -> None:

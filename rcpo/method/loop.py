@@ -118,7 +118,8 @@ class LoopRule:
         """Lower the gains where the error went from one side to the other: the loop drives it."""
         if abs(error) > SWING:
             side = math.copysign(1.0, error)
-            self._gain *= EASE if side == -self._side else 1.0
+            if side == -self._side:
+                self._gain *= EASE
             self._side = side
 
     def _error(self, winner: float, loser: float) -> float:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from inputs import Size
 
+from rcpo.system.machine import limit_waiting
+
 ROOT = Path(__file__).resolve().parents[2]
 
 Json = dict[str, Any]
@@ -40,10 +42,8 @@ class Side:
             "OMP_NUM_THREADS": str(threads),
             "TQDM_DISABLE": "1",
             "HF_HUB_OFFLINE": "1",
-            # as the command sets it: threads that wait soon leave the other side its turn
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "GOMP_SPINCOUNT": "2000",
         }
+        limit_waiting(environment)  # as the command does; the other side soon has its turn
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         if not torch.cuda.is_available():
             environment.setdefault("DS_ACCELERATOR", "cpu")

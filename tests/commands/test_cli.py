@@ -17,7 +17,7 @@ from hydra._internal.hydra import Hydra
 from typer.testing import CliRunner
 
 from rcpo import launch
-from rcpo.cli import _limit_waiting, app
+from rcpo.cli import app
 from rcpo.commands import train as commands
 from rcpo.commands.evaluate import evaluate
 from rcpo.commands.sweep import sweep
@@ -502,18 +502,3 @@ def test_a_folder_without_permission_is_named_in_one_message(command: str, tmp_p
         code, _, message = said.read().partition(" ")
     assert code == "2" and message.startswith("rcpo: ") and "Permission denied" in message, message
     assert len(message.splitlines()) == 1 and str(closed) in message
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
-        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
-    ],
-)
-def test_how_long_threads_wait_is_set_where_the_user_has_not(
-    given: dict[str, str], found: dict[str, str]
-) -> None:
-    _limit_waiting(given)
-    assert given == found

@@ -96,11 +96,19 @@ def test_a_step_is_never_logged_twice(tmp_path: Path) -> None:
             tracker.log({"step": 1})
 
 
-def test_other_ranks_write_nothing_and_never_import_wandb(tmp_path: Path) -> None:
-    code = (
+def run_alone(code: str, folder: Path) -> None:
+    """Run Python that makes trackers in `folder`, in a process that has imported nothing else."""
+    program = (
         "import sys; from pathlib import Path\n"
         "from rcpo.config.schema import RunConfig, WandbConfig\n"
-        "from rcpo.runs.tracker import Tracker\n"
+        "from rcpo.runs.tracker import Tracker\n" + code
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_ranks_write_nothing_and_never_import_wandb(tmp_path: Path) -> None:
+    code = (
         "config = RunConfig(wandb=WandbConfig(mode='offline'))\n"
         "with Tracker(Path(sys.argv[1]), config, 2, False) as t:\n"
         "    t.log({'step': 1}); t.evaluation(1, {'eval/loss': 1.0}); t.message('x')\n"
@@ -109,22 +117,17 @@ def test_other_ranks_write_nothing_and_never_import_wandb(tmp_path: Path) -> Non
         "    t.log({'step': 1})\n"
         "assert not {'wandb', 'torch'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_alone(code, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["quiet"]
 
 
 def test_wandb_starts_without_the_modules_of_its_launch_agent(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path\n"
-        "from rcpo.config.schema import RunConfig, WandbConfig\n"
-        "from rcpo.runs.tracker import Tracker\n"
         "with Tracker(Path(sys.argv[1]), RunConfig(wandb=WandbConfig(mode='offline')), 2, True) as t:\n"
         "    t.log({'step': 1})\n"
         "assert 'wandb' in sys.modules and 'wandb.sdk.launch.agent' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_alone(code, tmp_path)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
