@@ -6,6 +6,7 @@ import atexit
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from rcpo.config.schema import RunConfig
 from rcpo.data.cache import Say
 from rcpo.data.dataset import Datasets, load_datasets
 from rcpo.data.diagnosis import ches, ches_lines, ches_of, responses, sampled
+from rcpo.data.judged import TIE_WEIGHT
 from rcpo.data.records import PAIRS, Example
 from rcpo.data.store import PairDataset
 from rcpo.errors import ConfigError
@@ -234,10 +236,17 @@ def histogram(dataset: PairDataset) -> Text:
 
 
 def duplicates(datasets: Datasets) -> list[str]:
-    """What is there more than once: in training, and in training and held out."""
+    """What is there more than once: in training, in the other order, and in training and held out."""
     train = Counter(map(_contents, datasets.train))
     again = sum(train.values()) - len(train)
     lines = [f"{again:,} of {len(datasets.train):,} training examples repeat another one's tokens"]
+    judged = enumerate(zip(datasets.train, datasets.train.weights != TIE_WEIGHT, strict=True))
+    turned = [place for place, (one, is_judged) in judged if is_judged and _contents(_turned(one)) in train]
+    if turned:
+        lines.append(
+            f"{len(turned):,} of {len(datasets.train):,} training examples are contradicted by another one, with "
+            f"the same responses on the other sides (first: {datasets.train.id(turned[0])})"
+        )
     if datasets.evaluation is not None:
         both = sum(_contents(example) in train for example in datasets.evaluation)
         lines.append(
@@ -245,6 +254,10 @@ def duplicates(datasets: Datasets) -> list[str]:
             f"{datasets.report.shared_prompts:,} have a prompt that is"
         )
     return lines
+
+
+def _turned(example: Example) -> Example:
+    return replace(example, chosen=example.rejected, rejected=example.chosen)
 
 
 def _contents(example: Example) -> int:

@@ -69,6 +69,24 @@ def test_a_dataset_as_the_model_sees_it(tmp_path: Path) -> None:
     assert "3 of 4 held-out examples are trained on, 4 have a prompt that is" in output
 
 
+def test_pairs_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}+{n}=", "chosen": f"it is {2 * n}", "rejected": "no idea"} for n in range(10, 14)]
+    rows.append({"prompt": "10+10=", "chosen": "no idea", "rejected": "it is 20"})
+    tie = {"prompt": "a", "response_a": "b", "response_b": "c", "winner": "tie"}
+    path = write(tmp_path / "x.jsonl", *rows)
+    code, output = shown("data=pairs", path, "data.eval_fraction=0", "show=0")
+    assert code == 0, output
+    assert "2 of 5 training examples are contradicted by another one" in output
+    assert "(first: " in output and "x.jsonl:1)" in output
+    path = write(tmp_path / "y.jsonl", *[tie | {"prompt": name} for name in "ab"])
+    code, output = shown("data=pairs", path, "data.eval_fraction=0", "show=0", "data.ties=keep")
+    assert code == 0 and "learned in both orders" in output, output
+    assert "contradicted" not in output
+    path = write(tmp_path / "z.jsonl", *[{"prompt": "a", "completion": "b", "label": x} for x in (True, False)])
+    code, output = shown("data=pairs", path, "objective=kto", "data.eval_fraction=0", "show=0")
+    assert code == 0 and "2 of 2 training examples are contradicted" in output, output
+
+
 def test_the_packaged_task_and_a_refusal() -> None:
     code, output = shown("show=1")
     assert code == 0 and "sums: 7214 pairs read" in output
