@@ -312,8 +312,11 @@ def _weighting(made: Conversion, name: str, value: Any) -> None:
 
 
 def _half(made: Conversion, name: str, value: Any) -> None:
-    if value:
-        made.settings["train.dtype"] = name
+    if not value:
+        return
+    other = made.settings.setdefault("train.dtype", name)
+    if other != name:
+        made.left[name] = f"{other} is true, too; train.dtype is one of them"
 
 
 def _epochs(made: Conversion, name: str, value: Any) -> None:

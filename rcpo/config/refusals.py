@@ -128,7 +128,7 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     file = Path(f"{option}.yaml")
     if file.parent.name == group and file.is_file():
         hint = f"for your own file, write --config-dir {file.parent.parent} {group}={file.stem}"
-    elif group in _OWN and ("/" in option or option.endswith(SUFFIXES) or Path(option or "?").exists()):
+    elif group in _OWN and ("/" in option or option.lower().endswith(SUFFIXES) or Path(option or "?").exists()):
         hint = f"for one of your own, write {_OWN[group]}={option}"
     elif theirs:
         hint = f"did you mean {theirs}?"

@@ -441,6 +441,7 @@ def test_the_moving_averages_decay_depends_on_the_update_unless_given() -> None:
         (["model=./name"], ["there is no such model", "write model=local model.path=./name"]),
         (["data=/a/b.parquet"], ["there is no such data", "write data=pairs data.path=/a/b.parquet"]),
         (["data=pairs.jsonl"], ["there is no such data", "write data=pairs data.path=pairs.jsonl"]),
+        (["data=PAIRS.JSONL"], ["there is no such data", "write data=pairs data.path=PAIRS.JSONL"]),
         (["objective=smpo"], ["objective=smpo", "did you mean simpo?"]),
         (["engine=zero5"], ["engine=zero5", "did you mean zero"]),
         (["rc=maybe"], ["rc=maybe", "off, on"]),

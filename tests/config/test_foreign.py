@@ -257,6 +257,11 @@ def test_a_value_of_another_kind_is_left_out_and_named(tree: dict[str, Any], lef
     }
 
 
+def test_two_precisions_at_once_are_named() -> None:
+    made = convert({"bf16": True, "fp16": True})
+    assert made.settings["train.dtype"] == "bf16" and "bf16 is true, too" in made.left["fp16"]
+
+
 def test_a_constant_rate_of_theirs_does_not_warm_up() -> None:
     """transformers' `constant` ignores the warm-up; its `constant_with_warmup` has one."""
     made = convert({"lr_scheduler_type": "constant", "warmup_ratio": 0.1})
