@@ -244,8 +244,8 @@ def duplicates(datasets: Datasets) -> list[str]:
     turned = [place for place, (one, is_judged) in judged if is_judged and _contents(_turned(one)) in train]
     if turned:
         lines.append(
-            f"{len(turned):,} of {len(datasets.train):,} training examples are contradicted by another one, with "
-            f"the same responses on the other sides (first: {datasets.train.id(turned[0])})"
+            f"{len(turned):,} of {len(datasets.train):,} training examples are contradicted by another one, "
+            f"with the same responses on the other sides (first: {datasets.train.id(turned[0])})"
         )
     if datasets.evaluation is not None:
         both = sum(_contents(example) in train for example in datasets.evaluation)

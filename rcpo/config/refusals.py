@@ -119,6 +119,10 @@ def _refuse_odd_option(hydra: Hydra, override: Override, several: str) -> None:
             raise ConfigError(no_such_option(hydra, key, str(shown)))
 
 
+def _is_file(option: str) -> bool:
+    return "/" in option or option.lower().endswith(SUFFIXES) or Path(option or "?").exists()
+
+
 def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     """The message for an option that does not exist: the names most like it, or all."""
     options = sorted({*hydra.config_loader.get_group_options(group)} - _ALIASES.get(group, set()))
@@ -128,7 +132,7 @@ def no_such_option(hydra: Hydra, group: str, option: str) -> str:
     file = Path(f"{option}.yaml")
     if file.parent.name == group and file.is_file():
         hint = f"for your own file, write --config-dir {file.parent.parent} {group}={file.stem}"
-    elif group in _OWN and ("/" in option or option.lower().endswith(SUFFIXES) or Path(option or "?").exists()):
+    elif group in _OWN and _is_file(option):
         hint = f"for one of your own, write {_OWN[group]}={option}"
     elif theirs:
         hint = f"did you mean {theirs}?"

@@ -82,7 +82,8 @@ def test_pairs_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
     code, output = shown("data=pairs", path, "data.eval_fraction=0", "show=0", "data.ties=keep")
     assert code == 0 and "learned in both orders" in output, output
     assert "contradicted" not in output
-    path = write(tmp_path / "z.jsonl", *[{"prompt": "a", "completion": "b", "label": x} for x in (True, False)])
+    labels = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    path = write(tmp_path / "z.jsonl", *labels)
     code, output = shown("data=pairs", path, "objective=kto", "data.eval_fraction=0", "show=0")
     assert code == 0 and "2 of 2 training examples are contradicted" in output, output
 
