@@ -17,6 +17,7 @@ import numpy as np
 
 from rcpo.reference.entry import SUFFIX, VALUES, DamagedEntry, Sink, Stored, remove_unfinished
 from rcpo.reference.keys import entry_key
+from rcpo.reference.parts import ResumableSink
 from rcpo.system import distributed
 from rcpo.system.files import Lock
 
@@ -61,7 +62,7 @@ class Cache:
     def fetch(self, wanted: LogpRequest, fill: Fill) -> Values:
         """The values wanted: read, or computed by `fill` and kept. Collective."""
         if self._folder is None:
-            return self._compute(None, wanted, fill)
+            return self._compute(None, wanted, fill, alone=False)
         path = self._folder / "reference" / f"{wanted.key}{SUFFIX}"
         found, stored = self._look(path, wanted, told=False)
         if found:
@@ -71,9 +72,10 @@ class Cache:
             found, stored = self._look(path, wanted, told=True)
             if found:
                 return self._read(path, wanted, stored)
-            if lock is not None and lock.exclusive:
+            alone = lock is not None and lock.exclusive
+            if alone:
                 remove_unfinished(path)
-            return self._compute(path, wanted, fill)
+            return self._compute(path, wanted, fill, alone=alone)
         finally:
             if lock is not None:
                 lock.release()
@@ -111,9 +113,10 @@ class Cache:
             patience = PATIENCE
         return lock
 
-    def _compute(self, path: Path | None, wanted: LogpRequest, fill: Fill) -> Values:
+    def _compute(self, path: Path | None, wanted: LogpRequest, fill: Fill, *, alone: bool) -> Values:
+        """The values, computed by `fill`; where rank 0 is `alone` at them, from where another pass ended."""
         began = time.perf_counter()
-        sink = Sink(path, wanted.total) if distributed.is_main() else None
+        sink = self._sink(path, wanted, alone=alone) if distributed.is_main() else None
         memory: np.ndarray | None = None
         try:
             fill(sink)
@@ -133,6 +136,11 @@ class Cache:
         assert path is not None
         stored = Stored(path, wanted.key, wanted.total) if distributed.is_main() else None
         return self._share(path, wanted, stored, None)
+
+    def _sink(self, path: Path | None, wanted: LogpRequest, *, alone: bool) -> Sink:
+        if path is None or not alone:
+            return Sink(path, wanted.total)
+        return ResumableSink(path, wanted.total, wanted.key, lambda text: self._say(f"{wanted}: {text}"))
 
     def _share(
         self, path: Path | None, wanted: LogpRequest, stored: Stored | None, memory: np.ndarray | None

@@ -33,6 +33,7 @@ from rcpo.models.policy import Policy
 from rcpo.reference import keys
 from rcpo.reference.cache import Cache, LogpRequest, Say
 from rcpo.reference.entry import Sink
+from rcpo.reference.parts import Piece
 from rcpo.reference.rows import Reference, Rows, StoredReference
 from rcpo.system import distributed
 from rcpo.system.files import cache_folder
@@ -170,7 +171,11 @@ class _ReferenceEngine:
 
 
 class _Fill:
-    """Scores a dataset, each rank its share, and hands all values to rank 0's sink batch by batch."""
+    """Scores a dataset, each rank its share, and hands all values to rank 0's sink batch by batch.
+
+    Batches whose responses an earlier pass has computed are left out, on all ranks or on none: the forward
+    pass under ZeRO-3 is collective.
+    """
 
     def __init__(
         self,
@@ -189,21 +194,34 @@ class _Fill:
         self._stop = stop
 
     def __call__(self, sink: Sink | None) -> None:
+        found = self._found(sink)
+        resumed = bool(found.any())
         logps = _token_logps(self._model.engine(self._config), self._model.acting)
-        done, spoken = 0, time.monotonic()
+        done, spoken = int(self._rows.lengths[found].sum()), time.monotonic()
         for batch in self._data.batches():
-            own = list(self._rows.pieces(batch, logps(batch)))
+            own: list[Piece] = []
+            if not (resumed and all(distributed.gather_objects(self._rows.within(batch, found)))):
+                own = list(self._rows.pieces(batch, logps(batch), found))
             gathered = distributed.gather_objects((self._stop(), own))
-            if any(stop for stop, _ in gathered):
+            stopped = any(stop for stop, _ in gathered)
+            if sink is not None:
+                for place, values in (piece for _, part in gathered for piece in part):
+                    sink.write(place, values)
+                    done += len(values)
+                if stopped or time.monotonic() - spoken > PROGRESS_EVERY:
+                    spoken = time.monotonic()
+                    sink.keep()
+                    share = done / self._rows.total
+                    self._say(f"reference log-probs ({self._data.name}): {share:.0%} computed")
+            if stopped:
                 raise Stopped("stopped while the reference was computed, before the first step")
-            if sink is None:
-                continue
-            for place, values in (piece for _, part in gathered for piece in part):
-                sink.write(place, values)
-                done += len(values)
-            if time.monotonic() - spoken > PROGRESS_EVERY:
-                spoken = time.monotonic()
-                self._say(f"reference log-probs ({self._data.name}): {done / self._rows.total:.0%} computed")
+
+    def _found(self, sink: Sink | None) -> np.ndarray:
+        """Which responses (n·sides,) an earlier pass has computed, on rank 0 now in the sink. Collective."""
+        found = np.zeros(len(self._rows.lengths), np.uint8)  # every backend can send it
+        if sink is not None and len(places := sink.restore()):
+            found[:] = self._rows.at(places)
+        return distributed.broadcast_array(found).view(bool)
 
 
 def check_start(engine: Engine, reference: Reference, batch: TokenBatch, dtype: str) -> None:

@@ -50,6 +50,11 @@ class Rows:
         """T."""
         return int(self.offsets[-1])
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The stored tokens of each response, (n·sides,)."""
+        return np.diff(self.offsets)
+
     def of_batch(self, batch: TokenBatch) -> np.ndarray:
         """The stored row of each sequence of a batch, (S,), −1 for fillers."""
         places = [self._sides.index(side) for side in batch.sides]
@@ -69,13 +74,26 @@ class Rows:
         places[np.repeat(missing, lengths)] = NOT_STORED
         return np.where(np.repeat(real, lengths), places, FILLER)
 
-    def pieces(self, batch: TokenBatch, logps: Tensor) -> Iterator[tuple[int, np.ndarray]]:
-        """A batch's log-probs (N,) as pieces of the array: (place, float32 values), fillers left out."""
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """Whether each response (n·sides,) lies at one of these places (m,), or has no token at all."""
+        return np.isin(self.offsets[:-1], places) | (self.lengths == 0)
+
+    def within(self, batch: TokenBatch, found: np.ndarray) -> bool:
+        """Whether all responses of a batch are `found` (n·sides,)."""
+        rows = self.of_batch(batch)
+        return bool(found[rows[rows >= 0]].all())
+
+    def pieces(self, batch: TokenBatch, logps: Tensor, found: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """A batch's log-probs (N,) as pieces of the array: (place, float32 values).
+
+        Fillers are left out, so are responses without tokens, which lie where the next one does, and those
+        that are `found` (n·sides,) already.
+        """
         values = logps.detach().float().cpu().numpy()
         lengths = batch.on_host.lengths.numpy()
         ends = np.cumsum(lengths)
         for row, length, end in zip(self.of_batch(batch), lengths, ends):
-            if row >= 0:
+            if row >= 0 and length and not found[row]:
                 assert self.offsets[row + 1] - self.offsets[row] == length, (row, length)
                 yield int(self.offsets[row]), values[end - length : end]
 

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,27 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from ranks import on_ranks
 from sessions import heldout_logratios
 from tiny import held_out, sums_file, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workers import broken_pass
 
 from rcpo.config.schema import AdapterConfig, ObjectiveConfig, RunConfig
+from rcpo.data.collate import collate_indices
 from rcpo.data.records import Example
 from rcpo.data.store import PairDataset
+from rcpo.engine.zero import Engine
 from rcpo.errors import RunError
-from rcpo.method.types import PAIR, SIDES
+from rcpo.method.types import PAIR, SIDES, TokenBatch
 from rcpo.models.contents import tokenizer_hash
 from rcpo.models.hub import ModelSource
 from rcpo.reference import prepare as reference_pass
-from rcpo.reference.entry import HEADER
+from rcpo.reference.entry import HEADER, Stored
+from rcpo.reference.parts import ResumableSink
 from rcpo.reference.rows import Rows, StoredReference
 from rcpo.system import distributed
+from rcpo.system.signals import Stopped
 from rcpo.training.session import Session
 from rcpo.training.trainer import Trainer
 
@@ -78,10 +85,16 @@ def alone(config: RunConfig) -> RunConfig:
     return config
 
 
-def prepared(config: RunConfig, *, training: bool = True) -> tuple[Session, list[str]]:
+def never() -> bool:
+    return False
+
+
+def prepared(
+    config: RunConfig, *, training: bool = True, stop: Callable[[], bool] = never
+) -> tuple[Session, list[str]]:
     said: list[str] = []
     session = Session(config, Path("unused"), training=training)
-    session.prepare_reference(said.append)
+    session.prepare_reference(said.append, stop)
     return session, said
 
 
@@ -407,6 +420,143 @@ def test_rows_are_where_the_responses_are() -> None:
         assert len(dataset.mismatched(index)) == dataset.response_lengths(SIDES[:3])[index, 2]
     assert Rows(dataset, PAIR).offsets.tolist() == [0, 4, 5, 7, 9, 10, 13]
     assert Rows(dataset, PAIR, np.array([1])).offsets.tolist() == [0, 0, 0, 2, 4, 4, 4]
+
+
+def test_a_response_without_tokens_is_no_piece_and_stands_for_none() -> None:
+    dataset = PairDataset.of([Example("a", [1], [2], []), Example("b", [1], [], [3, 4])])
+    rows = Rows(dataset, PAIR)
+    assert rows.offsets.tolist() == [0, 1, 1, 1, 3] and rows.lengths.tolist() == [1, 0, 0, 2]
+    both = collate_indices(dataset, [0, 1, -1], pad_id=0)
+    (first, second) = (collate_indices(dataset, [index], pad_id=0) for index in (0, 1))
+    logps = torch.tensor([-1.0, -9.0, -2.0, -3.0])  # a's chosen, the filler's, b's rejected
+    nothing = np.zeros(4, bool)
+    pieces = [(place, values.tolist()) for place, values in rows.pieces(both, logps, nothing)]
+    assert pieces == [(0, [-1.0]), (1, [-2.0, -3.0])]  # none that a lacks, at 1 too
+    found = rows.at(np.array([0]))
+    assert found.tolist() == [True, True, True, False]
+    assert rows.within(first, found) and not rows.within(second, found) and not rows.within(both, found)
+    assert [place for place, _ in rows.pieces(both, logps, found)] == [1]
+    assert rows.within(both, rows.at(np.array([0, 1])))
+
+
+def ending_at(*asked: int) -> Callable[[], bool]:
+    """Says that the run is to end each time that its count, from 1 on, is one of these."""
+    count = 0
+
+    def stop() -> bool:
+        nonlocal count
+        count += 1
+        return count in asked
+
+    return stop
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for each batch that an engine scores: that of its pairs."""
+    found: list[int] = []
+    forward = Engine.forward
+
+    def counted(engine: Engine, batch: TokenBatch) -> Any:
+        found.append(batch.num_pairs)
+        return forward(engine, batch)
+
+    monkeypatch.setattr(Engine, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_a_stopped_pass_goes_on_where_it_was_and_gives_the_same_bytes(
+    alone: RunConfig, tmp_path: Path, forwards: list[int], layout: str
+) -> None:
+    alone.data.layout = layout
+    prepared(alone)
+    assert forwards == [5, 5, 5, 5, 4, 4]  # 24 pairs, and a micro-batch for the check of the start
+    (unbroken,) = entries(alone)
+    alone.reference.cache = str(tmp_path / "broken")
+    forwards.clear()
+    for computed in ([5, 5], [5]):  # the second stop comes in the third batch, of which two are left out
+        with pytest.raises(Stopped, match="while the reference was computed"):
+            prepared(alone, stop=ending_at(2 if computed == [5, 5] else 3))
+        assert forwards == computed
+        forwards.clear()
+    assert not entries(alone) and len(list((tmp_path / "broken").rglob("*.part"))) == 2
+    session, said = prepared(alone)
+    assert forwards == [5, 4, 4]
+    lengths = session.datasets.train.lengths
+    order = np.argsort(-(lengths[:, 0] + np.maximum(lengths[:, 1], lengths[:, 2])), kind="stable")
+    if layout == "shared":
+        order = np.argsort(-lengths.sum(axis=1), kind="stable")
+    share = lengths[order[:15], 1:].sum() / lengths[:, 1:].sum()
+    assert said[0] == (
+        f"reference log-probs (train): {share:.0%} found, computed by a pass that did not come to its end"
+    )
+    assert len(said) == 2 and "kept in" in said[1]
+    (resumed,) = entries(alone)
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    assert sorted(path.suffix for path in resumed.parent.iterdir()) == [".lock", ".logps"]
+
+
+def test_parts_are_written_as_often_as_progress_is_told(
+    alone: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(reference_pass, "PROGRESS_EVERY", -1.0)
+    monkeypatch.setattr(ResumableSink, "keep", lambda sink: kept.append(1))
+    _, said = prepared(alone)
+    assert len(kept) == 5 and sum("% computed" in line for line in said) == 5
+
+
+def test_batches_of_another_size_use_what_they_can(alone: RunConfig, forwards: list[int]) -> None:
+    with pytest.raises(Stopped):
+        prepared(alone, stop=ending_at(2))  # 10 pairs
+    forwards.clear()
+    alone.eval.batch_size = 4
+    _, said = prepared(alone)
+    assert forwards == [4, 4, 4, 4, 4]  # two of six are left out, the third is half there; and the check's
+    assert "found" in said[0]
+    found = reference_logps(prepared(alone)[0])
+    alone.reference.cache = "off"
+    assert difference(found, reference_logps(prepared(alone)[0])) < 1e-6
+
+
+def test_off_leaves_no_part(alone: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_pass, "PROGRESS_EVERY", -1.0)
+    alone.reference.cache = "off"
+    with pytest.raises(Stopped):
+        prepared(alone, stop=ending_at(2))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_parts_of_other_ranks_and_of_a_killed_run_are_used(alone: RunConfig, tmp_path: Path) -> None:
+    alone.engine.stage = 3  # where each forward pass needs all ranks
+
+    def run(name: str, ranks: int, *how: Any) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        on_ranks(ranks, broken_pass.run, alone, folder, *how, timeout=240)
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+    first = run("stopped", 2, 1, "stop")  # five pairs on each; the second rank alone is asked to stop
+    assert [result["forwards"] for result in first] == [1, 1]
+    assert all("stopped while" in result["said"][-1] for result in first)
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        run("killed", 1, 4, "kill")  # two batches are there, a third is kept, the fourth is lost
+    last = run("whole", 2, None, "end")
+    # of the ten pairs of the second batches the first rank's five are there, yet it takes part; the third
+    # batches have two pairs each; then comes the check of the start
+    assert [result["forwards"] for result in last] == [3, 3]
+    assert "found" in last[0]["said"][0] and "kept in" in last[0]["said"][1] and not last[1]["said"]
+    (resumed,) = entries(alone)
+    assert sorted(path.suffix for path in resumed.parent.iterdir()) == [".lock", ".logps"]
+    alone.engine.stage, alone.reference.cache = 0, str(tmp_path / "another")
+    prepared(alone)
+    (unbroken,) = entries(alone)
+    values = [
+        Stored(path, path.stem, (path.stat().st_size - HEADER) // 4).values for path in (resumed, unbroken)
+    ]
+    assert resumed.name == unbroken.name and difference(*values) < 1e-6
 
 
 @pytest.mark.slow
