@@ -2,15 +2,17 @@
 
 The band across samples is a few percent wide and its edges are noisy, so no α computed beforehand hits it.
 Its prediction can be observed instead. With w and l the mean log-ratios per token of fresh winners and losers
-against the starting policy, the error is how far they are outside `w ≥ target ≥ l`:
+against the starting policy, f = max(0, target − w) is how far the winner fell, and r = max(0, l − target) how
+far the loser rose:
 
-    e(w, l) = max(0, target − w) − max(0, l − target)
-    log α = k_p e(w + h ẇ, l + h l̇) + I,   I ← I + k_i e(w, l)
+    I ← (I + k_i f) ⊖ k_i r,   log α = (I + k_p f⁺) ⊖ k_p r⁺        f⁺, r⁺: of w + h ẇ and l + h l̇
 
-A falling winner raises α; a loser that rises while the winner holds lowers it; inside, α returns to 1, the
-objective as it is. These are the proportional and integral terms of a Lagrangian for the constraint that the
-winner must not fall (PID Lagrangian methods, Stooke et al. 2020). The derivative, in the form of a look
-ahead, is what makes it stable: AdamW's momentum makes log-ratios follow α with a lag of about ten steps.
+A falling winner raises α; a loser that rises lowers it; between, α returns to 1, the objective as it is. ⊖
+lowers by all of it as far as to α = 1, and below by a quarter of the rest, as the sides of 1 are not alike:
+above it log-ratios rise to a bound, below it they fall without one. These are the proportional and integral
+terms of a Lagrangian for the constraint that the winner must not fall (PID Lagrangian methods, Stooke et al.
+2020). The derivative, in the form of a look ahead, is what makes it stable: AdamW's momentum makes log-ratios
+follow α with a lag of about ten steps.
 Where log-ratios answer to α more strongly than k_p is made for, the loop swings; then it eases its gains.
 """
 
@@ -29,8 +31,8 @@ PROPORTIONAL, INTEGRAL, AHEAD = 4.0, 0.4, 3.0
 """k_p per nat and token, k_i per nat, token and step, and how far to look ahead in lags (h = 33 steps).
 
 Chosen on the plants of tests/method/test_loop.py. With k_i 0.2 a winner whose drift grows, as epochs of 64
-pairs a step make it, is 0.022 nats below its start, with 0.4 it is 0.013. With 0.5 the noise of 8 pairs, read
-every four steps, leaves both sides 0.107 nats outside in sum, with 0.4 0.068; 0.090 with 0.2 and k_p 5.
+pairs a step make it, is 0.021 nats below its start, with 0.4 it is 0.013. With 0.5, or 0.2 and k_p 5, both
+sides together are 0.035 and 0.053 nats outside where α moves the winner most, with these 0.026.
 """
 
 LEAK = 0.995
@@ -40,10 +42,17 @@ SLEW = 0.5
 """Largest change of log α for each step since the last reading: by a bad one α moves by a factor of 1.6."""
 
 SWING, EASE = 0.05, 0.6
-"""What e is, in nats per token, on both sides of a swing, and what a swing multiplies k_p and k_i by.
+"""What f − r/4 exceeds on both sides of a swing, in nats per token; a swing multiplies k_p and k_i by 0.6.
 
-A winner that α moves by 0.12 nats a step, as SmolLM2's does at 3e-5, is driven to swings of 0.8 nats
-without (simulated; 0.02 with). Of 125 runs that were measured with smaller steps, two swing so far once.
+A winner that α moves by 0.12 nats a step, as SmolLM2's does at 3e-5, is driven to swings of 0.5 nats
+without (simulated; 0.01 with).
+"""
+
+BELOW = 0.25
+"""The part of a loser's rise that lowers α below 1.
+
+On HH-RLHF with 3.7M parameters the winner ends at +0.00 with a constant α of 1.25, and at −9.2 with 0.8. With
+1 instead, the loop answers a few losers that rose with an α from which both sides fall below their start.
 """
 
 
@@ -74,12 +83,17 @@ class LoopRule:
             return self._log_alpha
         values = (movement.winner, movement.winner, movement.loser, movement.loser)
         u, slow_u, v, slow_v = (a.add(value, steps) for a, value in zip(self._averages, values, strict=True))
-        error, ahead = self._error(u, v), self._error(u + AHEAD * (u - slow_u), v + AHEAD * (v - slow_v))
-        self._ease(error)
-        gained = self._gain * INTEGRAL * error * steps
-        integral = self._integral + gained if error else self._integral * LEAK**steps
+        fell, rose = self._outside(u, v)
+        self._ease(fell - BELOW * rose)
+        if fell or rose:
+            gain = self._gain * INTEGRAL * steps
+            integral = _lower(self._integral + gain * fell, gain * rose)
+        else:
+            integral = self._integral * LEAK**steps
         self._integral = _clamp(integral, self._limit)
-        wanted = self._gain * PROPORTIONAL * ahead + self._integral
+        fell, rose = self._outside(u + AHEAD * (u - slow_u), v + AHEAD * (v - slow_v))
+        gain = self._gain * PROPORTIONAL
+        wanted = _lower(self._integral + gain * fell, gain * rose)
         self.saturated += abs(wanted) > self._limit
         change = _clamp(wanted, self._limit) - self._log_alpha
         self._log_alpha += _clamp(change, SLEW * steps)
@@ -122,8 +136,15 @@ class LoopRule:
                 self._gain *= EASE
             self._side = side
 
-    def _error(self, winner: float, loser: float) -> float:
-        return max(0.0, self.target - winner) - max(0.0, loser - self.target)
+    def _outside(self, winner: float, loser: float) -> tuple[float, float]:
+        """How far the winner is below the target, and the loser above it."""
+        return max(0.0, self.target - winner), max(0.0, loser - self.target)
+
+
+def _lower(log_alpha: float, by: float) -> float:
+    """log α lowered by `by`: as far as to 0 by all of it, from there on by a quarter of the rest."""
+    above = max(0.0, log_alpha)
+    return log_alpha - by if by <= above else log_alpha - above - BELOW * (by - above)
 
 
 def _clamp(value: float, limit: float) -> float:
