@@ -92,11 +92,11 @@ class Sink:
         self._memory[place : place + len(values)] = values
 
     def restore(self) -> np.ndarray:
-        """Take in what an earlier pass has computed: the places of its pieces. Here there is nothing."""
+        """Take in what an earlier pass computed, and return the places of its pieces. Here there are none."""
         return np.zeros(0, np.int64)
 
     def keep(self) -> None:
-        """Make sure that a pass which ends here is not in vain. Here it is."""
+        """Bring what was taken in to the disk, for a later pass to restore. Here nothing is."""
 
     def publish(self, key: str, ingredients: dict[str, str]) -> np.ndarray | None:
         """Move the file to its place; the values where they are in memory instead."""

@@ -27,7 +27,10 @@ Piece = tuple[int, np.ndarray]
 
 
 class ResumableSink(Sink):
-    """A sink whose values outlive a pass that is stopped or killed; `tell` takes lines for the user."""
+    """A sink whose values outlive a pass that is stopped or killed; `tell` takes lines for the user.
+
+    For a pass that begins with `restore`: of one that does not, nothing is held or kept.
+    """
 
     def __init__(self, path: Path, total: int, key: str, tell: Callable[[str], None]) -> None:
         super().__init__(path, total)
@@ -35,7 +38,7 @@ class ResumableSink(Sink):
         self._key = key
         self._tell = tell
         self._pending: list[Piece] = []  # taken in since the last part
-        self._keeps = True
+        self._keeps = False
 
     def write(self, place: int, values: np.ndarray) -> None:
         super().write(place, values)
@@ -43,13 +46,15 @@ class ResumableSink(Sink):
             self._pending.append((place, values))
 
     def restore(self) -> np.ndarray:
+        self._keeps = True
         places, count = list[int](), 0
         for path in self._parts():
             try:
                 pieces = _pieces(path.read_bytes(), self._key)
             except (DamagedEntry, OSError) as error:
                 self._tell(f"{path} is not used, {error}")
-                _remove(path)
+                if isinstance(error, DamagedEntry):  # what cannot be read now may be whole
+                    _remove(path)
                 continue
             for place, values in pieces:
                 super().write(place, values)

@@ -8,6 +8,7 @@ import random
 import signal
 import struct
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ def leave_part(folder: Path, place: int, values: np.ndarray, key: str = "a") -> 
     """One part, of a pass that is stopped after these values."""
     before = parts_in(folder)
     sink, _ = sink_of(folder, key=key)
+    sink.restore()
     sink.write(place, values)
     sink.keep()
     sink.close()
@@ -45,6 +47,7 @@ def leave_part(folder: Path, place: int, values: np.ndarray, key: str = "a") -> 
 
 def test_a_part_is_a_checksum_a_table_and_the_values(tmp_path: Path) -> None:
     sink, said = sink_of(tmp_path)
+    sink.restore()
     sink.write(6, THREE[:1])
     sink.write(0, THREE)
     sink.keep()
@@ -56,6 +59,7 @@ def test_a_part_is_a_checksum_a_table_and_the_values(tmp_path: Path) -> None:
 
 def test_a_part_holds_what_came_since_the_one_before(tmp_path: Path) -> None:
     sink, _ = sink_of(tmp_path)
+    sink.restore()
     sink.keep()
     assert not parts_in(tmp_path)  # there is nothing yet
     sink.write(0, THREE)
@@ -84,6 +88,29 @@ def test_the_next_pass_takes_them_in_and_its_entry_ends_them(tmp_path: Path) -> 
     assert sink.publish("a", {}) is None
     assert Stored(tmp_path / "a.logps", "a", 9).values.tolist() == [-1, -2, -1, -1, -2, -3, -1, -2, -3]
     assert parts_in(tmp_path) == [others]
+
+
+def test_a_pass_that_does_not_restore_keeps_and_holds_nothing(tmp_path: Path) -> None:
+    values = np.ones(9, np.float32)
+    alive = weakref.ref(values)
+    sink, _ = sink_of(tmp_path)
+    sink.write(0, values)
+    del values
+    assert alive() is None
+    sink.keep()
+    assert not parts_in(tmp_path)
+
+
+def test_what_cannot_be_read_now_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = leave_part(tmp_path, 0, THREE)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Path, "read_bytes", lambda *_: (_ for _ in ()).throw(OSError(116, "Stale file handle"))
+        )
+        sink, said = sink_of(tmp_path)
+        assert sink.restore().tolist() == [] and "Stale file handle" in said[0]
+        sink.close()
+    assert sink_of(tmp_path)[0].restore().tolist() == [0] and parts_in(tmp_path) == [part]
 
 
 def test_nothing_is_said_where_nothing_is_found(tmp_path: Path) -> None:
@@ -127,6 +154,7 @@ def test_a_part_of_another_entry_is_refused(tmp_path: Path) -> None:
 def test_without_room_for_a_part_the_pass_goes_on(tmp_path: Path) -> None:
     values = np.linspace(-3, -1, 300, dtype=np.float32)
     sink, said = sink_of(tmp_path, 300)
+    sink.restore()
     sink.write(0, values[:1])
     sink.keep()
     kept = parts_in(tmp_path)
@@ -211,11 +239,14 @@ def test_killed_at_random_moments_every_part_is_whole(tmp_path: Path) -> None:
         before = len(parts_in(tmp_path))
         child = os.fork()
         if child == 0:
-            sink, _ = sink_of(tmp_path, 10_000_000)
-            for place in range(round_ * 1000, 10_000_000, 500):  # ends by the kill
-                sink.write(place, np.full(500, place, np.float32))
-                sink.keep()
-            os._exit(1)
+            try:
+                sink, _ = sink_of(tmp_path, 10_000_000)
+                sink.restore()
+                for place in range(round_ * 1000, 10_000_000, 500):  # ends by the kill
+                    sink.write(place, np.full(500, place, np.float32))
+                    sink.keep()
+            finally:
+                os._exit(1)
         until = time.monotonic() + 120
         while len(parts_in(tmp_path)) < before + 2:
             assert time.monotonic() < until
