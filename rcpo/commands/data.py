@@ -236,16 +236,17 @@ def histogram(dataset: PairDataset) -> Text:
 
 
 def duplicates(datasets: Datasets) -> list[str]:
-    """What is there more than once: in training, in the other order, and in training and held out."""
+    """What is there more than once: in training, there with its sides swapped, and held out too."""
     train = Counter(map(_contents, datasets.train))
     again = sum(train.values()) - len(train)
     lines = [f"{again:,} of {len(datasets.train):,} training examples repeat another one's tokens"]
-    judged = enumerate(zip(datasets.train, datasets.train.weights != TIE_WEIGHT, strict=True))
-    turned = [place for place, (one, is_judged) in judged if is_judged and _contents(_turned(one)) in train]
+    tied = datasets.train.weights == TIE_WEIGHT  # learned in both orders on purpose
+    judged = ((place, one) for place, one in enumerate(datasets.train) if not tied[place])
+    turned = [place for place, one in judged if _contents(_turned(one)) in train]
     if turned:
         lines.append(
             f"{len(turned):,} of {len(datasets.train):,} training examples are contradicted by another one, "
-            f"with the same responses on the other sides (first: {datasets.train.id(turned[0])})"
+            f"which has the sides swapped (first: {datasets.train.id(turned[0])})"
         )
     if datasets.evaluation is not None:
         both = sum(_contents(example) in train for example in datasets.evaluation)
