@@ -7,8 +7,8 @@ far the loser rose:
 
     I ← (I + k_i f) ⊖ k_i r,   log α = (I + k_p f⁺) ⊖ k_p r⁺        f⁺, r⁺: of w + h ẇ and l + h l̇
 
-A falling winner raises α; a loser that rises lowers it; between, α returns to 1, the objective as it is. ⊖
-lowers by all of it as far as to α = 1, and below by a quarter of the rest, as the sides of 1 are not alike:
+A falling winner raises α; a rising loser lowers it; between, α returns to 1, the objective as it is. ⊖
+subtracts in full down to α = 1, and a quarter of the rest below, since the two sides of 1 are not alike:
 above it log-ratios rise to a bound, below it they fall without one. These are the proportional and integral
 terms of a Lagrangian for the constraint that the winner must not fall (PID Lagrangian methods, Stooke et al.
 2020). The derivative, in the form of a look ahead, is what makes it stable: AdamW's momentum makes log-ratios
@@ -42,14 +42,14 @@ SLEW = 0.5
 """Largest change of log α for each step since the last reading: by a bad one α moves by a factor of 1.6."""
 
 SWING, EASE = 0.05, 0.6
-"""What f − r/4 exceeds on both sides of a swing, in nats per token; a swing multiplies k_p and k_i by 0.6.
+"""How far f − r/4 goes to either side in a swing, in nats per token, and what that multiplies k_p and k_i by.
 
 A winner that α moves by 0.12 nats a step, as SmolLM2's does at 3e-5, is driven to swings of 0.5 nats
 without (simulated; 0.01 with).
 """
 
 BELOW = 0.25
-"""The part of a loser's rise that lowers α below 1.
+"""The part of a loser's rise that counts below α = 1.
 
 On HH-RLHF with 3.7M parameters the winner ends at +0.00 with a constant α of 1.25, and at −9.2 with 0.8. With
 1 instead, the loop answers a few losers that rose with an α from which both sides fall below their start.
@@ -100,7 +100,7 @@ class LoopRule:
         return self._log_alpha
 
     def metrics(self) -> dict[str, Any]:
-        """The averages that the loop follows, its integral, and how often it wanted more than the clamp."""
+        """The averages that the loop follows, its integral and gain, and how often the clamp cut it."""
         return {
             "rc/winner": self._averages[0].value,
             "rc/loser": self._averages[2].value,
@@ -110,7 +110,7 @@ class LoopRule:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages, integral and log α, ready for JSON."""
+        """All that the next reading depends on, ready for JSON."""
         return {
             "averages": [average.state_dict() for average in self._averages],
             "integral": self._integral,
@@ -129,7 +129,7 @@ class LoopRule:
         self.saturated = state["saturated"]
 
     def _ease(self, error: float) -> None:
-        """Lower the gains where the error went from one side to the other: the loop drives it."""
+        """Lower the gains where the error, f − r/4, went from one side to the other: the loop drives it."""
         if abs(error) > SWING:
             side = math.copysign(1.0, error)
             if side == -self._side:
@@ -142,7 +142,7 @@ class LoopRule:
 
 
 def _lower(log_alpha: float, by: float) -> float:
-    """log α lowered by `by`: as far as to 0 by all of it, from there on by a quarter of the rest."""
+    """log α ⊖ `by`: in full down to 0, and a quarter of the rest below."""
     above = max(0.0, log_alpha)
     return log_alpha - by if by <= above else log_alpha - above - BELOW * (by - above)
 
