@@ -35,7 +35,7 @@ SMALL = {
 }
 # Their weights are on the hub, or made by a script from other data: the configuration alone can be tried.
 DOWNLOADED = re.compile(
-    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|study=hh|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard|eval\.tasks=\[hellaswag)"
+    r"(^|,)(model=(?!tiny\b|local\b)|experiment=|study=(hh|real)|data=(?!sums\b|pairs\b)|adapter=qlora|eval=leaderboard|eval\.tasks=\[hellaswag)"
 )
 
 
@@ -66,7 +66,7 @@ def small(words: list[str]) -> list[str]:
     if words[0] == "plan":  # downloads nothing, trains nothing
         return words
     if any(DOWNLOADED.search(word) for word in words):
-        return [*words, "--cfg", "job"]
+        return [*(re.sub(r"^rc=(\w+)(,\w+)+$", r"rc=\1", word) for word in words), "--cfg", "job"]
     if words[0] == "push":
         return words if "--dry-run" in words else [*words, "--dry-run"]
     if words[0] == "submit" and words[1] != "status":
