@@ -269,13 +269,8 @@ def test_an_error_while_computing_leaves_neither_a_file_nor_a_lock(tmp_path: Pat
     assert list(lock.parent.iterdir()) == [lock] and Lock(lock).acquire()
 
 
-def test_without_the_lock_what_others_write_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unlocked(self: Lock) -> bool:  # a file system that knows no locks
-        return True
-
-    monkeypatch.setattr(Lock, "acquire", unlocked)
+@pytest.mark.usefixtures("without_locks")
+def test_without_the_lock_what_others_write_is_left_alone(tmp_path: Path) -> None:
     others = tmp_path / "reference" / f".{WANTED.key}.0.tmp"
     others.parent.mkdir()
     others.touch()

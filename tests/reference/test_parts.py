@@ -18,7 +18,6 @@ from permissions import files_no_longer_than
 from rcpo.reference.cache import Cache, LogpRequest
 from rcpo.reference.entry import Sink, Stored, remove_unfinished
 from rcpo.reference.parts import ResumableSink
-from rcpo.system.files import Lock
 
 WANTED = LogpRequest("reference log-probs", {"weights": "w"}, 4)
 THREE = np.array([-1.0, -2.0, -3.0], np.float32)
@@ -218,13 +217,8 @@ def test_where_no_entry_can_be_kept_no_part_is(tmp_path: Path, place: str | None
     assert "not kept" in said[-1] and not any("no longer kept" in line for line in said)
 
 
-def test_without_the_lock_parts_are_neither_written_nor_read_nor_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unlocked(self: Lock) -> bool:  # a file system that knows no locks
-        return True
-
-    monkeypatch.setattr(Lock, "acquire", unlocked)
+@pytest.mark.usefixtures("without_locks")
+def test_without_the_lock_parts_are_neither_written_nor_read_nor_removed(tmp_path: Path) -> None:
     others = tmp_path / "reference" / f"{WANTED.key}.1.part"
     others.parent.mkdir()
     others.touch()
