@@ -237,12 +237,12 @@ def histogram(dataset: PairDataset) -> Text:
 
 def duplicates(datasets: Datasets) -> list[str]:
     """What is there more than once: in training, there with its sides swapped, and held out too."""
-    train = Counter(map(_contents, datasets.train))
+    contents = [(_contents(one), _contents(_turned(one))) for one in datasets.train]
+    train = Counter(own for own, _ in contents)
     again = sum(train.values()) - len(train)
     lines = [f"{again:,} of {len(datasets.train):,} training examples repeat another one's tokens"]
     tied = datasets.train.weights == TIE_WEIGHT  # learned in both orders on purpose
-    judged = ((place, one) for place, one in enumerate(datasets.train) if not tied[place])
-    turned = [place for place, one in judged if _contents(_turned(one)) in train]
+    turned = [place for place, (_, other) in enumerate(contents) if other in train and not tied[place]]
     if turned:
         lines.append(
             f"{len(turned):,} of {len(datasets.train):,} training examples are contradicted by another one, "
