@@ -12,8 +12,8 @@ subtracts in full down to α = 1, and a quarter of the rest below, since the two
 above it log-ratios rise to a bound, below it they fall without one. These are the proportional and integral
 terms of a Lagrangian for the constraint that the winner must not fall (PID Lagrangian methods, Stooke et al.
 2020). The derivative, in the form of a look ahead, is what makes it stable: AdamW's momentum makes log-ratios
-follow α with a lag of about ten steps.
-Where log-ratios answer to α more strongly than k_p is made for, the loop swings; then it eases its gains.
+follow α with a lag of about ten steps. Where log-ratios answer to α more strongly than k_p is made for, the
+loop swings; then it eases its gains.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class ResumableSink(Sink):
         return np.array(places, np.int64)
 
     def keep(self) -> None:
-        """Write what was taken in since the last time; where there is no room, nothing more is kept."""
+        """Write what was taken in since the last call as one part; stop keeping values where that fails."""
         pending, self._pending = self._pending, []
         if not pending:
             return

@@ -17,7 +17,7 @@ from rcpo.training.session import Session
 def run(config: RunConfig, folder: Path, batch: int | None, how: str) -> None:
     """Breaks off after `batch`, counted from 1: `how` is stop or kill. Writes FOLDER/RANK.json.
 
-    With "kill", what was computed is kept after each batch before.
+    With "kill", every earlier batch is kept as soon as it is computed.
     """
     said, batches, forwards = list[str](), 0, 0
     forward = Engine.forward
